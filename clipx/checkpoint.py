@@ -1,0 +1,211 @@
+"""Checkpoints and what else a workdir keeps of a run, through Orbax."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from clipx import config as configs
+from clipx.config import ConfigError
+from clipx.types import TrainState
+
+# What may change between two starts of one run: where and how it computes, never what.
+_FREE = (
+    "config.mesh.",
+    "config.data.workers",
+    "config.data.path",
+    "config.train.microbatches",
+    "config.train.log_every_steps",
+    "config.train.save_every_steps",
+    "config.train.eval_every_steps",
+    "config.train.keep",
+    "config.train.best",
+    "config.train.tensorboard",
+    "config.evals",
+)
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; one line that says what is safe."""
+
+
+def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """The workdir, made if need be and known to be writable."""
+    path = pathlib.Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_test_{os.getpid()}"
+        probe.write_bytes(b"clipx")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            "--workdir", f"{path}: {error.strerror}", "a folder that can be written"
+        ) from None
+    return path
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes aside, then renames: a reader never sees half of it."""
+    aside = path.with_suffix(path.suffix + ".part")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    aside.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            "--workdir", f"no {path.name} in {path.parent}", "the workdir of a clipx run"
+        ) from None
+
+
+def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
+    """Raises `ConfigError` with a diff if the workdir's run was made from another config.
+
+    Where and how it computes (mesh, micro-batches, workers, logging, evals) may change.
+    """
+    old = read_json(workdir / "config.json")
+    lines = [
+        line
+        for line in configs.difference(old, configs.to_lists(complete))
+        if not line.startswith(_FREE) and ": '(absent)' -> " not in line
+    ]
+    if lines:
+        raise ConfigError(
+            "--workdir",
+            f"{workdir} holds a run of another config (old -> new):\n    " + "\n    ".join(lines),
+            "the same config, which goes on from the last checkpoint",
+            "another --workdir, or the old values",
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: asynchronous, the last `keep` and the best by a metric."""
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int = 2, best: str = ""):
+        self.folder = workdir / "checkpoints"
+        keepers = [policies.LatestN(keep)]
+        if best:
+            keepers.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._best = best
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keepers),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "run"),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step that is whole."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are kept, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def step(self, which: str | int = "latest") -> int:
+        """The step that `latest`, `best` or a number names; `ConfigError` if it is not kept."""
+        steps = self.steps
+        if not steps:
+            raise ConfigError("--workdir", f"no checkpoint in {self.folder}", "a run that saved")
+        found = which
+        if which == "latest":
+            found = steps[-1]
+        elif which == "best":
+            found = self._manager.best_step() if self._best else None
+            if found is None:
+                raise ConfigError(
+                    "--step",
+                    "best",
+                    "a run whose config.train.best names a metric",
+                    "--step=latest",
+                )
+        if int(found) not in steps:
+            raise ConfigError("--step", str(which), f"one of {steps}, latest or best")
+        return int(found)
+
+    def save(
+        self, step: int, state: TrainState, run: Mapping, metrics: Mapping[str, float]
+    ) -> None:
+        """Starts to write a checkpoint; `run` is JSON beside the arrays: config, tokenizer, clock.
+
+        Errors of this write, or of the one before, raise `CheckpointError`.
+        """
+        if step == self.latest:
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(run))
+                ),
+                metrics=dict(metrics) if self._best in metrics else None,
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Returns when everything started has been written; raises `CheckpointError` if not."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(None, error) from error
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state of `step`, laid out as the abstract `state` says, whatever wrote it."""
+        try:
+            return self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
+            )["state"]
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot read checkpoint {step} in {self.folder}: {_line(error)}"
+            ) from error
+
+    def restore_run(self, step: int) -> dict[str, Any]:
+        """The JSON that was saved with `step`."""
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+            "run"
+        ]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        whole = max(_whole_steps(self.folder), default=None)
+        safe = "nothing was saved before" if whole is None else f"step {whole} is whole and kept"
+        return CheckpointError(f"cannot write {which} to {self.folder}: {_line(error)}; {safe}")
+
+
+def _whole_steps(folder: pathlib.Path) -> list[int]:
+    return [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+
+
+def _line(error: BaseException) -> str:
+    """The innermost reason in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    for reason in ("No space left on device", "RESOURCE_EXHAUSTED", "Permission denied"):
+        if reason in text:
+            return reason.replace("RESOURCE_EXHAUSTED", "out of space or memory")
+    return text[:300]

@@ -1,0 +1,113 @@
+"""What every command shares: flags, configs and overrides, processes, errors in one block."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from clipx import config as configs
+from clipx.checkpoint import CheckpointError
+from clipx.config import ConfigError
+from clipx.data.base import BadSample, DataError
+from clipx.metrics import MetricsError
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
+EXIT_PREEMPTED = 42  # told to stop, and saved: start again as it is
+
+
+class RunError(Exception):
+    """The run cannot go on; one block that says why and what is kept."""
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """`argv` without its `--config.x.y=value` arguments, and these as (path, text).
+
+    They are not absl's, so that a field can be set that the config file leaves at its default.
+    """
+    rest, found, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        path, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            text = next(arguments, None)
+            if text is None:
+                raise ConfigError(argument, "no value", f"{argument}=VALUE")
+        found.append((path, text))
+    return rest, found
+
+
+def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The plain config of a file, `path.py` or `path.py:variant`, with overrides."""
+    config = configs.load(spec)
+    for path, text in overrides:
+        configs.override(config, path, text)
+    return config
+
+
+def start_processes() -> None:
+    """Joins the other processes of a multi-process run when the environment says that there are
+    any: explicit JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or SLURM, Open MPI
+    and Cloud TPU pods as JAX finds them. A single process is the default and needs nothing."""
+    environment = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        missing = [name for name in names if not environment.get(name, "").isdigit()]
+        if missing:
+            raise ConfigError(
+                "environment",
+                f"JAX_COORDINATOR_ADDRESS without a number in {' and '.join(missing)}",
+                "all three, or none for a single process",
+            )
+        jax.distributed.initialize(
+            environment["JAX_COORDINATOR_ADDRESS"], *(int(environment[name]) for name in names)
+        )
+        return
+    tasks = [environment.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    tpu_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    in_step = "SLURM_PROCID" in environment or "OMPI_COMM_WORLD_RANK" in environment
+    if tpu_pod or (in_step and any(task.isdigit() and int(task) > 1 for task in tasks)):
+        jax.distributed.initialize()
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/clipx."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "clipx", "jax")))
+
+
+def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[str]) -> None:
+    """Parses flags and calls `main(overrides)`; exits with its code, or with one block of text and
+    a code that says whose turn it is."""
+
+    def guarded(argv):
+        extra = [a for a in argv[1:]]
+        if extra:
+            raise ConfigError("command line", " ".join(extra), "flags alone: --name=value")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
+        start_processes()
+        use_compile_cache()
+        return main(overrides)
+
+    def fail(error: Exception, code: int):
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+    try:
+        argv, overrides = take_overrides(sys.argv)
+        app.run(guarded, argv=argv)
+    except (ConfigError, DataError, BadSample) as error:
+        fail(error, EXIT_CONFIG)
+    except (RunError, CheckpointError, MetricsError) as error:
+        fail(error, EXIT_FAILED)

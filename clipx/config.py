@@ -1,0 +1,357 @@
+"""Config files bound once, strictly, to frozen dataclasses. Every config error is born here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+_MISSING = dataclasses.MISSING
+
+
+class ConfigError(Exception):
+    """One readable block; the commands print it and exit with 2, before any data opens."""
+
+    def __init__(self, where: str, found: str, expected: str, fix: str = "", file: str = ""):
+        self.where, self.found, self.expected, self.fix, self.file = (
+            where,
+            found,
+            expected,
+            fix,
+            file,
+        )
+        super().__init__(where, found, expected, fix)
+
+    def __str__(self) -> str:
+        lines = [f"config error at {self.where}"]
+        if self.file:
+            lines.append(f"  file:     {self.file}")
+        lines += [f"  found:    {self.found}", f"  expected: {self.expected}"]
+        if self.fix:
+            lines.append(f"  fix:      {self.fix}")
+        return "\n".join(lines)
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _hints(cls) -> dict[str, Any]:
+    hints = {}
+    for base in reversed(cls.__mro__):
+        namespace = dict(vars(typing))
+        namespace.update(vars(inspect.getmodule(base) or typing))
+        for name, hint in vars(base).get("__annotations__", {}).items():
+            if isinstance(hint, str):
+                try:
+                    hint = eval(hint, namespace)
+                except NameError:  # a type that is imported for checkers only
+                    hint = Any
+            hints[name] = hint
+    return hints
+
+
+def fields(cls) -> dict[str, dataclasses.Field]:
+    """The keys a config section may set for `cls`, a dataclass or a Linen module."""
+    found = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if "parent" in found:  # a Linen module's own two
+        del found["parent"], found["name"]
+    return found
+
+
+def _plain(value):
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return value
+
+
+def _describe(hint) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "a section with keys " + ", ".join(fields(hint))
+    return (
+        getattr(hint, "__name__", None)
+        if isinstance(hint, type)
+        else str(hint).replace("typing.", "")
+    )
+
+
+def _convert(value, hint, where):
+    """`value` as `hint` wants it: int to float, list to tuple, mapping to dataclass; else error."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ConfigError(where, f"{value!r} ({type(value).__name__})", _describe(hint))
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        errors = []
+        for option in args:
+            try:
+                return _convert(value, option, where)
+            except ConfigError as error:
+                errors.append(error)
+        deeper = [e for e in errors if e.where != where]  # a section's own fault says more
+        raise deeper[0] if deeper else wrong
+    if origin is typing.Literal:
+        if any(value == option and type(value) is type(option) for option in args):
+            return value
+        fix = (
+            _nearest(value, [a for a in args if isinstance(a, str)])
+            if isinstance(value, str)
+            else ""
+        )
+        raise ConfigError(where, repr(value), "one of " + ", ".join(map(repr, args)), fix)
+    if hint in (None, type(None)):
+        if value is None:
+            return None
+        raise wrong
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise wrong
+        return bind(hint, value, where=where)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise wrong
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) != len(value):
+            raise wrong
+        return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if hint in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise wrong
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        raise wrong
+    if isinstance(hint, type):
+        if not isinstance(value, hint):
+            raise wrong
+        return value
+    return value
+
+
+def check(cls, section, *, where: str = "config", given=()) -> dict[str, Any]:
+    """The typed values of one config section, without building `cls`.
+
+    `cls` is a dataclass or a Linen module; its annotated fields, less those `given`, are the keys.
+    Raises `ConfigError` for a key that `cls` does not have (with the nearest name), a value of the
+    wrong type, and a field without default that is not there.
+    """
+    section = _plain(section)
+    if not isinstance(section, Mapping):
+        raise ConfigError(where, repr(section), _describe(cls))
+    allowed = {k: f for k, f in fields(cls).items() if k not in given}
+    for key in section:
+        if key not in allowed:
+            raise ConfigError(
+                f"{where}.{key}",
+                f"unknown key {key!r}",
+                "one of " + ", ".join(allowed),
+                _nearest(key, allowed),
+            )
+    hints = _hints(cls)
+    values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
+    for key, field in allowed.items():
+        if key not in values and field.default is _MISSING and field.default_factory is _MISSING:
+            raise ConfigError(
+                f"{where}.{key}", "nothing", _describe(hints.get(key, Any)), f"set {where}.{key}"
+            )
+    return values
+
+
+def bind(cls, section, *, where: str = "config", **given):
+    """An instance of `cls` from one config section, checked by `check`. `given` holds the fields
+    that the caller sets and a config may not."""
+    return cls(**check(cls, section, where=where, given=given), **given)
+
+
+def dump(bound, given=()) -> dict[str, Any]:
+    """The complete section of a bound object, defaults included, as JSON keeps it."""
+
+    def leaf(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dump(value)
+        if isinstance(value, Mapping):
+            return {k: leaf(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [leaf(v) for v in value]
+        return value
+
+    return {k: leaf(getattr(bound, k)) for k in fields(type(bound)) if k not in given}
+
+
+def find(package: str, name: str, base: type) -> type:
+    """The one subclass of `base` in clipx/<package>/<name>.py. Files are the registry."""
+    where = f"clipx/{package}"
+    parent = importlib.import_module(f"clipx.{package}")
+    names = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
+    names = [n for n in names if n != "base"]
+    if name not in names:
+        raise ConfigError(
+            where, f"no {name}.py", "one of " + ", ".join(names), _nearest(str(name), names)
+        )
+    module = importlib.import_module(f"clipx.{package}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and base in value.__mro__[1:]
+        and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{where}/{name}.py",
+            f"{len(found)} subclasses of {base.__name__}",
+            f"exactly one {base.__name__}",
+        )
+    return found[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training in exactly one unit. `steps()` needs `rows` when the unit is epochs."""
+
+    unit: str
+    amount: float
+    where: str
+
+    def steps(self, *, batch_size: int, rows: int | None) -> int | None:
+        """Whole steps; None while the unit is epochs and `rows` is not known yet. An epoch is
+        rows // batch_size steps: the rows that do not fill a batch wait for another epoch."""
+        if self.unit == "steps":
+            return int(self.amount)
+        if self.unit == "examples":
+            return int(self.amount // batch_size)
+        if rows is None:
+            return None
+        if rows < batch_size:
+            raise ConfigError(
+                self.where,
+                f"{rows} rows of data",
+                f"at least one batch of {batch_size}",
+                "a smaller train.batch_size or more data",
+            )
+        return int(round(self.amount * (rows // batch_size)))
+
+
+def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool = False):
+    """The `Duration` among `<name>_steps`, `<name>_epochs`, `<name>_examples` of `values`.
+
+    Raises `ConfigError` unless exactly one is set; with `optional`, None when none is set.
+    """
+    units = ("steps", "epochs", "examples")
+    keys = [f"{name}_{unit}" for unit in units]
+    found = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
+    if optional and not found:
+        return None
+    if len(found) != 1:
+        said = ", ".join(f"{name}_{u}={v}" for u, v in found.items()) or "none of them"
+        raise ConfigError(
+            f"{where}.{name}_*", said, "exactly one of " + ", ".join(keys), "keep one of them"
+        )
+    ((unit, amount),) = found.items()
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+        raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
+    return Duration(unit, amount, f"{where}.{name}_{unit}")
+
+
+def load(spec: str) -> dict[str, Any]:
+    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
+    `path.py:variant`."""
+    path, _, variant = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ConfigError(
+            "--config", f"no file {path!r}", "a Python file with get_config()", _nearest(path, near)
+        )
+    module_spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    before, folder = set(sys.modules), file.parent.absolute()
+    sys.path.insert(0, str(folder))  # for `import common`, its neighbour
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ConfigError("--config", f"{error}", "Python that runs", file=path) from None
+    finally:
+        sys.path.pop(0)
+        for name in set(sys.modules) - before:  # the next config may have another neighbour
+            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
+                del sys.modules[name]
+    if not hasattr(module, "get_config"):
+        raise ConfigError("--config", f"no get_config in {path}", "def get_config(variant='')")
+    variants = getattr(module, "VARIANTS", ("",))
+    if variant not in variants:
+        raise ConfigError(
+            "--config",
+            f"variant {variant!r}",
+            "one of " + ", ".join(map(repr, variants)),
+            _nearest(variant, variants),
+            file=path,
+        )
+    return to_lists(_plain(module.get_config(variant)))
+
+
+def override(config: dict[str, Any], path: str, text: str) -> None:
+    """Sets `config.<path>` to the value that `text` spells. The type is checked when the section
+    is bound, so a field may be set that the file leaves at its default, None included."""
+    *parents, last = path.split(".")
+    node = config
+    for depth, key in enumerate(parents):
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            at = ".".join(["config", *parents[: depth + 1]])
+            raise ConfigError(at, repr(node), "a section", f"--config.{path} needs one")
+    node[last] = parse(text)
+
+
+def parse(text: str) -> Any:
+    """The value that a command line's `text` spells: a Python literal, true/false, or the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return to_lists(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def to_lists(value):
+    """`value` with tuples as lists, as JSON keeps them."""
+    if isinstance(value, Mapping):
+        return {k: to_lists(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_lists(v) for v in value]
+    return value
+
+
+def difference(old: Mapping, new: Mapping, prefix: str = "config") -> list[str]:
+    """One line per leaf in which two configs differ: path, old value, new value."""
+    lines = []
+    for key in sorted({*old, *new}, key=str):
+        a, b, where = old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += difference(a, b, where)
+        elif a != b:
+            lines.append(f"{where}: {a!r} -> {b!r}")
+    return lines

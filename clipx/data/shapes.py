@@ -1,0 +1,179 @@
+"""Drawn pictures with captions: a data set that needs no file.
+
+Every row is one or two coloured shapes on a light, noisy ground. The classes are all pairs of a
+colour and a shape; a quarter of the pairs is held out: never drawn nor named in `train`, alone in
+`test`. A model that scores them among all classes has put together what it only saw apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
+
+from clipx.config import ConfigError
+from clipx.data.base import Example, Source
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "brown": (135, 80, 30),
+    "yellow": (235, 215, 20),
+    "green": (30, 150, 50),
+    "blue": (30, 70, 220),
+    "purple": (130, 40, 170),
+    "pink": (250, 130, 190),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+_NAMES = tuple(COLOURS)
+_KINDS = len(SHAPES)
+CLASSES = tuple(f"{colour} {shape}" for colour in _NAMES for shape in SHAPES)
+# two diagonals of the colour x shape table: every colour and every shape keeps six pairs of eight
+HELD_OUT = tuple(i for i in range(len(CLASSES)) if (i % _KINDS - i // _KINDS) % _KINDS in (0, 3))
+_TRAINED = tuple(i for i in range(len(CLASSES)) if i not in HELD_OUT)
+
+_PLACES = {
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+    "in the middle": (0, 0),
+}
+_RELATIONS = {
+    ("left of", "to the left of"): (-1, 0),
+    ("right of", "to the right of"): (1, 0),
+    ("above", "over"): (0, -1),
+    ("below", "under"): (0, 1),
+}
+_FINE = 4  # masks are drawn at this many times the size and averaged down
+
+
+def _star() -> Float[np.ndarray, "10 2"]:
+    angle = np.arange(10) * math.pi / 5
+    radius = np.where(np.arange(10) % 2, 0.45, 1.1)
+    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], -1)
+
+
+def _heart() -> Float[np.ndarray, "48 2"]:
+    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([np.sin(t) ** 3, -(y + 2.5) / 15], -1)
+
+
+_A = 0.34  # half the width of the cross's bars
+_POLYGONS = {  # corners in a square of side 2 about the origin, y downwards
+    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.86,
+    "triangle": np.array([(0, -1), (1.05, 0.85), (-1.05, 0.85)]),
+    "star": _star(),
+    "cross": np.array(
+        [(-_A, -1), (_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A)]
+        + [(_A, 1), (-_A, 1), (-_A, _A), (-1, _A), (-1, -_A), (-_A, -_A)]
+    ),
+    "heart": _heart(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes(Source):
+    """Row i is a pure function of `split` and i; `size` says how many rows there are."""
+
+    split: Literal["train", "test"] = "train"
+    size: int = 16384
+    image_size: int = 64  # pixels a side
+
+    classes = CLASSES
+
+    def __post_init__(self):
+        for field, least in (("size", 1), ("image_size", 16)):
+            if getattr(self, field) < least:
+                found = str(getattr(self, field))
+                raise ConfigError(f"data.shapes.{field}", found, f"at least {least}")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, row: int) -> Example:
+        if not 0 <= row < self.size:
+            raise IndexError(row)
+        test = self.split == "test"
+        rng = np.random.Generator(np.random.Philox(key=[int(test), row]))
+        key = f"shapes/{self.split}/{row:06d}"
+        if test or rng.random() < 0.7:
+            label = HELD_OUT[row % len(HELD_OUT)] if test else int(rng.choice(_TRAINED))
+            image, texts = self._single(rng, label)
+            return Example(image, texts, row, key, label)
+        return Example(*self._pair(rng), row, key)
+
+    def _single(self, rng: np.random.Generator, label: int):
+        name, place = CLASSES[label], list(_PLACES)[rng.integers(len(_PLACES))]
+        colour, shape = name.split()
+        size, radius = ("large", 0.31) if rng.random() < 0.7 else ("small", 0.17)
+        radius *= rng.uniform(0.9, 1.1)
+        centre = 0.5 + np.array(_PLACES[place]) * (0.45 - radius) + rng.uniform(-0.02, 0.02, 2)
+        image = self._draw(rng, [(label, centre, radius)])
+        texts = (
+            f"a {name}",
+            f"a picture of a {name}",
+            f"a {size} {name}",
+            f"a {name} {place}",
+            f"there is a {size} {name} {place}",
+            f"a {shape}",
+            f"something {colour}",
+        )
+        return image, texts
+
+    def _pair(self, rng: np.random.Generator):
+        a, b = (int(i) for i in rng.choice(_TRAINED, 2, replace=False))
+        words = list(_RELATIONS)[rng.integers(len(_RELATIONS))]
+        away = np.array(_RELATIONS[words]) * 0.24
+        radii = rng.uniform(0.17, 0.2, 2)
+        shift = rng.uniform(-0.03, 0.03, (2, 2))
+        along = np.where(away == 0, rng.uniform(-0.2, 0.2, 2), 0)  # the pair's own place
+        spots = [(a, 0.5 + away + along + shift[0], radii[0])]
+        spots += [(b, 0.5 - away + along + shift[1], radii[1])]
+        first, second = CLASSES[a], CLASSES[b]
+        texts = (
+            f"a {first} {words[0]} a {second}",
+            f"a {first} {words[1]} a {second}",
+            f"a {first} and a {second}",
+            f"a picture of a {first} {words[0]} a {second}",
+        )
+        return self._draw(rng, spots), texts
+
+    def _draw(self, rng: np.random.Generator, spots) -> UInt8[np.ndarray, "h w 3"]:
+        """Pixels of (label, centre, radius) in units of the side, on a ground of their own."""
+        side = self.image_size
+        ground = rng.integers(200, 246, 3)  # light; every shape's colour is stronger
+        noise = np.frombuffer(rng.bytes(side * side * 3), np.uint8).reshape(side, side, 3) % 20
+        image = Image.fromarray(noise + (ground - 10).astype(np.uint8))
+        for label, centre, radius in spots:
+            colour = np.array(COLOURS[_NAMES[label // _KINDS]]) + rng.integers(-12, 13, 3)
+            mask, corner = _mask(SHAPES[label % _KINDS], centre * side, radius * side)
+            image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, mask)
+        return np.asarray(image)
+
+
+def _mask(shape: str, centre: np.ndarray, radius: float) -> tuple[Image.Image, tuple[int, int]]:
+    """The shape's coverage (mode L) about `centre`, and the pixel of its upper left corner."""
+    corner = np.floor(centre - 1.15 * radius).astype(int)
+    cells = math.ceil(2.3 * radius) + 1
+    mask = Image.new("L", (cells * _FINE, cells * _FINE))
+    draw = ImageDraw.Draw(mask)
+    (x, y), r = ((centre - corner) * _FINE).tolist(), radius * _FINE
+
+    def disc(x: float, y: float, r: float, ink: int) -> None:
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+
+    if shape in _POLYGONS:
+        draw.polygon((_POLYGONS[shape] * r + (x, y)).ravel().tolist(), fill=255)
+    else:
+        disc(x, y, r, 255)
+    if shape == "ring":
+        disc(x, y, 0.58 * r, 0)
+    elif shape == "moon":
+        disc(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
+    return mask.reduce(_FINE), (int(corner[0]), int(corner[1]))

@@ -1,0 +1,160 @@
+"""Retrieval in both directions between pictures and their captions (Karpathy & Fei-Fei 2015)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from clipx.config import ConfigError
+from clipx.evaluators.base import Encode, Evaluator, Examples
+from clipx.types import Encoded
+
+_DEPTHS = (1, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Evaluator):
+    """Recalls between 0 and 1, `image_to_text_R@1` to `text_to_image_R@10`, their `mean_recall`,
+    and each direction's `median_rank` (1 is best).
+
+    A picture finds its text when any of its captions is among the first k of all captions; every
+    caption looks for its one picture. Equal scores stand in random order, and recalls and ranks are
+    the expectation over it: a model that says the same of everything gets exactly chance.
+
+    captions: only the first so many of each picture; None takes all, however many each has.
+    chunk: pictures and captions compared at once. Embeddings and one strip of chunk x N scores are
+    held, never the whole matrix.
+    """
+
+    examples: Examples
+    captions: int | None = None
+    batch_size: int = 256
+    chunk: int = 256
+
+    def __post_init__(self):
+        for name in ("captions", "batch_size", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"retrieval.{name}", str(value), "at least 1")
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        texts, owner = self._texts()
+        size = self.batch_size
+        images = _encode(encode.image, self.examples.batches(size))
+        captions = _encode(encode.text, (texts[i : i + size] for i in range(0, len(texts), size)))
+        found = {
+            "image_to_text": image_to_text(encode.similarity, images, captions, owner, self.chunk),
+            "text_to_image": text_to_image(encode.similarity, images, captions, owner, self.chunk),
+        }
+        recalls = {
+            f"{direction}_R@{k}": float(np.mean(places.within(k)))
+            for direction, places in found.items()
+            for k in _DEPTHS
+        }
+        medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in found.items()}
+        return {**recalls, "mean_recall": float(np.mean(list(recalls.values()))), **medians}
+
+    def _texts(self) -> tuple[list[str], Int[np.ndarray, " t"]]:
+        """All captions, and the row that each belongs to."""
+        texts: list[str] = []
+        owner: list[int] = []
+        for row in range(len(self.examples)):
+            own = self.examples.texts(row)[: self.captions]
+            if not own:
+                raise ConfigError(
+                    "retrieval.examples",
+                    f"row {row} without a caption",
+                    "at least one caption for every row",
+                    "a set of labels is what `zero_shot` scores",
+                )
+            texts += own
+            owner += [row] * len(own)
+        if not texts:
+            raise ConfigError("retrieval.examples", "an empty data set", "at least one example")
+        return texts, np.asarray(owner)
+
+
+class Places(NamedTuple):
+    """Where the best right answer of each query stands, up to the order of equal scores."""
+
+    above: Int[np.ndarray, " q"]  # wrong answers that score higher
+    right: Int[np.ndarray, " q"]  # right answers that score the same; at least 1
+    wrong: Int[np.ndarray, " q"]  # wrong answers that score the same
+
+    def within(self, k: int) -> Float[np.ndarray, " q"]:
+        """The probability that one of `right` is among the first k, in random order."""
+        none = np.ones(len(self.above))
+        for place in range(k):  # the draw at this place, given only wrong answers so far
+            drawn = np.maximum(place - self.above, 0)
+            left = np.maximum(self.wrong - drawn, 0)
+            none *= np.where(place < self.above, 1, left / (left + self.right))
+        return 1 - none
+
+    def rank(self) -> Float[np.ndarray, " q"]:
+        """The expected place, from 1."""
+        return 1 + self.above + self.wrong / (self.right + 1)
+
+
+def image_to_text(
+    similarity: Callable[[Encoded, Encoded], Float[np.ndarray, "i t"]],
+    images: Encoded,
+    texts: Encoded,
+    owner: Int[np.ndarray, " t"],
+    chunk: int,
+) -> Places:
+    """Where the best of each picture's own captions stands among all captions."""
+    strips = []
+    for rows in _chunks(_len(images), chunk):
+        part = _take(images, rows)
+        scores = np.concatenate(
+            [similarity(part, _take(texts, s)) for s in _chunks(len(owner), chunk)], axis=1
+        )
+        strips.append(_places(scores, owner == np.arange(rows.start, rows.stop)[:, None]))
+    return Places(*map(np.concatenate, zip(*strips)))
+
+
+def text_to_image(
+    similarity: Callable[[Encoded, Encoded], Float[np.ndarray, "i t"]],
+    images: Encoded,
+    texts: Encoded,
+    owner: Int[np.ndarray, " t"],
+    chunk: int,
+) -> Places:
+    """Where each caption's picture stands among all pictures."""
+    strips = []
+    for rows in _chunks(len(owner), chunk):
+        part = _take(texts, rows)
+        scores = np.concatenate(
+            [similarity(_take(images, s), part) for s in _chunks(_len(images), chunk)], axis=0
+        )
+        strips.append(_places(scores.T, owner[rows][:, None] == np.arange(len(scores))))
+    return Places(*map(np.concatenate, zip(*strips)))
+
+
+def _places(scores: Float[np.ndarray, "q n"], own: Bool[np.ndarray, "q n"]) -> Places:
+    best = np.max(scores, axis=1, keepdims=True, where=own, initial=-np.inf)
+    equal = ~(best > scores) & ~(scores > best)  # a NaN compares as equal
+    above = np.sum((scores > best) & ~own, axis=1)
+    return Places(above, np.sum(equal & own, axis=1), np.sum(equal & ~own, axis=1))
+
+
+def _encode(encode: Callable[[Any], Encoded], batches: Iterable[Sequence]) -> Encoded:
+    parts = [encode(batch) for batch in batches]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _take(encoded: Encoded, rows: slice) -> Encoded:
+    return jax.tree.map(lambda x: x[rows], encoded)
+
+
+def _len(encoded: Encoded) -> int:
+    return len(jax.tree.leaves(encoded)[0])

@@ -1,0 +1,199 @@
+"""Zero-shot classification: a class is its name in a few sentences (Radford et al. 2021, §3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import runpy
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from clipx.config import ConfigError
+from clipx.evaluators.base import Encode, Evaluator, Examples
+from clipx.types import Encoded
+
+# Lists that are asked for by name, and what open_clip calls them.
+_CLASSES = {"openai_imagenet": "IMAGENET_CLASSNAMES"}
+_TEMPLATES = {
+    "openai_imagenet": "OPENAI_IMAGENET_TEMPLATES",
+    "simple": "SIMPLE_IMAGENET_TEMPLATES",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot(Evaluator):
+    """Accuracies between 0 and 1: `top1`, `top5` (with more than five classes), `mean_per_class`.
+
+    classes: the names, in the order of the labels; () takes the set's own. A string is a text file
+    with one name a line, or "openai_imagenet".
+    templates: sentences with {} where the name goes; a string is a text file with one a line, or
+    "openai_imagenet" (80) or "simple" (7). The named lists are read from an installed open_clip.
+    per_class: also one `class/<name>` for every class that has a picture.
+
+    Equal scores stand in random order, and the accuracies are the expectation over it: a model that
+    says the same of everything gets exactly chance, and of two classes with one name (OpenAI's
+    ImageNet list has two such pairs) each gets half. `mean_per_class` is over the classes that have
+    a picture.
+
+    Several templates are one classifier: where the method compares unit rows alone, the mean of a
+    class's unit rows, normalised again; for any other similarity (FILIP's over tokens, a critic's)
+    the mean of the templates' scores, as rows of tokens have no mean (Yao et al. 2022, §3.3).
+    """
+
+    examples: Examples
+    classes: tuple[str, ...] | str = ()
+    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    batch_size: int = 256
+    per_class: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ConfigError("zero_shot.batch_size", str(self.batch_size), "at least 1")
+        templates = _names(self.templates, "zero_shot.templates", _TEMPLATES)
+        for template in templates:
+            if "{}" not in template:
+                raise ConfigError(
+                    "zero_shot.templates",
+                    repr(template),
+                    "a sentence with {} where the class name goes",
+                    f"for example {template.rstrip('. ') + ' {}.'!r}",
+                )
+        if not templates:
+            raise ConfigError("zero_shot.templates", "none", "at least one, such as '{}'")
+        _names(self.classes, "zero_shot.classes", _CLASSES)
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        classes = self._class_names()
+        labels = self._labels(len(classes))
+        templates = _names(self.templates, "zero_shot.templates", _TEMPLATES)
+        members = _ensemble(encode.text, classes, templates, self.batch_size)
+        hits, start = [], 0
+        for pictures in self.examples.batches(self.batch_size):
+            own = labels[start : (start := start + len(pictures))]
+            images = encode.image(pictures)
+            scores = sum(encode.similarity(images, m) for m in members) / len(members)
+            hits.append([_right(scores, own, k) for k in (1, 5)])
+        top1, top5 = np.concatenate(hits, axis=1)
+        count = np.bincount(labels, minlength=len(classes))
+        right = np.bincount(labels, weights=top1, minlength=len(classes))
+        seen = np.flatnonzero(count)
+        accuracy = right[seen] / count[seen]
+        result = {"top1": float(top1.mean()), "mean_per_class": float(accuracy.mean())}
+        if len(classes) > 5:
+            result["top5"] = float(top5.mean())
+        if self.per_class:
+            result |= {f"class/{classes[c]}": float(a) for c, a in zip(seen, accuracy)}
+        return result
+
+    def _class_names(self) -> tuple[str, ...]:
+        own = tuple(self.examples.classes)
+        classes = _names(self.classes, "zero_shot.classes", _CLASSES) or own
+        if not classes:
+            raise ConfigError(
+                "zero_shot.classes",
+                "none, and the data set names none either",
+                "one name for each label",
+                "set classes to the names, or to a text file with one a line",
+            )
+        if own and len(own) != len(classes):
+            raise ConfigError(
+                "zero_shot.classes",
+                f"{len(classes)} names",
+                f"{len(own)}, as many as the data set has classes",
+            )
+        return classes
+
+    def _labels(self, n_classes: int) -> Int[np.ndarray, " n"]:
+        labels = [self.examples.label(row) for row in range(len(self.examples))]
+        if not labels:
+            raise ConfigError("zero_shot.examples", "an empty data set", "at least one example")
+        for row, label in enumerate(labels):
+            if label is None:
+                raise ConfigError(
+                    "zero_shot.examples",
+                    f"row {row} without a label",
+                    "a label for every row",
+                    "a set of captions is what `retrieval` scores",
+                )
+            if not 0 <= label < n_classes:
+                raise ConfigError(
+                    "zero_shot.classes",
+                    f"{n_classes} names, and row {row} with label {label}",
+                    f"a label from 0 to {n_classes - 1}",
+                )
+        return np.asarray(labels)
+
+
+def _names(value: tuple[str, ...] | str, where: str, known: dict[str, str]) -> tuple[str, ...]:
+    """The list that `value` is or names: itself, a known list of open_clip's, or a file's lines."""
+    if not isinstance(value, str):
+        return tuple(value)
+    if value in known:
+        return _from_open_clip(where, known[value])
+    try:
+        lines = pathlib.Path(value).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(
+            where,
+            f"{value!r} ({reason})",
+            "a list, a text file with one entry a line, or one of " + ", ".join(known),
+        ) from None
+    entries = tuple(line.strip() for line in lines if line.strip())
+    if not entries:
+        raise ConfigError(where, f"no line in {value!r}", "one entry a line")
+    return entries
+
+
+def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
+    # Its one file of plain lists is run by itself: importing the package would import torch.
+    package = importlib.util.find_spec("open_clip")
+    folders = package.submodule_search_locations if package else ()
+    files = [pathlib.Path(folder, "zero_shot_metadata.py") for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            where,
+            "no open_clip in this environment",
+            "the package that carries OpenAI's ImageNet names and templates",
+            "pip install open_clip_torch, or the extra clipx[interop]",
+        )
+    entries = runpy.run_path(str(found))[name]
+    return tuple(entry if isinstance(entry, str) else entry("{}") for entry in entries)
+
+
+def _ensemble(
+    encode: Callable[[Sequence[str]], Encoded],
+    classes: Sequence[str],
+    templates: Sequence[str],
+    size: int,
+) -> list[Encoded]:
+    """The classes as texts, one `Encoded` per member of the ensemble; scores are averaged."""
+    members = []
+    for template in templates:
+        prompts = [template.replace("{}", name) for name in classes]
+        parts = [encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
+    if any(m.unit is None or len(jax.tree.leaves(m)) > 1 for m in members):
+        return members
+    mean = _normalise(sum(_normalise(m.unit) for m in members))
+    return [Encoded(unit=mean)]
+
+
+def _normalise(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
+
+
+def _right(
+    scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], k: int
+) -> Float[np.ndarray, " n"]:
+    """The probability that the right class is among the first k, equal scores in random order.
+    A NaN compares as equal."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    above = np.sum(scores > own, axis=1)
+    equal = np.sum(~(own > scores), axis=1) - above  # the right class among them
+    return np.clip((k - above) / equal, 0, 1)

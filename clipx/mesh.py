@@ -1,0 +1,144 @@
+"""The device mesh, and where every array of a run lies on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipx.config import ConfigError
+from clipx.types import BATCH_AXES, PyTree
+
+_SMALL = 2**12  # elements; splitting less than this saves nothing
+# Which dimension of a parameter the tensor axis splits: attention's heads, the MLP's hidden width.
+_TENSOR = (
+    (r"(^|/)qkv/kernel$", -2),
+    (r"(^|/)qkv/bias$", -2),
+    (r"(^|/)out/kernel$", -3),
+    (r"(^|/)mlp_in/kernel$", -1),
+    (r"(^|/)mlp_in/bias$", -1),
+    (r"(^|/)mlp_out/kernel$", -2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one may be -1, which takes what is left."""
+
+    data: int = -1  # rows
+    fsdp: int = 1  # rows, and parameters with their optimizer state
+    tensor: int = 1  # attention heads and MLP width
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        sizes = dataclasses.asdict(self)
+        free = [name for name, size in sizes.items() if size == -1]
+        known = math.prod(size for size in sizes.values() if size != -1)
+        for name, size in sizes.items():
+            if size == 0 or size < -1:
+                raise ConfigError(f"config.mesh.{name}", str(size), "a positive number, or -1")
+        if len(free) > 1:
+            raise ConfigError("config.mesh", f"-1 for {' and '.join(free)}", "-1 for one at most")
+        if free and devices % known == 0:
+            sizes[free[0]] = devices // known
+        if math.prod(sizes.values()) != devices or (free and devices % known):
+            raise ConfigError(
+                "config.mesh",
+                f"{dataclasses.asdict(self)} for {devices} device(s)",
+                f"sizes whose product is {devices}",
+                "mesh.data=-1 takes the devices that are left",
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A mesh over `devices` (default: all), axes data, fsdp, tensor. Axes are of the automatic
+    kind: the partitioner lays out what nobody names."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    shape = tuple(sizes.values())
+    if devices[0].platform == "tpu":  # neighbours on the mesh are neighbours on the wires
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    else:
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    spec: list[str | None] = [None] * len(shape)
+    tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
+    for pattern, axis in _TENSOR if tensor > 1 else ():
+        if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % tensor == 0:
+            spec[axis] = "tensor"
+            break
+    if fsdp > 1 and math.prod(shape) >= _SMALL:
+        free = [i for i, size in enumerate(shape) if spec[i] is None and size % fsdp == 0]
+        if free:
+            spec[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*spec)
+
+
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
+    """A sharding for every leaf of an abstract `TrainState`.
+
+    Parameters and the optimizer's copies of them are split over `tensor` by name and over `fsdp`
+    along the largest dimension that divides; what is small or does not divide is replicated.
+    """
+    sizes = dict(mesh.shape)
+
+    def leaf(path, x):
+        return NamedSharding(mesh, _spec(path_name(path), x.shape, sizes))
+
+    split = jax.tree_util.tree_map_with_path(
+        leaf, {"params": state.params, "opt_state": state.opt_state}
+    )
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    return whole.replace(**split)
+
+
+def path_name(path) -> str:
+    """`image/block_0/qkv/kernel` for a key path of a parameter tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Global arrays from NumPy arrays that every process holds whole."""
+
+    def leaf(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+    """Which of `rows` global rows this process's devices hold, ascending."""
+    index = sharding.addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[i] for i in index.values()]))
+
+
+def put_rows(tree: PyTree, sharding: NamedSharding, held: np.ndarray, rows: int) -> PyTree:
+    """Global arrays of `rows` rows from NumPy arrays of the rows `held` by this process."""
+
+    def leaf(x):
+        def piece(index):
+            wanted = np.arange(rows)[index[0]]
+            return x[np.searchsorted(held, wanted)]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(leaf, tree)

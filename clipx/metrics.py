@@ -1,0 +1,304 @@
+"""What a run says of itself: metrics.jsonl always, a bar or lines, TensorBoard when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+_HEADLINE = ("loss", "loss/chance", "batch/R@1", "learning_rate", "images_per_second")
+
+
+class MetricsError(Exception):
+    """The metrics cannot be written; one line. What was written before is whole."""
+
+
+class Metrics:
+    """A context manager around the loop; every process makes one, process 0 alone writes.
+
+    Opened at `step`, it drops the lines of later steps, which a killed run wrote after its last
+    checkpoint, and repairs a half-written last line: after a resume the file holds the steps that
+    an uninterrupted run's would. `total_steps` may be less than what the file already holds.
+
+    steps_per_epoch: None for a run without epochs. Raises `MetricsError` for a workdir that cannot
+    be written or a full disk, and when TensorBoard is asked for and absent.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        batch_size: int,
+        steps_per_epoch: float | None = None,
+        step: int = 0,
+        tensorboard: bool = False,
+    ):
+        self._path = pathlib.Path(workdir, FILE)
+        self._total, self._batch, self._epoch = total_steps, batch_size, steps_per_epoch
+        self._start, self._tensorboard = step, tensorboard
+        self._main = jax.process_index() == 0
+        self._file = self._bar = self._board = None
+        self._first: tuple[int, float] | None = None  # (step, seconds) where the rate starts
+
+    def __enter__(self) -> Metrics:
+        if not self._main:
+            return self
+        with contextlib.ExitStack() as stack, self._clear_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = stack.enter_context(open(self._path, "ab", buffering=0))
+            self._known = _rewind(self._path, self._start)
+            if self._tensorboard:
+                writer = _tensorboard_writer(self._path.parent / "tensorboard", self._start)
+                self._board = stack.enter_context(writer)
+            if sys.stderr.isatty():
+                bar = tqdm(total=self._total, initial=self._start, unit="step", dynamic_ncols=True)
+                self._bar = stack.enter_context(bar)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._main:
+            self._open.close()
+
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends one line: step, examples, epoch, and `scalars` (numbers or arrays of one number).
+
+        Blocks until the arrays are computed. A row with a `loss` is one of training: it moves the
+        bar's numbers. Any other is an evaluation, shown on a line of its own.
+        """
+        if not self._main:
+            return
+        fetched = jax.device_get(list(scalars.values()))  # one transfer; a dict would be sorted
+        values = {key: _number(value) for key, value in zip(scalars, fetched)}
+        head: dict[str, Any] = {"step": step, "examples": step * self._batch}
+        if self._epoch:
+            head["epoch"] = round(step / self._epoch, 4)
+        if step == self._start:  # a resumed run that evaluates again where it was saved
+            values = {key: v for key, v in values.items() if key not in self._known}
+        if values:
+            self._append(head | values)
+        if self._board is not None:
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(key, value, step)
+        self._show(head, values)
+
+    def progress(self, step: int) -> None:
+        """Moves the bar to `step`. Costs nothing; call it after every step."""
+        if self._main and self._first is None:
+            self._first = (step, time.monotonic())  # compilation is behind us
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Prints a line: above the bar on a terminal, else on stdout."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self._main:
+            print(line, flush=True)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        strict = {k: _strict(v) for k, v in row.items()}
+        line = (json.dumps(strict, allow_nan=False) + "\n").encode()
+        with self._clear_errors():
+            end = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(end)  # no half line stays behind
+                raise
+
+    def _show(self, head: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        training = "loss" in values
+        if training:
+            shown = {k: values[k] for k in _HEADLINE if k in values}
+        else:  # a class each would bury the rest; the file has them
+            shown = {k: v for k, v in values.items() if "/class/" not in k}
+        if training and self._bar is not None:
+            self._bar.set_postfix({k: _short(v) for k, v in shown.items()})
+        elif shown:
+            parts = [f"step {head['step']:,}/{self._total:,}"]
+            if "epoch" in head:
+                parts.append(f"epoch {head['epoch']:.2f}")
+            parts += [f"{key} {_short(value)}" for key, value in shown.items()]
+            if training and (left := self._seconds_left(head["step"])) is not None:
+                parts.append(f"{tqdm.format_interval(left)} left")
+            self.say("  ".join(parts))
+
+    def _seconds_left(self, step: int) -> float | None:
+        if self._first is None or step <= self._first[0]:
+            return None
+        rate = (time.monotonic() - self._first[1]) / (step - self._first[0])
+        return rate * (self._total - step)
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MetricsError(f"cannot write {self._path}: {error.strerror}") from None
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in order; [] without one. NaN and infinities are floats
+    again. A line that is not JSON, as a killed run leaves, is left out."""
+    path = pathlib.Path(workdir, FILE)
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = (_row(line) for line in lines)
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def _rewind(path: pathlib.Path, step: int) -> set[str]:
+    """The keys logged at `step`. Cuts the file after its last line of `step` or before; a run that
+    starts at 0 has nothing to go on from and cuts all.
+
+    Cutting in place needs no room, so it works on a full disk too. Lines are in order of step."""
+    end, known = 0, set()
+    step = step or -1
+    with open(path, "rb") as file:
+        for line in file:
+            row = _row(line)
+            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+                break
+            end += len(line)
+            if row is not None and row["step"] == step:
+                known |= row.keys()
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+    return known
+
+
+def _number(value: Any) -> int | float:
+    array = np.asarray(value)
+    if array.ndim:
+        raise TypeError(f"a metric is one number, not an array of shape {array.shape}")
+    if array.dtype.kind in "iub":
+        return int(array)
+    return float(str(array[()]))  # the shortest digits that read back as the same float32
+
+
+def _short(value: int | float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+
+
+def _strict(value: int | float) -> int | float | str:
+    """JSON has no NaN and no infinity; these are the names that Python and JavaScript both read."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _tensorboard_writer(folder: pathlib.Path, step: int):
+    try:
+        import tensorboardX
+    except ImportError:
+        raise MetricsError(
+            "TensorBoard is asked for and tensorboardX is not installed: "
+            "pip install 'clipx[tensorboard]'"
+        ) from None
+    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+
+
+Part = Literal["data", "evaluate", "save"]
+
+
+class Clock:
+    """Where a run's wall time goes, in seconds: `data` (waiting for a batch), `evaluate`, `save`,
+    and `train`, which is all the rest.
+
+    Steps run on while Python goes ahead, so that no step has a time of its own: whoever enters
+    `evaluate` or `save` first waits for the last step (fetching its metrics does). `totals` is
+    plain, to be saved with the run; `Clock(totals)` goes on from there.
+    """
+
+    def __init__(
+        self,
+        totals: Mapping[str, float] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self._now = now
+        self.totals = dict.fromkeys(("train", "data", "evaluate", "save"), 0.0) | dict(totals or {})
+        self._start = now()
+        self._parts = dict.fromkeys(("data", "evaluate", "save"), 0.0)
+
+    @contextlib.contextmanager
+    def time(self, part: Part) -> Iterator[None]:
+        """Counts the seconds inside to `part`. Parts do not nest."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._parts[part] += self._now() - start
+
+    def interval(self, images: int) -> dict[str, float]:
+        """`images_per_second` and `data_wait_fraction` since the last call, evaluating and saving
+        left out of both; ends the interval and adds it to `totals`."""
+        now = self._now()
+        parts = {"train": now - self._start - sum(self._parts.values()), **self._parts}
+        for part, seconds in parts.items():
+            self.totals[part] += seconds
+        self._start, self._parts = now, dict.fromkeys(self._parts, 0.0)
+        stepping = max(parts["train"] + parts["data"], 1e-9)
+        return {
+            "images_per_second": images / stepping,
+            "data_wait_fraction": parts["data"] / stepping,
+        }
+
+
+# Published dense peaks in bfloat16 with float32 accumulation, without sparsity, per JAX device; for
+# T4 and V100, which have no bfloat16, in float16. A TPU v2 or v3 device is one of its chip's two
+# cores. From NVIDIA's data sheets and architecture papers, and Google Cloud's TPU system pages.
+_PEAK_TFLOPS = {
+    r"(NVIDIA )?A100[- ](SXM4-[48]0GB|PCIE-40GB|80GB PCIe)": 312,
+    r"NVIDIA H100 PCIe": 756,
+    r"NVIDIA H(100|200) NVL": 835,
+    r"NVIDIA (H100 80GB HBM3|H200)": 989,
+    r"NVIDIA GB200": 2500,
+    r"NVIDIA B200": 2250,
+    r"NVIDIA L4": 121,
+    r"(Tesla|NVIDIA) T4": 65,
+    r"(Tesla|NVIDIA) V100-PCIE.*": 112,
+    r"(Tesla|NVIDIA) V100-SXM.*": 125,
+    r"NVIDIA GeForce RTX 4090": 165.2,
+    r"NVIDIA GeForce RTX 3090": 71,
+    r"TPU v2": 22.5,
+    r"TPU v3": 61.5,
+    r"TPU v4": 275,
+    r"TPU v5 ?(lite|e)": 197,
+    r"TPU v5p?": 459,
+    r"TPU v6 ?(lite|e)": 918,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's published peak in floating-point operations a second; None where not known."""
+    kind = device.device_kind
+    for pattern, tera in _PEAK_TFLOPS.items():
+        if re.fullmatch(pattern, kind):
+            return tera * 1e12
+    return None

@@ -1,0 +1,427 @@
+"""What the towers are made of, and `Tower`, what every one of them is.
+
+Compute runs in the tower's `dtype`; parameters are float32; normalisation and softmax run in
+float32 at least. Dropout is drawn from one key per row, so a row's mask depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from clipx.config import ConfigError
+from clipx.types import Encoded, PyTree
+
+# torch's default for linear and convolution kernels: uniform within 1/sqrt(fan_in)
+torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias(fan_in: int):
+    """torch's default initialiser for biases: uniform within 1/sqrt(fan_in)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
+
+    return init
+
+
+def check(ok: bool, where: str, found: Any, expected: str, fix: str = "") -> None:
+    """Raises `ConfigError` unless `ok`."""
+    if not ok:
+        raise ConfigError(where, str(found), expected, fix)
+
+
+def check_name(where: str, name: str, known: Iterable[str]) -> None:
+    """Raises `ConfigError`, with the nearest known name, unless `name` is known."""
+    known = tuple(known)
+    if name not in known:
+        plain = {re.sub(r"\W", "", k).casefold(): k for k in known}
+        near = difflib.get_close_matches(re.sub(r"\W", "", name).casefold(), plain, n=1, cutoff=0)
+        fix = f"did you mean {plain[near[0]]!r}?"
+        raise ConfigError(where, repr(name), "one of " + ", ".join(known), fix)
+
+
+def reduction_dtype(dtype) -> jnp.dtype:
+    """float64 for float64, else float32: what sums, norms and softmax are computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Rows of length 1, float32 at least. Rows shorter than 1e-6 stay shorter than 1, so that value
+    and gradient are finite everywhere."""
+    x = x.astype(reduction_dtype(x.dtype))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+
+
+def mean_tokens(
+    x: Float[Array, "b n c"], valid: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b c"]:
+    """The mean over (valid) tokens, in `x`'s dtype, summed in float32 at least."""
+    weight = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid
+    weight = weight[..., None].astype(reduction_dtype(x.dtype))
+    return ((x * weight).sum(1) / weight.sum(1)).astype(x.dtype)
+
+
+class Tower(nn.Module):
+    """Base of every tower: pictures or token ids in, `Encoded` out. Its fields are config keys.
+
+    `__call__(x, *, train=False, keys=None) -> Encoded` fills every field; row i of each comes from
+    row i of `x` and `keys[i]` (BatchNorm in training excepted). `keys` are typed PRNG keys, needed
+    only when `train` and `dropout`.
+    """
+
+    embed_dim: int = 512  # width of the shared space; 0: no projection, raw is the backbone
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises `ConfigError` for fields that cannot go together. Runs on every Linen clone."""
+        check(self.embed_dim >= 0, self.at("embed_dim"), self.embed_dim, "0 or more")
+
+    @nn.nowrap
+    def at(self, field: str) -> str:
+        """Where a config error about `field` is."""
+        return f"{type(self).__name__}.{field}"
+
+    def encoded(
+        self, pooled: Float[Array, "b c"], tokens: Float[Array, "b n c"], *, bias: bool = False
+    ) -> Encoded:
+        """The four fields, through a projection that starts as N(0, 1/c) (CLIP, clip/model.py).
+        A bias starts as torch's linear layers start it."""
+        raw = pooled
+        if self.embed_dim:
+            width = pooled.shape[-1]
+            raw = nn.Dense(
+                self.embed_dim,
+                use_bias=bias,
+                dtype=jnp.dtype(self.dtype),
+                kernel_init=initializers.normal(width**-0.5),
+                bias_init=torch_bias(width),
+                name="projection",
+            )(pooled)
+        return Encoded(unit=unit(raw), raw=raw, backbone=pooled, tokens=tokens)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation with statistics in float32 at least, variance in two passes."""
+
+    epsilon: float = 1e-5
+    use_fast_variance: bool = False
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over every axis but the last, as torch's BatchNorm.
+
+    In training the statistics are those of the rows given, which in the global view is the whole
+    batch on any mesh. The collection `batch_stats` holds the running mean and the running unbiased
+    variance (flax keeps the biased one), moved by 0.1 a call; it must be mutable in training.
+    """
+
+    dtype: str = "float32"
+    epsilon: float = 1e-5
+    momentum: float = 0.1  # weight of the new statistics, torch's convention
+    scale_init: Any = initializers.ones
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"], *, train: bool = False) -> Float[Array, "... c"]:
+        width = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
+        wide = x.astype(reduction_dtype(x.dtype))
+        mean, var = running_mean.value, running_var.value
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            rows = x.size // width
+            mean = wide.mean(axes)
+            var = jnp.square(wide - mean).mean(axes)
+            if not self.is_initializing():
+                unbiased = var * (rows / max(rows - 1, 1))
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    moved = (1 - self.momentum) * running.value + self.momentum * new
+                    running.value = jax.lax.stop_gradient(moved).astype(running.value.dtype)
+        gain = jax.lax.rsqrt(var + self.epsilon)
+        if self.affine:
+            gain = gain * self.param("scale", self.scale_init, (width,), jnp.float32)
+        y = (wide - mean) * gain
+        if self.affine:
+            y = y + self.param("bias", initializers.zeros, (width,), jnp.float32)
+        return y.astype(self.dtype)
+
+
+@functools.cache
+def _has_cudnn_attention() -> bool:
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+
+
+def attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    *,
+    causal: bool = False,
+    lengths: Int[Array, " b"] | None = None,
+) -> Float[Array, "b t h d"]:
+    """Scaled dot-product attention; of row i only the first `lengths[i]` keys are seen.
+
+    Softmax in float32, or float64 for float64 inputs. cuDNN's fused kernel where the device, the
+    dtype and the shapes have one.
+    """
+    if q.dtype == jnp.float64:  # jax.nn's softmax is float32 whatever the inputs
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+        seen = jnp.ones(logits.shape[-2:], bool)
+        seen = jnp.tril(seen) if causal else seen
+        if lengths is not None:
+            seen = seen & (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=seen), v)
+    fused = (
+        q.dtype == jnp.bfloat16
+        and q.shape == k.shape
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and _has_cudnn_attention()
+    )
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn" if fused else None,
+    )
+
+
+def drop(
+    x: Float[Array, "b n c"], rate: float, keys: Key[Array, " b"] | None, index
+) -> Float[Array, "b n c"]:
+    """`x` with inverted dropout; row i's mask comes from `keys[i]` and `index` alone."""
+    if not rate or keys is None:
+        return x
+    keep = jax.vmap(
+        lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x.shape[1:])
+    )(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def dropout_keys(
+    rate: float, train: bool, keys: Key[Array, " b"] | None
+) -> Key[Array, " b"] | None:
+    """`keys` where dropout is on, else None. Raises `ValueError` where it is on without keys."""
+    if not (train and rate):
+        return None
+    if keys is None:
+        raise ValueError(f"dropout of {rate} in training needs `keys`, one per row")
+    return keys
+
+
+class MLP(nn.Module):
+    """Two dense layers with a GELU between, exact or CLIP's x * sigmoid(1.702 x)."""
+
+    width: int
+    activation: Literal["gelu", "quick_gelu"]
+    dtype: str
+    kernel_inits: tuple[Any, Any] = (torch_uniform, torch_uniform)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        def dense(name, x, width, kernel_init):
+            bias_init = torch_bias(x.shape[-1])
+            return nn.Dense(
+                width, dtype=self.dtype, kernel_init=kernel_init, bias_init=bias_init, name=name
+            )(x)
+
+        y = dense("fc", x, self.width, self.kernel_inits[0])
+        if self.activation == "quick_gelu":
+            y = y * jax.nn.sigmoid(1.702 * y)
+        else:
+            y = jax.nn.gelu(y, approximate=False)
+        return dense("proj", y, x.shape[-1], self.kernel_inits[1])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention. Kernels keep a `heads` axis, for tensor parallelism to split:
+    `qkv` [c, 3, heads, head width], `out` [heads, head width, c]."""
+
+    heads: int
+    causal: bool
+    dtype: str
+    kernel_inits: tuple[Any, Any]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], lengths: Int[Array, " b"] | None
+    ) -> Float[Array, "b n c"]:
+        width = x.shape[-1]
+        qkv = nn.DenseGeneral(
+            (3, self.heads, width // self.heads),
+            dtype=self.dtype,
+            kernel_init=self.kernel_inits[0],
+            name="qkv",
+        )(x)
+        y = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=self.causal, lengths=lengths)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.kernel_inits[1], name="out"
+        )(y)
+
+
+class PoolAttention(nn.Module):
+    """Attention of query tokens over all tokens, heads joined, before any output projection:
+    `q` [c, heads, head width], `kv` [c, 2, heads, head width]."""
+
+    heads: int
+    dtype: str
+    kernel_init: Any
+    bias_init: Any = initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self, queries: Float[Array, "b m c"], tokens: Float[Array, "b n c"]
+    ) -> Float[Array, "b m c"]:
+        shape = (self.heads, tokens.shape[-1] // self.heads)
+        dense = functools.partial(
+            nn.DenseGeneral,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+        )
+        q = dense(shape, name="q")(queries)
+        kv = dense((2, *shape), name="kv")(tokens)
+        return attention(q, kv[:, :, 0], kv[:, :, 1]).reshape(queries.shape)
+
+
+class Block(nn.Module):
+    """One pre-LN transformer block (CLIP, clip/model.py, ResidualAttentionBlock)."""
+
+    heads: int
+    mlp_width: int
+    depth: int  # of the whole transformer: it scales the initialisation
+    activation: Literal["gelu", "quick_gelu"]
+    norm_eps: float
+    dropout: float
+    causal: bool
+    block_init: Literal["clip", "torch"]
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        index: int | Int[Array, ""],
+        lengths: Int[Array, " b"] | None,
+        keys: Key[Array, " b"] | None,
+    ) -> Float[Array, "b n c"]:
+        width = x.shape[-1]
+        if self.block_init == "clip":
+            narrow = initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
+            attention_inits = (initializers.normal(width**-0.5), narrow)
+            mlp_inits = (initializers.normal((2 * width) ** -0.5), narrow)
+        else:
+            attention_inits = (initializers.glorot_uniform(), torch_uniform)
+            mlp_inits = (torch_uniform, torch_uniform)
+        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        y = norm(name="ln_1")(x)
+        y = SelfAttention(self.heads, self.causal, self.dtype, attention_inits, name="attn")(
+            y, lengths
+        )
+        x = x + drop(y, self.dropout, keys, 2 * index)
+        y = norm(name="ln_2")(x)
+        y = MLP(self.mlp_width, self.activation, self.dtype, mlp_inits, name="mlp")(y)
+        return x + drop(y, self.dropout, keys, 2 * index + 1)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks: parameters `block_0`, `block_1`, ..., or, with `scan`, one `blocks` with a
+    leading layer axis (compiled once). `remat`: what the backward pass computes again: nothing, all
+    but the weight products, or whole blocks.
+
+    `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the layers as
+    torch makes them, as CLIP's released code does for pictures (initialize_parameters).
+    """
+
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    causal: bool = False
+    scan: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
+    block_init: Literal["clip", "torch"] = "clip"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        lengths: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b n c"]:
+        cls = Block
+        if self.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.nothing_saveable
+            if self.remat == "dots":
+                policy = policies.dots_with_no_batch_dims_saveable
+            cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
+        make = functools.partial(
+            cls,
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            depth=self.depth,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            causal=self.causal,
+            block_init=self.block_init,
+            dtype=self.dtype,
+        )
+        if not self.scan:
+            for i in range(self.depth):
+                x = make(name=f"block_{i}")(x, i, lengths, keys)
+            return x
+        over_layers = nn.scan(
+            lambda block, x, i: (block(x, i, lengths, keys), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        x, _ = over_layers(make(name="blocks"), x, jnp.arange(self.depth))
+        return x
+
+
+def stack_blocks(params: PyTree) -> PyTree:
+    """`params` with every `block_0`, `block_1`, ... as one `blocks`: the layout of `scan=True`."""
+    if not isinstance(params, dict):
+        return params
+    names = [f"block_{i}" for i in range(sum(k.startswith("block_") for k in params))]
+    rest = {k: stack_blocks(v) for k, v in params.items() if k not in names}
+    if names:
+        rest["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in names))
+    return rest
+
+
+def unstack_blocks(params: PyTree) -> PyTree:
+    """The opposite of `stack_blocks`: the layout of `scan=False`."""
+    if not isinstance(params, dict):
+        return params
+    rest = {k: unstack_blocks(v) for k, v in params.items() if k != "blocks"}
+    if "blocks" in params:
+        depth = len(jax.tree.leaves(params["blocks"])[0])
+        for i in range(depth):
+            rest[f"block_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+    return rest

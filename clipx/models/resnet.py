@@ -1,0 +1,224 @@
+"""Residual networks: CLIP's modified ResNet and the plain one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Float, Key
+
+from clipx.models.layers import (
+    BatchNorm,
+    PoolAttention,
+    Tower,
+    check,
+    check_name,
+    mean_tokens,
+    torch_bias,
+    torch_uniform,
+)
+from clipx.types import Encoded
+
+# blocks per stage and stem width: Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4
+MODIFIED = {
+    "RN50": ((3, 4, 6, 3), 64),
+    "RN101": ((3, 4, 23, 3), 64),
+    "RN50x4": ((4, 6, 10, 6), 80),
+    "RN50x16": ((6, 8, 18, 8), 96),
+    "RN50x64": ((3, 15, 36, 10), 128),
+}
+# He et al. 2015 (arXiv:1512.03385), table 1: blocks per stage, and whether they are bottlenecks
+PLAIN = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+_he_normal = initializers.variance_scaling(2, "fan_out", "normal")  # torchvision's for ResNets
+
+
+def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h w c"]:
+    return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
+
+
+class Residual(nn.Module):
+    """One residual block: two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck.
+
+    `modified` strides by average pooling, in front of the last and of the shortcut's convolution
+    (clip/model.py, Bottleneck); else the 3x3 convolution and the shortcut's stride (torchvision,
+    ResNet v1.5).
+    """
+
+    width: int
+    stride: int
+    bottleneck: bool
+    modified: bool
+    zero_gamma: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b i j k"]:
+        conv, norm = _conv_and_norm(self.modified, self.dtype, train)
+        last_scale = initializers.zeros if self.zero_gamma else initializers.ones
+        conv_stride = 1 if self.modified else self.stride
+        if self.bottleneck:
+            width = self.width * 4
+            y = nn.relu(norm("bn1")(conv("conv1", self.width, 1)(x)))
+            y = nn.relu(norm("bn2")(conv("conv2", self.width, 3, conv_stride)(y)))
+            y = _average(y, self.stride) if self.modified else y
+            y = norm("bn3", last_scale)(conv("conv3", width, 1)(y))
+        else:
+            width = self.width
+            y = nn.relu(norm("bn1")(conv("conv1", width, 3, conv_stride)(x)))
+            y = norm("bn2", last_scale)(conv("conv2", width, 3)(y))
+        if self.stride > 1 or x.shape[-1] != width:
+            x = _average(x, self.stride) if self.modified else x
+            x = norm("bn_shortcut")(conv("conv_shortcut", width, 1, conv_stride)(x))
+        return nn.relu(x + y)
+
+
+def _conv_and_norm(modified: bool, dtype: str, train: bool):
+    """Makers of a convolution without bias, padded as torch pads it, and of a BatchNorm."""
+
+    def conv(name: str, width: int, size: int, stride: int = 1) -> nn.Conv:
+        return nn.Conv(
+            width,
+            (size, size),
+            strides=stride,
+            padding=size // 2,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=torch_uniform if modified else _he_normal,
+            name=name,
+        )
+
+    def norm(name: str, scale_init: Any = initializers.ones):
+        return functools.partial(BatchNorm(dtype, scale_init=scale_init, name=name), train=train)
+
+    return conv, norm
+
+
+class AttentionPool(nn.Module):
+    """The mean token attends to itself and all others (clip/model.py, AttentionPool2d, without its
+    output projection, which is the tower's)."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b c"]:
+        width = tokens.shape[-1]
+        tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
+        normal = initializers.normal(width**-0.5)
+        position = self.param("positional_embedding", normal, tokens.shape[1:], jnp.float32)
+        tokens = tokens + position.astype(tokens.dtype)
+        pool = PoolAttention(self.heads, self.dtype, normal, torch_bias(width), name="attn")
+        return pool(tokens[:, :1], tokens)[:, 0]
+
+
+class ResNet(Tower):
+    """CLIP's modified ResNet (clip/model.py, ModifiedResNet; "RN50", "RN101", "RN50x4", ...), or the
+    plain one (torchvision; "resnet18" to "resnet152").
+
+    The modified one has a stem of three convolutions, strides by average pooling, and attention
+    pooling, whose output projection is the tower's and has a bias. The plain one takes the mean.
+    `blocks` and `width` (of the stem) override the variant's. `tokens` of the result are the last
+    feature map. Pictures come normalised. In training, BatchNorm's rows are the rows given, and the
+    collection `batch_stats` must be mutable.
+    """
+
+    variant: str = "RN50"
+    image_size: int = 224  # pixels
+    width: int | None = None
+    blocks: tuple[int, ...] | None = None
+    zero_gamma: bool = False  # the plain one: blocks start as the identity; the modified always do
+
+    @nn.nowrap
+    def check(self) -> None:
+        super().check()
+        check_name(self.at("variant"), self.variant, [*MODIFIED, *PLAIN])
+        blocks, width = self.shape
+        stride = 2 ** (len(blocks) + 1)
+        check(
+            self.image_size > 0 and (not self.modified or self.image_size % stride == 0),
+            self.at("image_size"),
+            f"{self.image_size} pixels",
+            f"a multiple of {stride}",
+            f"{max(round(self.image_size / stride), 1) * stride} pixels",
+        )
+        check(
+            min(blocks, default=0) > 0,
+            self.at("blocks"),
+            blocks,
+            "at least one block in each stage",
+        )
+        channels = width * 2 ** (len(blocks) + 1)
+        check(
+            width > 0 and width % 2 == 0 and (not self.modified or channels % self.heads == 0),
+            self.at("width"),
+            width,
+            "an even number whose last map splits into heads of about 64",
+        )
+
+    @property
+    def modified(self) -> bool:
+        return self.variant in MODIFIED
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int]:
+        """Blocks per stage and stem width: the variant's, unless a field overrides it."""
+        blocks, width = MODIFIED[self.variant] if self.modified else (PLAIN[self.variant][0], 64)
+        return (
+            blocks if self.blocks is None else self.blocks,
+            width if self.width is None else self.width,
+        )
+
+    @property
+    def heads(self) -> int:
+        """Of the attention pool: 64 wide each (clip/model.py, CLIP)."""
+        blocks, width = self.shape
+        return max(width * 2 ** (len(blocks) + 1) // 64, 1)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w 3"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
+        blocks, width = self.shape
+        modified = self.modified
+        if x.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(f"{self.at('image_size')}: {self.image_size}, pictures: {x.shape}")
+        conv, norm = _conv_and_norm(modified, self.dtype, train)
+        x = x.astype(self.dtype)
+        if modified:
+            x = nn.relu(norm("bn1")(conv("conv1", width // 2, 3, 2)(x)))
+            x = nn.relu(norm("bn2")(conv("conv2", width // 2, 3)(x)))
+            x = nn.relu(norm("bn3")(conv("conv3", width, 3)(x)))
+            x = _average(x, 2)
+        else:
+            x = nn.relu(norm("bn1")(conv("conv1", width, 7, 2)(x)))
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                x = Residual(
+                    width * 2**stage,
+                    stride=2 if stage and not i else 1,
+                    bottleneck=modified or PLAIN[self.variant][1],
+                    modified=modified,
+                    zero_gamma=modified or self.zero_gamma,
+                    dtype=self.dtype,
+                    name=f"stage_{stage}_{i}",
+                )(x, train=train)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if modified:
+            pooled = AttentionPool(self.heads, self.dtype, name="pool")(tokens)
+        else:
+            pooled = mean_tokens(tokens)
+        return self.encoded(pooled, tokens, bias=modified)

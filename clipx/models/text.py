@@ -1,0 +1,115 @@
+"""The text transformer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Int32, Key
+
+from clipx.models.layers import LayerNorm, Tower, Transformer, check, dropout_keys, mean_tokens
+from clipx.types import Encoded
+
+
+class TextTransformer(Tower):
+    """CLIP's text transformer (clip/model.py), or, with `causal=False`, a bidirectional one.
+
+    `pool`: the token at the first `eot_id` (in a row without one, the last token), the last token,
+    or the mean. With `mask_padding`, padding is neither attended to nor pooled; padding is what
+    follows the first `eot_id`, or, in a row without one, the `pad_id`s at its end (CLIP's pad id is
+    also the id of "!", so an id alone does not make a padding). `tokens` of the result are all
+    tokens after the last LayerNorm. Texts may be shorter than `context`.
+    """
+
+    vocab_size: int = 49408
+    context: int = 77  # tokens
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    causal: bool = True
+    pool: Literal["eot", "last", "mean"] = "eot"
+    eot_id: int = 49407
+    pad_id: int = 0
+    mask_padding: bool = False
+    projection_bias: bool = False  # CLIP has none, DeCLIP one
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    scan: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
+
+    @nn.nowrap
+    def check(self) -> None:
+        super().check()
+        for field in ("vocab_size", "context", "width", "depth", "heads"):
+            check(getattr(self, field) > 0, self.at(field), getattr(self, field), "1 or more")
+        check(
+            self.width % self.heads == 0,
+            self.at("heads"),
+            f"{self.heads} heads for a width of {self.width}",
+            "a number that divides the width",
+        )
+        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
+        if self.pool == "eot" or self.mask_padding:
+            check(
+                0 <= self.eot_id < self.vocab_size,
+                self.at("eot_id"),
+                f"{self.eot_id} with a vocabulary of {self.vocab_size}",
+                "an id of the vocabulary",
+            )
+
+    @nn.compact
+    def __call__(
+        self, x: Int32[Array, "b n"], *, train: bool = False, keys: Key[Array, " b"] | None = None
+    ) -> Encoded:
+        ids, (rows, length) = x, x.shape
+        if length > self.context:
+            raise ValueError(f"{self.at('context')}: {self.context}, texts: {x.shape}")
+        table = self.param(
+            "token_embedding",
+            initializers.normal(0.02),
+            (self.vocab_size, self.width),
+            jnp.float32,
+        )
+        # looked up before the cast, so that a frequent token's gradient is summed in float32; an id
+        # outside the table becomes NaN rather than some other token
+        x = jnp.take(table, ids, axis=0).astype(self.dtype)
+        position = self.param(
+            "positional_embedding",
+            initializers.normal(0.01),
+            (self.context, self.width),
+            jnp.float32,
+        )
+        x = x + position[:length].astype(x.dtype)
+        is_eot = ids == self.eot_id
+        has_eot = is_eot.any(axis=1)
+        eot = jnp.where(has_eot, is_eot.argmax(axis=1), length - 1)
+        lengths = None
+        if self.mask_padding:
+            text_end = length - (ids != self.pad_id)[:, ::-1].argmax(axis=1)
+            lengths = jnp.where(has_eot, eot + 1, text_end)
+        x = Transformer(
+            depth=self.depth,
+            heads=self.heads,
+            mlp_width=round(self.width * self.mlp_ratio),
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            causal=self.causal,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=self.dtype,
+            name="transformer",
+        )(x, lengths, dropout_keys(self.dropout, train, keys))
+        tokens = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_final")(x)
+        if self.pool == "mean":
+            valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
+            pooled = mean_tokens(tokens, valid)
+        else:
+            last = jnp.full(rows, length - 1) if lengths is None else lengths - 1
+            at = eot if self.pool == "eot" else last
+            pooled = jnp.take_along_axis(tokens, at[:, None, None], axis=1)[:, 0]
+        return self.encoded(pooled, tokens, bias=self.projection_bias)

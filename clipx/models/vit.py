@@ -1,0 +1,183 @@
+"""The vision transformer."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Float, Key
+
+from clipx.models.layers import (
+    MLP,
+    LayerNorm,
+    PoolAttention,
+    Tower,
+    Transformer,
+    check,
+    check_name,
+    dropout_keys,
+    mean_tokens,
+    torch_uniform,
+)
+from clipx.types import Encoded
+
+# width, depth, heads, mlp width: Zhai et al. 2022 (arXiv:2106.04560), table 2; bigG is G's other name
+SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "M": (512, 12, 8, 2048),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "So400m": (1152, 27, 16, 4304),
+    "H": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+    "G": (1664, 48, 16, 8192),
+    "bigG": (1664, 48, 16, 8192),
+}
+
+
+class MapHead(nn.Module):
+    """One learned query attends to all tokens, then a residual MLP (big_vision, models/vit.py,
+    MAPHead)."""
+
+    heads: int
+    mlp_width: int
+    activation: Literal["gelu", "quick_gelu"]
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b c"]:
+        width = tokens.shape[-1]
+        glorot = initializers.glorot_uniform()
+        probe = self.param("probe", glorot, (1, width), jnp.float32).astype(self.dtype)
+        x = PoolAttention(self.heads, self.dtype, glorot, name="attn")(
+            jnp.broadcast_to(probe, (tokens.shape[0], 1, width)), tokens
+        )[:, 0]
+        x = nn.Dense(width, dtype=self.dtype, kernel_init=glorot, name="out")(x)
+        y = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln")(x)
+        inits = (glorot, glorot)
+        return x + MLP(self.mlp_width, self.activation, self.dtype, inits, name="mlp")(y)
+
+
+class ViT(Tower):
+    """A vision transformer after CLIP's (clip/model.py, VisionTransformer), of any size.
+
+    `variant` names size and patch, as "ViT-B/32"; `width`, `depth`, `heads`, `patch`, `mlp_ratio`
+    override what it says. `pool`: the class token after `ln_post`; or, without class token and with
+    `ln_post` over all tokens, their mean or attention pooling. `tokens` of the result are the patch
+    tokens before `ln_post`. Pictures come normalised.
+    """
+
+    variant: str = "ViT-B/32"
+    image_size: int = 224  # pixels
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    patch: int | None = None  # pixels
+    mlp_ratio: float | None = None
+    pool: Literal["class", "mean", "attention"] = "class"
+    pre_norm: bool = True  # CLIP's LayerNorm before the first block
+    block_init: Literal["torch", "clip"] = "torch"  # "clip": as the text tower's, scaled by depth
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    scan: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
+
+    @nn.nowrap
+    def check(self) -> None:
+        super().check()
+        width, depth, heads, _, patch = self.shape
+        for field, size in zip(("width", "depth", "heads", "mlp_ratio", "patch"), self.shape):
+            check(size > 0, self.at(field), size, "1 or more")
+        check(
+            self.image_size > 0 and self.image_size % patch == 0,
+            self.at("image_size"),
+            f"{self.image_size} pixels with a patch of {patch}",
+            "a multiple of the patch",
+            f"{max(round(self.image_size / patch), 1) * patch} pixels",
+        )
+        check(
+            width % heads == 0,
+            self.at("heads"),
+            f"{heads} heads for a width of {width}",
+            "a number that divides the width",
+        )
+        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Width, depth, heads, MLP width and patch: the variant's, unless a field overrides it."""
+        digits = re.search(r"[0-9]*$", self.variant)[0]
+        known = [f"ViT-{size}/{digits or 32}" for size in SIZES]
+        check_name(self.at("variant"), self.variant, known)
+        width, depth, heads, mlp_width = SIZES[self.variant[4 : -len(digits) - 1]]
+        ratio = mlp_width / width if self.mlp_ratio is None else self.mlp_ratio
+        width = width if self.width is None else self.width
+        return (
+            width,
+            depth if self.depth is None else self.depth,
+            heads if self.heads is None else self.heads,
+            round(width * ratio),
+            int(digits) if self.patch is None else self.patch,
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w 3"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
+        width, depth, heads, mlp_width, patch = self.shape
+        if x.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(f"{self.at('image_size')}: {self.image_size}, pictures: {x.shape}")
+        side, rows = self.image_size // patch, x.shape[0]
+        x = x.reshape(rows, side, patch, side, patch, 3).swapaxes(2, 3)
+        x = nn.DenseGeneral(
+            width,
+            axis=(-3, -2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=torch_uniform,
+            name="patch_embedding",
+        )(x).reshape(rows, side * side, width)
+        normal = initializers.normal(width**-0.5)
+        first = int(self.pool == "class")  # patch tokens start here
+        if first:
+            token = self.param("class_embedding", normal, (width,), jnp.float32)
+            token = jnp.broadcast_to(token.astype(x.dtype), (rows, 1, width))
+            x = jnp.concatenate([token, x], axis=1)
+        position = self.param("positional_embedding", normal, x.shape[1:], jnp.float32)
+        x = x + position.astype(x.dtype)
+        if self.pre_norm:
+            x = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_pre")(x)
+        x = Transformer(
+            depth=depth,
+            heads=heads,
+            mlp_width=mlp_width,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            scan=self.scan,
+            remat=self.remat,
+            block_init=self.block_init,
+            dtype=self.dtype,
+            name="transformer",
+        )(x, keys=dropout_keys(self.dropout, train, keys))
+        tokens = x[:, first:]
+        ln_post = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_post")
+        if self.pool == "class":
+            pooled = ln_post(x[:, 0])
+        elif self.pool == "mean":
+            pooled = mean_tokens(ln_post(x))
+        else:
+            pooled = MapHead(
+                heads, mlp_width, self.activation, self.norm_eps, self.dtype, name="pool"
+            )(ln_post(x))
+        return self.encoded(pooled, tokens)

@@ -1,0 +1,98 @@
+"""What a run minimises: two towers, `embed` in which rows are alone, `loss` in which they meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key, UInt8
+
+from clipx import augment
+from clipx.models.layers import Tower
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
+
+
+class Objective(nn.Module):
+    """A method. Subclasses add their constants as fields, which are their config keys, and write
+    `embed` and `loss`; the rest has defaults that suit a method of two plain towers.
+
+    Everything is written in the global view, as if there were one device. Row i of what `embed`
+    returns comes from row i of the batch and key i alone (but for BatchNorm inside a tower).
+    """
+
+    image: Tower
+    text: Tower
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that a crop covers
+    mean: tuple[float, float, float] = augment.OPENAI_MEAN  # of RGB in 0..1
+    std: tuple[float, float, float] = augment.OPENAI_STD
+
+    @property
+    def episode(self) -> int | None:
+        """Steps between two calls of `refresh`; None: never."""
+        return None
+
+    @property
+    def views(self) -> Views:
+        """What the data pipeline must deliver."""
+        return Views((View(self.crop_scale, "none"),))
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """The fields of `Encoded` that `similarity` reads."""
+        return ("unit",)
+
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> Features:
+        """Features of every row, each from its own row of the batch and its own key."""
+        raise TypeError(f"{type(self).__name__} has no embed")
+
+    def loss(self, features: Features, memory: PyTree, *, train: bool) -> Loss:
+        """The loss over all rows, its metrics, and the memory of the next step."""
+        raise TypeError(f"{type(self).__name__} has no loss")
+
+    def init_memory(self) -> PyTree:
+        """The memory of step 0."""
+        return {}
+
+    def refresh(self, memory: PyTree, features: Features, *, key: Key[Array, ""]) -> PyTree:
+        """The memory of a new episode, from the features of all its rows."""
+        return memory
+
+    def encode_image(
+        self,
+        image: UInt8[Array, "b h w 3"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
+        """The image tower's rows, for pictures as a user has them: uint8, RGB."""
+        return self.image(augment.normalize(image, self.mean, self.std), train=train, keys=keys)
+
+    def encode_text(
+        self,
+        text: Int32[Array, "b n"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
+        """The text tower's rows, for token ids."""
+        return self.text(text, train=train, keys=keys)
+
+    def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
+        """The score of every picture with every text: the product of unit rows."""
+        return jnp.einsum("id,td->it", images.unit, texts.unit, precision=jax.lax.Precision.HIGHEST)
+
+    def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
+        """`embed` and `loss` in one: what initialisation traces, so that every parameter exists."""
+        return self.loss(self.embed(batch, keys, train=True), memory, train=True)
+
+
+def tower_keys(keys: Key[Array, " b"], tower: int) -> Key[Array, " b"]:
+    """One key per row for one use of a tower, independent of the other towers' and views'."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, tower)
+
+
+def scalar(module: nn.Module, name: str, value: float) -> Any:
+    """A learned float32 scalar that starts at `value`."""
+    return module.param(name, nn.initializers.constant(value), (), jnp.float32)

@@ -1,0 +1,48 @@
+"""CLIP: each picture picks its caption among all captions of the batch, and the reverse."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipx import losses
+from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.types import Features, Loss
+
+
+class ClipFeatures(Features):
+    image: Float[Array, "b d"]
+    text: Float[Array, "b d"]
+
+
+class CLIP(Objective):
+    """Symmetric InfoNCE with a learned temperature (arXiv 2103.00020, section 2.3).
+
+    `logit_scale` is the logarithm of the scale; the recipe keeps it below ln 100 through a `clamp`
+    in the optimizer's rules. `groups` = n: rows are negatives only within B/n rows.
+    """
+
+    logit_scale_init: float = math.log(1 / 0.07)
+    groups: int = 1
+
+    def setup(self):
+        self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
+
+    def embed(self, batch, keys, *, train):
+        image = self.encode_image(batch.image[:, 0], train=train, keys=tower_keys(keys, 0))
+        text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
+        return ClipFeatures(image=image.unit, text=text.unit)
+
+    def loss(self, features, memory, *, train):
+        image, text = features.image, features.text
+        scale = jnp.exp(self.logit_scale)
+        value = jnp.mean(losses.info_nce(image, text, scale=scale, groups=self.groups))
+        metrics = {
+            "loss": value,
+            "loss/chance": math.log(image.shape[0] // self.groups),
+            "batch/R@1": jnp.mean(losses.recall_at_1(image, text, groups=self.groups)),
+            "logit_scale": scale,
+        }
+        return Loss(value, metrics, memory)

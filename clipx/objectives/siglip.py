@@ -1,0 +1,52 @@
+"""SigLIP: every picture-caption pair of the batch is judged alone, match or no match."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+
+from clipx import losses
+from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.objectives.clip import ClipFeatures
+from clipx.types import Loss
+
+
+class SigLIP(Objective):
+    """Pairwise sigmoid loss, summed over a row's pairs (arXiv 2303.15343, algorithm 1).
+
+    `logit_scale` is the logarithm of the scale and starts at ln 10, `logit_bias` at -10, so that
+    the many negatives start out near zero loss (section 3.2 of the paper). `groups` = n: rows are
+    negatives only within B/n rows.
+    """
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    logit_scale_init: float = math.log(10.0)
+    logit_bias_init: float = -10.0
+    groups: int = 1
+
+    def setup(self):
+        self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
+        self.logit_bias = scalar(self, "logit_bias", self.logit_bias_init)
+
+    def embed(self, batch, keys, *, train):
+        image = self.encode_image(batch.image[:, 0], train=train, keys=tower_keys(keys, 0))
+        text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
+        return ClipFeatures(image=image.unit, text=text.unit)
+
+    def loss(self, features, memory, *, train):
+        image, text = features.image, features.text
+        scale = jnp.exp(self.logit_scale)
+        value = jnp.mean(
+            losses.sigmoid(image, text, scale=scale, bias=self.logit_bias, groups=self.groups)
+        )
+        rows = image.shape[0] // self.groups
+        metrics = {
+            "loss": value,
+            "loss/chance": math.log(rows) + (rows - 1) * math.log(rows / max(rows - 1, 1)),
+            "batch/R@1": jnp.mean(losses.recall_at_1(image, text, groups=self.groups)),
+            "logit_scale": scale,
+            "logit_bias": self.logit_bias,
+        }
+        return Loss(value, metrics, memory)

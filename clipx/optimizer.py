@@ -1,0 +1,196 @@
+"""Optimizer chains, schedules and per-parameter rules, all from optax."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipx.config import ConfigError, duration
+from clipx.mesh import path_name
+from clipx.types import PyTree
+
+_WHERE = "config.optimizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What holds for the parameters whose path matches `pattern` (a regex, searched)."""
+
+    pattern: str
+    learning_rate: float = 1.0  # times the schedule
+    weight_decay: float = 1.0  # times the optimizer's
+    clamp: tuple[float, float] | None = None  # the parameter stays within
+
+
+# Weight decay is for matrices: gains, biases, embeddings of a single token and the two logit
+# scalars are left out, as in open_clip. The scale stays at most 100 (arXiv 2103.00020, 2.5).
+DEFAULT_RULES = (
+    Rule(r"(^|/)logit_scale$", weight_decay=0.0, clamp=(0.0, 4.6051702)),
+    Rule(r"(^|/)(bias|scale|logit_bias|class_embedding|probe)$", weight_decay=0.0),
+    Rule(r".*"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 5e-4  # at the end of the warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_learning_rate: float = 0.0  # at the run's last step
+    warmup_steps: int | None = None
+    warmup_epochs: float | None = None
+    warmup_examples: int | None = None
+    weight_decay: float = 0.2  # decoupled: times the learning rate
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    mu_dtype: str = "float32"  # of Adam's first moment or SGD's trace
+    momentum: float = 0.9  # SGD's
+    nesterov: bool = False
+    clip_norm: float | None = None  # of the whole gradient
+    rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
+
+
+def make_schedule(
+    config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
+) -> optax.Schedule:
+    """Learning rate by update: linear warm-up from 0, then the named decay to the last step.
+
+    With `steps` None (a length in epochs, data not open yet) the schedule is constant: such a run
+    can be traced and planned, and is assembled anew before it trains.
+    """
+    peak, final = config.learning_rate, config.final_learning_rate
+    warmup = duration(dataclasses.asdict(config), "warmup", where=_WHERE, optional=True)
+    warm = warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
+    if steps is None or warm is None:
+        return optax.constant_schedule(peak)
+    if warm > steps:
+        raise ConfigError(
+            warmup.where,
+            f"a warm-up of {warm} steps",
+            f"at most the run's {steps} steps",
+            f"{warmup.where}={steps // 10}" if warmup.unit == "steps" else "a shorter warm-up",
+        )
+    rest = max(steps - warm, 1)
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final / peak if peak else 0.0),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    if not warm:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), decay], [warm])
+
+
+def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
+    """The index of the rule that claims each parameter, in the shape of `params`.
+
+    Raises `ConfigError` for a parameter that no rule claims and a rule that claims none.
+    """
+    compiled = []
+    for i, rule in enumerate(rules):
+        try:
+            compiled.append(re.compile(rule.pattern))
+        except re.error as error:
+            where = f"{_WHERE}.rules[{i}].pattern"
+            raise ConfigError(where, repr(rule.pattern), f"a regex: {error}") from None
+    paths = []
+
+    def first(path, _):
+        name = path_name(path)
+        paths.append(name)
+        for i, pattern in enumerate(compiled):
+            if pattern.search(name):
+                return i
+        raise ConfigError(
+            f"{_WHERE}.rules", f"no rule for {name}", "a rule for every parameter", "add '.*' last"
+        )
+
+    claims = jax.tree_util.tree_map_with_path(first, params)
+    unused = set(range(len(rules))) - set(jax.tree.leaves(claims))
+    for i in sorted(unused):
+        matched = [p for p in paths if compiled[i].search(p)]
+        found = (
+            f"{rules[i].pattern!r} matches only what earlier rules claim, {matched[0]} for one"
+            if matched
+            else f"{rules[i].pattern!r} matches no parameter"
+        )
+        raise ConfigError(
+            f"{_WHERE}.rules[{i}]",
+            found,
+            "each rule claims a parameter",
+            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
+        )
+    return claims
+
+
+def _clamp(rules, claims) -> optax.GradientTransformation:
+    """Shortens updates so that clamped parameters end within their bounds."""
+
+    def update(updates, state, params):
+        def leaf(u, p, i):
+            if rules[i].clamp is None:
+                return u
+            return jnp.clip(p + u, *rules[i].clamp) - p
+
+        return jax.tree.map(leaf, updates, params, claims), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: Callable, params: PyTree
+) -> optax.GradientTransformation:
+    """The whole chain for parameters of these paths (abstract ones will do): clip, moments,
+    decoupled weight decay, learning rate, clamp."""
+    claims = claim(config.rules, params)
+
+    def times(field):
+        return jax.tree.map(lambda i: getattr(config.rules[i], field), claims)
+
+    def scaled(factors):
+        return optax.stateless(
+            lambda updates, _: jax.tree.map(
+                lambda u, f: u if f == 1.0 else u * jnp.asarray(f, u.dtype), updates, factors
+            )
+        )
+
+    decay = times("weight_decay")
+    chain = []
+    if config.clip_norm is not None:
+        chain.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.name == "adamw":
+        chain.append(
+            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+        )
+    else:
+        chain.append(optax.trace(config.momentum, config.nesterov, config.mu_dtype))
+    chain.append(
+        optax.stateless(
+            lambda updates, params: jax.tree.map(
+                lambda u, p, f: u + jnp.asarray(config.weight_decay * f, u.dtype) * p if f else u,
+                updates,
+                params,
+                decay,
+            )
+        )
+    )
+    chain += [scaled(times("learning_rate")), optax.scale_by_learning_rate(schedule)]
+    return optax.chain(*chain, _clamp(config.rules, claims))
+
+
+def updates_done(opt_state: PyTree) -> jax.Array | None:
+    """How many updates the schedule has seen, which is steps less those skipped; None for an
+    optimizer without a schedule."""
+
+    def scheduled(node):
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=scheduled) if scheduled(s)]
+    return found[0].count if found else None

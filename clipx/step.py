@@ -1,0 +1,146 @@
+"""One step of training: micro-batches through the towers, one loss over all rows, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32, Key
+
+from clipx.objectives.base import Objective
+from clipx.optimizer import updates_done
+from clipx.types import Batch, Features, Metrics, PyTree, TrainState, constrain_rows
+
+
+def row_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
+    """One key per row, a pure function of (seed, step, place in the batch): the same augmentation
+    and dropout on any mesh, and nothing random to store."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def init_state(
+    objective: Objective, optimizer: optax.GradientTransformation, batch: Batch, *, seed: int
+) -> TrainState:
+    """The state of step 0. Only the shapes of `batch` matter; call it under `jax.eval_shape` for an
+    abstract state, under `jax.jit` with output shardings for arrays created in place."""
+    memory = objective.init_memory()
+    keys = row_keys(seed, jnp.int32(0), batch.row.shape[0])
+    variables = objective.init(jax.random.key(seed), batch, keys, memory)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        batch_stats=variables.get("batch_stats", {}),
+        memory=memory,
+    )
+
+
+def _slices(tree: PyTree, count: int) -> PyTree:
+    """Strided slices [count, b/count, ...]: slice k holds rows k, k+count, ..., so that each stays
+    spread over all devices."""
+
+    def leaf(x):
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return constrain_rows(jax.tree.map(leaf, tree), axis=1)
+
+
+def _whole(tree: PyTree) -> PyTree:
+    """Undoes `_slices`: rows in their order again."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def embed_rows(
+    objective: Objective,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: Batch,
+    keys: Key[Array, " b"],
+    *,
+    microbatches: int,
+) -> tuple[Features, PyTree]:
+    """Features of the whole batch and the running statistics after it.
+
+    With several micro-batches each is recomputed in the backward pass, so that the towers'
+    activations are held for one at a time, while the loss still sees every row.
+    """
+
+    def embed(stats, slice_):
+        batch, keys = slice_
+        features, changed = objective.apply(
+            {"params": params, "batch_stats": stats},
+            batch,
+            keys,
+            train=True,
+            method="embed",
+            mutable=["batch_stats"],
+        )
+        return changed.get("batch_stats", stats), constrain_rows(features)
+
+    if microbatches == 1:
+        stats, features = embed(batch_stats, (batch, keys))
+        return features, stats
+    stats, features = jax.lax.scan(
+        jax.checkpoint(embed), batch_stats, _slices((batch, keys), microbatches)
+    )
+    return constrain_rows(_whole(features)), stats
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
+
+    The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging
+    the losses of small batches would shrink a contrastive loss's negatives. A step whose loss or
+    gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        keys = row_keys(seed, state.step, batch.row.shape[0])
+
+        def loss_fn(params):
+            features, stats = embed_rows(
+                objective, params, state.batch_stats, batch, keys, microbatches=microbatches
+            )
+            loss, changed = objective.apply(
+                {"params": params, "batch_stats": stats},
+                features,
+                state.memory,
+                train=True,
+                method="loss",
+                mutable=["batch_stats"],
+            )
+            return loss.value, (loss, changed.get("batch_stats", stats))
+
+        grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss.value)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(
+            step=state.step,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            batch_stats=stats,
+            memory=loss.memory,
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = {
+            **loss.metrics,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(new.params),
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        if (updates := updates_done(new.opt_state)) is not None:
+            metrics["updates"] = updates
+        return new.replace(step=state.step + 1), metrics
+
+    return train_step

@@ -1,0 +1,294 @@
+"""`python -m clipx.train --config=configs/clip.py --workdir=DIR`: trains, evaluates, saves, and
+goes on where it stopped when started again."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from clipx import cli, report
+from clipx.checkpoint import (
+    Checkpoints,
+    prepare_workdir,
+    read_json,
+    refuse_other_config,
+    write_json,
+)
+from clipx.cli import RunError
+from clipx.data import tokenizers
+from clipx.data.base import Source
+from clipx.encode import Interrupted
+from clipx.metrics import Clock, Metrics, peak_flops
+from clipx.run import Run, assemble, flops
+from clipx.types import TrainState
+
+_AHEAD = 2  # steps that the host runs ahead of the devices
+
+
+def describe(run: Run, source: Source) -> list[str]:
+    """What is about to happen, in the units people think in."""
+    batch, steps = run.batch_size, run.steps
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.state.params))
+    devices = collections.Counter(d.device_kind for d in run.mesh.devices.flat)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in devices.items())
+    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    return [
+        f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
+        f"{jax.process_count()} process(es)",
+        f"{run.data.source}: {len(source):,} rows, {run.steps_per_epoch:,} steps an epoch at "
+        f"batch {batch:,}",
+        f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples",
+    ]
+
+
+class Stop:
+    """Whether the run was told to stop: SIGTERM or SIGINT here, or preemption of any process."""
+
+    def __init__(self):
+        self.asked = False
+        self._old = {}
+
+    def __enter__(self) -> Stop:
+        # With several processes SIGTERM is JAX's, which makes all of them stop at one step.
+        numbers = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        with contextlib.suppress(ValueError):  # not in the main thread: no signals, then
+            self._old = {n: signal.signal(n, self._ask) for n in numbers}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(number, self._old[number])  # a second one acts at once
+
+    def at(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+@dataclasses.dataclass
+class Trainer:
+    """One run in one workdir, from its first step here to its last."""
+
+    run: Run
+    workdir: pathlib.Path
+    source: Source
+    checkpoints: Checkpoints
+    metrics: Metrics
+    clock: Clock
+    stop: Stop
+    results: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last evaluation
+    _skipped: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    _read: int = 0
+    _bad: int = 0
+    _logged: int = 0
+
+    def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
+        """The state after the last step, and whether it is that of the run's end.
+
+        The order is evaluate, save, draw, step, log: what is saved is never behind what was drawn.
+        """
+        run, train = self.run, self.run.config.train
+        feed = run.feed(self.source, start=start)
+        pending: collections.deque = collections.deque()
+        self._logged = start
+        for step in range(start, run.steps + 1):
+            last, stopping = step == run.steps, self.stop.at(step)
+            evaluate = last or _due(step, train.eval_every_steps)
+            if last or stopping or evaluate or _due(step, train.save_every_steps):
+                self._drain(pending, 0)
+            if evaluate and not stopping:
+                stopping = not self._evaluate(state, step)
+            if last or stopping or (_due(step, train.save_every_steps) and step > start):
+                self._save(state, step)
+            if last or stopping:
+                break
+            with self.clock.time("data"):
+                batch, known = next(feed)
+            self._watch(known)
+            with jax.transfer_guard("disallow"):
+                state, metrics = run.train_step(state, batch)
+            pending.append((step + 1, known["row"], metrics))
+            self._drain(pending, _AHEAD)
+        with self.clock.time("save"):
+            self.checkpoints.wait()
+        return state, last
+
+    def _drain(self, pending: collections.deque, keep: int) -> None:
+        """Takes in the metrics of all but the newest `keep` steps: waits for them, logs those that
+        are due, and stops the run if too many steps in a row were not finite."""
+        train = self.run.config.train
+        while len(pending) > keep:
+            step, rows, metrics = pending.popleft()
+            self.metrics.progress(step)
+            metrics = jax.device_get(metrics)
+            if metrics["skipped"]:
+                self._skipped.append((step, rows))
+                if len(self._skipped) >= train.max_skipped_steps:
+                    raise RunError(self._not_finite())
+            else:
+                self._skipped.clear()
+            if _due(step, train.log_every_steps) or step == self.run.steps:
+                self._log(step, metrics)
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        steps, self._logged = step - self._logged, step
+        speed = self.clock.interval(steps * self.run.batch_size)
+        metrics = dict(metrics) | speed
+        metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
+        metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
+        peak, work = peak_flops(self.run.mesh.devices.flat[0]), flops(self.run.train_step)
+        if peak and work:
+            rate = speed["images_per_second"] / self.run.batch_size
+            metrics["mfu"] = work * rate / peak
+        self.metrics.log(step, metrics)
+
+    def _evaluate(self, state: TrainState, step: int) -> bool:
+        """Runs every eval and logs it; False if the run was told to stop meanwhile."""
+        results = {}
+        encode = self.run.encode(state, interrupted=lambda: self.stop.asked)
+        with self.clock.time("evaluate"):
+            for name, open_evaluator in self.run.evaluators().items():
+                try:
+                    found = open_evaluator()(encode)
+                except Interrupted:
+                    return False
+                results |= {f"{name}/{key}": value for key, value in found.items()}
+        self.results = results
+        self.metrics.log(step, results)
+        best = self.run.config.train.best
+        if best and best not in results:
+            raise cli.ConfigError(
+                "config.train.best", repr(best), "one of " + ", ".join(sorted(results))
+            )
+        return True
+
+    def _save(self, state: TrainState, step: int) -> None:
+        with self.clock.time("save"):
+            extra = {
+                "config": self.run.complete,
+                "tokenizer": self.run.tokenizer.save(),
+                "rows": self.run.rows,
+                "seconds": self.clock.totals,
+            }
+            self.checkpoints.save(step, state, extra, self.results)
+
+    def _watch(self, known: dict[str, Any]) -> None:
+        """Counts the rows that could not be read, names them, and stops the run at too many."""
+        self._read += len(known["row"])
+        for reason in known["bad"]:
+            if reason:
+                self._bad += 1
+                self.metrics.say(f"bad row, another stands in: {reason}")
+        limit = self.run.data.max_bad_fraction
+        if self._bad > limit * max(self._read, 10_000):
+            raise RunError(
+                f"{self._bad} of {self._read} rows could not be read, more than "
+                f"config.data.max_bad_fraction={limit}; the lines above name them"
+            )
+
+    def _not_finite(self) -> str:
+        lines = [
+            f"{len(self._skipped)} steps in a row had a loss or gradient that is not finite "
+            "(config.train.max_skipped_steps); no parameter was changed by them. Their rows:"
+        ]
+        for step, rows in self._skipped:
+            names = ", ".join(f"{row} ({self.source[int(row)].key})" for row in rows[:4])
+            lines.append(f"  step {step}: {names}, ... ({len(rows)} rows)")
+        lines.append(f"The last checkpoint is that of step {self.checkpoints.latest}.")
+        return "\n".join(lines)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+def _tokenizer(run: Run, workdir: pathlib.Path, source: Source, resuming: bool):
+    """The run's tokenizer, from the workdir when the run goes on. Process 0 makes it; the others
+    read the file that it wrote."""
+    path = workdir / "tokenizer.json"
+    if not (resuming and path.exists()) and jax.process_index() == 0:
+        write_json(path, run.open_tokenizer(source).save())
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    return tokenizers.load(read_json(path))
+
+
+def train(config: dict[str, Any], workdir: str) -> int:
+    """Trains `config` in `workdir` and returns the exit code."""
+    started = time.perf_counter()
+    run = assemble(config)
+    folder = prepare_workdir(workdir)
+    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=run.config.train.best)
+    start = checkpoints.latest
+    if start is not None:
+        refuse_other_config(folder, run.complete)
+    source = run.source.open()
+    tokenizer = _tokenizer(run, folder, source, start is not None)
+    run = run.with_data(len(source), tokenizer)
+    main = jax.process_index() == 0
+    if main:
+        write_json(folder / "config.json", run.complete)
+        print("\n".join(describe(run, source)), flush=True)
+    if start is None:
+        start, state, clock = 0, run.init(), Clock()
+    else:
+        state = checkpoints.restore(start, run.state)
+        clock = Clock(checkpoints.restore_run(start)["seconds"])
+        if main:
+            print(f"going on from step {start:,} in {folder}", flush=True)
+    if start < run.steps:
+        compiling = time.perf_counter()
+        run.train_step  # noqa: B018 - compiles, so that the first step's time is a step's
+        if main:
+            print(f"compiled in {time.perf_counter() - compiling:.0f} s", flush=True)
+    metrics = Metrics(
+        folder,
+        total_steps=run.steps,
+        batch_size=run.batch_size,
+        steps_per_epoch=run.steps_per_epoch,
+        step=start,
+        tensorboard=run.config.train.tensorboard,
+    )
+    with Stop() as stop, metrics:
+        trainer = Trainer(run, folder, source, checkpoints, metrics, Clock(clock.totals), stop)
+        state, finished = trainer.train(state, start)
+    checkpoints.close()
+    if not finished:
+        if main:
+            print(f"told to stop; saved step {int(state.step):,}; start again to go on")
+        return cli.EXIT_PREEMPTED
+    page = report.write_run(folder, run, run.encode(state))
+    if main:
+        for line in (
+            f"done in {time.perf_counter() - started:.0f} s; in {folder}:",
+            "  metrics.jsonl    a line for every logged step",
+            "  config.json      the whole config, defaults included",
+            "  checkpoints/     " + ", ".join(map(str, sorted(trainer.checkpoints.steps))),
+            f"  {page.name}      open it in a browser",
+        ):
+            print(line)
+    return 0
+
+
+def main(overrides: list[tuple[str, str]]) -> int:
+    return train(cli.load_config(flags.FLAGS.config, overrides), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: new, or one to go on with.")
+    cli.run(main, required=("config", "workdir"))

@@ -1,0 +1,85 @@
+"""The laws that every objective keeps; the files in clipx/objectives are the list."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from clipx.step import row_keys
+
+LAYOUTS = [  # against one device and one micro-batch
+    ({"data": 8}, 1),
+    ({"data": 1}, 2),
+    ({"data": 4, "fsdp": 2}, 4),
+]
+
+
+def assert_same(got, expected, tolerance):
+    """Within `tolerance` of the largest element of each array."""
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected)):
+        bound = tolerance * max(1.0, np.abs(y).max(initial=0.0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-11)])
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_topology_and_slices(name, dtype, tolerance):
+    """Laws 1 and 2: value and every gradient are the same on any mesh and micro-batch."""
+    with jax.enable_x64(dtype == "float64"):
+        expected = tiny.value_and_grads(name, dtype=dtype)
+        assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(expected[1])), "a dead parameter"
+        for mesh, microbatches in LAYOUTS:
+            got = tiny.value_and_grads(name, dtype=dtype, mesh=mesh, microbatches=microbatches)
+            assert_same(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_rows(name):
+    """Law 3: a row's features come from that row and its key alone, to the bit."""
+    module, variables = tiny.objective(name), tiny.variables(name)
+    batch, keys = tiny.batch(module), row_keys(0, jnp.int32(5), tiny.ROWS)
+
+    @jax.jit
+    def embed(batch, keys):
+        return module.apply(
+            variables, batch, keys, train=True, method="embed", mutable=["batch_stats"]
+        )[0]
+
+    whole = embed(batch, keys)
+    other = tiny.batch(module, seed=1)
+    changed = jax.tree.map(lambda x, y: np.concatenate([x[:7], y[7:8], x[8:]]), batch, other)
+    after = embed(changed, keys)
+    some = slice(4, 12)
+    part = embed(jax.tree.map(lambda x: x[some], batch), keys[some])
+    for x, y, z in zip(*map(jax.tree.leaves, (whole, after, part))):
+        assert np.any(x[7] != y[7])
+        np.testing.assert_array_equal(np.delete(x, 7, axis=0), np.delete(y, 7, axis=0))
+        np.testing.assert_allclose(x[some], z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_edge(name):
+    """Law 5: finite in bfloat16 at scale 100, with identical rows, with one row per device."""
+    module = tiny.objective(name, "bfloat16")
+    params = dict(tiny.variables(name)["params"])
+    for key in params:
+        if key.endswith("logit_scale"):
+            params[key] = np.float32(np.log(100.0))
+    batch = tiny.batch(module, rows=8)
+    same = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), batch)
+    for data in (batch, same):
+        got = tiny.value_and_grads(
+            name, dtype="bfloat16", mesh={"data": 8}, rows=8, data=data, params=params
+        )
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_memory(name):
+    """Law 6: the memory that comes out has the structure and shapes of what went in."""
+    before = jax.eval_shape(tiny.objective(name).init_memory)
+    after = jax.eval_shape(lambda: tiny.value_and_grads(name)[3]) if before else {}
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)

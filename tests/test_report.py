@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from clipx import report
+from clipx.cli import RunError
+from clipx.metrics import Metrics
+from clipx.types import Encoded
+
+CONFIG = {
+    "objective": {"name": "siglip"},
+    "image": {"name": "vit", "variant": "ViT-B/32"},
+    "data": {"source": "shapes"},
+    "train": {"batch_size": 8, "best": "knn/top1"},
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with Metrics(tmp_path, total_steps=200, batch_size=8, steps_per_epoch=50) as metrics:
+        for step in range(1, 201):
+            loss = math.nan if step == 90 else 2 / step
+            metrics.log(
+                step,
+                {"loss": loss, "loss/chance": loss / 2, "learning_rate": 0.1, "logit_scale": 14.3},
+            )
+            if step % 100 == 0:
+                metrics.log(step, {"knn/top1": 0.9 - step / 1000, "retrieval/x_median_rank": step})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def samples(n=12, each=2):
+    """Captions that score their own picture highest, but for the first picture's."""
+    pictures = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
+    owner = np.repeat(np.arange(n), each)
+    captions = [f"<b>{i} & '{j}'</b>" for i in range(n) for j in range(each)]
+    similarity = (owner == np.arange(n)[:, None]).astype(np.float32)
+    similarity[:, :each] = np.linspace(0, 1, n)[:, None]  # the first picture comes last
+    return report.Samples(pictures, captions, similarity, owner)
+
+
+class Page(html.parser.HTMLParser):
+    """Counts elements and classes, checks that every element is closed in order."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.classes, self.links, self.ids, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        self.classes += (attributes.get("class") or "").split()
+        self.links += [attributes[k] for k in ("src", "href", "xlink:href") if k in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_stands_alone_and_is_whole(workdir):
+    page = read(report.write(workdir, samples=samples()))
+    assert page.links and all(link.startswith(("data:", "#")) for link in page.links)
+    assert "script" not in page.tags
+    text = " ".join(page.text)
+    for part in ("siglip · ViT-B/32 · shapes", str(workdir), "1,600", "<b>3 & '0'</b>"):
+        assert part in text
+    assert page.tags.count("svg") == 4 + 2  # curves of training and of evaluation
+    assert not list(workdir.glob(".report*"))
+
+
+def test_the_best_is_the_lowest_of_ranks_and_the_highest_of_the_rest(workdir):
+    text = re.sub(r"<[^>]+>", " ", report.write(workdir).read_text())
+    assert re.search(r"knn/top1 +80.0 % +100 +70.0 %", text)
+    assert re.search(r"retrieval/x_median_rank +100 +100 +200", text)
+    assert re.search(r"best checkpoint is kept by +knn/top1", text)
+
+
+def test_the_matrix_and_the_queries(workdir):
+    page = read(report.write(workdir, samples=samples()))
+    assert page.classes.count("own") == 12  # one for each picture
+    assert page.tags.count("article") == 8
+    assert page.classes.count("right") == 7  # the first picture is not among the five found
+    text = " ".join(page.text)
+    assert "11 of 12 captions score their own picture highest" in text
+    assert "right picture at rank 12 of 12" in text
+
+
+def test_another_picture_with_the_same_caption_is_right_too(workdir):
+    given = samples(n=4, each=1)
+    alike = ["a", "a", "b", "c"]
+    page = read(report.write(workdir, samples=given._replace(captions=alike)))
+    assert page.tags.count("article") == 3  # one for each caption
+    assert page.classes.count("right") == 4
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_collapsed_model_is_drawn(workdir, value):
+    given = samples(n=3)
+    given.similarity[:] = value
+    assert read(report.write(workdir, samples=given)).tags.count("article") == 3
+
+
+def test_without_samples_config_or_evaluations(tmp_path):
+    with Metrics(tmp_path / "bare", total_steps=2, batch_size=8) as metrics:
+        metrics.log(1, {"loss": 1.0})
+    page = read(report.write(tmp_path / "bare"))
+    assert "bare" in " ".join(page.text) and page.tags.count("svg") == 1
+
+
+def test_the_same_run_gives_the_same_page(workdir):
+    first = report.write(workdir, samples=samples()).read_bytes()
+    assert report.write(workdir, samples=samples()).read_bytes() == first
+
+
+class Run:
+    def samples(self):
+        return samples().pictures, ["a", "b"], [0, 3]
+
+
+class Encode:
+    def image(self, pictures):
+        return Encoded(unit=np.ones((len(pictures), 2), np.float32))
+
+    def text(self, texts):
+        return Encoded(unit=np.ones((len(texts), 2), np.float32))
+
+    def similarity(self, images, texts):
+        return images.unit @ texts.unit.T
+
+
+def test_every_process_encodes_and_process_0_writes(workdir, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert report.write_run(workdir, Run(), Encode()) is None
+    assert not (workdir / "report.html").exists()
+    monkeypatch.setattr("jax.process_index", lambda: 0)
+    page = read(report.write_run(workdir, Run(), Encode()))
+    assert page.tags.count("article") == 2
+
+
+def test_a_run_without_pairs_to_look_at(workdir):
+    path = report.write_run(workdir, types.SimpleNamespace(samples=lambda: None), Encode())
+    assert read(path).tags.count("article") == 0
+
+
+def test_no_metrics_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="no metrics in .*metrics.jsonl: is this the workdir"):
+        report.write(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_keeps_the_old_page(workdir, monkeypatch):
+    old = report.write(workdir).read_bytes()
+
+    def full(self, *arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(RunError, match="cannot write .*report.html: No space left on device$"):
+        report.write(workdir, samples=samples())
+    assert (workdir / "report.html").read_bytes() == old
+
+
+def test_without_matplotlib_is_one_line(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RunError, match="pip install matplotlib"):
+        report.write(workdir)

@@ -1,0 +1,208 @@
+"""Ids are OpenAI's from either route, the end mark survives, and a saved tokenizer is the same."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import pickle
+
+import instant_clip_tokenizer
+import numpy as np
+import pytest
+
+from clipx.config import ConfigError
+from clipx.data import tokenizers
+from clipx.data.base import DataError
+from clipx.data.tokenizers import TokenizerConfig
+
+# openai/CLIP's ids between the marks; 49407 in the fourth is the end mark, spelled by the text
+OPENAI = {
+    "a photo of a dog": [320, 1125, 539, 320, 1929],
+    "It's the dog's  HOUSE &amp; café 2021!!": [
+        *(585, 568, 518, 1929, 568, 1212, 261, 15304, 273, 271, 273, 272, 748)
+    ],
+    "hello <|mask|> world": [3306, 27, 347, 8306, 91, 285, 1002],
+    "a <|endoftext|> b": [320, 49407, 321],
+    "猫 🐱 emoji": [163, 234, 360, 22979, 16327],
+    "": [],
+}
+HARD = [
+    "cafe\u0301 x\u0302 हिन्दी مرحبا 日本語 ½ ٣",
+    "&amp;amp; &lt;b&gt; “curly” ﬁne ＦＵＬＬ schÃ¶n",
+    "<start_of_text> x<end_of_text>y",
+    "!!<|endoftext|> a<|endoftext|><|startoftext|>b_<|endoftext|>",
+    "it's we're I'LL they've don''t 's's _a_b",
+    "👨‍👩‍👧 🇩🇪 İstanbul ẞ",
+    "\t a \n b\r\n\u200b\u0000",
+    "a" * 300,
+]
+CAPTIONS = [f"a {size} {shape} Café" for size in ("large", "small") for shape in ("dog", "cat")]
+
+
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory) -> pathlib.Path:
+    """OpenAI's merges file, from inside the package that carries it."""
+    for file in pathlib.Path(instant_clip_tokenizer.__file__).parent.glob("*.so"):
+        _, found, text = file.read_bytes().partition(b"#version: 0.2\n")
+        if found:
+            lines = text.split(b"\n", 48895)[:48894]
+            path = tmp_path_factory.mktemp("bpe") / "bpe_simple_vocab_16e6.txt.gz"
+            path.write_bytes(gzip.compress(found + b"\n".join(lines) + b"\nnot used\n", 1))
+            return path
+    pytest.skip("this build of instant_clip_tokenizer keeps its vocabulary in another form")
+
+
+@pytest.fixture(scope="module")
+def routes(merges):
+    return [
+        tokenizers.build(TokenizerConfig("clip_bpe")),
+        tokenizers.build(TokenizerConfig("clip_bpe", path=str(merges))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return tokenizers.build(TokenizerConfig("sentencepiece", vocab_size=4096, context=24), CAPTIONS)
+
+
+def test_ids_are_openais(routes):
+    for tokenizer in routes:
+        for text, ids in OPENAI.items():
+            assert tokenizer.body(text) == ids, text
+        assert tokenizer(["a photo of a dog"])[0, :8].tolist() == [
+            *(49406, 320, 1125, 539, 320, 1929, 49407, 0)
+        ]
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_both_routes_agree(routes, text):
+    bundled, merged = routes
+    assert bundled.body(text) == merged.body(text)
+    ids = bundled([text])[0]
+    assert bundled.decode(ids) == merged.decode(ids)
+
+
+def test_a_literal_mark_counts_only_where_a_token_starts(routes):
+    body = routes[0].body("!!<|endoftext|> a<|endoftext|><|startoftext|>b")
+    assert [i for i in body if i > 49405] == [49407, 49406]
+
+
+def test_truncation_keeps_the_end_mark(pieces):
+    clip = tokenizers.build(TokenizerConfig("clip_bpe", context=5))
+    assert clip(["a b c d e f", "a"]).tolist() == [
+        [49406, 320, 321, 322, 49407],
+        [49406, 320, 49407, 0, 0],
+    ]
+    assert clip([]).shape == (0, 5)
+    ids = pieces(["a large dog " * 10])[0]
+    assert (ids[0], ids[-1]) == (pieces.sot_id, pieces.eot_id)
+    assert ids.dtype == np.int32
+
+
+def test_decode_ends_at_the_end_mark(pieces):
+    clip = tokenizers.build(TokenizerConfig("clip_bpe", context=12))
+    assert clip.decode(clip(["Wow! A  Dog!"])[0]) == "wow ! a dog !"
+    assert pieces.decode(pieces(["A  large\nDOG"])[0]) == "a large dog"
+
+
+def test_a_small_corpus_is_enough_and_training_is_deterministic(pieces):
+    again = tokenizers.build(pieces.config, iter(CAPTIONS))
+    assert again.save() == pieces.save()
+    ids = pieces(CAPTIONS)
+    assert len(np.unique(ids, axis=0)) == len(CAPTIONS)
+    assert ids.max() < 4096
+    assert (pieces(["ünknown ☃"]) == 1).any()  # what was never seen is unknown, not an error
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_each_kind_of_model_reads_back_what_it_wrote(model):
+    config = TokenizerConfig("sentencepiece", vocab_size=60, context=32, model=model)
+    tokenizer = tokenizers.build(config, CAPTIONS)
+    assert tokenizer.decode(tokenizer(["small cat"])[0]) == "small cat"
+
+
+def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces):
+    for tokenizer in (*routes, pieces):
+        saved = tokenizers.load(json.loads(json.dumps(tokenizer.save())))
+        for other in (saved, pickle.loads(pickle.dumps(tokenizer))):
+            assert other.config == tokenizer.config
+            assert other(CAPTIONS).tolist() == tokenizer(CAPTIONS).tolist()
+
+
+def test_a_model_file_gives_the_ids_of_the_run_that_trained_it(pieces, tmp_path):
+    path = tmp_path / "pieces.model"
+    path.write_bytes(pieces._model)
+    config = TokenizerConfig("sentencepiece", vocab_size=4096, context=24, path=str(path))
+    assert (tokenizers.build(config)(CAPTIONS) == pieces(CAPTIONS)).all()
+
+
+def test_a_small_merges_file(tmp_path):
+    path = tmp_path / "merges.txt"
+    path.write_text("#version: 0.2\nd o\ndo g</w>\n")
+    config = TokenizerConfig("clip_bpe", vocab_size=516, context=6, path=str(path))
+    assert (config.sot_id, config.eot_id) == (514, 515)
+    assert tokenizers.build(config)(["dog do"]).tolist() == [[514, 513, 67, 256 + 78, 515, 0]]
+
+
+def test_what_is_known_without_opening_anything():
+    clip = TokenizerConfig("clip_bpe", path="not there")
+    assert (clip.pad_id, clip.sot_id, clip.eot_id, clip.vocab_size) == (0, 49406, 49407, 49408)
+    pieces = TokenizerConfig("sentencepiece", vocab_size=4096)
+    assert (pieces.pad_id, pieces.sot_id, pieces.eot_id) == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ({"name": "clip_bpe", "vocab_size": 32000}, "config.tokenizer.vocab_size"),
+        ({"name": "clip_bpe", "context": 2}, "config.tokenizer.context"),
+        ({"name": "sentencepiece", "vocab_size": 3}, "config.tokenizer.vocab_size"),
+    ],
+)
+def test_impossible_configs(values, where):
+    with pytest.raises(ConfigError) as error:
+        TokenizerConfig(**values)
+    assert error.value.where == where
+
+
+def test_bad_files_are_named(tmp_path):
+    missing = TokenizerConfig("clip_bpe", path=str(tmp_path / "none.txt"))
+    with pytest.raises(ConfigError, match="none.txt.*No such file"):
+        tokenizers.build(missing)
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"\x1f\x8bjunk")
+    with pytest.raises(DataError, match="junk: not a merges file"):
+        tokenizers.build(TokenizerConfig("clip_bpe", path=str(junk)))
+    with pytest.raises(DataError, match="junk: not a SentencePiece model"):
+        tokenizers.build(TokenizerConfig("sentencepiece", path=str(junk)))
+    short = tmp_path / "short.txt"
+    short.write_text("#version: 0.2\nd o\n")
+    with pytest.raises(ConfigError, match="49408, with 1 merges in .*short.txt"):
+        tokenizers.build(TokenizerConfig("clip_bpe", path=str(short)))
+
+
+def test_a_model_with_other_marks_or_too_many_pieces_is_refused(pieces, tmp_path):
+    import sentencepiece
+
+    path = tmp_path / "other.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CAPTIONS), model_writer=file, vocab_size=40, minloglevel=2,
+            hard_vocab_limit=False,
+        )  # fmt: skip
+    with pytest.raises(DataError, match=r"eos ids are \(-1, 0, 1, 2\), expected \(0, 1, 2, 3\)"):
+        tokenizers.build(TokenizerConfig("sentencepiece", path=str(path)))
+    path.write_bytes(pieces._model)
+    with pytest.raises(ConfigError, match="10, with .* pieces"):
+        tokenizers.build(TokenizerConfig("sentencepiece", vocab_size=10, path=str(path)))
+
+
+def test_captions_that_give_no_vocabulary():
+    config = TokenizerConfig("sentencepiece", vocab_size=10)
+    with pytest.raises(DataError, match="there is no text in them"):
+        tokenizers.build(config, ["", " \n"])
+    with pytest.raises(ConfigError, match="smaller than required_chars"):
+        tokenizers.build(config, CAPTIONS)
+    with pytest.raises(ConfigError, match="no captions to train on"):
+        tokenizers.build(config)
