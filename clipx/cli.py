@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from clipx import config as configs
 from clipx.checkpoint import CheckpointError
@@ -90,12 +90,12 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
     a code that says whose turn it is."""
 
     def guarded(argv):
-        extra = [a for a in argv[1:]]
-        if extra:
-            raise ConfigError("command line", " ".join(extra), "flags alone: --name=value")
+        if argv[1:]:
+            raise ConfigError("command line", " ".join(argv[1:]), "flags alone: --name=value")
         for name in required:
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
         start_processes()
         use_compile_cache()
         return main(overrides)

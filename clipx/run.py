@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -278,12 +279,22 @@ class Run:
         return None
 
 
-def restore(workdir, step: str | int = "latest", devices=None) -> tuple[Run, TrainState]:
-    """The run of a workdir and its state at a step: a number, `latest` or `best`."""
+def restore(
+    workdir: str | os.PathLike,
+    step: str | int = "latest",
+    *,
+    config: Mapping | None = None,
+    devices=None,
+) -> tuple[Run, TrainState]:
+    """The run of a workdir and its state at a step: a number, `latest` or `best`.
+
+    `config` stands in for the workdir's own, with other evals, say; the towers must be the same.
+    The mesh is one of all `devices`, whatever the run was trained on.
+    """
     folder = pathlib.Path(workdir).expanduser().absolute()
-    config = read_json(folder / "config.json")
-    run = assemble(config | {"mesh": {}}, devices)
-    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=run.config.train.best)
+    own = read_json(folder / "config.json")
+    run = assemble({**(own if config is None else config), "mesh": {}}, devices)
+    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=own["train"]["best"])
     found = checkpoints.step(step)
     saved = checkpoints.restore_run(found)
     run = run.with_data(saved["rows"], tokenizers.load(saved["tokenizer"]))

@@ -54,6 +54,7 @@ def test_batch_norm_keeps_torchs_running_statistics():
     torch = {name: S(shape, i, 0.5) for i, (name, shape) in enumerate(entry["param_order"])}
     with jax.enable_x64(True):
         x = np.cos(3 * S((4, 5), 1.3)) @ torch["linear1.weight"].T + torch["linear1.bias"]
+        x = jnp.asarray(x)
         stats = {"mean": jnp.zeros(6, "float64"), "var": jnp.ones(6, "float64")}
         params = {"scale": torch["bn1.weight"], "bias": torch["bn1.bias"]}
         norm = BatchNorm("float64")
@@ -148,25 +149,36 @@ def test_equals_open_clip_and_torchvision(fields, expected, variance):
         np.testing.assert_allclose(found, variance, rtol=1e-9)
 
 
-def test_blocks_start_as_their_shortcut_and_rows_stand_alone_in_evaluation():
+def test_blocks_start_as_their_shortcut():
+    @jax.jit
+    def start():
+        variables = ResNet(**TINY).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+        scales = [variables["params"][name]["bn3"]["scale"] for name in ("stage_0_0", "stage_1_0")]
+        return scales, variables["batch_stats"]
+
+    scales, stats = start()
+    assert not np.any(scales[0]) and not np.any(scales[1])
+    for path, value in jax.tree.leaves_with_path(stats):  # `init` sees no batch
+        assert (value == (path[-1].key == "var")).all()
+
+
+def test_rows_stand_alone_in_evaluation():
     resnet = ResNet(**TINY)
-    x = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
-    variables = jax.jit(resnet.init)(jax.random.key(0), x)
-    for name in ("stage_0_0", "stage_1_0"):
-        assert not variables["params"][name]["bn3"]["scale"].any()
-    for path, value in jax.tree.leaves_with_path(variables["batch_stats"]):
-        assert (value == (path[-1].key == "var")).all()  # `init` sees no batch
+    random = np.random.default_rng(0)
+    x = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    shapes = jax.eval_shape(resnet.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: random.uniform(size=v.shape).astype(v.dtype), shapes)
     encode = jax.jit(resnet.apply)
-    out = encode(variables, x)
-    changed = encode(variables, np.concatenate([x[:1], -x[1:]]))
+    out, changed = encode(variables, x), encode(variables, np.concatenate([x[:1], -x[1:]]))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), out, changed)
+    assert not np.allclose(out.raw[1], changed.raw[1])
     assert out.tokens.shape == (3, 4, 16) and out.raw.shape == (3, 4)
     assert out.backbone.shape == (3, 16)
 
 
 def test_bfloat16_is_finite_in_value_and_gradient():
     resnet = ResNet(**{**TINY, "dtype": "bfloat16", "blocks": (1,)})
-    x = np.zeros((2, 16, 16, 3), np.float32)  # two equal rows without any variance
+    x = jnp.zeros((2, 16, 16, 3))  # two equal rows without any variance
     shapes = jax.eval_shape(resnet.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda v: jnp.full(v.shape, 0.3, v.dtype), shapes)
 

@@ -154,7 +154,7 @@ def test_bfloat16_is_finite_and_near(params):
     text = TextTransformer(**{**TINY, "dtype": "bfloat16"})
 
     def loss(params):
-        out = text.apply(params, IDS)
+        out = text.apply(params, jnp.asarray(IDS))
         return out.unit.sum(), out
 
     grad, out = jax.jit(jax.grad(loss, has_aux=True))(params)

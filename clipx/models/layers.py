@@ -107,7 +107,7 @@ class Tower(nn.Module):
             raw = nn.Dense(
                 self.embed_dim,
                 use_bias=bias,
-                dtype=jnp.dtype(self.dtype),
+                dtype=self.dtype,
                 kernel_init=initializers.normal(width**-0.5),
                 bias_init=torch_bias(width),
                 name="projection",
@@ -134,7 +134,6 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     momentum: float = 0.1  # weight of the new statistics, torch's convention
     scale_init: Any = initializers.ones
-    affine: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"], *, train: bool = False) -> Float[Array, "... c"]:
@@ -153,13 +152,10 @@ class BatchNorm(nn.Module):
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
                     moved = (1 - self.momentum) * running.value + self.momentum * new
                     running.value = jax.lax.stop_gradient(moved).astype(running.value.dtype)
-        gain = jax.lax.rsqrt(var + self.epsilon)
-        if self.affine:
-            gain = gain * self.param("scale", self.scale_init, (width,), jnp.float32)
-        y = (wide - mean) * gain
-        if self.affine:
-            y = y + self.param("bias", initializers.zeros, (width,), jnp.float32)
-        return y.astype(self.dtype)
+        scale = self.param("scale", self.scale_init, (width,), jnp.float32)
+        bias = self.param("bias", initializers.zeros, (width,), jnp.float32)
+        gain = jax.lax.rsqrt(var + self.epsilon) * scale
+        return ((wide - mean) * gain + bias).astype(self.dtype)
 
 
 @functools.cache
@@ -348,8 +344,9 @@ class Transformer(nn.Module):
     leading layer axis (compiled once). `remat`: what the backward pass computes again: nothing, all
     but the weight products, or whole blocks.
 
-    `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the layers as
-    torch makes them, as CLIP's released code does for pictures (initialize_parameters).
+    `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the
+    layers as torch makes them, as CLIP's code does for pictures (clip/model.py,
+    initialize_parameters).
     """
 
     depth: int

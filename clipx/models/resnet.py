@@ -41,7 +41,7 @@ PLAIN = {
 _he_normal = initializers.variance_scaling(2, "fan_out", "normal")  # torchvision's for ResNets
 
 
-def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h w c"]:
+def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j c"]:
     return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
 
 
@@ -121,8 +121,8 @@ class AttentionPool(nn.Module):
 
 
 class ResNet(Tower):
-    """CLIP's modified ResNet (clip/model.py, ModifiedResNet; "RN50", "RN101", "RN50x4", ...), or the
-    plain one (torchvision; "resnet18" to "resnet152").
+    """CLIP's modified ResNet (clip/model.py, ModifiedResNet; "RN50", "RN101", "RN50x4", ...), or
+    the plain one (torchvision; "resnet18" to "resnet152").
 
     The modified one has a stem of three convolutions, strides by average pooling, and attention
     pooling, whose output projection is the tower's and has a bias. The plain one takes the mean.

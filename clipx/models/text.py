@@ -90,7 +90,7 @@ class TextTransformer(Tower):
         lengths = None
         if self.mask_padding:
             text_end = length - (ids != self.pad_id)[:, ::-1].argmax(axis=1)
-            lengths = jnp.where(has_eot, eot + 1, text_end)
+            lengths = jnp.where(has_eot, eot + 1, text_end).astype(jnp.int32)
         x = Transformer(
             depth=self.depth,
             heads=self.heads,

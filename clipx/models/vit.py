@@ -24,7 +24,8 @@ from clipx.models.layers import (
 )
 from clipx.types import Encoded
 
-# width, depth, heads, mlp width: Zhai et al. 2022 (arXiv:2106.04560), table 2; bigG is G's other name
+# width, depth, heads, MLP width: Zhai et al. 2022 (arXiv:2106.04560), table 2; bigG is open_clip's
+# name of G
 SIZES = {
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),

@@ -1,0 +1,55 @@
+"""Packaging. Version ranges are what is supported; nothing is pinned."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clipx" / "__init__.py").read_text())[1]
+
+setup(
+    name="clipx",
+    version=VERSION,
+    description="Image-text pre-training from little data, in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["clipx", "clipx.*"]),
+    install_requires=[
+        "absl-py>=2.0",
+        "flax>=0.12,<0.14",
+        "ftfy>=6.1",
+        "grain>=0.2.14",
+        # CLIP's vocabulary; it has no wheels for 3.13, where a merges file is named instead.
+        "instant-clip-tokenizer>=0.1.1; python_version < '3.13'",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.11",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=10.3",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "interop": ["open_clip_torch>=3.0", "transformers>=5.0", "torch>=2.6"],
+        "test": ["pytest>=8", "typeguard>=4.3"],
+        "dev": ["pytest>=8", "typeguard>=4.3", "ruff>=0.12"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,161 @@
+"""The command, on a shrunk quickstart: it trains, saves, is killed, goes on, and says what is wrong."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from clipx import cli
+from clipx.checkpoint import Checkpoints
+from clipx.config import ConfigError
+from clipx.run import assemble, restore
+from clipx.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+    ("image.image_size", "16"),
+    ("image.width", "32"),
+    ("image.depth", "1"),
+    ("image.heads", "2"),
+    ("text.width", "32"),
+    ("text.depth", "1"),
+    ("text.heads", "2"),
+    ("image.embed_dim", "16"),
+    ("text.embed_dim", "16"),
+    ("text.dropout", "0.1"),
+    ("data.image_size", "16"),
+    ("data.size", "256"),
+    ("train.batch_size", "32"),
+    ("train.total_steps", "12"),
+    ("train.log_every_steps", "1"),
+    ("train.save_every_steps", "4"),
+    ("optimizer.warmup_steps", "2"),
+    ("evals.zero_shot.data.size", "32"),
+    ("evals.zero_shot.data.image_size", "16"),
+    ("evals.retrieval.limit", "32"),
+    ("evals.retrieval.data.image_size", "16"),
+]
+
+
+def small(*overrides):
+    return cli.load_config(str(ROOT / "configs" / "quickstart.py"), [*SMALL, *overrides])
+
+
+def parameters(workdir, devices=None):
+    _, state = restore(workdir, devices=devices)
+    return jax.tree.map(np.asarray, state.params)
+
+
+def start(workdir, *overrides, devices=8, **options):
+    """The command in a process of its own."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    arguments = [f"--config.{path}={text}" for path, text in [*SMALL, *overrides]]
+    return subprocess.Popen(
+        [sys.executable, "-m", "clipx.train", "--config=configs/quickstart.py",
+         f"--workdir={workdir}", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        **options,
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(small(), str(workdir)) == 0
+    return workdir
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_says(whole, capsys):
+    training = [row for row in rows(whole) if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 13))
+    assert {"loss/chance", "batch/R@1", "logit_scale", "learning_rate", "grad_norm", "param_norm",
+            "images_per_second", "data_wait_fraction"} <= training[0].keys()  # fmt: skip
+    assert np.isclose(training[0]["loss/chance"], np.log(32))
+    evaluation = rows(whole)[-1]
+    assert {"zero_shot/top1", "retrieval/text_to_image_R@1"} <= evaluation.keys()
+    assert json.loads((whole / "config.json").read_text())["optimizer"]["b2"] == 0.98
+    assert (whole / "report.html").stat().st_size > 10_000
+
+
+def test_restores_on_fewer_devices(whole):
+    on_eight, on_two = parameters(whole), parameters(whole, jax.devices()[:2])
+    jax.tree.map(np.testing.assert_array_equal, on_eight, on_two)
+
+
+def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
+    """Law 7 on one topology, with SIGKILL at a moment that no handler sees."""
+    process = start(tmp_path, ("train.total_steps", "12"))
+    wait_for((tmp_path / "checkpoints" / "4").exists, process)
+    process.kill()
+    process.communicate()
+    assert Checkpoints(tmp_path).latest < 12
+    assert train(small(), str(tmp_path)) == 0
+    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole))
+    same = [{k: row[k] for k in ("step", "loss")} for row in rows(whole) if "loss" in row]
+    again = [{k: row[k] for k in ("step", "loss")} for row in rows(tmp_path) if "loss" in row]
+    assert again == same
+
+
+def test_sigterm_saves_and_half_the_devices_go_on(whole, tmp_path):
+    """Law 7 on another topology; told to stop, the command saves, says so and exits with 42."""
+    process = start(tmp_path)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_PREEMPTED, err
+    saved = Checkpoints(tmp_path).latest
+    assert 0 < saved < 12
+    assert f"saved step {saved}" in out
+    mesh = {"data": 4}
+    run = assemble(small(), jax.devices()[:4])
+    assert run.mesh.shape["data"] == mesh["data"]
+    process = start(tmp_path, devices=4)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"going on from step {saved}" in out
+    for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+
+
+def test_another_config_is_refused_with_a_diff(whole):
+    with pytest.raises(ConfigError) as error:
+        train(small(("optimizer.learning_rate", "0.01")), str(whole))
+    assert "config.optimizer.learning_rate: 0.001 -> 0.01" in str(error.value)
+    assert train(small(("data.workers", "0"), ("train.log_every_steps", "5")), str(whole)) == 0
+
+
+def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):
+    config = small(("optimizer.learning_rate", "1e30"), ("train.max_skipped_steps", "2"))
+    with pytest.raises(cli.RunError) as error:
+        train(config, str(tmp_path))
+    assert "2 steps in a row" in str(error.value)
+    assert "shapes/train/" in str(error.value)
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can be written"):
+        train(small(), str(tmp_path / "file"))
