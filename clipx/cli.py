@@ -95,7 +95,7 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         for name in required:
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+        logging.set_verbosity(logging.FATAL)  # Orbax tells of every file; its errors are raised too
         start_processes()
         use_compile_cache()
         return main(overrides)
@@ -108,6 +108,8 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         argv, overrides = take_overrides(sys.argv)
         app.run(guarded, argv=argv)
     except (ConfigError, DataError, BadSample) as error:
+        if isinstance(error, ConfigError) and error.where.startswith("config."):
+            error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
     except (RunError, CheckpointError, MetricsError) as error:
         fail(error, EXIT_FAILED)

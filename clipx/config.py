@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
-import inspect
+import math
 import pathlib
 import pkgutil
 import sys
+import traceback
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,21 +50,6 @@ def _nearest(name: str, names) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _hints(cls) -> dict[str, Any]:
-    hints = {}
-    for base in reversed(cls.__mro__):
-        namespace = dict(vars(typing))
-        namespace.update(vars(inspect.getmodule(base) or typing))
-        for name, hint in vars(base).get("__annotations__", {}).items():
-            if isinstance(hint, str):
-                try:
-                    hint = eval(hint, namespace)
-                except NameError:  # a type that is imported for checkers only
-                    hint = Any
-            hints[name] = hint
-    return hints
-
-
 def fields(cls) -> dict[str, dataclasses.Field]:
     """The keys a config section may set for `cls`, a dataclass or a Linen module."""
     found = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -83,17 +71,26 @@ def _plain(value):
 def _describe(hint) -> str:
     if dataclasses.is_dataclass(hint):
         return "a section with keys " + ", ".join(fields(hint))
-    return (
-        getattr(hint, "__name__", None)
-        if isinstance(hint, type)
-        else str(hint).replace("typing.", "")
-    )
+    if hint is bool:
+        return "true or false"
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("typing.", "")
+
+
+def _mend(value, hint, where: str) -> str:
+    """How to spell what was probably meant by a value of the wrong type."""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f"{where}={int(value)}"
+    if hint is str and isinstance(value, (int, float)):
+        return f"""quote it; on a command line, --{where}="'{value}'" """.rstrip()
+    return ""
 
 
 def _convert(value, hint, where):
     """`value` as `hint` wants it: int to float, list to tuple, mapping to dataclass; else error."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(where, f"{value!r} ({type(value).__name__})", _describe(hint))
+    said = "None" if value is None else f"{value!r} ({type(value).__name__})"
+    wrong = ConfigError(where, said, _describe(hint), _mend(value, hint, where))
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
@@ -103,8 +100,11 @@ def _convert(value, hint, where):
                 return _convert(value, option, where)
             except ConfigError as error:
                 errors.append(error)
-        deeper = [e for e in errors if e.where != where]  # a section's own fault says more
-        raise deeper[0] if deeper else wrong
+        for error in errors:
+            if error.where != where:  # a fault inside says more
+                raise error
+        wrong.fix = next((error.fix for error in errors if error.fix), "")
+        raise wrong
     if origin is typing.Literal:
         if any(value == option and type(value) is type(option) for option in args):
             return value
@@ -132,31 +132,26 @@ def _convert(value, hint, where):
         if len(args) != len(value):
             raise wrong
         return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise wrong
         return {k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if hint in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise wrong
-        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise wrong
     if hint is int and isinstance(value, bool):
         raise wrong
-    if isinstance(hint, type):
-        if not isinstance(value, hint):
-            raise wrong
-        return value
     return value
 
 
-def check(cls, section, *, where: str = "config", given=()) -> dict[str, Any]:
+def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[str, Any]:
     """The typed values of one config section, without building `cls`.
 
     `cls` is a dataclass or a Linen module; its annotated fields, less those `given`, are the keys.
     Raises `ConfigError` for a key that `cls` does not have (with the nearest name), a value of the
-    wrong type, and a field without default that is not there.
+    wrong type, and a field without default that is not there. `beside` are the section's keys that
+    someone else has taken out: an unknown key may be one of them misspelt.
     """
     section = _plain(section)
     if not isinstance(section, Mapping):
@@ -164,13 +159,14 @@ def check(cls, section, *, where: str = "config", given=()) -> dict[str, Any]:
     allowed = {k: f for k, f in fields(cls).items() if k not in given}
     for key in section:
         if key not in allowed:
+            known = [*allowed, *beside]
             raise ConfigError(
                 f"{where}.{key}",
                 f"unknown key {key!r}",
-                "one of " + ", ".join(allowed),
-                _nearest(key, allowed),
+                "one of " + ", ".join(known) if known else "no keys",
+                "drop it: other sections say it" if key in given else _nearest(str(key), known),
             )
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
     for key, field in allowed.items():
         if key not in values and field.default is _MISSING and field.default_factory is _MISSING:
@@ -182,8 +178,16 @@ def check(cls, section, *, where: str = "config", given=()) -> dict[str, Any]:
 
 def bind(cls, section, *, where: str = "config", **given):
     """An instance of `cls` from one config section, checked by `check`. `given` holds the fields
-    that the caller sets and a config may not."""
-    return cls(**check(cls, section, where=where, given=given), **given)
+    that the caller sets and a config may not. What `cls` itself raises about `<cls>.<field>` is
+    told of `<where>.<field>`."""
+    values = check(cls, section, where=where, given=given)
+    try:
+        return cls(**values, **given)
+    except ConfigError as error:
+        owner, _, field = error.where.partition(".")
+        if owner == cls.__name__:
+            error.where = f"{where}.{field}"
+        raise
 
 
 def dump(bound, given=()) -> dict[str, Any]:
@@ -201,31 +205,40 @@ def dump(bound, given=()) -> dict[str, Any]:
     return {k: leaf(getattr(bound, k)) for k in fields(type(bound)) if k not in given}
 
 
-def find(package: str, name: str, base: type) -> type:
-    """The one subclass of `base` in clipx/<package>/<name>.py. Files are the registry."""
-    where = f"clipx/{package}"
-    parent = importlib.import_module(f"clipx.{package}")
-    names = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
-    names = [n for n in names if n != "base"]
-    if name not in names:
-        raise ConfigError(
-            where, f"no {name}.py", "one of " + ", ".join(names), _nearest(str(name), names)
-        )
+def _subclasses(package: str, name: str, base: type) -> list[type]:
     module = importlib.import_module(f"clipx.{package}.{name}")
-    found = [
+    return [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and base in value.__mro__[1:]
         and value.__module__ == module.__name__
     ]
-    if len(found) != 1:
+
+
+def find(package: str, name: str, base: type) -> type:
+    """The one subclass of `base` in clipx/<package>/<name>.py. Files are the registry."""
+    parent = importlib.import_module(f"clipx.{package}")
+    files = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
+    found = _subclasses(package, name, base) if name in files else []
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise ConfigError(
-            f"{where}/{name}.py",
+            f"clipx/{package}/{name}.py",
             f"{len(found)} subclasses of {base.__name__}",
             f"exactly one {base.__name__}",
         )
-    return found[0]
+    names = []
+    for other in files:
+        with contextlib.suppress(ImportError):  # needs a package that is not installed
+            names += [other] * (len(_subclasses(package, other, base)) == 1)
+    raise ConfigError(
+        f"clipx/{package}",
+        repr(name),
+        "one of " + ", ".join(names),
+        _nearest(str(name), names),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +255,10 @@ class Duration:
         if self.unit == "steps":
             return int(self.amount)
         if self.unit == "examples":
+            if 0 < self.amount < batch_size:
+                raise ConfigError(
+                    self.where, str(self.amount), f"at least one batch of {batch_size}, or 0"
+                )
             return int(self.amount // batch_size)
         if rows is None:
             return None
@@ -271,7 +288,8 @@ def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool
             f"{where}.{name}_*", said, "exactly one of " + ", ".join(keys), "keep one of them"
         )
     ((unit, amount),) = found.items()
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+    number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+    if not number or not math.isfinite(amount) or amount < 0:
         raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
     return Duration(unit, amount, f"{where}.{name}_{unit}")
 
@@ -281,26 +299,15 @@ def load(spec: str) -> dict[str, Any]:
     `path.py:variant`."""
     path, _, variant = spec.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".py":
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        found = f"{path!r}, which is no .py file" if file.is_file() else f"no file {path!r}"
         raise ConfigError(
-            "--config", f"no file {path!r}", "a Python file with get_config()", _nearest(path, near)
+            "--config", found, "a Python file with get_config()", _nearest(str(file), near)
         )
-    module_spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    before, folder = set(sys.modules), file.parent.absolute()
-    sys.path.insert(0, str(folder))  # for `import common`, its neighbour
-    try:
-        module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError("--config", f"{error}", "Python that runs", file=path) from None
-    finally:
-        sys.path.pop(0)
-        for name in set(sys.modules) - before:  # the next config may have another neighbour
-            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
-                del sys.modules[name]
-    if not hasattr(module, "get_config"):
-        raise ConfigError("--config", f"no get_config in {path}", "def get_config(variant='')")
+    module = _execute(file)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=path)
     variants = getattr(module, "VARIANTS", ("",))
     if variant not in variants:
         raise ConfigError(
@@ -310,7 +317,43 @@ def load(spec: str) -> dict[str, Any]:
             _nearest(variant, variants),
             file=path,
         )
-    return to_lists(_plain(module.get_config(variant)))
+    with _told(file):
+        config = module.get_config(variant)
+    config = to_lists(_plain(config))
+    if not isinstance(config, dict):
+        found = f"get_config returns {config!r}"
+        raise ConfigError("--config", found, "a ConfigDict or a dict", file=path)
+    return config
+
+
+@contextlib.contextmanager
+def _told(file: pathlib.Path):
+    """What the code of a config file raises becomes a `ConfigError` with its line."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if f.filename == str(file.absolute())]
+        where = f"{file}:{lines[-1]}" if lines else str(file)
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError("--config", found, "Python that runs", file=where) from None
+
+
+def _execute(file: pathlib.Path) -> types.ModuleType:
+    """The module of a config file, which may import its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    before, folder = set(sys.modules), file.parent.absolute()
+    sys.path.insert(0, str(folder))
+    try:
+        with _told(file):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:  # the next config may have another neighbour
+            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
+                del sys.modules[name]
+    return module
 
 
 def override(config: dict[str, Any], path: str, text: str) -> None:
@@ -327,13 +370,19 @@ def override(config: dict[str, Any], path: str, text: str) -> None:
 
 
 def parse(text: str) -> Any:
-    """The value that a command line's `text` spells: a Python literal, true/false, or the text."""
+    """The value that a command line's `text` spells: a Python literal that JSON could hold,
+    true/false, or the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return to_lists(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():  # such as that of 1or2, which is a name here
+            warnings.simplefilter("ignore")
+            value = to_lists(ast.literal_eval(text))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+    return (
+        value if value is None or isinstance(value, (bool, int, float, str, list, dict)) else text
+    )
 
 
 def to_lists(value):

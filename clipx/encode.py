@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from clipx import mesh as meshes
 from clipx.data.tokenizers import Tokenizer
@@ -28,7 +27,7 @@ class Encode:
         self,
         objective: Objective,
         variables: PyTree,
-        mesh: Mesh,
+        mesh: meshes.Mesh,
         tokenizer: Tokenizer,
         interrupted: Callable[[], bool] = lambda: False,
     ):

@@ -27,8 +27,8 @@ def evaluate(workdir: str, step: str, config: dict) -> dict[str, float]:
             "config.evals", "nothing", "at least one eval", "--config=FILE with evals"
         )
     results, encode = {}, run.encode(state)
-    for name, open_evaluator in run.evaluators().items():
-        found = open_evaluator()(encode)
+    for name, evaluator in run.evaluators().items():
+        found = evaluator(encode)
         results |= {f"{name}/{key}": float(value) for key, value in found.items()}
     if jax.process_index() == 0:
         at = int(state.step)
@@ -56,8 +56,6 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string(
-        "config", None, "Config file whose evals replace the run's own."
-    )
+    flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
     flags.DEFINE_string("step", "latest", "Which checkpoint: a step, latest or best.")
     cli.run(main, required=("workdir",))

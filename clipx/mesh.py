@@ -16,12 +16,10 @@ from clipx.types import BATCH_AXES, PyTree
 _SMALL = 2**12  # elements; splitting less than this saves nothing
 # Which dimension of a parameter the tensor axis splits: attention's heads, the MLP's hidden width.
 _TENSOR = (
-    (r"(^|/)qkv/kernel$", -2),
-    (r"(^|/)qkv/bias$", -2),
-    (r"(^|/)out/kernel$", -3),
-    (r"(^|/)mlp_in/kernel$", -1),
-    (r"(^|/)mlp_in/bias$", -1),
-    (r"(^|/)mlp_out/kernel$", -2),
+    (r"(^|/)attn/(qkv|q|kv)/(kernel|bias)$", -2),
+    (r"(^|/)attn/out/kernel$", -3),
+    (r"(^|/)mlp/fc/(kernel|bias)$", -1),
+    (r"(^|/)mlp/proj/kernel$", -2),
 )
 
 

@@ -27,6 +27,10 @@ class Rule:
     weight_decay: float = 1.0  # times the optimizer's
     clamp: tuple[float, float] | None = None  # the parameter stays within
 
+    def __post_init__(self):
+        if self.clamp and not self.clamp[0] <= self.clamp[1]:
+            raise ConfigError("Rule.clamp", str(self.clamp), "(least, most)")
+
 
 # Weight decay is for matrices: gains, biases, embeddings of a single token and the two logit
 # scalars are left out, as in open_clip. The scale stays at most 100 (arXiv 2103.00020, 2.5).
@@ -50,11 +54,24 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
-    mu_dtype: str = "float32"  # of Adam's first moment or SGD's trace
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment or SGD's trace
     momentum: float = 0.9  # SGD's
     nesterov: bool = False
     clip_norm: float | None = None  # of the whole gradient
     rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
+
+    def __post_init__(self):
+        for field in ("learning_rate", "final_learning_rate", "weight_decay"):
+            self._check(field, getattr(self, field) >= 0, "0 or more")
+        for field in ("b1", "b2", "momentum"):
+            self._check(field, 0 <= getattr(self, field) < 1, "a number in [0, 1)")
+        self._check("eps", self.eps > 0, "more than 0")
+        self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0")
+
+    def _check(self, field: str, ok: bool, expected: str) -> None:
+        if not ok:
+            found = str(getattr(self, field))
+            raise ConfigError(f"OptimizerConfig.{field}", found, expected)
 
 
 def make_schedule(

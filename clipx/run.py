@@ -116,13 +116,13 @@ class _SourceSpec:
     values: dict[str, Any]
 
     @classmethod
-    def check(cls, section: Mapping, name: str, where: str) -> _SourceSpec:
+    def check(cls, section: Mapping, name: str, where: str, beside=()) -> _SourceSpec:
         try:
             source = find("data", name, Source)
         except ConfigError as error:
             error.where = f"{where}.source"
             raise
-        return cls(source, configs.check(source, section, where=where))
+        return cls(source, configs.check(source, section, where=where, beside=beside))
 
     def open(self) -> Source:
         return self.cls(**self.values)
@@ -143,7 +143,9 @@ class _EvalSpec:
         evaluator, _, rest = _named(
             "evaluators", Evaluator, {**rest, "name": config.evaluator or name}, where
         )
-        values = configs.check(evaluator, rest, where=where, given=("examples",))
+        values = configs.check(
+            evaluator, rest, where=where, given=("examples",), beside=configs.fields(EvalConfig)
+        )
         try:
             evaluator(examples=None, **values)  # its own checks, now rather than after an epoch
         except ConfigError as error:
@@ -261,10 +263,10 @@ class Run:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted)
 
-    def evaluators(self) -> dict[str, Callable[[], Evaluator]]:
-        """What opens each of the config's evals, by name."""
+    def evaluators(self) -> dict[str, Evaluator]:
+        """The config's evals by name, their data open."""
         size = self.objective.image.image_size
-        return {spec.name: functools.partial(spec.open, size) for spec in self.evals}
+        return {spec.name: spec.open(size) for spec in self.evals}
 
     def samples(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
         """Held-out pairs to look at: pictures uint8 [n, h, w, 3], captions, and which picture each
@@ -307,7 +309,7 @@ def assemble(config: Mapping, devices=None) -> Run:
     """Everything that `config` describes, on `devices` (default: all), with nothing executed.
 
     Every wrong key, type, missing field and impossible combination raises `ConfigError` here; no
-    data is opened. A length in epochs leaves `steps` None until `with_rows`.
+    data is opened. A length in epochs leaves `steps` None until `with_data`.
     """
     bound = bind(Config, config)
     return _assemble(bound, meshes.make_mesh(bound.mesh, devices), None)
@@ -329,7 +331,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     )
     objective = bind(objective_cls, section, where="config.objective", image=image, text=text)
     data, rest = _split(config.data, DataConfig, "config.data")
-    source = _SourceSpec.check(rest, data.source, "config.data")
+    source = _SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
     evals = tuple(_EvalSpec.check(name, section) for name, section in config.evals.items())
     _check_train(train, mesh, evals, rows)
     steps = duration(dataclasses.asdict(train), "total", where="config.train").steps(

@@ -26,8 +26,9 @@ from clipx.checkpoint import (
 )
 from clipx.cli import RunError
 from clipx.data import tokenizers
-from clipx.data.base import Source
+from clipx.data.base import DataError, Source
 from clipx.encode import Interrupted
+from clipx.evaluators.base import Evaluator
 from clipx.metrics import Clock, Metrics, peak_flops
 from clipx.run import Run, assemble, flops
 from clipx.types import TrainState
@@ -86,6 +87,7 @@ class Trainer:
     run: Run
     workdir: pathlib.Path
     source: Source
+    evaluators: dict[str, Evaluator]
     checkpoints: Checkpoints
     metrics: Metrics
     clock: Clock
@@ -161,11 +163,15 @@ class Trainer:
         results = {}
         encode = self.run.encode(state, interrupted=lambda: self.stop.asked)
         with self.clock.time("evaluate"):
-            for name, open_evaluator in self.run.evaluators().items():
+            for name, evaluator in self.evaluators.items():
                 try:
-                    found = open_evaluator()(encode)
+                    found = evaluator(encode)
                 except Interrupted:
                     return False
+                except DataError:  # the set is at fault, not the steps since the last save
+                    self._save(state, step)
+                    self.checkpoints.wait()
+                    raise
                 results |= {f"{name}/{key}": value for key, value in found.items()}
         self.results = results
         self.metrics.log(step, results)
@@ -236,7 +242,7 @@ def train(config: dict[str, Any], workdir: str) -> int:
     start = checkpoints.latest
     if start is not None:
         refuse_other_config(folder, run.complete)
-    source = run.source.open()
+    source, evaluators = run.source.open(), run.evaluators()
     tokenizer = _tokenizer(run, folder, source, start is not None)
     run = run.with_data(len(source), tokenizer)
     main = jax.process_index() == 0
@@ -264,7 +270,9 @@ def train(config: dict[str, Any], workdir: str) -> int:
         tensorboard=run.config.train.tensorboard,
     )
     with Stop() as stop, metrics:
-        trainer = Trainer(run, folder, source, checkpoints, metrics, Clock(clock.totals), stop)
+        trainer = Trainer(
+            run, folder, source, evaluators, checkpoints, metrics, Clock(clock.totals), stop
+        )
         state, finished = trainer.train(state, start)
     checkpoints.close()
     if not finished:

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020, tables 18 and 19): ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU
+"""CLIP (arXiv 2103.00020, tables 18 to 20): ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU
 or a small GPU."""
 
 import common

@@ -1,4 +1,4 @@
-"""SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (every token is seen by every other,
+"""SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (every token sees every other, and
 the last is read out) at ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU or a small GPU."""
 
 import common

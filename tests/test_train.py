@@ -1,4 +1,4 @@
-"""The command, on a shrunk quickstart: it trains, saves, is killed, goes on, and says what is wrong."""
+"""The command, on a shrunk quickstart: it trains, saves, is killed, goes on, and says why not."""
 
 import json
 import os

@@ -63,23 +63,11 @@ def as_dtype(tree, dtype: str):
     return jax.tree.map(leaf, tree)
 
 
-def value_and_grads(
-    name: str,
-    *,
-    dtype: str = "float32",
-    mesh: dict | None = None,
-    microbatches: int = 1,
-    rows: int = ROWS,
-    data: Batch | None = None,
-    params=None,
-):
-    """The loss, every gradient and the next memory, as a training step computes them on a mesh."""
+@functools.cache
+def _step(name: str, dtype: str, microbatches: int, rows: int):
     module = objective(name, dtype)
-    state = as_dtype(variables(name), "float32" if dtype == "bfloat16" else dtype)
-    params = state["params"] if params is None else params
-    stats = state.get("batch_stats", {})
 
-    def total(params, batch):
+    def total(params, stats, batch):
         keys = row_keys(0, jnp.int32(5), rows)
         features, after = embed_rows(module, params, stats, batch, keys, microbatches=microbatches)
         loss, _ = module.apply(
@@ -92,10 +80,27 @@ def value_and_grads(
         )
         return loss.value, loss
 
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def value_and_grads(
+    name: str,
+    *,
+    dtype: str = "float32",
+    mesh: dict | None = None,
+    microbatches: int = 1,
+    data: Batch | None = None,
+    params=None,
+):
+    """The loss, every gradient and the next memory, as a training step computes them on a mesh."""
+    state = as_dtype(variables(name), "float32" if dtype == "bfloat16" else dtype)
+    params = state["params"] if params is None else params
+    data = batch(objective(name)) if data is None else data
     mesh = mesh or {"data": 1}
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     mesh = make_mesh(MeshConfig(**mesh), devices)
+    step = _step(name, dtype, microbatches, len(data.row))
     with jax.set_mesh(mesh):
-        placed = put(batch(module, rows) if data is None else data, batch_sharding(mesh))
-        (value, loss), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params, placed)
+        placed = put(data, batch_sharding(mesh))
+        (value, loss), grads = step(params, state.get("batch_stats", {}), placed)
     return jax.tree.map(np.asarray, (value, grads, loss.metrics, loss.memory))

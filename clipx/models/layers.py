@@ -19,7 +19,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from clipx.config import ConfigError
-from clipx.types import Encoded, PyTree
+from clipx.types import Encoded, PyTree, constrain_rows
 
 # torch's default for linear and convolution kernels: uniform within 1/sqrt(fan_in)
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -336,7 +336,7 @@ class Block(nn.Module):
         x = x + drop(y, self.dropout, keys, 2 * index)
         y = norm(name="ln_2")(x)
         y = MLP(self.mlp_width, self.activation, self.dtype, mlp_inits, name="mlp")(y)
-        return x + drop(y, self.dropout, keys, 2 * index + 1)
+        return constrain_rows(x + drop(y, self.dropout, keys, 2 * index + 1))
 
 
 class Transformer(nn.Module):

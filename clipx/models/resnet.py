@@ -20,7 +20,7 @@ from clipx.models.layers import (
     torch_bias,
     torch_uniform,
 )
-from clipx.types import Encoded
+from clipx.types import Encoded, constrain_rows
 
 # blocks per stage and stem width: Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4
 MODIFIED = {
@@ -78,7 +78,7 @@ class Residual(nn.Module):
         if self.stride > 1 or x.shape[-1] != width:
             x = _average(x, self.stride) if self.modified else x
             x = norm("bn_shortcut")(conv("conv_shortcut", width, 1, conv_stride)(x))
-        return nn.relu(x + y)
+        return constrain_rows(nn.relu(x + y))
 
 
 def _conv_and_norm(modified: bool, dtype: str, train: bool):

@@ -1,0 +1,74 @@
+"""Law 8: every config parses, binds, assembles and traces one step, and opens no data."""
+
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from clipx import config as configs
+from clipx import run as runs
+from clipx.step import make_train_step
+
+FOLDER = tiny.ROOT / "configs"
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+def variants(file) -> tuple[str, ...]:
+    """VARIANTS of a config file, read as `load` reads it: its neighbour at hand, then forgotten."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location(f"listed_{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+        sys.modules.pop("common", None)
+    return getattr(module, "VARIANTS", ("",))
+
+
+SPECS = [f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in variants(file)]
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a data source was opened")
+
+    monkeypatch.setattr(runs._SourceSpec, "open", refuse)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_traces(spec):
+    config = configs.load(f"{FOLDER}/{spec}")
+    one = runs.assemble(config, jax.devices()[:1])
+    run = runs.assemble(config, jax.devices())
+    assert (one.mesh.size, run.mesh.size) == (1, 8)
+    assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, run.state)
+    assert one.complete == run.complete
+    step = make_train_step(
+        run.objective,
+        run.optimizer,
+        seed=run.config.seed,
+        microbatches=run.config.train.microbatches,
+    )
+    with jax.set_mesh(run.mesh):
+        state, metrics = jax.eval_shape(step, run.state, run.batch)
+    before, after = (
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (run.state, state)
+    )
+    assert before == after
+    assert {"loss", "loss/chance", "grad_norm", "skipped"} <= set(metrics)
+    assert all(x.shape == () for x in metrics.values())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_evals_score_what_best_asks_for(spec):
+    """`best` names an eval of the config, and a metric by a name that eval gives."""
+    config = configs.load(f"{FOLDER}/{spec}")
+    name, metric = config["train"]["best"].split("/")
+    assert name in config["evals"]
+    file = tiny.ROOT / "clipx" / "evaluators" / f"{config['evals'][name].get('evaluator', name)}.py"
+    assert f'"{metric}"' in file.read_text()

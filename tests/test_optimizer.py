@@ -1,0 +1,270 @@
+"""Schedules, rules and clamps against plain optax, and the step that is skipped."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from clipx.config import ConfigError, bind
+from clipx.models.resnet import ResNet
+from clipx.objectives.clip import CLIP
+from clipx.optimizer import (
+    OptimizerConfig,
+    Rule,
+    claim,
+    make_optimizer,
+    make_schedule,
+    updates_done,
+)
+from clipx.step import init_state, make_train_step
+from clipx.types import Loss, TrainState
+
+PARAMS = {
+    "image": {"fc": {"kernel": np.full((3, 2), 0.5, np.float32), "bias": np.ones(2, np.float32)}},
+    "logit_scale": np.float32(math.log(10)),
+}
+GRADS = jax.tree.map(lambda x: np.linspace(-1, 2, x.size, dtype=x.dtype).reshape(x.shape), PARAMS)
+
+
+def schedule(**values):
+    config = OptimizerConfig(learning_rate=0.5, final_learning_rate=0.1, **values)
+    return make_schedule(config, steps=100, batch_size=8, rows=None)
+
+
+@pytest.mark.parametrize(
+    "name, middle, end", [("cosine", 0.3, 0.1), ("linear", 0.3, 0.1), ("constant", 0.5, 0.5)]
+)
+def test_schedule(name, middle, end):
+    found = [schedule(schedule=name, warmup_steps=20)(step) for step in (0, 10, 20, 60, 100)]
+    np.testing.assert_allclose(found, [0, 0.25, 0.5, middle, end], rtol=1e-6)
+    np.testing.assert_allclose(schedule(schedule=name)(0), 0.5, rtol=1e-6)
+
+
+def test_cosine_is_not_linear():
+    np.testing.assert_allclose(schedule()(25), 0.1 + 0.2 * (1 + math.cos(math.pi / 4)), rtol=1e-6)
+    np.testing.assert_allclose(schedule(schedule="linear")(25), 0.4, rtol=1e-6)
+
+
+def test_warmup_in_other_units():
+    np.testing.assert_allclose(schedule(warmup_examples=160)(10), 0.25)  # 20 steps of 8
+    config = OptimizerConfig(learning_rate=0.5, warmup_epochs=2.0)
+    by_epochs = make_schedule(config, steps=100, batch_size=8, rows=83)  # 10 steps an epoch
+    np.testing.assert_allclose([by_epochs(10), by_epochs(20)], [0.25, 0.5])
+    assert make_schedule(config, steps=None, batch_size=8, rows=None)(7) == 0.5
+
+
+def test_warmup_longer_than_the_run():
+    with pytest.raises(ConfigError) as error:
+        schedule(warmup_steps=101)
+    assert error.value.where == "config.optimizer.warmup_steps"
+    assert "101 steps" in error.value.found and "100 steps" in error.value.expected
+
+
+@pytest.mark.parametrize(
+    "section, where",
+    [
+        ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"b1": 1.0}, "b1"),
+        ({"clip_norm": 0}, "clip_norm"),
+        ({"mu_dtype": "bfloat"}, "mu_dtype"),
+        ({"name": "adam"}, "name"),
+        ({"rules": [{"pattern": ".*"}, {"pattern": "x", "clamp": (1, 0)}]}, "rules[1].clamp"),
+        ({"rules": [{"patern": ".*"}]}, "rules[0].patern"),
+    ],
+)
+def test_wrong_values(section, where):
+    with pytest.raises(ConfigError) as error:
+        bind(OptimizerConfig, section, where="config.optimizer")
+    assert error.value.where == f"config.optimizer.{where}"
+
+
+def test_the_first_rule_that_matches_claims():
+    claims = claim((Rule("bias$"), Rule("fc"), Rule(".*")), PARAMS)
+    assert claims == {"image": {"fc": {"kernel": 1, "bias": 0}}, "logit_scale": 2}
+
+
+@pytest.mark.parametrize(
+    "patterns, where, found",
+    [
+        (("bias$", ".*", "nothing"), "[2]", "'nothing' matches no parameter"),
+        (("fc", "bias$", ".*"), "[1]", "only what earlier rules claim, image/fc/bias for one"),
+        (("fc",), "", "no rule for logit_scale"),
+        (("(", ".*"), "[0].pattern", "'('"),
+    ],
+)
+def test_wrong_rules(patterns, where, found):
+    with pytest.raises(ConfigError) as error:
+        claim(tuple(Rule(p) for p in patterns), PARAMS)
+    assert error.value.where == f"config.optimizer.rules{where}"
+    assert found in error.value.found
+
+
+def steps(optimizer, count=3, params=PARAMS, grads=GRADS):
+    """Parameters after some updates, each with other gradients."""
+    state = optimizer.init(params)
+    for i in range(count):
+        scaled = jax.tree.map(lambda g, i=i: g * (1 + i), grads)
+        updates, state = optimizer.update(scaled, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def make(*rules, lr=0.01, **values):
+    config = OptimizerConfig(rules=rules or (Rule(".*"),), **values)
+    return make_optimizer(config, lambda count: lr / (1.0 + count), PARAMS)
+
+
+def assert_same(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+def test_adamw_is_optax():
+    values = {"b1": 0.8, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.3}
+    plain = optax.adamw(lambda count: 0.01 / (1.0 + count), **values)
+    assert_same(steps(make(**values)), steps(plain))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_optax(nesterov):
+    plain = optax.sgd(lambda count: 0.01 / (1.0 + count), momentum=0.8, nesterov=nesterov)
+    ours = make(name="sgd", momentum=0.8, nesterov=nesterov, weight_decay=0.0)
+    assert_same(steps(ours), steps(plain))
+
+
+def test_multipliers_scale_updates():
+    """Ten times the learning rate, and half of the decay, where a rule says so; else optax's."""
+
+    def plain(lr, weight_decay):
+        return steps(
+            optax.adamw(lambda n: lr / (1.0 + n), 0.9, 0.98, 1e-6, weight_decay=weight_decay)
+        )
+
+    kernel = Rule("kernel$", learning_rate=10.0, weight_decay=0.5)
+    got, expected = steps(make(kernel, Rule(".*"), weight_decay=0.3)), plain(0.01, 0.3)
+    assert np.abs(got["image"]["fc"]["kernel"] - expected["image"]["fc"]["kernel"]).max() > 0.01
+    expected["image"]["fc"]["kernel"] = plain(0.1, 0.15)["image"]["fc"]["kernel"]
+    assert_same(got, expected)
+
+
+def test_zero_multipliers():
+    """No rate: the parameter stays. No decay: it moves as under plain Adam."""
+    moved = steps(make(Rule("bias$", learning_rate=0.0), Rule(".*", weight_decay=0.0)))
+    np.testing.assert_array_equal(moved["image"]["fc"]["bias"], PARAMS["image"]["fc"]["bias"])
+    adam = steps(optax.adam(lambda count: 0.01 / (1.0 + count), 0.9, 0.98, 1e-6))
+    np.testing.assert_allclose(moved["image"]["fc"]["kernel"], adam["image"]["fc"]["kernel"])
+
+
+def test_clip_norm():
+    plain = optax.chain(
+        optax.clip_by_global_norm(0.1), optax.sgd(lambda count: 1 / (1.0 + count), momentum=0.9)
+    )
+    ours = make(lr=1.0, name="sgd", weight_decay=0.0, clip_norm=0.1)
+    assert_same(steps(ours), steps(plain))
+
+
+@pytest.mark.parametrize("sign, bound", [(-1, math.log(100)), (1, 0.0)])
+def test_clamp(sign, bound):
+    """The default rules hold `logit_scale`, and it alone, in [0, ln 100] against any gradient."""
+    optimizer = make_optimizer(OptimizerConfig(name="sgd"), lambda count: 1.0, PARAMS)
+    grads = jax.tree.map(lambda g: np.full_like(g, sign * 1e8), PARAMS)
+    after = steps(optimizer, 1, grads=grads)
+    np.testing.assert_allclose(after["logit_scale"], bound, atol=1e-5)
+    assert np.abs(after["image"]["fc"]["bias"]).min() > 1e7
+
+
+def test_default_rules():
+    """Matrices decay; gains, biases and the logits' scalars do not."""
+    params = {
+        f"{name}": np.ones(2, np.float32)
+        for name in ("kernel", "bias", "scale", "logit_bias", "positional_embedding", "probe")
+    }
+    params["logit_scale"] = np.float32(1)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), lambda count: 1.0, params)
+    after = steps(optimizer, 1, params, jax.tree.map(np.zeros_like, params))
+    decayed = {name for name, x in after.items() if np.all(x == 0.5)}
+    kept = {name for name, x in after.items() if np.all(x == 1.0)}
+    assert decayed == {"kernel", "positional_embedding"}
+    assert kept == set(params) - decayed
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_mu_dtype(name):
+    def dtypes(mu_dtype):
+        return [x.dtype for x in jax.tree.leaves(make(name=name, mu_dtype=mu_dtype).init(PARAMS))]
+
+    leaves = len(jax.tree.leaves(PARAMS))
+    assert dtypes("bfloat16").count(jnp.bfloat16) == leaves
+    assert dtypes("float32").count(jnp.bfloat16) == 0
+    moved = steps(make(name=name, mu_dtype="bfloat16"))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(moved))
+    for x, y in zip(*map(jax.tree.leaves, (moved, steps(make(name=name))))):
+        np.testing.assert_allclose(x, y, rtol=0.01)
+
+
+class Remembering(CLIP):
+    """A method with a memory: the sum of what it has seen."""
+
+    def init_memory(self):
+        return {"seen": jnp.zeros(self.image.embed_dim)}
+
+    def loss(self, features, memory, *, train):
+        value, metrics, memory = super().loss(features, memory, train=train)
+        return Loss(value, metrics, {"seen": memory["seen"] + features.image.sum(0)})
+
+
+@pytest.fixture(scope="module")
+def training():
+    """A step of a tiny method with BatchNorm and a memory, its first state, and a batch."""
+    image = ResNet(
+        variant="resnet18", image_size=16, width=8, blocks=(1,), embed_dim=8, dtype="float32"
+    )
+    module = Remembering(image=image, text=tiny.objective("clip").text)
+    batch = tiny.batch(module)
+    params = jax.eval_shape(lambda: init_state(module, optax.identity(), batch, seed=0).params)
+    schedule = optax.linear_schedule(1e-2, 0.0, 10)
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), schedule, params)
+    state = jax.jit(lambda: init_state(module, optimizer, batch, seed=0))()
+    step = jax.jit(make_train_step(module, optimizer, seed=0))
+    state, metrics = step(state, batch)
+    assert metrics["skipped"] == 0 and np.any(state.memory["seen"])
+    return step, state, batch
+
+
+def assert_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def with_scale(state: TrainState, value) -> TrainState:
+    return state.replace(params={**state.params, "logit_scale": jnp.float32(value)})
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e6])  # exp(1e6): a scale of infinity
+def test_a_step_that_is_not_finite_changes_nothing(training, value):
+    """Parameters, optimizer, running statistics and memory keep their bits; the step goes on."""
+    step, state, batch = training
+    bad = with_scale(state, value)
+    after, metrics = step(bad, batch)
+    assert metrics["skipped"] == 1 and metrics["updates"] == 1
+    assert after.step == bad.step + 1
+    assert_bits(after.replace(step=bad.step), bad)
+
+
+def test_the_next_step_is_as_if_the_bad_one_had_not_been(training):
+    step, state, batch = training
+    skipped, _ = step(with_scale(state, np.nan), batch)
+    mended = with_scale(skipped, state.params["logit_scale"])
+    expected, _ = step(state.replace(step=state.step + 1), batch)  # of the same step: the same keys
+    got, metrics = step(mended, batch)
+    assert_bits(got, expected)
+    assert metrics["skipped"] == 0
+    assert updates_done(got.opt_state) == 2 and got.step == 3
+    for part in ("params", "batch_stats", "memory"):
+        before, after = (jax.tree.leaves(getattr(s, part)) for s in (state, got))
+        assert all(np.any(x != y) for x, y in zip(before, after)), part
