@@ -42,8 +42,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "interop": ["open_clip_torch>=3.0", "transformers>=5.0", "torch>=2.6"],
-        "test": ["pytest>=8", "typeguard>=4.3"],
-        "dev": ["pytest>=8", "typeguard>=4.3", "ruff>=0.12"],
+        "test": ["pytest>=8"],
+        "dev": ["pytest>=8", "ruff>=0.12"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

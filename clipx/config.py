@@ -192,17 +192,29 @@ def bind(cls, section, *, where: str = "config", **given):
 
 def dump(bound, given=()) -> dict[str, Any]:
     """The complete section of a bound object, defaults included, as JSON keeps it."""
+    return {k: _leaf(getattr(bound, k)) for k in fields(type(bound)) if k not in given}
 
-    def leaf(value):
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dump(value)
-        if isinstance(value, Mapping):
-            return {k: leaf(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [leaf(v) for v in value]
-        return value
 
-    return {k: leaf(getattr(bound, k)) for k in fields(type(bound)) if k not in given}
+def dump_values(cls, values: Mapping[str, Any], given=()) -> dict[str, Any]:
+    """The complete section of a class that is not built yet: `values` over its defaults."""
+    out = {}
+    for key, field in fields(cls).items():
+        if key in values:
+            out[key] = _leaf(values[key])
+        elif key not in given:
+            factory = field.default_factory
+            out[key] = _leaf(field.default if factory is _MISSING else factory())
+    return out
+
+
+def _leaf(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dump(value)
+    if isinstance(value, Mapping):
+        return {k: _leaf(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_leaf(v) for v in value]
+    return value
 
 
 def _subclasses(package: str, name: str, base: type) -> list[type]:

@@ -127,6 +127,9 @@ class _SourceSpec:
     def open(self) -> Source:
         return self.cls(**self.values)
 
+    def dump(self) -> dict[str, Any]:
+        return configs.dump_values(self.cls, self.values)
+
 
 @dataclasses.dataclass(frozen=True)
 class _EvalSpec:
@@ -154,6 +157,12 @@ class _EvalSpec:
         data = dict(config.data)
         source = _SourceSpec.check(data, data.pop("source", ""), f"{where}.data")
         return cls(name, config, evaluator, values, source)
+
+    def dump(self) -> dict[str, Any]:
+        """The complete section, as config.json keeps it."""
+        source = {"source": self.config.data["source"], **self.source.dump()}
+        rest = configs.dump_values(self.evaluator, self.values, given=("examples",))
+        return configs.dump(self.config) | rest | {"data": source}
 
     def examples(self, image_size: int) -> pipeline.EvaluationSet:
         return pipeline.EvaluationSet(self.source.open(), image_size, limit=self.config.limit)
@@ -344,7 +353,8 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         "objective": {"name": objective_name, **configs.dump(objective, given=_TOWERS)},
         "image": {"name": image_name, **configs.dump(image)},
         "text": {"name": text_name, **configs.dump(text, given=_TEXT_GIVEN)},
-        "data": {**configs.dump(data), **configs.to_lists(source.values)},
+        "data": {**configs.dump(data), **source.dump()},
+        "evals": {spec.name: spec.dump() for spec in evals},
     }
     return Run(
         config=config,

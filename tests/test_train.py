@@ -15,6 +15,7 @@ import pytest
 from clipx import cli
 from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError
+from clipx.evaluate import evaluate
 from clipx.run import assemble, restore
 from clipx.train import train
 
@@ -159,3 +160,17 @@ def test_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can be written"):
         train(small(), str(tmp_path / "file"))
+
+
+def test_evaluate_gives_the_numbers_of_training(whole, capsys):
+    config = json.loads((whole / "config.json").read_text())
+    results = evaluate(str(whole), "best", config)
+    logged = {k: v for k, v in rows(whole)[-1].items() if "/" in k}
+    assert results == pytest.approx(logged, abs=1e-6)
+    assert json.loads((whole / "evaluation_12.json").read_text())["metrics"] == results
+    config["evals"] = {"zero_shot": config["evals"]["zero_shot"] | {"templates": ["the {}"]}}
+    assert evaluate(str(whole), "8", config).keys() == {
+        "zero_shot/top1", "zero_shot/top5", "zero_shot/mean_per_class"
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="one of"):
+        evaluate(str(whole), "5", config)

@@ -20,15 +20,15 @@ from clipx.data.base import Example, Source
 
 COLOURS = {
     "red": (220, 30, 30),
-    "yellow": (240, 215, 20),
-    "lime": (160, 225, 20),
+    "yellow": (250, 215, 20),
+    "lime": (150, 230, 40),
     "green": (20, 130, 50),
     "cyan": (20, 200, 220),
     "blue": (30, 90, 240),
-    "navy": (20, 20, 110),
+    "navy": (25, 30, 130),
     "purple": (140, 50, 180),
     "pink": (250, 120, 190),
-    "brown": (135, 80, 30),
+    "brown": (145, 80, 25),
     "grey": (130, 130, 130),
     "black": (20, 20, 20),
 }
@@ -53,7 +53,8 @@ _RELATIONS = {
     ("above", "over"): (0, -1),
     ("below", "under"): (0, 1),
 }
-_FINE = 4  # masks are drawn at this many times the size and averaged down
+_OUTLINE = (40, 40, 40)
+_FINE = 3  # masks are drawn at this many times the size and averaged down
 
 
 def _star() -> Float[np.ndarray, "10 2"]:
@@ -70,7 +71,7 @@ def _heart() -> Float[np.ndarray, "48 2"]:
 
 _A = 0.34  # half the width of the cross's bars
 _POLYGONS = {  # corners in a square of side 2 about the origin, y downwards
-    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.86,
+    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.95,
     "triangle": np.array([(0, -1), (1.05, 0.85), (-1.05, 0.85)]),
     "star": _star(),
     "cross": np.array(
@@ -151,24 +152,30 @@ class Shapes(Source):
             f"a {first} {words[1]} a {second}",
             f"a {first} and a {second}",
             f"a picture of a {first} {words[0]} a {second}",
+            f"a {first.split()[1]} {words[0]} a {second.split()[1]}",
+            f"something {first.split()[0]} and something {second.split()[0]}",
         )
         return self._draw(rng, spots), texts
 
     def _draw(self, rng: np.random.Generator, spots) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of (label, centre, radius) in units of the side, on a ground of their own."""
         side = self.image_size
-        ground = rng.integers(222, 242, 3).astype(np.uint8)  # light: every shape is darker
+        ground = rng.integers(222, 241, 3).astype(np.uint8)  # light: every shape is darker
         noise = np.frombuffer(rng.bytes(side * side * 3), np.uint8).reshape(side, side, 3)
         image = Image.fromarray(ground + (noise & 15))
         for label, centre, radius in spots:
             colour = np.array(COLOURS[_NAMES[label // _KINDS]]) + rng.integers(-12, 13, 3)
-            mask, corner = _mask(SHAPES[label % _KINDS], centre * side, radius * side)
-            image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, mask)
+            whole, inside, corner = _masks(SHAPES[label % _KINDS], centre * side, radius * side)
+            image.paste(_OUTLINE, corner, whole)
+            image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, inside)
         return np.asarray(image)
 
 
-def _mask(shape: str, centre: np.ndarray, radius: float) -> tuple[Image.Image, tuple[int, int]]:
-    """The shape's coverage (mode L) about `centre`, and the pixel of its upper left corner."""
+def _masks(
+    shape: str, centre: np.ndarray, radius: float
+) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
+    """The shape's coverage (mode L) about `centre`, that of its inside, and the pixel of their
+    upper left corner."""
     corner = np.floor(centre - 1.15 * radius).astype(int)
     cells = math.ceil(2.3 * radius) + 1
     mask = Image.new("L", (cells * _FINE, cells * _FINE))
@@ -186,4 +193,14 @@ def _mask(shape: str, centre: np.ndarray, radius: float) -> tuple[Image.Image, t
         disc(x, y, 0.58 * r, 0)
     elif shape == "moon":
         disc(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
-    return mask.reduce(_FINE), (int(corner[0]), int(corner[1]))
+    whole = np.asarray(mask)
+    inside, edge = whole.copy(), max(1, round(0.09 * r))
+    for shifted, kept in (
+        (whole[edge:], inside[:-edge]),
+        (whole[:-edge], inside[edge:]),
+        (whole[:, edge:], inside[:, :-edge]),
+        (whole[:, :-edge], inside[:, edge:]),
+    ):
+        np.minimum(kept, shifted, out=kept)
+    inner = Image.fromarray(inside)
+    return mask.reduce(_FINE), inner.reduce(_FINE), (int(corner[0]), int(corner[1]))
