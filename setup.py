@@ -29,7 +29,7 @@ setup(
         "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=2.0",
-        "opencv-python-headless>=4.11",
+        "opencv-python-headless>=5.0",  # earlier ones pass cut JPEGs as whole
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.3",

@@ -33,8 +33,7 @@ _EXACT = ("learning_rate", "logit_scale")  # no noise to smooth
 _INK = "#010203"  # stands for the page's own text colour in a drawing
 # Curves of training: title, keys, whether the axis starts at 0.
 _CURVES = (
-    ("Loss", ("loss",), False),
-    ("Loss over chance, ln B", ("loss/chance",), True),
+    ("Loss", ("loss",), False),  # and, dashed, the loss of a model that cannot tell rows apart
     ("R@1 inside the batch", ("batch/R@1",), True),
     ("Learning rate", ("learning_rate",), True),
     ("Logit scale", ("logit_scale",), False),
@@ -164,7 +163,7 @@ def _header(title, rows, training, config, workdir) -> str:
     if training:
         tiles.append(("last loss", _short(training[-1]["loss"])))
         if "loss/chance" in training[-1]:
-            tiles.append(("of chance, ln B", _short(training[-1]["loss/chance"])))
+            tiles.append(("loss of chance", _short(training[-1]["loss/chance"])))
         speeds = [row["images_per_second"] for row in training if "images_per_second" in row]
         if speeds:
             tiles.append(("images/s, median", _short(float(np.median(speeds)))))
@@ -218,8 +217,10 @@ def _training_charts(training: Sequence[Mapping[str, Any]]) -> list[str]:
     for title, keys, from_zero in (*_CURVES, ("Parts of the loss", parts, False)):
         curves = {key: series[key] for key in keys if key in series}
         if curves:
-            chance = 1.0 if keys == ("loss/chance",) else None
-            charts.append(_chart(title, curves, from_zero=from_zero, level=chance))
+            chance = series.get("loss/chance") if keys == ("loss",) else None
+            charts.append(
+                _chart(title, curves, from_zero=from_zero, level=chance[-1][1] if chance else None)
+            )
     return charts
 
 

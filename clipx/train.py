@@ -25,6 +25,7 @@ from clipx.checkpoint import (
     write_json,
 )
 from clipx.cli import RunError
+from clipx.config import ConfigError
 from clipx.data import tokenizers
 from clipx.data.base import DataError, Source
 from clipx.encode import Interrupted
@@ -53,15 +54,15 @@ def describe(run: Run, source: Source) -> list[str]:
 
 
 class Stop:
-    """Whether the run was told to stop: SIGTERM or SIGINT here, or preemption of any process."""
+    """Whether the run was told to stop: SIGTERM or SIGINT, or, with several processes, JAX's word
+    that one of them is preempted, which makes all of them stop at one step."""
 
     def __init__(self):
         self.asked = False
         self._old = {}
 
     def __enter__(self) -> Stop:
-        # With several processes SIGTERM is JAX's, which makes all of them stop at one step.
-        numbers = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
         with contextlib.suppress(ValueError):  # not in the main thread: no signals, then
             self._old = {n: signal.signal(n, self._ask) for n in numbers}
         return self
@@ -92,7 +93,6 @@ class Trainer:
     metrics: Metrics
     clock: Clock
     stop: Stop
-    results: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last evaluation
     _skipped: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
     _read: int = 0
     _bad: int = 0
@@ -103,31 +103,34 @@ class Trainer:
 
         The order is evaluate, save, draw, step, log: what is saved is never behind what was drawn.
         """
-        run, train = self.run, self.run.config.train
-        feed = run.feed(self.source, start=start)
+        train = self.run.config.train
         pending: collections.deque = collections.deque()
         self._logged = start
-        for step in range(start, run.steps + 1):
-            last, stopping = step == run.steps, self.stop.at(step)
-            evaluate = last or _due(step, train.eval_every_steps)
-            if last or stopping or evaluate or _due(step, train.save_every_steps):
-                self._drain(pending, 0)
-            if evaluate and not stopping:
-                stopping = not self._evaluate(state, step)
-            if last or stopping or (_due(step, train.save_every_steps) and step > start):
-                self._save(state, step)
-            if last or stopping:
-                break
-            with self.clock.time("data"):
-                batch, known = next(feed)
-            self._watch(known)
-            with jax.transfer_guard("disallow"):
-                state, metrics = run.train_step(state, batch)
-            pending.append((step + 1, known["row"], metrics))
-            self._drain(pending, _AHEAD)
+        with contextlib.closing(self.run.feed(self.source, start=start)) as feed:
+            for step in range(start, self.run.steps + 1):
+                last, stopping = step == self.run.steps, self.stop.at(step)
+                evaluate = last or _due(step, train.eval_every_steps)
+                save = last or (_due(step, train.save_every_steps) and step > start)
+                if stopping or evaluate or save:
+                    self._drain(pending, 0)
+                results: dict[str, float] | None = {}
+                if evaluate and not stopping:
+                    results = self._evaluate(state, step)
+                    stopping, results = results is None, results or {}
+                if stopping or save or train.best in results:
+                    self._save(state, step, results)
+                if last or stopping:
+                    break
+                with self.clock.time("data"):
+                    batch, known = next(feed)
+                self._watch(known)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.run.train_step(state, batch)
+                pending.append((step + 1, known["row"], metrics))
+                self._drain(pending, _AHEAD)
         with self.clock.time("save"):
             self.checkpoints.wait()
-        return state, last
+        return state, last and not stopping
 
     def _drain(self, pending: collections.deque, keep: int) -> None:
         """Takes in the metrics of all but the newest `keep` steps: waits for them, logs those that
@@ -158,8 +161,8 @@ class Trainer:
             metrics["mfu"] = work * rate / peak
         self.metrics.log(step, metrics)
 
-    def _evaluate(self, state: TrainState, step: int) -> bool:
-        """Runs every eval and logs it; False if the run was told to stop meanwhile."""
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """What every eval finds, logged; None if the run was told to stop meanwhile."""
         results = {}
         encode = self.run.encode(state, interrupted=lambda: self.stop.asked)
         with self.clock.time("evaluate"):
@@ -167,22 +170,24 @@ class Trainer:
                 try:
                     found = evaluator(encode)
                 except Interrupted:
-                    return False
+                    return None
                 except DataError:  # the set is at fault, not the steps since the last save
-                    self._save(state, step)
+                    self._save(state, step, {})
                     self.checkpoints.wait()
                     raise
                 results |= {f"{name}/{key}": value for key, value in found.items()}
-        self.results = results
         self.metrics.log(step, results)
         best = self.run.config.train.best
         if best and best not in results:
-            raise cli.ConfigError(
+            self._save(state, step, {})
+            self.checkpoints.wait()
+            raise ConfigError(
                 "config.train.best", repr(best), "one of " + ", ".join(sorted(results))
             )
-        return True
+        return results
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, results: dict[str, float]) -> None:
+        """Starts to save `state`, with what was found of that very state."""
         with self.clock.time("save"):
             extra = {
                 "config": self.run.complete,
@@ -190,7 +195,7 @@ class Trainer:
                 "rows": self.run.rows,
                 "seconds": self.clock.totals,
             }
-            self.checkpoints.save(step, state, extra, self.results)
+            self.checkpoints.save(step, state, extra, results)
 
     def _watch(self, known: dict[str, Any]) -> None:
         """Counts the rows that could not be read, names them, and stops the run at too many."""

@@ -195,7 +195,10 @@ def test_flip_is_one_fair_coin_an_example():
     ("source", "reason"),
     [
         (Pictures(bad=(7,)), "key7: empty caption"),
-        (Pictures(broken=(7,)), r"key7: the picture \(\d+ bytes\) cannot be decoded: .*[Tt]runcated.*"),
+        (
+            Pictures(broken=(7,)),
+            r"key7: the picture \(\d+ bytes\) cannot be decoded: .*[Tt]runcated.*",
+        ),
     ],
 )
 def test_a_bad_row_is_replaced_by_the_next_and_named(source, reason):

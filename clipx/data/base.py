@@ -15,8 +15,11 @@ class BadSample(Exception):
     """One example cannot be used: `key` says which, the message why."""
 
     def __init__(self, key: str, reason: str):
-        super().__init__(f"{key}: {reason}")
+        super().__init__(key, reason)
         self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
 
 
 class Example(NamedTuple):

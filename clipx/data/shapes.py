@@ -37,7 +37,7 @@ _NAMES = tuple(COLOURS)
 _KINDS = len(SHAPES)
 CLASSES = tuple(f"{colour} {shape}" for colour in _NAMES for shape in SHAPES)
 # one pair of each colour, so that every colour keeps seven shapes and every shape ten colours
-HELD_OUT = tuple(c * _KINDS + 3 * c % _KINDS for c in range(len(_NAMES)))
+HELD_OUT = tuple(c * _KINDS + (3 * c + 1) % _KINDS for c in range(len(_NAMES)))
 _TRAINED = tuple(i for i in range(len(CLASSES)) if i not in HELD_OUT)
 
 _PLACES = {
@@ -84,33 +84,34 @@ _POLYGONS = {  # corners in a square of side 2 about the origin, y downwards
 
 @dataclasses.dataclass(frozen=True)
 class Shapes(Source):
-    """Row i is a pure function of `split` and i; `size` says how many rows there are."""
+    """Row i is a pure function of `split` and i. In `test` every picture shows one object, of a
+    held-out class; `label` is its place among all `classes`."""
 
     split: Literal["train", "test"] = "train"
-    size: int = 16384
+    size: int | None = None  # rows; None: 16,384 to train on, 600 to test on
     image_size: int = 64  # pixels a side
 
     classes = CLASSES
 
     def __post_init__(self):
         for field, least in (("size", 1), ("image_size", 16)):
-            if getattr(self, field) < least:
-                found = str(getattr(self, field))
-                raise ConfigError(f"data.shapes.{field}", found, f"at least {least}")
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ConfigError(f"{field} of shapes", str(value), f"at least {least}")
 
     def __len__(self) -> int:
-        return self.size
+        return self.size or (600 if self.split == "test" else 16384)
 
     def __getitem__(self, row: int) -> Example:
-        if not 0 <= row < self.size:
+        if not 0 <= row < len(self):
             raise IndexError(row)
         test = self.split == "test"
         rng = np.random.Generator(np.random.Philox(key=[int(test), row]))
         key = f"shapes/{self.split}/{row:06d}"
         if test or rng.random() < 0.7:
-            label = HELD_OUT[row % len(HELD_OUT)] if test else int(rng.choice(_TRAINED))
-            image, texts = self._single(rng, label)
-            return Example(image, texts[: 5 if test else None], row, key, label)
+            label = HELD_OUT[row % len(HELD_OUT)] if test else _TRAINED[rng.integers(len(_TRAINED))]
+            image, names, parts = self._single(rng, label)
+            return Example(image, names if test else names + parts, row, key, label)
         return Example(*self._pair(rng), row, key)
 
     def _single(self, rng: np.random.Generator, label: int):
@@ -123,19 +124,21 @@ class Shapes(Source):
         radius *= rng.uniform(0.9, 1.1)
         centre = 0.5 + np.array(_PLACES[place]) * (0.45 - radius) + rng.uniform(-0.03, 0.03, 2)
         image = self._draw(rng, [(label, centre, radius)])
-        texts = (
+        names = (
             f"a {name}",
             f"a picture of a {name}",
             f"a {size} {name}",
             f"a {name} {place}",
             f"there is a {size} {name} {place}",
-            # a part at a time, so that the parts are words of their own
+        )
+        # a colour and a shape that are also named apart are learned apart
+        parts = (
             f"a {shape}",
             f"a picture of a {shape}",
             f"a {size} {shape}",
             f"something {colour}",
         )
-        return image, texts
+        return image, names, parts
 
     def _pair(self, rng: np.random.Generator):
         a, b = (int(i) for i in rng.choice(_TRAINED, 2, replace=False))
@@ -147,13 +150,14 @@ class Shapes(Source):
         spots = [(a, 0.5 + away + along + shift[0], radii[0])]
         spots += [(b, 0.5 - away + along + shift[1], radii[1])]
         first, second = CLASSES[a], CLASSES[b]
+        colours, shapes = zip(first.split(), second.split())
         texts = (
             f"a {first} {words[0]} a {second}",
             f"a {first} {words[1]} a {second}",
             f"a {first} and a {second}",
             f"a picture of a {first} {words[0]} a {second}",
-            f"a {first.split()[1]} {words[0]} a {second.split()[1]}",
-            f"something {first.split()[0]} and something {second.split()[0]}",
+            f"a {shapes[0]} {words[0]} a {shapes[1]}",
+            f"something {colours[0]} and something {colours[1]}",
         )
         return self._draw(rng, spots), texts
 
@@ -164,7 +168,7 @@ class Shapes(Source):
         noise = np.frombuffer(rng.bytes(side * side * 3), np.uint8).reshape(side, side, 3)
         image = Image.fromarray(ground + (noise & 15))
         for label, centre, radius in spots:
-            colour = np.array(COLOURS[_NAMES[label // _KINDS]]) + rng.integers(-12, 13, 3)
+            colour = np.array(COLOURS[_NAMES[label // _KINDS]]) + rng.integers(-16, 17, 3)
             whole, inside, corner = _masks(SHAPES[label % _KINDS], centre * side, radius * side)
             image.paste(_OUTLINE, corner, whole)
             image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, inside)
@@ -190,11 +194,11 @@ def _masks(
     else:
         disc(x, y, r, 255)
     if shape == "ring":
-        disc(x, y, 0.58 * r, 0)
+        disc(x, y, 0.5 * r, 0)
     elif shape == "moon":
         disc(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
     whole = np.asarray(mask)
-    inside, edge = whole.copy(), max(1, round(0.09 * r))
+    inside, edge = whole.copy(), max(1, round(0.13 * r))
     for shifted, kept in (
         (whole[edge:], inside[:-edge]),
         (whole[:-edge], inside[edge:]),

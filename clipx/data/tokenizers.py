@@ -39,7 +39,7 @@ class TokenizerConfig:
     context: int = 77  # ids a text, both marks included
     path: str = ""  # a merges file (.txt, .txt.gz) or a SentencePiece model; '' as in `build`
     model: Literal["unigram", "bpe"] = "unigram"  # of a SentencePiece model that is trained here
-    sample: int = 1_000_000  # captions that such a model is trained on, at most
+    sample: int = 200_000  # captions that such a model is trained on, at most
 
     def __post_init__(self):
         for field, least in (("vocab_size", 5), ("context", 3), ("sample", 1)):

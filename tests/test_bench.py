@@ -1,0 +1,33 @@
+"""The benchmark's own twin is right, and it runs the run's step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_train import small
+
+from clipx import bench
+from clipx.mesh import MeshConfig, make_mesh
+from clipx.run import assemble
+
+
+def test_the_dense_twin_is_its_own_gradient():
+    a, b = np.random.default_rng(0).normal(size=(2, 6, 4))
+
+    def mean(a):
+        logits = 2.0 * a @ b.T
+        lse = jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)
+        return jnp.mean(0.5 * lse - jnp.diag(logits))
+
+    with jax.enable_x64(True):
+        value, gradient = bench.dense_info_nce(a, b, 2.0)
+        np.testing.assert_allclose(value.mean(), mean(a), rtol=1e-12)
+        np.testing.assert_allclose(gradient, jax.grad(mean)(a), rtol=1e-9, atol=1e-12)
+
+
+def test_the_losses_of_these_devices_are_right():
+    assert bench.check_losses(make_mesh(MeshConfig()), rows=64, width=16) < 1e-5
+
+
+def test_steps_are_timed():
+    run = assemble(small(), jax.devices()[:1])
+    assert all(second > 0 for second in bench.time_steps(run, 2))
