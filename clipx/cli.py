@@ -100,15 +100,22 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         use_compile_cache()
         return main(overrides)
 
+    def parsed(argv):
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            known = ", ".join(f"--{name}" for name in required)
+            raise ConfigError("command line", str(error), f"{known}, --config.x.y=...") from None
+
     def fail(error: Exception, code: int):
         print(f"\n{error}", file=sys.stderr, flush=True)
         sys.exit(code)
 
     try:
         argv, overrides = take_overrides(sys.argv)
-        app.run(guarded, argv=argv)
+        app.run(guarded, argv=argv, flags_parser=parsed)
     except (ConfigError, DataError, BadSample) as error:
-        if isinstance(error, ConfigError) and error.where.startswith("config."):
+        if getattr(error, "where", "").startswith("config.") and "config" in flags.FLAGS:
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
     except (RunError, CheckpointError, MetricsError) as error:

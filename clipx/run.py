@@ -7,7 +7,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,158 +17,21 @@ from jax.sharding import Mesh
 from clipx import config as configs
 from clipx import mesh as meshes
 from clipx.checkpoint import Checkpoints, read_json
-from clipx.config import ConfigError, bind, duration, find
+from clipx.config import bind, duration
 from clipx.data import pipeline, tokenizers
 from clipx.data.base import Source
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
-from clipx.mesh import MeshConfig
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
-from clipx.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from clipx.optimizer import make_optimizer, make_schedule
+from clipx.sections import Config, DataConfig, EvalSpec, SourceSpec, check_train, named, split
 from clipx.step import init_state, make_train_step
 from clipx.types import Batch, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
 _SAMPLES = 32  # pictures that the report shows
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    batch_size: int  # global: over all devices and micro-batches
-    total_steps: int | None = None
-    total_epochs: float | None = None
-    total_examples: int | None = None
-    microbatches: int = 1
-    log_every_steps: int = 10
-    save_every_steps: int = 1000
-    eval_every_steps: int | None = None  # None: at the end alone
-    keep: int = 2  # the last so many checkpoints
-    best: str = ""  # a metric, such as "retrieval/mean_recall": its best checkpoint is kept too
-    max_skipped_steps: int = 5  # so many steps without a finite gradient in a row stop the run
-    tensorboard: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The keys of `config.data` beside its source's own."""
-
-    source: str
-    workers: int = 0  # processes that decode; 0: threads of this one
-    flip: bool = True  # mirror half of the pictures
-    caption: Literal["random", "first"] = "random"  # of a picture with several
-    max_bad_fraction: float = 0.01  # of the rows read; more stop the run
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """The keys of one of `config.evals` beside its evaluator's own."""
-
-    data: dict[str, Any]
-    evaluator: str | None = None  # None: the name of the section
-    limit: int | None = None  # so many examples at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The sections of a config file."""
-
-    objective: dict[str, Any]
-    image: dict[str, Any]
-    text: dict[str, Any]
-    tokenizer: tokenizers.TokenizerConfig
-    data: dict[str, Any]
-    train: TrainConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-
-
-def _named(package: str, base: type, section: Mapping, where: str, default: str = ""):
-    """The class that a section's `name` stands for, and the section without it."""
-    section = dict(section)
-    name = section.pop("name", default)
-    if not name:
-        raise ConfigError(f"{where}.name", "nothing", f"the name of a file in clipx/{package}/")
-    try:
-        return find(package, name, base), name, section
-    except ConfigError as error:
-        error.where = f"{where}.name"
-        raise
-
-
-def _split(section: Mapping, own: type, where: str) -> tuple[Any, dict]:
-    """`section` as the dataclass `own` and the keys that `own` does not have."""
-    names = configs.fields(own)
-    return (
-        bind(own, {k: v for k, v in section.items() if k in names}, where=where),
-        {k: v for k, v in section.items() if k not in names},
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _SourceSpec:
-    """A source, checked but not opened."""
-
-    cls: type
-    values: dict[str, Any]
-
-    @classmethod
-    def check(cls, section: Mapping, name: str, where: str, beside=()) -> _SourceSpec:
-        try:
-            source = find("data", name, Source)
-        except ConfigError as error:
-            error.where = f"{where}.source"
-            raise
-        return cls(source, configs.check(source, section, where=where, beside=beside))
-
-    def open(self) -> Source:
-        return self.cls(**self.values)
-
-    def dump(self) -> dict[str, Any]:
-        return configs.dump_values(self.cls, self.values)
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvalSpec:
-    name: str
-    config: EvalConfig
-    evaluator: type
-    values: dict[str, Any]
-    source: _SourceSpec
-
-    @classmethod
-    def check(cls, name: str, section: Mapping) -> _EvalSpec:
-        where = f"config.evals.{name}"
-        config, rest = _split(section, EvalConfig, where)
-        evaluator, _, rest = _named(
-            "evaluators", Evaluator, {**rest, "name": config.evaluator or name}, where
-        )
-        values = configs.check(
-            evaluator, rest, where=where, given=("examples",), beside=configs.fields(EvalConfig)
-        )
-        try:
-            evaluator(examples=None, **values)  # its own checks, now rather than after an epoch
-        except ConfigError as error:
-            error.where = f"{where}.{error.where.rpartition('.')[2]}"
-            raise
-        data = dict(config.data)
-        source = _SourceSpec.check(data, data.pop("source", ""), f"{where}.data")
-        return cls(name, config, evaluator, values, source)
-
-    def dump(self) -> dict[str, Any]:
-        """The complete section, as config.json keeps it."""
-        source = {"source": self.config.data["source"], **self.source.dump()}
-        rest = configs.dump_values(self.evaluator, self.values, given=("examples",))
-        return configs.dump(self.config) | rest | {"data": source}
-
-    def examples(self, image_size: int) -> pipeline.EvaluationSet:
-        return pipeline.EvaluationSet(self.source.open(), image_size, limit=self.config.limit)
-
-    def open(self, image_size: int) -> Evaluator:
-        return self.evaluator(examples=self.examples(image_size), **self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +47,8 @@ class Run:
     steps: int | None  # None: the length is in epochs, and the rows are not known yet
     rows: int | None
     data: DataConfig
-    source: _SourceSpec
-    evals: tuple[_EvalSpec, ...]
+    source: SourceSpec
+    evals: tuple[EvalSpec, ...]
     batch: Batch  # abstract, with shardings
     state: TrainState  # abstract, with shardings
     tokenizer: tokenizers.Tokenizer | None = None  # None until the data is open
@@ -326,9 +189,9 @@ def assemble(config: Mapping, devices=None) -> Run:
 
 def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     train = config.train
-    image_cls, image_name, image_section = _named("models", Tower, config.image, "config.image")
-    text_cls, text_name, text_section = _named("models", Tower, config.text, "config.text")
-    objective_cls, objective_name, section = _named(
+    image_cls, image_name, image_section = named("models", Tower, config.image, "config.image")
+    text_cls, text_name, text_section = named("models", Tower, config.text, "config.text")
+    objective_cls, objective_name, section = named(
         "objectives", Objective, config.objective, "config.objective"
     )
     image = bind(image_cls, image_section, where="config.image")
@@ -339,10 +202,10 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
     )
     objective = bind(objective_cls, section, where="config.objective", image=image, text=text)
-    data, rest = _split(config.data, DataConfig, "config.data")
-    source = _SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
-    evals = tuple(_EvalSpec.check(name, section) for name, section in config.evals.items())
-    _check_train(train, mesh, evals, rows)
+    data, rest = split(config.data, DataConfig, "config.data")
+    source = SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
+    evals = tuple(EvalSpec.check(name, section) for name, section in config.evals.items())
+    check_train(train, mesh, evals, rows)
     steps = duration(dataclasses.asdict(train), "total", where="config.train").steps(
         batch_size=train.batch_size, rows=rows
     )
@@ -371,48 +234,6 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         batch=batch,
         state=state,
     )
-
-
-def _check_train(train: TrainConfig, mesh: Mesh, evals, rows: int | None) -> None:
-    where = "config.train"
-    for name in (
-        "batch_size",
-        "microbatches",
-        "log_every_steps",
-        "save_every_steps",
-        "eval_every_steps",
-        "keep",
-        "max_skipped_steps",
-    ):
-        value = getattr(train, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{where}.{name}", str(value), "at least 1")
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = devices * train.microbatches
-    if train.batch_size % unit:
-        up, down = -(-train.batch_size // unit) * unit, train.batch_size // unit * unit
-        raise ConfigError(
-            f"{where}.batch_size",
-            str(train.batch_size),
-            f"a multiple of {devices} device(s) x {train.microbatches} micro-batch(es) = {unit}",
-            f"{where}.batch_size={down or up}",
-        )
-    if rows is not None and rows < train.batch_size:
-        raise ConfigError(
-            f"{where}.batch_size",
-            f"{rows} rows of data for a batch of {train.batch_size}",
-            "at least one whole batch",
-            f"{where}.batch_size={max(rows // unit * unit, unit)} or more data",
-        )
-    if train.best:
-        names = [spec.name for spec in evals]
-        if train.best.split("/")[0] not in names:
-            raise ConfigError(
-                f"{where}.best",
-                repr(train.best),
-                "<eval>/<metric> of config.evals" + (f": {', '.join(names)}" if names else ""),
-                "set config.evals or leave train.best empty",
-            )
 
 
 def _abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:

@@ -12,9 +12,8 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from clipx import cli, train
+from clipx import cli, sections, train
 from clipx import config as configs
-from clipx import run as runs
 from clipx.checkpoint import refuse_other_config, write_json
 from clipx.config import ConfigError, bind, check, duration, find, load, override, parse
 from clipx.models.layers import Tower
@@ -146,8 +145,8 @@ def test_the_block():
 @pytest.mark.parametrize("package, base, near, name", [
     ("objectives", Objective, "siglip", "sigclip"),
     ("models", Tower, "vit", "vti"),
-    ("data", runs.Source, "webdataset", "webdatasets"),
-    ("evaluators", runs.Evaluator, "retrieval", "retreival"),
+    ("data", sections.Source, "webdataset", "webdatasets"),
+    ("evaluators", sections.Evaluator, "retrieval", "retreival"),
 ])  # fmt: skip
 def test_find(package, base, near, name):
     assert base in find(package, near, base).__mro__
@@ -291,7 +290,7 @@ def closed(monkeypatch):
     def refuse(*_):
         raise AssertionError("a data source was opened")
 
-    monkeypatch.setattr(runs._SourceSpec, "open", refuse)
+    monkeypatch.setattr(sections.SourceSpec, "open", refuse)
 
 
 def assembled(*overrides, spec=QUICKSTART, devices=1):

@@ -21,7 +21,7 @@ FLOORS = (
     ("losses", "models", "kmeans", "mesh", "augment", "optimizer"),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
-    ("run", "encode", "checkpoint", "metrics"),
+    ("run", "sections", "encode", "checkpoint", "metrics"),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
         *("report", "compare", "teacher", "doctor", "bench"),
