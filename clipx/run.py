@@ -26,7 +26,7 @@ from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.optimizer import make_optimizer, make_schedule
 from clipx.sections import Config, DataConfig, EvalSpec, SourceSpec, check_train, named, split
-from clipx.step import init_state, make_train_step
+from clipx.step import init_state, init_variables, make_train_step
 from clipx.types import Batch, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
@@ -255,13 +255,10 @@ def _abstract_state(objective, config: Config, schedule, batch: Batch, mesh: Mes
     """The optimizer, whose rules need the parameters' paths, and the state it makes, abstract."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
-    def params(batch):
-        keys = jax.vmap(jax.random.key)(batch.row)
-        memory = objective.init_memory()
-        return objective.init(jax.random.key(config.seed), batch, keys, memory)["params"]
-
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, schedule, jax.eval_shape(params, shapes))
+        variables = functools.partial(init_variables, objective, seed=config.seed)
+        params = jax.eval_shape(variables, shapes)["params"]
+        optimizer = make_optimizer(config.optimizer, schedule, params)
         init = functools.partial(init_state, objective, optimizer, seed=config.seed)
         state = jax.eval_shape(init, shapes)
     state = jax.tree.map(

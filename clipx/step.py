@@ -21,21 +21,24 @@ def row_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
+def init_variables(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
+    """`params` and, with BatchNorm, `batch_stats` of step 0. Only the shapes of `batch` matter."""
+    keys = row_keys(seed, jnp.int32(0), batch.row.shape[0])
+    return objective.init(jax.random.key(seed), batch, keys, objective.init_memory())
+
+
 def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, batch: Batch, *, seed: int
 ) -> TrainState:
-    """The state of step 0. Only the shapes of `batch` matter; call it under `jax.eval_shape` for an
-    abstract state, under `jax.jit` with output shardings for arrays created in place."""
-    memory = objective.init_memory()
-    keys = row_keys(seed, jnp.int32(0), batch.row.shape[0])
-    variables = objective.init(jax.random.key(seed), batch, keys, memory)
-    params = variables["params"]
+    """The state of step 0; call it under `jax.eval_shape` for an abstract state, under `jax.jit`
+    with output shardings for arrays created in place."""
+    variables = init_variables(objective, batch, seed=seed)
     return TrainState(
         step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
+        params=variables["params"],
+        opt_state=optimizer.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
-        memory=memory,
+        memory=objective.init_memory(),
     )
 
 

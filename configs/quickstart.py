@@ -38,10 +38,6 @@ def get_config(variant=""):
                     "data": {"source": "shapes", "split": "test", "image_size": 32},
                     "templates": ("a {}", "a picture of a {}"),
                 },
-                "retrieval": {
-                    "data": {"source": "shapes", "split": "test", "image_size": 32},
-                    "limit": 256,
-                },
             },
         }
     )

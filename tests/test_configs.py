@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from clipx import config as configs
-from clipx import run as runs
+from clipx import sections
+from clipx.run import assemble
 from clipx.step import make_train_step
 
 FOLDER = tiny.ROOT / "configs"
@@ -37,14 +38,14 @@ def closed(monkeypatch):
     def refuse(*_):
         raise AssertionError("a data source was opened")
 
-    monkeypatch.setattr(runs._SourceSpec, "open", refuse)
+    monkeypatch.setattr(sections.SourceSpec, "open", refuse)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_traces(spec):
     config = configs.load(f"{FOLDER}/{spec}")
-    one = runs.assemble(config, jax.devices()[:1])
-    run = runs.assemble(config, jax.devices())
+    one = assemble(config, jax.devices()[:1])
+    run = assemble(config, jax.devices())
     assert (one.mesh.size, run.mesh.size) == (1, 8)
     assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, run.state)
     assert one.complete == run.complete

@@ -41,6 +41,8 @@ SMALL = [
     ("evals.zero_shot.data.size", "32"),
     ("evals.zero_shot.data.image_size", "16"),
     ("evals.retrieval.limit", "32"),
+    ("evals.retrieval.data.source", "shapes"),
+    ("evals.retrieval.data.split", "test"),
     ("evals.retrieval.data.image_size", "16"),
 ]
 
