@@ -43,7 +43,7 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "interop": ["open_clip_torch>=3.0", "transformers>=5.0", "torch>=2.6"],
         "test": ["pytest>=8"],
-        "dev": ["pytest>=8", "ruff>=0.12"],
+        "dev": ["beartype>=0.18", "pytest>=8", "ruff>=0.12"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
