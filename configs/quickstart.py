@@ -22,7 +22,7 @@ def get_config(variant=""):
             "data": {"source": "shapes", "image_size": 32, "flip": False},
             "train": {
                 "batch_size": 128,
-                "total_steps": 600,
+                "total_steps": 480,
                 "log_every_steps": 10,
                 "save_every_steps": 100,
                 "best": "zero_shot/top1",
@@ -30,7 +30,7 @@ def get_config(variant=""):
             "optimizer": {
                 "learning_rate": 1e-3,
                 "weight_decay": 0.1,
-                "warmup_steps": 60,
+                "warmup_steps": 50,
                 "clip_norm": 1.0,
             },
             "evals": {
