@@ -248,6 +248,15 @@ def train(config: dict[str, Any], workdir: str) -> int:
     if start is not None:
         refuse_other_config(folder, run.complete)
     source, evaluators = run.source.open(), run.evaluators()
+    if start is not None:
+        saved = checkpoints.restore_run(start)
+        if saved["rows"] != len(source):
+            raise ConfigError(
+                "config.data",
+                f"{len(source):,} rows",
+                f"the {saved['rows']:,} rows that this run began with: their order is its own",
+                "the same data, or another --workdir",
+            )
     tokenizer = _tokenizer(run, folder, source, start is not None)
     run = run.with_data(len(source), tokenizer)
     main = jax.process_index() == 0
@@ -258,7 +267,7 @@ def train(config: dict[str, Any], workdir: str) -> int:
         start, state, clock = 0, run.init(), Clock()
     else:
         state = checkpoints.restore(start, run.state)
-        clock = Clock(checkpoints.restore_run(start)["seconds"])
+        clock = Clock(saved["seconds"])
         if main:
             print(f"going on from step {start:,} in {folder}", flush=True)
     if start < run.steps:
@@ -284,14 +293,18 @@ def train(config: dict[str, Any], workdir: str) -> int:
         if main:
             print(f"told to stop; saved step {int(state.step):,}; start again to go on")
         return cli.EXIT_PREEMPTED
-    page = report.write_run(folder, run, run.encode(state))
+    try:
+        report.write_run(folder, run, run.encode(state))
+        page = "  report.html      open it in a browser"
+    except RunError as error:  # the run itself is whole
+        page = f"  no report.html: {error}"
     if main:
         for line in (
             f"done in {time.perf_counter() - started:.0f} s; in {folder}:",
             "  metrics.jsonl    a line for every logged step",
             "  config.json      the whole config, defaults included",
             "  checkpoints/     " + ", ".join(map(str, sorted(trainer.checkpoints.steps))),
-            f"  {page.name}      open it in a browser",
+            page,
         ):
             print(line)
     return 0

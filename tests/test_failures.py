@@ -49,7 +49,7 @@ def lines(error):
     return str(error.value).count("\n") + 1
 
 
-def test_bad_rows_in_training_are_replaced_and_named_and_refused_in_evaluation(tmp_path, capsys):
+def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, capsys):
     odd = {"0003.jpg": b"not a picture", "0005.txt": b"  "}
     path = shard(tmp_path / "a.tar", **odd)
     good = shard(tmp_path / "good.tar")
@@ -60,6 +60,10 @@ def test_bad_rows_in_training_are_replaced_and_named_and_refused_in_evaluation(t
     assert "0003: the picture (13 bytes) cannot be decoded" in said or "0005" in said
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["data/bad_fraction"] > 0
+    fewer = shard(tmp_path / "fewer.tar", 40)
+    config["data"]["path"] = str(fewer)
+    with pytest.raises(ConfigError, match="40 rows\n.*the 48 rows that this run began with"):
+        train(config, str(tmp_path / "run"))
     with pytest.raises(DataError, match="row 5 of the evaluation set: .*0005") as error:
         train(pairs(path), str(tmp_path / "other"))
     assert lines(error) == 1
