@@ -7,12 +7,12 @@ import math
 import jax.numpy as jnp
 
 from clipx import losses
-from clipx.objectives.base import Objective, scalar, tower_keys
-from clipx.objectives.clip import ClipFeatures
+from clipx.objectives.base import scalar
+from clipx.objectives.clip import CLIP
 from clipx.types import Loss
 
 
-class SigLIP(Objective):
+class SigLIP(CLIP):
     """Pairwise sigmoid loss, summed over a row's pairs (arXiv 2303.15343, algorithm 1).
 
     `logit_scale` is the logarithm of the scale and starts at ln 10, `logit_bias` at -10, so that
@@ -24,16 +24,10 @@ class SigLIP(Objective):
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     logit_scale_init: float = math.log(10.0)
     logit_bias_init: float = -10.0
-    groups: int = 1
 
     def setup(self):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
         self.logit_bias = scalar(self, "logit_bias", self.logit_bias_init)
-
-    def embed(self, batch, keys, *, train):
-        image = self.encode_image(batch.image[:, 0], train=train, keys=tower_keys(keys, 0))
-        text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
-        return ClipFeatures(image=image.unit, text=text.unit)
 
     def loss(self, features, memory, *, train):
         image, text = features.image, features.text
@@ -41,7 +35,7 @@ class SigLIP(Objective):
         value = jnp.mean(
             losses.sigmoid(image, text, scale=scale, bias=self.logit_bias, groups=self.groups)
         )
-        rows = image.shape[0] // self.groups
+        rows = image.shape[0] // self.groups  # chance: every pair a match with probability 1/rows
         metrics = {
             "loss": value,
             "loss/chance": math.log(rows) + (rows - 1) * math.log(rows / max(rows - 1, 1)),
