@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 from absl import flags
 
@@ -41,8 +43,7 @@ def evaluate(workdir: str, step: str, config: dict) -> dict[str, float]:
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
-    folder = prepare_workdir(flags.FLAGS.workdir)
-    config = read_json(folder / "config.json")
+    config = read_json(pathlib.Path(flags.FLAGS.workdir).expanduser() / "config.json")
     if flags.FLAGS.config:
         config["evals"] = configs.load(flags.FLAGS.config).get("evals", {})
     for path, text in overrides:
