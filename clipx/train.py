@@ -238,10 +238,10 @@ def _tokenizer(run: Run, workdir: pathlib.Path, source: Source, resuming: bool):
     return tokenizers.load(read_json(path))
 
 
-def train(config: dict[str, Any], workdir: str) -> int:
-    """Trains `config` in `workdir` and returns the exit code."""
+def train(config: dict[str, Any], workdir: str, devices=None) -> int:
+    """Trains `config` in `workdir` on `devices` (default: all) and returns the exit code."""
     started = time.perf_counter()
-    run = assemble(config)
+    run = assemble(config, devices)
     folder = prepare_workdir(workdir)
     checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=run.config.train.best)
     start = checkpoints.latest

@@ -55,10 +55,10 @@ def sigmoid(a, b, scale, bias, **options):
 
 PAIRS = [(info_nce, dense_info_nce), (sigmoid, dense_sigmoid)]
 IDS = np.arange(24) // 2
-MESHES = [None, (1, 1), (8, 1), (4, 2), (1, 2)]
 # Each mesh, each tile size (an uneven last one among them) and each option, not their product.
 CASES = [
-    *itertools.product(MESHES, [None, 2], [{}]),
+    *itertools.product([None, (8, 1), (4, 2)], [None, 2], [{}]),
+    ((1, 2), None, {}),
     ((2, 2), 4, {"ids": IDS}),
     (None, 7, {"ids": IDS, "groups": 2}),
     ((8, 1), 1, {"groups": 3}),
