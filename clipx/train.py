@@ -86,7 +86,6 @@ class Trainer:
     """One run in one workdir, from its first step here to its last."""
 
     run: Run
-    workdir: pathlib.Path
     source: Source
     evaluators: dict[str, Evaluator]
     checkpoints: Checkpoints
@@ -171,20 +170,23 @@ class Trainer:
                     found = evaluator(encode)
                 except Interrupted:
                     return None
-                except DataError:  # the set is at fault, not the steps since the last save
-                    self._save(state, step, {})
-                    self.checkpoints.wait()
+                except DataError:
+                    self._keep(state, step)
                     raise
                 results |= {f"{name}/{key}": value for key, value in found.items()}
         self.metrics.log(step, results)
         best = self.run.config.train.best
         if best and best not in results:
-            self._save(state, step, {})
-            self.checkpoints.wait()
+            self._keep(state, step)
             raise ConfigError(
                 "config.train.best", repr(best), "one of " + ", ".join(sorted(results))
             )
         return results
+
+    def _keep(self, state: TrainState, step: int) -> None:
+        """Saves before an evaluation's error ends the run: the steps so far are not at fault."""
+        self._save(state, step, {})
+        self.checkpoints.wait()
 
     def _save(self, state: TrainState, step: int, results: dict[str, float]) -> None:
         """Starts to save `state`, with what was found of that very state."""
@@ -264,10 +266,10 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         write_json(folder / "config.json", run.complete)
         print("\n".join(describe(run, source)), flush=True)
     if start is None:
-        start, state, clock = 0, run.init(), Clock()
+        start, state, seconds = 0, run.init(), None
     else:
         state = checkpoints.restore(start, run.state)
-        clock = Clock(saved["seconds"])
+        seconds = saved["seconds"]
         if main:
             print(f"going on from step {start:,} in {folder}", flush=True)
     if start < run.steps:
@@ -284,9 +286,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         tensorboard=run.config.train.tensorboard,
     )
     with Stop() as stop, metrics:
-        trainer = Trainer(
-            run, folder, source, evaluators, checkpoints, metrics, Clock(clock.totals), stop
-        )
+        trainer = Trainer(run, source, evaluators, checkpoints, metrics, Clock(seconds), stop)
         state, finished = trainer.train(state, start)
     checkpoints.close()
     if not finished:
