@@ -8,6 +8,15 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clipx" / "__init__.py").read_text())[1]
 
+EXTRAS = {
+    "eval": ["scikit-learn>=1.5"],
+    "parquet": ["pyarrow>=16"],
+    "remote": ["fsspec>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],
+    "tfds": ["array_record>=0.7", "importlib_resources>=6", "tensorflow-datasets>=4.9.8"],
+}
+# buckets are tested on one in memory
+TESTED = ["pytest>=8", "fsspec>=2024.6", *EXTRAS["eval"], *EXTRAS["parquet"], *EXTRAS["tfds"]]
+
 setup(
     name="clipx",
     version=VERSION,
@@ -33,17 +42,19 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.3",
+        "safetensors>=0.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
-    extras_require={
+    extras_require=EXTRAS
+    | {
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "interop": ["open_clip_torch>=3.0", "transformers>=5.0", "torch>=2.6"],
-        "test": ["pytest>=8"],
-        "dev": ["beartype>=0.18", "pytest>=8", "ruff>=0.12"],
+        "test": TESTED,
+        "dev": [*TESTED, "beartype>=0.18", "ruff>=0.12"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

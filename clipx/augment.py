@@ -1,12 +1,108 @@
-"""Photometry on the device: uint8 pictures in, numbers that a tower takes out."""
+"""Photometry on the device: uint8 pictures in, uint8 or what a tower takes out, one key per row.
+
+Every operation is Pillow's of the same name, its rounding to whole levels included, done to all
+rows at once with one parameter per row. Between operations pictures are uint8; inside, arithmetic
+is float32 on whole numbers and short binary fractions, so that its results are exact. No order of
+summation or fused multiply can then tip a level over: a row has the same bits on any mesh.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip/clip.py
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's models
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_GRID = 2**14  # drawn parameters are multiples of 1/_GRID: times a level still exact in float32
+_WEIGHT = 2**16  # a blur's weights are multiples of 1/_WEIGHT, for the same reason
+_OFF = 256  # a solarising threshold that no level reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What happens to one picture view, on the host (crop, flip) and then on the device, in the
+    order of the fields. Strengths and probabilities of 0 leave an operation out."""
+
+    scale: tuple[float, float] = (0.9, 1.0)  # least and most share of the area that a crop covers
+    flip: bool = False  # mirror left to right, by a fair coin
+    mirror_words: bool = False  # "left" and "right" change places in a mirrored picture's caption
+    jitter: float = 0.0  # probability of the next four, which come in a random order
+    brightness: float = 0.0  # s: a factor from U(max(0, 1 - s), 1 + s); so the next two
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # s: a shift from U(-s, s) of the colour circle
+    grey: float = 0.0  # probability
+    blur: float = 0.0  # probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    blur_kernel: int | None = None  # None: Pillow's GaussianBlur; odd: torchvision's, that wide
+    solarise: float = 0.0  # probability; levels from 128 on are inverted
+
+
+# SimCLR's distortions as MoCo v2 has them, without the crop.
+_MOCOV2 = Policy(
+    flip=True,
+    jitter=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    grey=0.2,
+    blur=0.5,
+    blur_sigma=(0.1, 2.0),
+)
+# CLIP-Lite, factories.py:120-147: no greyscale, no blur; its rounding was OpenCV's.
+_CLIP_LITE = Policy(
+    scale=(0.2, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+)
+
+POLICIES: dict[str, Policy] = {
+    "none": Policy(),  # CLIP, arXiv 2103.00020, section 2.4: a crop alone, as open_clip draws it
+    "flip": Policy(flip=True),
+    # DeCLIP, imagenet_dataloader.py, MOCOV2 (= SIMCLR = SIMSIAM): each of its two views
+    "mocov2": dataclasses.replace(_MOCOV2, scale=(0.2, 1.0)),
+    # SLIP's two self-supervised views as facebookresearch/SLIP makes them; the DeCLIP repository's
+    # `SLIP` takes "mocov2" in their place. The view that meets the caption is "standard_slip".
+    "slip": dataclasses.replace(_MOCOV2, scale=(0.08, 1.0)),
+    "standard_slip": Policy(scale=(0.5, 1.0)),  # the DeCLIP repository's STANDARD_SLIP
+    # ProtoCLIP, open_clip/transform.py:13-52, `protoclip-light-augmentation`
+    "protoclip_light": Policy(
+        scale=(0.5, 1.0),
+        flip=True,
+        jitter=0.2,
+        brightness=0.8,
+        contrast=0.8,
+        saturation=0.8,
+        hue=0.2,
+        grey=0.2,
+        blur=0.2,
+        blur_sigma=(0.1, 2.0),
+        blur_kernel=21,
+    ),
+    "clip_lite": _CLIP_LITE,
+    # its bsab_* and visab_* configs: one coin for the picture and its caption
+    "clip_lite_flip": dataclasses.replace(_CLIP_LITE, flip=True, mirror_words=True),
+}
+
+Named = Literal[*POLICIES]
+
+
+def find(policy: Named | Policy) -> Policy:
+    """The policy of a name; a policy as it is."""
+    return policy if isinstance(policy, Policy) else POLICIES[policy]
+
+
+_ORDERS = np.array(list(itertools.permutations(range(3))))  # brightness, contrast, saturation
 
 
 def normalize(
@@ -17,3 +113,258 @@ def normalize(
     """Float32 pictures, scaled to 0..1, less `mean`, over `std`, per RGB channel."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return (image.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def photometry(
+    image: UInt8[Array, "b h w 3"], keys: Key[Array, " b"], policy: Policy
+) -> UInt8[Array, "b h w 3"]:
+    """The pictures after the device's part of `policy`: row i from picture i and key i alone.
+
+    The very same array when that part is nothing.
+    """
+    if not any((policy.jitter, policy.grey, policy.blur, policy.solarise)):
+        return image
+    return _photometry(image, keys, policy)
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def _photometry(image, keys, policy):
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (10,), jnp.float32))(keys)
+    coins, order, strengths, sigma = draws[:, :4], draws[:, 4], draws[:, 5:9], draws[:, 9]
+    x = _planes(image)
+    grey = (coins[:, 1] >= policy.grey).astype(jnp.float32)  # a factor of saturation: 0 or 1
+    if policy.jitter:
+        x, kinds, factors = _jitter(x, coins[:, 0] < policy.jitter, order, strengths, policy)
+        kinds = jnp.pad(kinds, ((0, 0), (0, 1)), constant_values=2)
+        x = _blends(x, kinds, jnp.concatenate([factors, grey[:, None]], 1))
+    elif policy.grey:
+        x = _blend(x, _grey(x), grey)
+    if policy.blur:
+        sigma = jnp.where(coins[:, 2] < policy.blur, _between(sigma, *policy.blur_sigma), 0.0)
+        x = _blur(x, sigma, policy.blur_sigma[1], policy.blur_kernel)
+    if policy.solarise:
+        x = _solarise(x, jnp.where(coins[:, 3] < policy.solarise, 128, _OFF))
+    return _pictures(x)
+
+
+def _jitter(x, chosen, order, strengths, policy: Policy):
+    """The four colour operations in one of their 24 orders per row, the last blends of which are
+    left to do: the picture so far, and the kinds and factors [b, 3] of the blends.
+
+    Three of the four are blends with another picture, so that one blend serves any of them. Hue
+    costs more and is done once, after the blends that a row has before it.
+    """
+    order = jnp.floor(order * 24).astype(jnp.int32)
+    kinds = jnp.asarray(_ORDERS, jnp.int32)[order % 6]
+    blends = (policy.brightness, policy.contrast, policy.saturation)
+    factors = [
+        jnp.where(chosen, _between(strengths[:, i], max(0.0, 1.0 - s), 1.0 + s), 1.0)
+        for i, s in enumerate(blends)
+    ]
+    factors = jnp.take_along_axis(jnp.stack(factors, 1), kinds, 1)
+    if policy.hue:
+        before = jnp.arange(3) < (order // 6)[:, None]  # 0 to 3 blends come before hue
+        x = _blends(x, kinds, jnp.where(before, factors, 1.0))
+        shift = _between(strengths[:, 3], -policy.hue, policy.hue)
+        x = jnp.where(_per_row(chosen), _hue(x, shift), x)
+        factors = jnp.where(before, 1.0, factors)
+    return x, kinds, factors
+
+
+def _blends(x, kinds, factors):
+    """Brightness, contrast or saturation, as kinds (0, 1, 2) [b, k] says, k times.
+
+    In a loop: XLA would otherwise fold one operation into each use of it by the next, many times.
+    """
+
+    def step(k, x):
+        grey, kind = _grey(x), _per_row(kinds[:, k])
+        pivot = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, _mean(grey), grey))
+        return _blend(x, pivot, factors[:, k])
+
+    return jax.lax.fori_loop(0, kinds.shape[1], step, x)
+
+
+@jax.jit
+def brightness(
+    image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `ImageEnhance.Brightness` makes them; factor 0 is black, 1 changes nothing."""
+    return _pictures(_blend(_planes(image), jnp.float32(0), factor))
+
+
+@jax.jit
+def contrast(image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `ImageEnhance.Contrast` makes them; factor 0 is the mean grey."""
+    x = _planes(image)
+    return _pictures(_blend(x, _mean(_grey(x)), factor))
+
+
+@jax.jit
+def saturation(
+    image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `ImageEnhance.Color` makes them; factor 0 is greyscale."""
+    x = _planes(image)
+    return _pictures(_blend(x, _grey(x), factor))
+
+
+@jax.jit
+def hue(image: UInt8[Array, "b h w 3"], shift: Float[Array, " b"]) -> UInt8[Array, "b h w 3"]:
+    """Pictures with hues moved by `shift` of the colour circle, -0.5 to 0.5, as torchvision's
+    `adjust_hue` moves Pillow's 8-bit HSV. A shift of 0 still rounds to HSV and back."""
+    return _pictures(_hue(_planes(image), shift))
+
+
+@jax.jit
+def greyscale(image: UInt8[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `convert("L")` makes them, three equal channels."""
+    x = _planes(image)
+    return _pictures(jnp.broadcast_to(_grey(x).astype(jnp.uint8), x.shape))
+
+
+@functools.partial(jax.jit, static_argnames=("most", "kernel"))
+def gaussian_blur(
+    image: UInt8[Array, "b h w 3"],
+    sigma: Float[Array, " b"],
+    *,
+    most: float = 2.0,
+    kernel: int | None = None,
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `ImageFilter.GaussianBlur(sigma)` makes them; with a `kernel`, as torchvision's
+    `gaussian_blur` of that odd width does. `sigma` is in pixels, 0 changes nothing, and what is
+    above `most` counts as `most`: the window's width is fixed when the program is built."""
+    return _pictures(_blur(_planes(image), sigma, most, kernel))
+
+
+@jax.jit
+def solarise(
+    image: UInt8[Array, "b h w 3"], threshold: Int[Array, " b"] | int = 128
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures as `ImageOps.solarize` makes them: levels from `threshold` on are inverted."""
+    return _pictures(_solarise(_planes(image), jnp.broadcast_to(threshold, image.shape[:1])))
+
+
+# Below, x is uint8 [b, 3, h, w]: rows of pixels stay contiguous, which is what vector units like.
+
+
+def _planes(image):
+    return jnp.moveaxis(image, -1, 1)
+
+
+def _pictures(x):
+    return jnp.moveaxis(x, 1, -1)
+
+
+def _per_row(value):
+    """A value per row, shaped to meet planes."""
+    return jnp.asarray(value)[:, None, None, None]
+
+
+def _between(u, low: float, high: float):
+    """`u`, uniform in 0..1, as a multiple of 1/_GRID from `low` to `high`."""
+    first, last = math.ceil(low * _GRID), math.floor(high * _GRID)
+    return (first + jnp.floor(u * (last - first + 1))) / _GRID
+
+
+def _blend(x, pivot, factor):
+    """pivot + factor (x - pivot), cut to 0..255, rounded down: `Image.blend`."""
+    factor = _per_row(factor).astype(jnp.float32)
+    y = pivot + factor * (x.astype(jnp.float32) - pivot)
+    return jnp.floor(jnp.clip(y, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def _grey(x):
+    """Float32 [b, 1, h, w] of whole levels: the luma of ITU-R 601-2 in Pillow's 16-bit weights,
+    whose sums are below 2^24."""
+    r, g, b = (x[:, i : i + 1].astype(jnp.float32) for i in range(3))
+    return jnp.floor((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) / 65536.0)
+
+
+def _mean(grey):
+    """Float32 [b, 1, 1, 1]: the mean level, rounded as `ImageEnhance.Contrast` does; summed in
+    int32, which holds 8 million pixels."""
+    pixels = grey.shape[2] * grey.shape[3]
+    total = jnp.sum(grey.astype(jnp.int32), axis=(2, 3), keepdims=True, dtype=jnp.int32)
+    return ((total + pixels // 2) // pixels).astype(jnp.float32)
+
+
+def _hue(x, shift):
+    """To Pillow's HSV bytes, hue + int(255 shift) modulo 256, and back.
+
+    With c the chroma, a hue is n / 6c of the circle for a whole n. Divisions that are rounded down
+    get half a unit on top, which keeps whole quotients whole however the division rounds.
+    """
+    r, g, b = (x[:, i].astype(jnp.float32) for i in range(3))
+    value = jnp.maximum(jnp.maximum(r, g), b)
+    chroma = value - jnp.minimum(jnp.minimum(r, g), b)
+    n = jnp.where(r == value, g - b, jnp.where(g == value, 2 * chroma + b - r, 4 * chroma + r - g))
+    n = jnp.where(n < 0, n + 6 * chroma, n)
+    angle = jnp.floor((85 * n + 0.5) / jnp.maximum(2 * chroma, 1.0))
+    saturation = jnp.floor((255 * chroma + 0.5) / jnp.maximum(value, 1.0))
+    shift = jnp.trunc(255 * jnp.asarray(shift, jnp.float32))[:, None, None]
+    angle = jnp.where(chroma == 0, 0.0, angle) + shift
+    angle = angle - 256 * jnp.floor(angle / 256)
+
+    def channel(turn):
+        """value (1 - saturation a): a is 0 near the channel's own hue, 1 opposite, in 85ths."""
+        a = 2 * angle + 85 * turn
+        a = a - 510 * jnp.floor((a + 0.5) / 510)
+        a = jnp.clip(jnp.minimum(a, 340 - a), 0, 85)
+        return jnp.round(value * (21675 - saturation * a) / 21675)  # 21675 = 85 x 255
+
+    return jnp.stack([channel(5), channel(3), channel(1)], 1).astype(jnp.uint8)
+
+
+def _solarise(x, threshold):
+    return jnp.where(x.astype(jnp.int32) < _per_row(threshold), x, 255 - x)
+
+
+def _box_radius(sigma, xp=jnp):
+    """The radius, with its fraction, of the box that three times makes a Gaussian (BoxBlur.c)."""
+    variance = sigma * sigma / 3
+    whole = xp.floor((xp.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + part / (6 * (variance - (whole + 1) ** 2))
+
+
+def _blur_weights(sigma, most: float, kernel: int | None):
+    """Weights [b, k + 1] of the offsets 0 to k of a symmetric window whose sum is exactly 1."""
+    sigma = jnp.minimum(jnp.asarray(sigma, jnp.float32), most)[:, None]
+    if kernel is None:
+        reach = int(_box_radius(most, np)) + 1
+        offset = jnp.arange(reach + 1, dtype=jnp.float32)
+        window = jnp.clip(_box_radius(sigma) - offset + 1, 0, 1)
+    else:
+        offset = jnp.arange(kernel // 2 + 1, dtype=jnp.float32)
+        window = jnp.exp(-0.5 * (offset / jnp.maximum(sigma, 1e-3)) ** 2)
+    window = window / (2 * jnp.sum(window, 1, keepdims=True) - window[:, :1])
+    sides = jnp.round(window[:, 1:] * _WEIGHT) / _WEIGHT
+    return jnp.concatenate([1 - 2 * jnp.sum(sides, 1, keepdims=True), sides], 1)
+
+
+def _blur(x, sigma, most: float, kernel: int | None):
+    """Along the rows, then down the columns, each in a loop of its own as `_blends` is. Pillow
+    passes a box three times over each and repeats the edge; torchvision passes a Gaussian once and
+    reflects, so that the loop is over the channels."""
+    weights = _blur_weights(sigma, most, kernel)
+    reach = weights.shape[1] - 1
+
+    def step(x, axis, mode):
+        size = x.shape[axis]
+        pad = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
+        cut = functools.partial(jax.lax.slice_in_dim, jnp.pad(x, pad, mode=mode), axis=axis)
+        total = _per_row(weights[:, 0]) * x.astype(jnp.float32)
+        for k in range(1, reach + 1):
+            before, after = cut(reach - k, reach - k + size), cut(reach + k, reach + k + size)
+            pair = before.astype(jnp.float32) + after.astype(jnp.float32)
+            total += _per_row(weights[:, k]) * pair
+        return jnp.floor(total + 0.5).astype(jnp.uint8)
+
+    for axis in (3, 2):
+        if kernel is None:
+            x = jax.lax.fori_loop(0, 3, lambda _, x, axis=axis: step(x, axis, "edge"), x)
+        else:
+            one = functools.partial(step, axis=axis, mode="reflect")
+            x = jnp.concatenate(jax.lax.map(one, jnp.stack(jnp.split(x, 3, 1))), 1)
+    return x

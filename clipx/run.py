@@ -20,6 +20,7 @@ from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import bind, duration
 from clipx.data import pipeline, tokenizers
 from clipx.data.base import Source
+from clipx.data.text_augment import TextAugment
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.models.layers import Tower
@@ -67,15 +68,22 @@ class Run:
         return dataclasses.replace(run, tokenizer=tokenizer)
 
     def init(self) -> TrainState:
-        """The state of step 0, created where it lies."""
+        """The state of step 0, created where it lies. Towers that start from a file read it."""
+        towers = {name: getattr(self.objective, name).pretrained() for name in sorted(_TOWERS)}
 
-        def init(batch):
-            return init_state(self.objective, self.optimizer, batch, seed=self.config.seed)
+        def init(pretrained):
+            batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch)
+            return init_state(
+                self.objective,
+                self.optimizer,
+                batch,
+                seed=self.config.seed,
+                pretrained=pretrained,
+            )
 
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), self.batch)
         with jax.set_mesh(self.mesh):
-            return jax.jit(lambda: init(zeros()), out_shardings=shardings)()
+            return jax.jit(init, out_shardings=shardings)({k: v for k, v in towers.items() if v})
 
     def lower(self) -> jax.stages.Lowered:
         """The training step, traced for this mesh; `.compile()` makes it callable. The state
@@ -98,31 +106,44 @@ class Run:
         """(state, batch) -> (state, metrics), compiled. The state given to it is used up."""
         return self.lower().compile()
 
+    def open_source(self) -> Source:
+        """The data that the run trains on."""
+        source = self.source.open()
+        return source if self.data.fraction == 1 else pipeline.Share(source, self.data.fraction)
+
     def open_tokenizer(self, source: Source) -> tokenizers.Tokenizer:
         """The config's tokenizer, trained on the source's captions where it says so."""
         return tokenizers.build(self.config.tokenizer, pipeline.captions(source))
 
-    def feed(self, source: Source, *, start: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """Batches on the devices from step `start` to the run's end, each with what the host knows
-        of it: `row` and `bad` of the rows that this process read."""
-        sharding = meshes.batch_sharding(self.mesh)
-        held = meshes.local_rows(sharding, self.batch_size)
+    def loader(self, source: Source, positions: np.ndarray) -> pipeline.Feed:
+        """What loads the rows at `positions` of every batch. Raises `ConfigError` where a text
+        that the objective asks for cannot be made."""
         views = self.objective.views
-        feed = pipeline.Feed(
+        augmented = "augmented" in views.texts
+        return pipeline.Feed(
             source,
             self.tokenizer,
             seed=self.config.seed,
             batch=self.batch_size,
-            positions=held,
+            positions=positions,
             image_size=self.objective.image.image_size,
             crops=tuple(view.scale for view in views.pictures),
+            flips=tuple(view.flip for view in views.pictures),
+            mirror_words=views.mirror_words,
             texts=views.texts,
-            flip=self.data.flip,
             caption=self.data.caption,
+            reject_cjk=self.data.reject_cjk,
+            text_augment=TextAugment(self.data.text_augment) if augmented else None,
             workers=self.data.workers,
         )
-        for arrays in feed.batches(start, self.steps):
-            known = {"row": arrays["row"], "bad": arrays.pop("bad")}
+
+    def feed(self, source: Source, *, start: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Batches on the devices from step `start` to the run's end, each with what the host knows
+        of it: `row`, `key` and `bad` of the rows that this process read."""
+        sharding = meshes.batch_sharding(self.mesh)
+        held = meshes.local_rows(sharding, self.batch_size)
+        for arrays in self.loader(source, held).batches(start, self.steps):
+            known = {name: arrays.pop(name) for name in ("key", "bad")} | {"row": arrays["row"]}
             yield Batch(**meshes.put_rows(arrays, sharding, held, self.batch_size)), known
 
     def encode(
@@ -145,7 +166,8 @@ class Run:
         caption belongs to; None where no eval's examples have captions."""
         for spec in self.evals:
             examples = spec.examples(self.objective.image.image_size)
-            rows = [row for row in range(min(_SAMPLES, len(examples))) if examples.texts(row)]
+            count = min(_SAMPLES, len(examples or ()))
+            rows = [row for row in range(count) if examples.texts(row)]
             if rows:
                 pictures = next(examples.batches(_SAMPLES))[rows]
                 captions = [(text, i) for i, row in enumerate(rows) for text in examples.texts(row)]

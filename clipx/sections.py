@@ -11,6 +11,9 @@ from clipx import mesh as meshes
 from clipx.config import ConfigError, bind, find
 from clipx.data import pipeline, tokenizers
 from clipx.data.base import Source
+from clipx.data.manifests import MANIFESTS
+from clipx.data.pictures import Pictures
+from clipx.data.text_augment import TextAugmentConfig
 from clipx.evaluators.base import Evaluator
 from clipx.mesh import MeshConfig
 from clipx.optimizer import OptimizerConfig
@@ -37,17 +40,25 @@ class DataConfig:
     """The keys of `config.data` beside its source's own."""
 
     source: str
+    fraction: float = 1.0  # of the rows: so many, chosen once and for all
     workers: int = 0  # processes that decode; 0: threads of this one
-    flip: bool = True  # mirror half of the pictures
-    caption: Literal["random", "first"] = "random"  # of a picture with several
+    caption: Literal["random", "first", "all"] = "random"  # of several; all: in turn, one an epoch
+    reject_cjk: bool = False  # a caption with Chinese characters counts as bad, as DeCLIP has it
+    text_augment: TextAugmentConfig = TextAugmentConfig()  # of objectives that ask for it
+    manifest: Literal[*MANIFESTS] | None = None  # the known set that this is, or is a part of
     max_bad_fraction: float = 0.01  # of the rows read; more stop the run
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ConfigError("DataConfig.fraction", str(self.fraction), "more than 0, at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """The keys of one of `config.evals` beside its evaluator's own."""
 
-    data: dict[str, Any]
+    data: dict[str, Any] | None = None  # a source; some evaluators read folders of their own
+    train_data: dict[str, Any] | None = None  # a source, for evaluators that train a probe
     evaluator: str | None = None  # None: the name of the section
     limit: int | None = None  # so many examples at most
 
@@ -94,6 +105,7 @@ def split(section: Mapping, own: type, where: str) -> tuple[Any, dict]:
 class SourceSpec:
     """A source: its section checked, nothing opened."""
 
+    name: str
     cls: type
     values: dict[str, Any]
 
@@ -104,13 +116,21 @@ class SourceSpec:
         except ConfigError as error:
             error.where = f"{where}.source"
             raise
-        return cls(source, configs.check(source, section, where=where, beside=beside))
+        values = configs.check(source, section, where=where, beside=beside)
+        if hasattr(source, "check_section"):
+            source.check_section(values, where)
+        return cls(name, source, values)
 
     def open(self) -> Source:
         return self.cls(**self.values)
 
     def dump(self) -> dict[str, Any]:
-        return configs.dump_values(self.cls, self.values)
+        return {"source": self.name, **configs.dump_values(self.cls, self.values)}
+
+
+# what an evaluator may have as fields that a config does not set, and the config's key for it
+_EVAL_SOURCES = {"examples": "data", "train_examples": "train_data"}
+_EVAL_GIVEN = (*_EVAL_SOURCES, "pictures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,38 +141,63 @@ class EvalSpec:
     config: EvalConfig
     evaluator: type
     values: dict[str, Any]
-    source: SourceSpec
+    sources: dict[str, SourceSpec]  # by the evaluator's field
 
     @classmethod
     def check(cls, name: str, section: Mapping) -> EvalSpec:
         where = f"config.evals.{name}"
         config, rest = split(section, EvalConfig, where)
-        evaluator, _, rest = named(
+        evaluator, found, rest = named(
             "evaluators", Evaluator, {**rest, "name": config.evaluator or name}, where
         )
         values = configs.check(
-            evaluator, rest, where=where, given=("examples",), beside=configs.fields(EvalConfig)
+            evaluator, rest, where=where, given=_EVAL_GIVEN, beside=configs.fields(EvalConfig)
         )
+        sources = cls._sources(evaluator, found, config, where)
+        given = {field: None for field in _EVAL_GIVEN if field in configs.fields(evaluator)}
         try:
-            evaluator(examples=None, **values)  # its own checks, now rather than after an epoch
+            evaluator(**given, **values)  # its own checks, now rather than after an epoch
         except ConfigError as error:
             error.where = f"{where}.{error.where.rpartition('.')[2]}"
             raise
-        data = dict(config.data)
-        source = SourceSpec.check(data, data.pop("source", ""), f"{where}.data")
-        return cls(name, config, evaluator, values, source)
+        return cls(name, config, evaluator, values, sources)
+
+    @staticmethod
+    def _sources(evaluator: type, name: str, config: EvalConfig, where: str):
+        sources = {}
+        for field, key in _EVAL_SOURCES.items():
+            section, known = getattr(config, key), configs.fields(evaluator).get(field)
+            if section is None:
+                if known is not None and known.default is dataclasses.MISSING:
+                    raise ConfigError(
+                        f"{where}.{key}", "nothing", "a source", f"set {where}.{key}.source"
+                    )
+            elif known is None:
+                raise ConfigError(f"{where}.{key}", "a source", f"none: {name} reads none there")
+            else:
+                section = dict(section)
+                source = section.pop("source", "")
+                sources[field] = SourceSpec.check(section, source, f"{where}.{key}")
+        return sources
 
     def dump(self) -> dict[str, Any]:
         """The complete section, as config.json keeps it."""
-        source = {"source": self.config.data["source"], **self.source.dump()}
-        rest = configs.dump_values(self.evaluator, self.values, given=("examples",))
-        return configs.dump(self.config) | rest | {"data": source}
+        sources = {_EVAL_SOURCES[field]: spec.dump() for field, spec in self.sources.items()}
+        rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
+        return configs.dump(self.config) | rest | sources
 
-    def examples(self, image_size: int) -> pipeline.EvaluationSet:
-        return pipeline.EvaluationSet(self.source.open(), image_size, limit=self.config.limit)
+    def examples(self, image_size: int, field: str = "examples") -> pipeline.EvaluationSet | None:
+        """The examples of one of the evaluator's sources; None where it has no such source."""
+        if field not in self.sources:
+            return None
+        limit = self.config.limit if field == "examples" else None
+        return pipeline.EvaluationSet(self.sources[field].open(), image_size, limit=limit)
 
     def open(self, image_size: int) -> Evaluator:
-        return self.evaluator(examples=self.examples(image_size), **self.values)
+        given = {field: self.examples(image_size, field) for field in self.sources}
+        if "pictures" in configs.fields(self.evaluator):
+            given["pictures"] = Pictures(image_size)
+        return self.evaluator(**given, **self.values)
 
 
 def check_train(

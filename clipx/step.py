@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32, Key
+from jaxtyping import Array, Float, Int32, Key
 
-from clipx.objectives.base import Objective
+from clipx.objectives.base import Objective, caption_ids
 from clipx.optimizer import updates_done
 from clipx.types import Batch, Features, Metrics, PyTree, TrainState, constrain_rows
 
@@ -28,15 +28,24 @@ def init_variables(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
 
 
 def init_state(
-    objective: Objective, optimizer: optax.GradientTransformation, batch: Batch, *, seed: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    *,
+    seed: int,
+    pretrained: PyTree | None = None,
 ) -> TrainState:
     """The state of step 0; call it under `jax.eval_shape` for an abstract state, under `jax.jit`
-    with output shardings for arrays created in place."""
+    with output shardings for arrays created in place. `pretrained` holds, by tower, the entries of
+    its parameters that are not random."""
     variables = init_variables(objective, batch, seed=seed)
+    params = dict(variables["params"])
+    for tower, entries in (pretrained or {}).items():
+        params[tower] = {**params[tower], **entries}
     return TrainState(
         step=jnp.int32(0),
-        params=variables["params"],
-        opt_state=optimizer.init(variables["params"]),
+        params=params,
+        opt_state=optimizer.init(params),
         batch_stats=variables.get("batch_stats", {}),
         memory=objective.init_memory(),
     )
@@ -93,6 +102,13 @@ def embed_rows(
     return constrain_rows(_whole(features)), stats
 
 
+def _shared_captions(batch: Batch) -> Float[Array, ""]:
+    """The share of rows whose caption another row of the batch has too."""
+    ids = jnp.sort(caption_ids(batch.text[:, 0]))
+    equal = jnp.concatenate([jnp.zeros(1, bool), ids[1:] == ids[:-1], jnp.zeros(1, bool)])
+    return jnp.mean(equal[1:] | equal[:-1], dtype=jnp.float32)
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -138,6 +154,7 @@ def make_train_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
             **loss.metrics,
+            "batch/duplicate_captions": _shared_captions(batch),
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new.params),
             "skipped": 1.0 - finite.astype(jnp.float32),

@@ -26,8 +26,9 @@ from clipx.checkpoint import (
 )
 from clipx.cli import RunError
 from clipx.config import ConfigError
-from clipx.data import tokenizers
-from clipx.data.base import DataError, Source
+from clipx.data import manifests, tokenizers
+from clipx.data.base import DataError, Source, fingerprint
+from clipx.data.quarantine import Quarantine
 from clipx.encode import Interrupted
 from clipx.evaluators.base import Evaluator
 from clipx.metrics import Clock, Metrics, peak_flops
@@ -47,9 +48,9 @@ def describe(run: Run, source: Source) -> list[str]:
     return [
         f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
         f"{jax.process_count()} process(es)",
-        f"{run.data.source}: {len(source):,} rows, {run.steps_per_epoch:,} steps an epoch at "
-        f"batch {batch:,}",
-        f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples",
+        manifests.describe(source, run.data.source, run.data.manifest),
+        f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
+        f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",
     ]
 
 
@@ -91,8 +92,10 @@ class Trainer:
     checkpoints: Checkpoints
     metrics: Metrics
     clock: Clock
+    quarantine: Quarantine
+    fingerprint: str
     stop: Stop
-    _skipped: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
     _read: int = 0
     _bad: int = 0
     _logged: int = 0
@@ -122,10 +125,10 @@ class Trainer:
                     break
                 with self.clock.time("data"):
                     batch, known = next(feed)
-                self._watch(known)
+                self._watch(step, known)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.run.train_step(state, batch)
-                pending.append((step + 1, known["row"], metrics))
+                pending.append((step + 1, list(zip(known["row"], known["key"])), metrics))
                 self._drain(pending, _AHEAD)
         with self.clock.time("save"):
             self.checkpoints.wait()
@@ -195,22 +198,27 @@ class Trainer:
                 "config": self.run.complete,
                 "tokenizer": self.run.tokenizer.save(),
                 "rows": self.run.rows,
+                "fingerprint": self.fingerprint,
                 "seconds": self.clock.totals,
             }
             self.checkpoints.save(step, state, extra, results)
 
-    def _watch(self, known: dict[str, Any]) -> None:
-        """Counts the rows that could not be read, names them, and stops the run at too many."""
+    def _watch(self, step: int, known: dict[str, Any]) -> None:
+        """Counts the rows that could not be used, names them, and stops the run at too many."""
         self._read += len(known["row"])
-        for reason in known["bad"]:
-            if reason:
-                self._bad += 1
+        for bad in filter(None, known["bad"].tolist()):
+            self._bad += 1
+            try:
+                reasons = self.quarantine.add(step, bad)
+            except OSError as error:
+                raise RunError(f"{error.filename}: cannot be written ({error.strerror})") from None
+            for reason in reasons:
                 self.metrics.say(f"bad row, another stands in: {reason}")
         limit = self.run.data.max_bad_fraction
         if self._bad > limit * max(self._read, 10_000):
             raise RunError(
-                f"{self._bad} of {self._read} rows could not be read, more than "
-                f"config.data.max_bad_fraction={limit}; the lines above name them"
+                f"{self._bad} of {self._read} rows could not be used, more than "
+                f"config.data.max_bad_fraction={limit}; quarantine.jsonl names them"
             )
 
     def _not_finite(self) -> str:
@@ -219,7 +227,7 @@ class Trainer:
             "(config.train.max_skipped_steps); no parameter was changed by them. Their rows:"
         ]
         for step, rows in self._skipped:
-            names = ", ".join(f"{row} ({self.source[int(row)].key})" for row in rows[:4])
+            names = ", ".join(f"{row} ({key})" for row, key in rows[:4])
             lines.append(f"  step {step}: {names}, ... ({len(rows)} rows)")
         lines.append(f"The last checkpoint is that of step {self.checkpoints.latest}.")
         return "\n".join(lines)
@@ -240,6 +248,26 @@ def _tokenizer(run: Run, workdir: pathlib.Path, source: Source, resuming: bool):
     return tokenizers.load(read_json(path))
 
 
+def _refuse_other_data(saved: dict[str, Any], rows: int, digest: str) -> None:
+    """Raises `ConfigError` unless the data is what a checkpoint's run began with."""
+    found, expected = f"{rows:,} rows", f"the {saved['rows']:,} rows that this run began with"
+    if rows == saved["rows"]:
+        found, expected = f"fingerprint {digest}", f"{saved['fingerprint']} as this run began with"
+        if digest == saved["fingerprint"]:
+            return
+    raise ConfigError(
+        "config.data",
+        found,
+        f"{expected}: their order is its own",
+        "the same data, or another --workdir",
+    )
+
+
+def _quarantine() -> str:
+    """The file that this process names its bad rows in."""
+    return f"quarantine{f'-{jax.process_index()}' if jax.process_count() > 1 else ''}.jsonl"
+
+
 def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     """Trains `config` in `workdir` on `devices` (default: all) and returns the exit code."""
     started = time.perf_counter()
@@ -249,18 +277,14 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     start = checkpoints.latest
     if start is not None:
         refuse_other_config(folder, run.complete)
-    source, evaluators = run.source.open(), run.evaluators()
+    source, evaluators = run.open_source(), run.evaluators()
+    digest = fingerprint(source)
     if start is not None:
         saved = checkpoints.restore_run(start)
-        if saved["rows"] != len(source):
-            raise ConfigError(
-                "config.data",
-                f"{len(source):,} rows",
-                f"the {saved['rows']:,} rows that this run began with: their order is its own",
-                "the same data, or another --workdir",
-            )
+        _refuse_other_data(saved, len(source), digest)
     tokenizer = _tokenizer(run, folder, source, start is not None)
     run = run.with_data(len(source), tokenizer)
+    run.loader(source, np.arange(0))  # says now what cannot be loaded, not after compiling
     main = jax.process_index() == 0
     if main:
         write_json(folder / "config.json", run.complete)
@@ -286,7 +310,17 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         tensorboard=run.config.train.tensorboard,
     )
     with Stop() as stop, metrics:
-        trainer = Trainer(run, source, evaluators, checkpoints, metrics, Clock(seconds), stop)
+        trainer = Trainer(
+            run,
+            source,
+            evaluators,
+            checkpoints,
+            metrics,
+            Clock(seconds),
+            Quarantine(folder / _quarantine()),
+            digest,
+            stop,
+        )
         state, finished = trainer.train(state, start)
     checkpoints.close()
     if not finished:
@@ -307,6 +341,8 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
             page,
         ):
             print(line)
+        if (folder / _quarantine()).exists():
+            print(f"  {_quarantine()} rows that could not be used, and why")
     return 0
 
 

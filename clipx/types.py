@@ -6,7 +6,7 @@ embedding width, c a tower's own width.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import struct
@@ -36,18 +36,25 @@ def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
 
 
 class View(NamedTuple):
-    """One picture view: a crop covering `scale` (least, most) of the area, and what the device then
-    does to its colours."""
+    """One picture view: a crop covering `scale` (least, most) of the area, with `flip` every other
+    one mirrored, and what the device then does to its colours (an `augment.Policy`)."""
 
     scale: tuple[float, float]
-    photometry: str
+    flip: bool
+    photometry: Any
 
 
 class Views(NamedTuple):
-    """What the data pipeline must deliver for an objective."""
+    """What the data pipeline must deliver for an objective.
+
+    The texts: `caption`; `augmented`, the same caption after one operation of `text_augment`;
+    `other`, another caption of the same picture, or the same where it has one. With `mirror_words`
+    a mirrored picture's captions have left and right swapped, and one coin decides for all views.
+    """
 
     pictures: tuple[View, ...]
-    texts: tuple[str, ...] = ("caption",)
+    texts: tuple[Literal["caption", "augmented", "other"], ...] = ("caption",)
+    mirror_words: bool = False
 
 
 class Batch(struct.PyTreeNode):

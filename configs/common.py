@@ -38,11 +38,11 @@ FLICKR8K = {"source": "webdataset", "path": "data/flickr8k/train-*.tar"}
 FLICKR8K_RETRIEVAL = {"data": {"source": "webdataset", "path": "data/flickr8k/test-*.tar"}}
 
 
-def small(objective, towers=SMALL, *, crop_scale=(0.6, 1.0)):
+def small(objective, towers=SMALL, *, augmentation="flip", crop_scale=(0.6, 1.0)):
     """15 epochs of Flickr8k at batch 128: minutes on two CPU cores."""
     return ConfigDict(
         {
-            "objective": {**objective, "crop_scale": crop_scale},
+            "objective": {**objective, "augmentation": augmentation, "crop_scale": crop_scale},
             **towers,
             "tokenizer": OWN_PIECES,
             "data": FLICKR8K,

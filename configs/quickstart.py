@@ -19,7 +19,7 @@ def get_config(variant=""):
                 "context": 20,
                 "sample": 4000,
             },
-            "data": {"source": "shapes", "image_size": 32, "flip": False},
+            "data": {"source": "shapes", "image_size": 32},
             "train": {
                 "batch_size": 128,
                 "total_steps": 480,

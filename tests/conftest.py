@@ -17,4 +17,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="clipx-test-cache-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["CLIPX_CACHE"] = tempfile.mkdtemp(prefix="clipx-test-index-")
+atexit.register(shutil.rmtree, os.environ["CLIPX_CACHE"], ignore_errors=True)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

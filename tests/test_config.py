@@ -313,13 +313,13 @@ def test_overrides_reach_every_field(closed):
         "mesh={'data': 1}",
         "evals.zero_shot.templates=['{}']",
         "evals.retrieval.limit=None",
-        "data.flip=TRUE",
+        "data.reject_cjk=TRUE",
         "objective.crop_scale=(0.5, 1)",
     )
     config = run.config
     assert config.train.eval_every_steps == 5 and config.train.total_epochs == 2.0
     assert config.optimizer.clip_norm is None and len(config.optimizer.rules) == 2
-    assert run.steps is None and run.data.flip is True
+    assert run.steps is None and run.data.reject_cjk is True
     assert run.objective.crop_scale == (0.5, 1.0)
     evals = {spec.name: spec for spec in run.evals}
     assert evals["zero_shot"].values["templates"] == ("{}",)

@@ -41,10 +41,22 @@ def closed(monkeypatch):
     monkeypatch.setattr(sections.SourceSpec, "open", refuse)
 
 
+TRACED = set()
+
+
+def same_step(run):
+    """What runs have in common whose steps trace alike: they differ in numbers alone."""
+    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), run.state)
+    return repr(run.objective), str(shapes), run.config.train.microbatches
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_traces(spec):
     config = configs.load(f"{FOLDER}/{spec}")
     one = assemble(config, jax.devices()[:1])
+    if same_step(one) in TRACED:
+        return
+    TRACED.add(same_step(one))
     run = assemble(config, jax.devices())
     assert (one.mesh.size, run.mesh.size) == (1, 8)
     assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, run.state)

@@ -60,9 +60,16 @@ def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, c
     assert "0003: the picture (13 bytes) cannot be decoded" in said or "0005" in said
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["data/bad_fraction"] > 0
+    quarantine = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    bad = {row["row"]: row["reason"] for row in map(json.loads, quarantine)}
+    assert set(bad) <= {3, 5} and len(bad) == len(quarantine) > 0
+    assert all(("cannot be decoded" if row == 3 else "empty") in bad[row] for row in bad)
     fewer = shard(tmp_path / "fewer.tar", 40)
     config["data"]["path"] = str(fewer)
     with pytest.raises(ConfigError, match="40 rows\n.*the 48 rows that this run began with"):
+        train(config, str(tmp_path / "run"))
+    config["data"]["path"] = str(shard(tmp_path / "other.tar"))
+    with pytest.raises(ConfigError, match="fingerprint .*\n.*as this run began with"):
         train(config, str(tmp_path / "run"))
     with pytest.raises(DataError, match="row 5 of the evaluation set: .*0005") as error:
         train(pairs(path), str(tmp_path / "other"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import itertools
+import json
 import os
 import pickle
 import re
@@ -17,9 +19,11 @@ import pytest
 from PIL import Image
 
 from clipx.data import tokenizers
-from clipx.data.base import BadSample, DataError, Example, Source
-from clipx.data.pipeline import EvaluationSet, Feed, captions, crop_box, order
+from clipx.data.base import BadSample, DataError, Example, Source, fingerprint
+from clipx.data.pictures import crop_box
+from clipx.data.pipeline import EvaluationSet, Feed, Share, captions, order
 from clipx.data.shapes import Shapes
+from clipx.data.text_augment import TextAugment, TextAugmentConfig
 from clipx.data.tokenizers import TokenizerConfig
 from clipx.data.webdataset import WebDataset
 
@@ -40,11 +44,13 @@ def photo(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures(Source):
-    """Row i: a picture of its own and three captions; `bad` and `broken` rows have no use."""
+    """Row i: a picture of its own and its captions; `bad` and `broken` rows have no use."""
 
     bad: tuple[int, ...] = ()
     broken: tuple[int, ...] = ()
     rows: int = ROWS
+    captions: int = 3
+    words: str = "text"
     classes = ()
 
     def __len__(self):
@@ -56,7 +62,8 @@ class Pictures(Source):
         image = encode(photo(seed=row))
         if row in self.broken:
             image = image[: len(image) // 2]
-        return Example(image, tuple(f"row {row} text {i}" for i in range(3)), row, f"key{row}", row)
+        texts = tuple(f"row {row} {self.words} {i}" for i in range(self.captions))
+        return Example(image, texts, row, f"key{row}", row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,7 @@ def feed(source=None, **changes) -> Feed:
         "positions": np.arange(changes.get("batch", BATCH)),
         "image_size": 32,
         "crops": ((0.3, 1.0), (0.3, 1.0)),
-        "flip": True,
+        "flips": (True, True),
     }
     return Feed(**(values | changes))
 
@@ -123,13 +130,14 @@ def test_each_epoch_is_a_permutation_of_its_own_and_seeds_differ():
 
 def test_a_batch_has_the_asked_parts():
     (batch,) = feed().batches(3, 4)
-    assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k != "bad"} == {
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k not in ("bad", "key")} == {
         "image": ((BATCH, 2, 32, 32, 3), "uint8"),
         "text": ((BATCH, 1, 40), "int32"),
         "row": ((BATCH,), "int32"),
         "position": ((BATCH,), "int32"),
     }
     assert batch["bad"].tolist() == [""] * BATCH
+    assert batch["key"].tolist() == [f"key{row}" for row in batch["row"]]
     for row, ids in zip(batch["row"], batch["text"][:, 0]):
         assert TOKENIZER.decode(ids).startswith(f"row {' '.join(str(row))} text")
 
@@ -183,7 +191,7 @@ def test_seeds_steps_and_places_draw_differently():
 
 def test_first_takes_the_first_caption_and_random_takes_all():
     def texts(caption):
-        batches = feed(caption=caption, flip=False).batches(0, 4)
+        batches = feed(caption=caption).batches(0, 4)
         return [TOKENIZER.decode(ids)[-1] for batch in batches for ids in batch["text"][:, 0]]
 
     assert set(texts("first")) == {"0"}
@@ -192,13 +200,74 @@ def test_first_takes_the_first_caption_and_random_takes_all():
     assert np.array_equal(first["image"], random["image"])  # the crops do not depend on it
 
 
-def test_flip_is_one_fair_coin_an_example():
-    batches = [joined(list(feed(flip=flip).batches(0, 4))) for flip in (False, True)]
-    plain, flipped = (batch["image"] for batch in batches)
-    turned = (flipped == plain[:, :, :, ::-1]).all((2, 3, 4))
-    assert ((flipped == plain).all((2, 3, 4)) ^ turned).all()
-    assert (turned[:, 0] == turned[:, 1]).all()
-    assert 12 <= turned[:, 0].sum() <= 36  # of 48
+def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_their_captions():
+    def run(flips, mirror_words=False):
+        source = Pictures(words="left of right")
+        return joined(list(feed(source, flips=flips, mirror_words=mirror_words).batches(0, 4)))
+
+    plain, both, first, pair = (
+        run((False, False)),
+        run((True, True)),
+        run((True, False)),
+        run((True, True), mirror_words=True),
+    )
+
+    def turned(batch):
+        mirrored = (batch["image"] == plain["image"][:, :, :, ::-1]).all((2, 3, 4))
+        assert ((batch["image"] == plain["image"]).all((2, 3, 4)) ^ mirrored).all()
+        return mirrored
+
+    assert (turned(both).sum(0) >= 12).all() and (turned(both).sum(0) <= 36).all()  # of 48
+    assert 12 <= (turned(both)[:, 0] ^ turned(both)[:, 1]).sum() <= 36
+    assert not turned(first)[:, 1].any()
+    assert np.array_equal(turned(first)[:, 0], turned(both)[:, 0])
+    assert np.array_equal(turned(pair)[:, 0], turned(pair)[:, 1])
+    swapped = ["right of left" in TOKENIZER.decode(ids) for ids in pair["text"][:, 0]]
+    assert np.array_equal(swapped, turned(pair)[:, 0])
+    assert np.array_equal(both["text"], plain["text"])
+
+
+def test_all_shows_each_caption_in_turn_one_an_epoch():
+    steps = feed().steps_per_epoch
+    shown = collections.defaultdict(list)
+    for batch in feed(caption="all").batches(0, 3 * steps):
+        for row, ids in zip(batch["row"].tolist(), batch["text"][:, 0]):
+            shown[row].append(TOKENIZER.decode(ids)[-1])
+    turns = [texts for texts in shown.values() if len(texts) == 3]
+    assert len(turns) > 40 and all(sorted(texts) == ["0", "1", "2"] for texts in turns)
+    assert len({texts[0] for texts in turns}) == 3  # the turns do not start together
+
+
+def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one():
+    def texts(source):
+        for batch in feed(source, texts=("caption", "other")).batches(0, 4):
+            yield from ([TOKENIZER.decode(ids) for ids in of_row] for of_row in batch["text"])
+
+    pairs = list(texts(Pictures()))
+    assert all(a[:-1] == b[:-1] and a[-1] != b[-1] for a, b in pairs)
+    assert len({(a[-1], b[-1]) for a, b in pairs}) == 6
+    assert all(a == b for a, b in texts(Pictures(captions=1)))
+
+
+def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
+    augment = TextAugment(TextAugmentConfig(operations=("swap",)))
+    source = Pictures(captions=1, words="one two three four five six")
+
+    def texts():
+        kinds = feed(source, texts=("caption", "augmented"), text_augment=augment)
+        (batch,) = kinds.batches(1, 2)
+        return [[TOKENIZER.decode(ids).split() for ids in of_row] for of_row in batch["text"]]
+
+    assert all(sorted(a) == sorted(b) for a, b in texts())
+    assert sum(a != b for a, b in texts()) > 8
+    assert texts() == texts()
+
+
+def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
+    source = Pictures(captions=1, words="\u4e2d\u6587")
+    with pytest.raises(DataError, match="the first is key.*Chinese"):
+        feed(source, reject_cjk=True).load(0, np.arange(1))
+    assert not feed(source).load(0, np.arange(BATCH))["bad"].any()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +285,8 @@ def test_a_bad_row_is_replaced_by_the_next_and_named(source, reason):
     at = order(ROWS, 1)
     (place,) = [i for i in range(ROWS) if at(0, i) == 7]
     assert np.flatnonzero(got["bad"] != "").tolist() == [place]
-    assert re.fullmatch(reason, got["bad"][place])
+    (bad,) = json.loads(got["bad"][place])
+    assert bad["row"] == 7 and re.fullmatch(reason, "{key}: {reason}".format(**bad))
     assert got["row"][place] == at(0, (place + 1) % ROWS)
     assert got["position"][place] == place
     others = np.arange(len(got["row"])) != place
@@ -230,13 +300,22 @@ def test_substitutes_wrap_around_and_skip_other_bad_rows():
     source = Pictures(bad=tuple(last))
     batch = feed(source, batch=ROWS).load(0, np.arange(ROWS))
     assert batch["row"][-2:].tolist() == [at(0, 0)] * 2
-    assert batch["bad"][-2:].tolist() == [f"key{row}: empty caption" for row in last]
+    found = [[bad["key"] for bad in json.loads(text)] for text in batch["bad"][-2:]]
+    assert found == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
 
 
 def test_a_set_with_nothing_usable_stops_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
     with pytest.raises(DataError, match=r"^50 rows one after another cannot be used, the first is"):
         next(feed(source).batches(0, 1))
+
+
+def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
+    shares = [Share(Pictures(), fraction) for fraction in (0.25, 0.5)]
+    rows = [[share[i].row for i in range(len(share))] for share in shares]
+    assert [len(of) for of in rows] == [12, 25] and rows[1][:12] == rows[0] != sorted(rows[0])
+    assert list(shares[0].keys()) == [f"key{row}" for row in rows[0]]
+    assert fingerprint(shares[0]) != fingerprint(shares[1]) != fingerprint(Pictures())
 
 
 def test_labels_alone_are_no_captions():
@@ -287,7 +366,7 @@ def load_one(image, side=32, **changes) -> np.ndarray:
         def __getitem__(self, row):
             return Example(image, ("words",), row, "one")
 
-    values = {"batch": 1, "flip": False, "crops": ((1.0, 1.0),), "image_size": side}
+    values = {"batch": 1, "flips": (False,), "crops": ((1.0, 1.0),), "image_size": side}
     return feed(One(), **(values | changes)).load(0, np.arange(1))["image"][0, 0]
 
 

@@ -1,5 +1,7 @@
 """The step where the laws do not reach: towers with BatchNorm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import tiny
 
 from clipx.models.resnet import ResNet
+from clipx.objectives.base import caption_ids
 from clipx.objectives.clip import CLIP
 from clipx.step import init_state, make_train_step, row_keys
 
@@ -34,3 +37,29 @@ def test_batch_norm_moves_once_a_micro_batch():
     for before, x, y in zip(*map(jax.tree.leaves, (state.batch_stats, stats, after.batch_stats))):
         np.testing.assert_allclose(x, y, atol=1e-5)
         assert np.any(before != y)
+
+
+def test_captions_have_one_id_each():
+    text = np.random.default_rng(0).integers(0, 49408, (4096, 77)).astype(np.int32)
+    text[1] = text[0]
+    text[2] = text[3][::-1]
+    ids = np.asarray(jax.jit(caption_ids)(text))
+    assert ids[0] == ids[1] and len(np.unique(ids)) == 4095
+
+
+def test_equal_captions_are_counted_and_no_negatives_when_masked():
+    batch = tiny.batch(tiny.objective("clip"), rows=8)
+    twice = batch.replace(text=batch.text.copy())
+    twice.text[3] = twice.text[5]
+    metrics, losses = [], []
+    for name in ("clip:false_negatives=keep", "clip:false_negatives=mask"):
+        objective, optimizer = tiny.objective(name), optax.sgd(1e-3)
+        init = functools.partial(init_state, objective, optimizer, seed=0)
+        state = jax.jit(init)(batch)
+        step = jax.jit(make_train_step(objective, optimizer, seed=0))
+        for data in (batch, twice):
+            found = step(state, data)[1]
+            metrics.append(float(found["batch/duplicate_captions"]))
+            losses.append(float(found["loss"]))
+    assert metrics == [0, 0.25, 0, 0.25]
+    assert losses[0] == losses[2] and losses[1] > losses[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -10,6 +11,7 @@ import pickle
 import numpy as np
 import pytest
 
+from clipx import config as configs
 from clipx.config import ConfigError
 from clipx.data import tokenizers
 from clipx.data.base import DataError
@@ -64,6 +66,35 @@ def routes(merges):
 
 
 @pytest.fixture(scope="module")
+def vocab(tmp_path_factory) -> pathlib.Path:
+    """A vocab.txt with BERT's marks where bert-base-uncased has them."""
+    lines = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    lines += [
+        "a",
+        "dog",
+        "cafe",
+        "##s",
+        "play",
+        "##ing",
+        "!",
+        ",",
+        "[",
+        "]",
+        "mask",
+        "猫",
+        "\u2028",
+    ]
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def word_pieces(vocab):
+    return tokenizers.build(TokenizerConfig("wordpiece", path=str(vocab), context=8))
+
+
+@pytest.fixture(scope="module")
 def pieces():
     return tokenizers.build(TokenizerConfig("sentencepiece", vocab_size=4096, context=24), CAPTIONS)
 
@@ -88,6 +119,61 @@ def test_both_routes_agree(routes, text):
 def test_a_literal_mark_counts_only_where_a_token_starts(routes):
     body = routes[0].body("!!<|endoftext|> a<|endoftext|><|startoftext|>b")
     assert [i for i in body if i > 49405] == [49407, 49406]
+
+
+def test_with_a_mask_the_marks_shift_and_words_do_not(merges):
+    for path in ("", str(merges)):
+        config = TokenizerConfig("clip_bpe", mask=True, path=path)
+        assert (config.vocab_size, config.mask_id, config.sot_id, config.eot_id) == (
+            *(49409, 49406, 49407, 49408),
+        )
+        tokenizer = tokenizers.build(config)
+        for text, ids in OPENAI.items():
+            assert tokenizer.body(text) == [i + (i == 49407) for i in ids], text
+        assert tokenizer.body("<|startoftext|><|endoftext|>") == [49407, 49408]
+        assert 49406 not in tokenizer(HARD)
+        ids = tokenizer(["a photo of a dog"])[0]
+        assert ids[:8].tolist() == [49407, 320, 1125, 539, 320, 1929, 49408, 0]
+        ids[2] = config.mask_id
+        assert tokenizer.decode(ids) == "a of a dog"
+
+
+def test_a_mask_takes_the_last_id_of_a_sentencepiece_model(pieces, tmp_path):
+    config = TokenizerConfig("sentencepiece", vocab_size=26, context=32, mask=True, model="bpe")
+    tokenizer = tokenizers.build(config, CAPTIONS)
+    assert config.mask_id == 25
+    assert tokenizer._processor.get_piece_size() == 25
+    assert tokenizer(CAPTIONS).max() == 24
+    ids = tokenizer(["small dog"])[0]
+    masked = np.insert(ids, 1, config.mask_id)
+    assert tokenizer.decode(masked) == tokenizer.decode(ids) == "small dog"
+    path = tmp_path / "pieces.model"
+    path.write_bytes(pieces._model)
+    count = pieces._processor.get_piece_size()
+    tokenizers.build(TokenizerConfig("sentencepiece", vocab_size=count, path=str(path)))
+    with pytest.raises(ConfigError, match=f"{count} pieces in (.|\\n)*at least {count + 1}"):
+        tokenizers.build(
+            TokenizerConfig("sentencepiece", vocab_size=count, path=str(path), mask=True)
+        )
+
+
+def test_word_pieces_are_berts(word_pieces):
+    ids = {
+        "Dogs, playing!": [105, 107, 111, 108, 109, 110],
+        "a CAFÉ dog": [104, 106, 105],
+        "猫dog": [115, 105],  # a Chinese character is a word
+        "zebra ☃": [100, 100],
+        "[MASK]": [112, 114, 113],  # letters, no mark
+        "": [],
+    }
+    for text, body in ids.items():
+        assert word_pieces.body(text) == body, text
+    assert word_pieces(["a dog"]).tolist() == [[101, 104, 105, 102, 0, 0, 0, 0]]
+    assert word_pieces.decode([101, 105, 107, 103, 111, 102, 0]) == "dogs,"
+
+
+def test_truncation_keeps_the_end_mark_of_word_pieces(word_pieces):
+    assert word_pieces(["a dog " * 10]).tolist() == [[101, 104, 105, 104, 105, 104, 105, 102]]
 
 
 def test_truncation_keeps_the_end_mark(pieces):
@@ -126,12 +212,40 @@ def test_each_kind_of_model_reads_back_what_it_wrote(model):
     assert tokenizer.decode(tokenizer(["small cat"])[0]) == "small cat"
 
 
-def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces):
-    for tokenizer in (*routes, pieces):
+def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces, word_pieces):
+    masked = tokenizers.build(TokenizerConfig("clip_bpe", mask=True, cleaning="ascii"))
+    for tokenizer in (*routes, masked, pieces, word_pieces):
         saved = tokenizers.load(json.loads(json.dumps(tokenizer.save())))
         for other in (saved, pickle.loads(pickle.dumps(tokenizer))):
             assert other.config == tokenizer.config
             assert other(CAPTIONS).tolist() == tokenizer(CAPTIONS).tolist()
+
+
+def test_what_was_saved_before_there_were_masks_still_loads(pieces):
+    saved = pieces.save()
+    saved["config"] = {k: v for k, v in saved["config"].items() if k not in ("mask", "cleaning")}
+    assert tokenizers.load(saved)(CAPTIONS).tolist() == pieces(CAPTIONS).tolist()
+
+
+def test_the_config_says_how_captions_are_cleaned(vocab):
+    text = "a Café's dog &amp; –"
+    texts = {
+        rule: tokenizers.build(
+            TokenizerConfig(
+                "sentencepiece", vocab_size=300, context=64, cleaning=rule, model="bpe"
+            ),
+            [*CAPTIONS, "a café's dog & &amp; –"],
+        )
+        for rule in ("clip", "ascii", "clip_lite", "none")
+    }
+    assert {rule: t.decode(t([text])[0]) for rule, t in texts.items()} == {
+        "clip": "a café's dog & –",
+        "ascii": "a caf's dog &",
+        "clip_lite": "a cafes dog &amp –",
+        "none": "a café's dog &amp; –",
+    }
+    config = TokenizerConfig("wordpiece", path=str(vocab), cleaning="clip_lite")
+    assert tokenizers.build(config).body("(Dog's) café, play-ing!") == [105, 107, 106, 108, 100]
 
 
 def test_a_model_file_gives_the_ids_of_the_run_that_trained_it(pieces, tmp_path):
@@ -154,6 +268,17 @@ def test_what_is_known_without_opening_anything():
     assert (clip.pad_id, clip.sot_id, clip.eot_id, clip.vocab_size) == (0, 49406, 49407, 49408)
     pieces = TokenizerConfig("sentencepiece", vocab_size=4096)
     assert (pieces.pad_id, pieces.sot_id, pieces.eot_id) == (0, 2, 3)
+    words = TokenizerConfig("wordpiece", path="not there")
+    assert (words.vocab_size, words.sot_id, words.eot_id, words.mask_id) == (30522, 101, 102, 103)
+    assert clip.mask_id is pieces.mask_id is None
+    assert clip.special_ids == (0, 49406, 49407)
+    assert pieces.special_ids == (0, 1, 2, 3)
+    assert words.special_ids == (0, 100, 101, 102, 103)
+    masked = TokenizerConfig("clip_bpe", mask=True)
+    assert masked.special_ids == (0, 49407, 49408, 49406)
+    assert dataclasses.replace(pieces, mask=True).special_ids == (0, 1, 2, 3, 4095)
+    again = configs.bind(TokenizerConfig, configs.dump(masked), where="config.tokenizer")
+    assert again == masked
 
 
 @pytest.mark.parametrize(
@@ -162,6 +287,9 @@ def test_what_is_known_without_opening_anything():
         ({"name": "clip_bpe", "vocab_size": 32000}, "config.tokenizer.vocab_size"),
         ({"name": "clip_bpe", "context": 2}, "config.tokenizer.context"),
         ({"name": "sentencepiece", "vocab_size": 3}, "config.tokenizer.vocab_size"),
+        ({"name": "clip_bpe", "vocab_size": 49408, "mask": True}, "config.tokenizer.vocab_size"),
+        ({"name": "wordpiece"}, "config.tokenizer.path"),
+        ({"name": "wordpiece", "path": "x", "vocab_size": 103}, "config.tokenizer.vocab_size"),
     ],
 )
 def test_impossible_configs(values, where):
@@ -184,6 +312,22 @@ def test_bad_files_are_named(tmp_path):
     short.write_text("#version: 0.2\nd o\n")
     with pytest.raises(ConfigError, match="49408, with 1 merges in .*short.txt"):
         tokenizers.build(TokenizerConfig("clip_bpe", path=str(short)))
+
+
+def test_a_vocabulary_of_word_pieces_with_other_marks_or_too_many_is_refused(vocab, tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\na\n")
+    found = r"vocab\.txt, with \[PAD\] 0, \[UNK\] 1, \[CLS\] nowhere"
+    with pytest.raises(ConfigError, match=found) as error:
+        tokenizers.build(TokenizerConfig("wordpiece", path=str(path)))
+    assert error.value.where == "config.tokenizer.path"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"vocab\.txt: not a vocabulary of word pieces"):
+        tokenizers.build(TokenizerConfig("wordpiece", path=str(path)))
+    with pytest.raises(ConfigError, match=r"110, with 117 pieces in (.|\n)*at least 117"):
+        tokenizers.build(TokenizerConfig("wordpiece", path=str(vocab), vocab_size=110))
+    with pytest.raises(ConfigError, match=r"BERT's vocab\.txt that can be read"):
+        tokenizers.build(TokenizerConfig("wordpiece", path=str(tmp_path / "none")))
 
 
 def test_a_model_with_other_marks_or_too_many_pieces_is_refused(pieces, tmp_path):

@@ -1,6 +1,7 @@
 """The command, on a shrunk quickstart: it trains, saves, is killed, goes on, and says why not."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -16,7 +17,7 @@ from clipx import cli
 from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError
 from clipx.evaluate import evaluate
-from clipx.run import restore
+from clipx.run import assemble, restore
 from clipx.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,3 +170,14 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     }  # fmt: skip
     with pytest.raises(ConfigError, match="one of"):
         evaluate(str(whole), "5", config)
+
+
+def test_a_tower_that_reads_a_file_starts_from_it(monkeypatch):
+    run = assemble(small())
+    shape = run.state.params["text"]["token_embedding"].shape
+    given = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    text = type(run.objective.text)
+    monkeypatch.setattr(text, "pretrained", lambda self: {"token_embedding": given})
+    state = run.init()
+    np.testing.assert_array_equal(state.params["text"]["token_embedding"], given)
+    assert np.std(state.params["image"]["projection"]["kernel"]) > 0

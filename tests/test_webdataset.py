@@ -7,12 +7,17 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 
+import fsspec
 import pytest
 
-from clipx.data.base import BadSample, DataError
-from clipx.data.webdataset import WebDataset
+from clipx.data import shards as files
+from clipx.data.base import BadSample, DataError, fingerprint
+from clipx.data.webdataset import WebDataset, index_shards
+
+NAMES = ("train-000.tar", "train-001.tar", "train-002.tar")
 
 
 def write(path, members: dict[str, bytes | str]):
@@ -30,6 +35,36 @@ def samples(names, **more) -> dict[str, bytes | str]:
     for name in names:
         found |= {f"{name}.jpg": f"picture {name}".encode(), f"{name}.txt": f"a {name}"}
     return found | more
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "index"
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """The shards whose headers were read, as it happens."""
+    opened, open_shard = [], files.open_shard
+
+    def counted(path):
+        opened.append(os.path.basename(path))
+        return open_shard(path)
+
+    monkeypatch.setattr("clipx.data.webdataset.open_shard", counted)
+    return opened
+
+
+@pytest.fixture
+def bucket(shards):
+    """The same shards on a filesystem that is no disk."""
+    fs = fsspec.filesystem("memory")
+    for name in NAMES:
+        fs.pipe(f"/bucket/{name}", (shards / name).read_bytes())
+    yield "memory://bucket"
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
@@ -216,6 +251,177 @@ def test_a_folder_or_a_shard_that_vanished(shards):
     data = WebDataset(str(shards / "train-000.tar"))
     os.remove(shards / "train-000.tar")
     assert "cannot be read (No such file" in message(lambda: data[0], BadSample)
+
+
+def test_keys_are_those_of_the_examples_also_of_bad_ones(shards, monkeypatch):
+    write(shards / "train-001.tar", {"bad.jpg": b"", "bad.txt": "x", "a.jpg": b"x", "a.txt": "x"})
+    data = WebDataset(str(shards / "train-*.tar"))
+    read = [data[row].key for row in (0, 1, 2, 4, 5, 6)]
+    monkeypatch.setattr("clipx.data.webdataset.read", None)  # nothing is read
+    keys = list(data.keys())
+    assert keys.pop(3) == "train-001.tar/bad" and keys == read
+    assert keys[3] == "train-001.tar/a"
+
+
+def test_a_set_has_one_fingerprint_wherever_it_lies(shards, bucket):
+    here, there = WebDataset(str(shards / "*.tar")), WebDataset(f"{bucket}/*.tar")
+    assert fingerprint(here) == fingerprint(there) != fingerprint(WebDataset(f"{bucket}/*1.tar"))
+
+
+def test_halves_of_characters_become_question_marks(tmp_path):
+    captions = json.dumps({"captions": ["a\ud800b", "\N{GRINNING FACE}", "\udfff"]})
+    path = write(tmp_path / "x.tar", {"a.jpg": b"x", "a.json": captions})
+    assert WebDataset(str(path))[0].texts == ("a?b", "\N{GRINNING FACE}", "?")
+
+
+def test_json_without_a_bottom_is_a_bad_sample(tmp_path):
+    path = write(tmp_path / "x.tar", {"a.jpg": b"x", "a.json": "[" * 200_000})
+    data = WebDataset(str(path))
+    assert message(lambda: data[0], BadSample).startswith("x.tar/a: the caption cannot be read")
+
+
+def test_an_index_is_made_once(shards, cache, scans):
+    seen = []
+    path = str(shards / "train-*.tar")
+    first = index_shards(path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)] and sorted(scans) == list(NAMES)
+    assert [file.suffix for file in cache.iterdir()] == [".npz"] * 3
+    again = index_shards(path)
+    assert len(scans) == 3
+    for a, b in zip(first, again, strict=True):
+        assert (a.path, a.keys, a.extensions) == (b.path, b.keys, b.extensions)
+        assert (a.last, a.whole) == (b.last, b.whole)
+        assert (a.places == b.places).all() and (a.key_sizes == b.key_sizes).all()
+    assert WebDataset(path)[5].texts == ("a e",)
+
+
+def test_a_changed_shard_is_indexed_again(shards, scans):
+    path = shards / "train-001.tar"
+    assert WebDataset(str(path))[0].key == "train-001.tar/a"
+    write(path, samples("z"))  # of the same size
+    os.utime(path, ns=(1, 1))
+    assert WebDataset(str(path))[0].key == "train-001.tar/z"
+    write(path, samples("qrstuvwxyz"))
+    os.utime(path, ns=(1, 1))  # at the same time
+    assert len(WebDataset(str(path))) == 10
+    assert scans == ["train-001.tar"] * 3
+
+
+def test_a_truncated_shard_is_refused_from_the_cache_too(tmp_path, scans):
+    path = write(tmp_path / "x.tar", samples("abc"))
+    path.write_bytes(path.read_bytes()[:4196])
+    first, again = (message(lambda: WebDataset(str(path))) for _ in range(2))
+    assert first == again and scans == ["x.tar"]
+    data = WebDataset(str(path), truncated="keep")
+    assert list(data.keys()) == ["x.tar/a"] and scans == ["x.tar"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "not one", "another version"])
+def test_a_damaged_cache_is_made_again(shards, cache, scans, damage, monkeypatch):
+    path = str(shards / "train-001.tar")
+    WebDataset(path)
+    (file,) = cache.iterdir()
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "not one":
+        file.write_text("no archive")
+    else:
+        monkeypatch.setattr("clipx.data.webdataset._VERSION", 2)
+    assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
+    assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_none(shards, tmp_path, monkeypatch, scans):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CLIPX_CACHE", str(tmp_path / "file"))
+    for opened in (1, 2):
+        assert len(WebDataset(str(shards / "train-001.tar"))) == 1 and len(scans) == opened
+
+
+def test_where_the_cache_lies(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CLIPX_CACHE", "~/mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert files.cache_folder() == "/home/me/mine"
+    monkeypatch.delenv("CLIPX_CACHE")
+    assert files.cache_folder() == "/cache/clipx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert files.cache_folder() == "/home/me/.cache/clipx"
+
+
+@pytest.mark.parametrize("path", ["{}/*.tar", "{}/train-{{000..002}}.tar", "{}/tr*-00[0-2].tar"])
+def test_remote_shards_are_shards(shards, bucket, path, scans):
+    data = WebDataset(path.format(bucket))
+    assert list(data) == list(WebDataset(str(shards / "*.tar")))
+    copy = pickle.loads(pickle.dumps(data))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(copy.__getitem__, range(6))) == list(data)
+    assert sorted(scans) == sorted(NAMES * 2)
+    assert list(WebDataset(path.format(bucket))) == list(data) and len(scans) == 6
+
+
+def test_a_row_is_one_request_unless_its_parts_lie_apart(tmp_path, monkeypatch):
+    members = samples("a") | {"b.jpg": b"x", "b.npy": bytes(100_000), "b.txt": "far"}
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/apart/x.tar", write(tmp_path / "x.tar", members).read_bytes())
+    data, ranges, cat_file = WebDataset("memory://apart/x.tar"), [], fs.cat_file
+
+    def counted(path, start, end):
+        ranges.append(end - start)
+        return cat_file(path, start, end)
+
+    monkeypatch.setattr(type(fs), "cat_file", lambda self, *where: counted(*where))
+    assert data[0].texts == ("a a",) and ranges == [1024 + 3]  # a block, a header, the text
+    assert data[1].texts == ("far",) and ranges[1:] == [1, 3]
+    fs.rm("/apart", recursive=True)
+
+
+def test_a_changed_remote_shard_is_indexed_again(bucket, tmp_path):
+    WebDataset(f"{bucket}/train-001.tar")
+    path = write(tmp_path / "other.tar", samples("z"))
+    fsspec.filesystem("memory").pipe("/bucket/train-001.tar", path.read_bytes())
+    assert WebDataset(f"{bucket}/train-001.tar")[0].texts == ("a z",)
+
+
+def test_what_is_wrong_with_remote_paths(bucket):
+    found = message(lambda: WebDataset(f"{bucket}/train-{{000..004}}.tar"))
+    assert "2 of 5 shards are missing: train-003.tar, train-004.tar; copy" in found
+    assert message(lambda: WebDataset(f"{bucket}/trian-000.tar")) == (
+        "memory://bucket/trian-000.tar: no file matches; nearest in memory://bucket: "
+        "train-000.tar, train-002.tar, train-001.tar"
+    )
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/bucket/train-000.tar", fs.cat_file("/bucket/train-000.tar", 0, 3585))
+    found = message(lambda: WebDataset(f"{bucket}/train-000.tar"))
+    assert "truncated or damaged; the last whole member is b.jpg" in found
+    fs.pipe("/bucket/train-000.tar", b"")
+    assert "an empty file" in message(lambda: WebDataset(f"{bucket}/train-000.tar"))
+    data = WebDataset(f"{bucket}/train-001.tar")
+    fs.pipe("/bucket/train-001.tar", bytes(600))
+    found = message(lambda: data[0], BadSample)
+    assert found.endswith("cannot be read (it has become shorter since it was opened)")
+    fs.rm("/bucket/train-001.tar")
+    assert "cannot be read" in message(lambda: data[0], BadSample)
+
+
+@pytest.mark.parametrize(
+    ("missing", "path"), [("fsspec", "memory://a.tar"), ("gcsfs", "gs://a/b.tar")]
+)
+def test_a_package_that_is_not_there_is_named(monkeypatch, missing, path):
+    monkeypatch.setitem(sys.modules, missing, None)
+    found = message(lambda: WebDataset(path))
+    assert found.startswith(f"{path}: ") and missing in found
+    assert found.endswith("pip install 'clipx[remote]'")
+
+
+def test_a_kind_of_path_that_nobody_knows():
+    assert "expected gs://, s3://" in message(lambda: WebDataset("sg://bucket/a.tar"))
+
+
+def test_a_shortened_shard_costs_its_samples(shards):
+    data = WebDataset(str(shards / "train-000.tar"))
+    os.truncate(shards / "train-000.tar", 600)
+    assert message(lambda: data[1], BadSample).endswith("become shorter since it was opened)")
 
 
 @pytest.mark.skipif("FLICKR8K" not in os.environ, reason="FLICKR8K names no folder of shards")

@@ -12,8 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import io
-import math
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,28 +22,18 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import UInt8
 
+from clipx.data import cleaning, pictures
 from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.pictures import cores
+from clipx.data.text_augment import TextAugment
 from clipx.data.tokenizers import Tokenizer
-
-cv2.setNumThreads(0)  # the parallelism is over pictures
 
 _CHUNK = 32  # rows that are loaded together: small enough to share out, large enough to pass on
 _READY_BYTES = 1 << 28  # decoded pixels that wait for their turn, at most
 _MOST_BAD = 100  # rows one after another that cannot be used: more, and the set is at fault
-_RATIO = (3 / 4, 4 / 3)  # width over height of a crop
-_TRIES = 10
-# Orientation tags are not applied, in training nor evaluation: so do torchvision and open_clip
-_READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-_READ_REDUCED = {
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}  # grey is the flag without a colour bit; `_READ` adds colour
 
 Pieces = dict[str, np.ndarray]
 
@@ -65,6 +54,26 @@ def _at(shuffled, rows: int, epoch: int, position: int) -> int:
     return shuffled[epoch * rows + position]
 
 
+class Share:
+    """A source of floor(rows x fraction) rows of another, chosen by a shuffle that is always the
+    same; each keeps the row id that it has there. No subclass: no config asks for it by name."""
+
+    def __init__(self, source: Source, fraction: float):
+        shuffled = np.random.default_rng(0).permutation(len(source))
+        self._source, self._rows = source, shuffled[: int(len(source) * fraction)]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Example:
+        return self._source[int(self._rows[row])]
+
+    def keys(self) -> Iterator[str]:
+        keys = list(self._source.keys())
+        return (keys[row] for row in self._rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Feed:
     """The batches of a run, of which this process loads the rows at `positions`.
@@ -81,9 +90,12 @@ class Feed:
     positions: np.ndarray  # places in the global batch, 0 to batch - 1
     image_size: int
     crops: tuple[tuple[float, float], ...] = ((0.9, 1.0),)  # area range of each picture view
-    texts: tuple[Literal["caption"], ...] = ("caption",)
-    flip: bool = False  # left to right, one coin an example
-    caption: Literal["random", "first"] = "random"
+    flips: tuple[bool, ...] = (False,)  # which views mirror half of their pictures
+    mirror_words: bool = False  # a mirrored picture's captions have left and right swapped
+    texts: tuple[Literal["caption", "augmented", "other"], ...] = ("caption",)
+    caption: Literal["random", "first", "all"] = "random"  # all: each in turn, one an epoch
+    reject_cjk: bool = False  # captions with Chinese characters cannot be used
+    text_augment: TextAugment | None = None  # what makes the text `augmented`
     workers: int = 0  # processes; 0: threads of this one
 
     def __post_init__(self):
@@ -100,8 +112,9 @@ class Feed:
 
     def batches(self, start: int, stop: int) -> Iterator[Pieces]:
         """One dict a step from `start` to before `stop`, for n = len(positions): `image` uint8
-        [n, v, h, w, 3], `text` int32 [n, u, context], `row` and `position` int32 [n], and `bad`
-        str [n]: what was wrong with the example that this place should have held, '' if nothing.
+        [n, v, h, w, 3], `text` int32 [n, u, context], `row` and `position` int32 [n], `key` str
+        [n], and `bad` str [n]: '' or, as JSON, a list of the rows (`row`, `key`, `reason`) that
+        this place should have held and that cannot be used.
 
         Raises `DataError` when 100 rows one after another cannot be used.
         """
@@ -113,7 +126,7 @@ class Feed:
             functools.partial(_load_chunk, self, chunks)
         )
         size = _CHUNK * len(self.crops) * self.image_size**2 * 3
-        threads = 1 if self.workers else min(_cores(), 16)
+        threads = 1 if self.workers else min(cores(), 16)
         ready = max(2, min(2 * len(chunks), _READY_BYTES // size))
         if self.workers:
             ready = max(1, ready // self.workers)
@@ -150,116 +163,95 @@ class Feed:
         n, side = len(positions), self.image_size
         image = np.empty((n, len(self.crops), side, side, 3), np.uint8)
         examples = [self._example(step, int(p), out) for p, out in zip(positions, image)]
-        rows, places, captions, bad = zip(*examples)
-        text = self.tokenizer(captions)
+        rows, keys, places, texts, bad = zip(*examples)
+        ids = self.tokenizer([text for of_row in texts for text in of_row])
         return {
             "image": image,
-            "text": np.stack([text] * len(self.texts), axis=1),
+            "text": ids.reshape(n, len(self.texts), -1),
             "row": np.array(rows, np.int32),
             "position": np.array(places, np.int32),
+            "key": np.array(keys, np.str_),
             "bad": np.array(bad, np.str_),
         }
 
     def _example(self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]):
-        """(row, place in the epoch, caption, what was wrong); the views are written to `out`."""
+        """(row, key, place in the epoch, texts, what could not be used); the views are written
+        to `out`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         place = step_of_epoch * self.batch + position
-        rng = np.random.Generator(
-            np.random.Philox(key=[self.seed, 0], counter=[0, 0, step, position])
-        )
         # all draws at once, so that none depends on what the row turns out to be
-        which, coin, *draws = rng.random(2 + len(self.crops) * _TRIES * 4)
-        draws = np.reshape(draws, (len(self.crops), _TRIES, 4))
-        bad = ""
+        count = len(self.crops)
+        which, coin, *draws = self._rng(step, position).random(2 + count * pictures.TRIES * 4)
+        draws = np.reshape(draws, (count, pictures.TRIES, 4))
+        another, *coins = self._rng(step, position, 1).random(count)
+        if self.mirror_words:
+            coins = [coin] * (count - 1)  # the captions can follow one coin alone
+        flips = [f and c < 0.5 for f, c in zip(self.flips, (coin, *coins), strict=True)]
+        bad = []
         for skip in range(min(len(self.source), _MOST_BAD)):
             row = self._order(epoch, (place + skip) % len(self.source))
             try:
                 example = self.source[row]
-                if not example.texts:
-                    raise BadSample(example.key, "no caption")
-                self._views(example, draws, self.flip and coin < 0.5, out)
+                chosen = self._choose(example, which, epoch)
+                pictures.views(example, self.crops, draws, flips, out)
             except BadSample as error:
-                bad = bad or str(error)
+                bad.append({"row": row, "key": error.key, "reason": error.reason})
                 continue
-            chosen = int(which * len(example.texts)) if self.caption == "random" else 0
-            return example.row, place, example.texts[chosen], bad
-        raise DataError(f"{skip + 1} rows one after another cannot be used, the first is {bad}")
+            texts = self._texts(example.texts, chosen, another, flips[0], step, position)
+            return example.row, example.key, place, texts, json.dumps(bad) if bad else ""
+        raise DataError(
+            f"{skip + 1} rows one after another cannot be used, the first is "
+            "{key}: {reason}".format(**bad[0])
+        )
 
-    def _views(self, example: Example, draws: Float[np.ndarray, "v 10 4"], flip: bool, out) -> None:
-        width, height, kind = _header(example)
-        boxes = [crop_box(width, height, s, d) for s, d in zip(self.crops, draws)]
-        smallest = min(min(w, h) for _, _, w, h in boxes)
-        fitting = [k for k in _READ_REDUCED if kind == "JPEG" and smallest >= k * self.image_size]
-        picture = _decode(example, max(fitting, default=1))
-        scale_x, scale_y = picture.shape[1] / width, picture.shape[0] / height
-        for view, (x, y, w, h) in zip(out, boxes):
-            left, top = round(x * scale_x), round(y * scale_y)
-            right = max(left + 1, round((x + w) * scale_x))
-            bottom = max(top + 1, round((y + h) * scale_y))
-            crop = _resize(picture[top:bottom, left:right], self.image_size)
-            view[...] = crop[:, ::-1] if flip else crop
+    def _rng(self, step: int, position: int, stream: int = 0) -> np.random.Generator:
+        return np.random.Generator(
+            np.random.Philox(key=[self.seed, 0], counter=[0, stream, step, position])
+        )
+
+    def _choose(self, example: Example, which: float, epoch: int) -> int:
+        """Which caption is shown."""
+        if not example.texts:
+            raise BadSample(example.key, "no caption")
+        count, chosen = len(example.texts), 0
+        if self.caption == "random":
+            chosen = int(which * count)
+        elif self.caption == "all":
+            start = np.random.Philox(key=[self.seed, 1], counter=[0, 0, 0, example.row])
+            chosen = (int(np.random.Generator(start).integers(count)) + epoch) % count
+        if self.reject_cjk and cleaning.has_cjk(example.texts[chosen]):
+            raise BadSample(example.key, "the caption has Chinese characters (data.reject_cjk)")
+        return chosen
+
+    def _texts(
+        self,
+        captions: tuple[str, ...],
+        chosen: int,
+        another: float,
+        flipped: bool,
+        step: int,
+        position: int,
+    ) -> list[str]:
+        """The texts that `self.texts` names."""
+
+        def text(kind: str) -> str:
+            at = chosen
+            if kind == "other" and len(captions) > 1:
+                at = int(another * (len(captions) - 1))
+                at += at >= chosen
+            words = captions[at]
+            if flipped and self.mirror_words:
+                words = cleaning.swap_left_right(words)
+            if kind == "augmented":
+                words = self.text_augment(words, self._rng(step, position, 2))
+            return words
+
+        return [text(kind) for kind in self.texts]
 
 
 def _load_chunk(feed: Feed, chunks: list[np.ndarray], index: int) -> Pieces:
     step, chunk = divmod(index, len(chunks))
     return feed.load(step, chunks[chunk])
-
-
-def crop_box(
-    width: int, height: int, scale: tuple[float, float], draws: Float[np.ndarray, "10 4"]
-) -> tuple[int, int, int, int]:
-    """(x, y, w, h) of a random crop, in pixels, from uniform draws in [0, 1): an area from `scale`,
-    a ratio from 3/4 to 4/3, log-uniform; where none of ten fits, the whole picture as far as that
-    ratio allows. As torchvision's `RandomResizedCrop.get_params`."""
-    low, high = (math.log(r) for r in _RATIO)
-    for area, ratio, across, down in draws.tolist():
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * area)
-        ratio = math.exp(low + (high - low) * ratio)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
-    w = min(width, round(height * _RATIO[1]))
-    h = min(height, round(width / _RATIO[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _resize(crop: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "s s 3"]:
-    shrinks = crop.shape[0] >= side and crop.shape[1] >= side
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(crop, (side, side), interpolation=how)
-
-
-def _header(example: Example) -> tuple[int, int, str]:
-    """Width, height and format; nothing is decoded yet."""
-    if isinstance(example.image, np.ndarray):
-        return example.image.shape[1], example.image.shape[0], ""
-    with _unreadable(example):
-        header = Image.open(io.BytesIO(example.image))
-        return header.width, header.height, header.format or ""
-
-
-def _decode(example: Example, reduce: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels, 1/reduce as wide and as high: by OpenCV, else by Pillow, which knows more formats."""
-    if isinstance(example.image, np.ndarray):
-        return example.image
-    data = np.frombuffer(example.image, np.uint8)
-    with contextlib.suppress(cv2.error):
-        pixels = cv2.imdecode(data, _READ | _READ_REDUCED.get(reduce, 0))
-        if pixels is not None:
-            return pixels
-    with _unreadable(example):
-        return np.asarray(Image.open(io.BytesIO(example.image)).convert("RGB"))
-
-
-@contextlib.contextmanager
-def _unreadable(example: Example):
-    """Whatever a decoder raises becomes a `BadSample`: they raise all sorts of things."""
-    try:
-        yield
-    except Exception as error:
-        size = len(example.image)
-        reason = f"the picture ({size} bytes) cannot be decoded: {error}"
-        raise BadSample(example.key, reason.replace("\n", " ")) from None
 
 
 def captions(source: Source) -> Iterator[str]:
@@ -294,30 +286,16 @@ class EvaluationSet:
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
         """uint8 pictures in the order of the rows, `size` at a time but for the last."""
-        with concurrent.futures.ThreadPoolExecutor(min(_cores(), 16)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(cores(), 16)) as pool:
             for start in range(0, len(self), size):
                 rows = range(start, min(start + size, len(self)))
                 yield np.stack(list(pool.map(self.picture, rows)))
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        example, side = self._example(row), self.image_size
         try:
-            with _unreadable(example):
-                if isinstance(example.image, np.ndarray):
-                    picture = Image.fromarray(example.image)
-                else:
-                    picture = Image.open(io.BytesIO(example.image)).convert("RGB")
+            return pictures.evaluation(self._example(row), self.image_size)
         except BadSample as error:
             raise DataError(f"row {row} of the evaluation set: {error}") from None
-        width, height = picture.size
-        if min(width, height) != side:
-            if width <= height:
-                width, height = side, int(side * height / width)
-            else:
-                width, height = int(side * width / height), side
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        return np.asarray(picture.crop((left, top, left + side, top + side)))
 
     def _example(self, row: int) -> Example:
         if not 0 <= row < len(self):
@@ -326,13 +304,6 @@ class EvaluationSet:
             return self.source[row]
         except BadSample as error:
             raise DataError(f"row {row} of the evaluation set: {error}") from None
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

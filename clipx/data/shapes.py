@@ -107,12 +107,18 @@ class Shapes(Source):
             raise IndexError(row)
         test = self.split == "test"
         rng = np.random.Generator(np.random.Philox(key=[int(test), row]))
-        key = f"shapes/{self.split}/{row:06d}"
+        key = self._key(row)
         if test or rng.random() < 0.7:
             label = HELD_OUT[row % len(HELD_OUT)] if test else _TRAINED[rng.integers(len(_TRAINED))]
             image, names, parts = self._single(rng, label)
             return Example(image, names if test else names + parts, row, key, label)
         return Example(*self._pair(rng), row, key)
+
+    def keys(self):
+        return map(self._key, range(len(self)))
+
+    def _key(self, row: int) -> str:
+        return f"shapes/{self.split}/{row:06d}"
 
     def _single(self, rng: np.random.Generator, label: int):
         name = CLASSES[label]

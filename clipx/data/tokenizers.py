@@ -1,8 +1,8 @@
-"""Captions to ids: CLIP's byte-pair encoding and SentencePiece, behind one small class.
+"""Captions to ids: CLIP's byte pairs, SentencePiece and BERT's word pieces, as one small class.
 
-Both give `[sot] + text + [eot]`, cut so that the end mark stays, padded to the context. The ids
-that a model is built from (`vocab_size`, `pad_id`, `sot_id`, `eot_id`) follow from the config
-alone, so nothing has to be opened to know a model's shape.
+All give `[sot] + text + [eot]`, cut so that the end mark stays, padded to the context. The ids
+that a model is built from (`vocab_size`, `pad_id`, `sot_id`, `eot_id`, `mask_id`) follow from the
+config alone, so nothing has to be opened to know a model's shape.
 """
 
 from __future__ import annotations
@@ -10,48 +10,58 @@ from __future__ import annotations
 import abc
 import base64
 import dataclasses
-import gzip
-import html
-import io
 import itertools
-import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import ftfy
 import numpy as np
 from jaxtyping import Int32
 
 from clipx.config import ConfigError
-from clipx.data.base import DataError
+from clipx.data import cleaning, vocabulary
 
-_CLIP_VOCAB = 49408  # 256 bytes, the same at a word's end, 48,894 merges, two marks
+# of OpenAI's vocabulary (two marks) and of bert-base-uncased's; SentencePiece has none of its own
+_VOCAB = {"clip_bpe": 49_408, "sentencepiece": 49_408, "wordpiece": 30_522}
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Which tokenizer, and all that is known of it without opening anything."""
 
-    name: Literal["clip_bpe", "sentencepiece"]
-    vocab_size: int = _CLIP_VOCAB  # rows of the embedding table
+    name: Literal["clip_bpe", "sentencepiece", "wordpiece"]
+    vocab_size: int | None = None  # rows of the embedding table, an int once built; None: usual
     context: int = 77  # ids a text, both marks included
-    path: str = ""  # a merges file (.txt, .txt.gz) or a SentencePiece model; '' as in `build`
+    path: str = ""  # a merges file (.txt, .txt.gz), SentencePiece model or vocab.txt; '': `build`
     model: Literal["unigram", "bpe"] = "unigram"  # of a SentencePiece model that is trained here
     sample: int = 200_000  # captions that such a model is trained on, at most
+    mask: bool = False  # an id for masked words too; word pieces always have one
+    cleaning: Literal["clip", "ascii", "clip_lite", "none"] = "clip"  # as in cleaning.py
 
     def __post_init__(self):
-        for field, least in (("vocab_size", 5), ("context", 3), ("sample", 1)):
+        bpe = self.name == "clip_bpe"
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", _VOCAB[self.name] + (bpe and self.mask))
+        ids = max(vocabulary.WORDPIECE_MARKS.values()) + 1 if self.name == "wordpiece" else 5
+        for field, least in (("vocab_size", ids), ("context", 3), ("sample", 1)):
             if getattr(self, field) < least:
                 found = str(getattr(self, field))
                 raise ConfigError(f"config.tokenizer.{field}", found, f"at least {least}")
-        if self.name == "clip_bpe" and not self.path and self.vocab_size != _CLIP_VOCAB:
+        own = _VOCAB["clip_bpe"] + self.mask
+        if bpe and not self.path and self.vocab_size != own:
             raise ConfigError(
                 "config.tokenizer.vocab_size",
                 str(self.vocab_size),
-                f"{_CLIP_VOCAB}, the size of OpenAI's vocabulary",
+                f"{own}, the size of OpenAI's vocabulary{' and the mask' * self.mask}",
                 "leave it out, or name a merges file in config.tokenizer.path",
+            )
+        if self.name == "wordpiece" and not self.path:
+            raise ConfigError(
+                "config.tokenizer.path",
+                "nothing",
+                "a vocabulary of word pieces",
+                "name a vocab.txt, such as bert-base-uncased's",
             )
 
     @property
@@ -60,19 +70,31 @@ class TokenizerConfig:
 
     @property
     def sot_id(self) -> int:
-        return self.vocab_size - 2 if self.name == "clip_bpe" else 2
+        return {"clip_bpe": self.vocab_size - 2, "sentencepiece": 2, "wordpiece": 101}[self.name]
 
     @property
     def eot_id(self) -> int:
-        return self.vocab_size - 1 if self.name == "clip_bpe" else 3
+        return {"clip_bpe": self.vocab_size - 1, "sentencepiece": 3, "wordpiece": 102}[self.name]
 
+    @property
+    def unk_id(self) -> int | None:
+        """The id of what has no other; None where everything has one."""
+        return {"clip_bpe": None, "sentencepiece": 1, "wordpiece": 100}[self.name]
 
-def clean(text: str) -> str:
-    """`text` with its encoding repaired, entities resolved twice and white space collapsed, as
-    openai/CLIP's `basic_clean` and `whitespace_clean` do."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # ftfy leaves these alone
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
+    @property
+    def mask_id(self) -> int | None:
+        """The id that hides a word, which no text gives; None without one. CLIP's marks stand
+        behind it, so that they shift by one, as DeCLIP's do."""
+        if self.name == "wordpiece":
+            return 103
+        last = self.vocab_size - (3 if self.name == "clip_bpe" else 1)
+        return last if self.mask else None
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids that are no part of a text: what masked language modelling leaves alone."""
+        ids = (self.pad_id, self.unk_id, self.sot_id, self.eot_id, self.mask_id)
+        return tuple(i for i in ids if i is not None)
 
 
 class Tokenizer(abc.ABC):
@@ -82,6 +104,7 @@ class Tokenizer(abc.ABC):
         self.config = config
         self.vocab_size, self.context = config.vocab_size, config.context
         self.pad_id, self.sot_id, self.eot_id = config.pad_id, config.sot_id, config.eot_id
+        self._clean = cleaning.RULES[config.cleaning]
 
     @abc.abstractmethod
     def body(self, text: str) -> list[int]:
@@ -104,7 +127,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, up to its end mark; cleaned and in lower case."""
         body = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
-        return self._text([i for i in body if i != self.sot_id])
+        return self._text([i for i in body if i not in (self.sot_id, self.config.mask_id)])
 
     def save(self) -> dict[str, Any]:
         """All that `load` needs, fit for JSON: the config, and the vocabulary where it is not part
@@ -127,7 +150,7 @@ class _ClipBPE(Tokenizer):
     def _plain(self, text: str) -> list[int]: ...
 
     def body(self, text: str) -> list[int]:
-        text = clean(text).lower()
+        text = self._clean(text).lower()
         if "<|" not in text:
             return self._plain(text)
         ids: list[int] = []
@@ -175,31 +198,10 @@ class _BundledBPE(_ClipBPE):
 class _MergesBPE(_ClipBPE):
     """The same encoding from a merges file (a header line, then one merge a line)."""
 
-    _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # openai/CLIP's split
-
     def __init__(self, config: TokenizerConfig, merges: str):
         super().__init__(config)
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
         self._merges = merges
-        pairs = [tuple(line.split()) for line in merges.splitlines()]
-        # the printable bytes first, then the rest: the order of their stand-in characters
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        pieces = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs]
-        vocab = {piece: i for i, piece in enumerate(pieces)}
-        self._tokenizer = tokenizers.Tokenizer(
-            models.BPE(vocab=vocab, merges=pairs, end_of_word_suffix="</w>")
-        )
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(self._WORDS), "removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        self._tokenizer.decoder = decoders.Sequence(
-            [decoders.ByteLevel(), decoders.Replace("</w>", " ")]
-        )
+        self._tokenizer = vocabulary.byte_pairs(merges)
 
     def _plain(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -222,7 +224,7 @@ class _SentencePiece(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def body(self, text: str) -> list[int]:
-        return self._processor.encode(clean(text))
+        return self._processor.encode(self._clean(text))
 
     def _text(self, ids: list[int]) -> str:
         pieces = self._processor.get_piece_size()
@@ -230,6 +232,24 @@ class _SentencePiece(Tokenizer):
 
     def _payload(self) -> bytes:
         return self._model
+
+
+class _WordPiece(Tokenizer):
+    """BERT's uncased word pieces. A mark that a text spells (`[MASK]`) is letters."""
+
+    def __init__(self, config: TokenizerConfig, pieces: str):
+        super().__init__(config)
+        self._pieces = pieces
+        self._tokenizer = vocabulary.word_pieces(pieces)
+
+    def body(self, text: str) -> list[int]:
+        return self._tokenizer.encode(self._clean(text), add_special_tokens=False).ids
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i != self.pad_id])
+
+    def _payload(self) -> bytes:
+        return zlib.compress(self._pieces.encode("utf-8"))
 
 
 def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tokenizer:
@@ -241,10 +261,16 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
         ConfigError: a path that is not there, or a vocabulary of another size.
         DataError: a file that is no vocabulary, or captions that give none.
     """
+    path, size = config.path, config.vocab_size
     if config.name == "clip_bpe":
-        return _MergesBPE(config, _read_merges(config)) if config.path else _BundledBPE(config)
-    if config.path:
-        return _read_sentencepiece(config)
+        if not path:
+            return _BundledBPE(config)
+        return _MergesBPE(config, vocabulary.read_merges(path, size, 2 + config.mask))
+    if config.name == "wordpiece":
+        return _WordPiece(config, vocabulary.read_wordpieces(path, size))
+    if path:
+        model = vocabulary.read_sentencepiece(path, size, size - config.mask)
+        return _SentencePiece(config, model)
     if captions is None:
         raise ConfigError(
             "config.tokenizer.path",
@@ -252,7 +278,10 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
             "a SentencePiece model",
             "name a .model file, or let the run's own captions train one",
         )
-    return _SentencePiece(config, _train(config, captions))
+    rule = cleaning.RULES[config.cleaning]
+    texts = (rule(text) for text in itertools.islice(captions, config.sample))
+    model = vocabulary.train_sentencepiece(texts, size - config.mask, config.model)
+    return _SentencePiece(config, model)
 
 
 def load(saved: dict[str, Any]) -> Tokenizer:
@@ -261,92 +290,7 @@ def load(saved: dict[str, Any]) -> Tokenizer:
     payload = base64.b64decode(saved["payload"])
     if config.name == "sentencepiece":
         return _SentencePiece(config, payload)
-    if payload:
-        return _MergesBPE(config, zlib.decompress(payload).decode("utf-8"))
-    return _BundledBPE(config)
-
-
-def _read(config: TokenizerConfig) -> bytes:
-    path = pathlib.Path(config.path).expanduser()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        what = "a merges file" if config.name == "clip_bpe" else "a SentencePiece model"
-        found = f"{str(path)!r} ({error.strerror})"
-        raise ConfigError("config.tokenizer.path", found, f"{what} that can be read") from None
-
-
-def _read_merges(config: TokenizerConfig) -> str:
-    data = _read(config)
-    try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{config.path}: not a merges file ({error})") from None
-    merges = [line for line in text.split("\n")[1:] if len(line.split()) == 2]
-    wanted = config.vocab_size - 2 * 256 - 2
-    if not 0 <= wanted <= len(merges):
-        raise ConfigError(
-            "config.tokenizer.vocab_size",
-            f"{config.vocab_size}, with {len(merges)} merges in {config.path}",
-            f"514 more than the merges to use: 514 to {len(merges) + 514}",
-            "a file of a version line and then one merge a line, or another vocab_size",
-        )
-    return "\n".join(merges[:wanted])
-
-
-def _read_sentencepiece(config: TokenizerConfig) -> Tokenizer:
-    data = _read(config)
-    try:
-        tokenizer = _SentencePiece(config, data)
-    except RuntimeError:
-        raise DataError(f"{config.path}: not a SentencePiece model") from None
-    model = tokenizer._processor
-    marks = (model.pad_id(), model.unk_id(), model.bos_id(), model.eos_id())
-    if marks != (0, 1, 2, 3):
-        raise DataError(
-            f"{config.path}: its pad, unk, bos and eos ids are {marks}, expected (0, 1, 2, 3); "
-            "train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3"
-        )
-    if model.get_piece_size() > config.vocab_size:
-        raise ConfigError(
-            "config.tokenizer.vocab_size",
-            f"{config.vocab_size}, with {model.get_piece_size()} pieces in {config.path}",
-            f"at least {model.get_piece_size()}",
-        )
-    return tokenizer
-
-
-def _train(config: TokenizerConfig, captions: Iterable[str]) -> bytes:
-    import sentencepiece
-
-    texts = (clean(text) for text in itertools.islice(captions, config.sample))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text for text in texts if text),
-            model_writer=model,
-            model_type=config.model,
-            vocab_size=config.vocab_size,
-            hard_vocab_limit=False,  # few captions give fewer pieces, and that is fine
-            normalization_rule_name="nmt_nfkc_cf",  # folds case
-            max_sentence_length=1 << 16,
-            num_threads=1,  # more would make the result depend on their timing
-            minloglevel=2,
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-        )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip()
-        if "ocabulary size" not in reason:
-            raise DataError(
-                f"the captions give no vocabulary: {reason or 'there is no text in them'}"
-            ) from None
-        raise ConfigError(
-            "config.tokenizer.vocab_size",
-            str(config.vocab_size),
-            "more than the different characters of the captions",
-            reason,
-        ) from None
-    return model.getvalue()
+    if not payload:
+        return _BundledBPE(config)
+    kind = _WordPiece if config.name == "wordpiece" else _MergesBPE
+    return kind(config, zlib.decompress(payload).decode("utf-8"))

@@ -96,6 +96,12 @@ class Tower(nn.Module):
         """Where a config error about `field` is."""
         return f"{type(self).__name__}.{field}"
 
+    @nn.nowrap
+    def pretrained(self) -> dict[str, PyTree]:
+        """The entries of this tower's `params` that training starts from in place of random ones;
+        {} for a tower that reads no file."""
+        return {}
+
     def encoded(
         self, pooled: Float[Array, "b c"], tokens: Float[Array, "b n c"], *, bias: bool = False
     ) -> Encoded:

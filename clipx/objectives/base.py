@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clipx import augment
@@ -24,7 +25,9 @@ class Objective(nn.Module):
 
     image: Tower
     text: Tower
-    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that a crop covers
+    augmentation: augment.Named | augment.Policy = "none"  # of each picture view
+    crop_scale: tuple[float, float] | None = None  # area share of a crop; None: the augmentation's
+    false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are no negatives
     mean: tuple[float, float, float] = augment.OPENAI_MEAN  # of RGB in 0..1
     std: tuple[float, float, float] = augment.OPENAI_STD
 
@@ -36,7 +39,12 @@ class Objective(nn.Module):
     @property
     def views(self) -> Views:
         """What the data pipeline must deliver."""
-        return Views((View(self.crop_scale, "none"),))
+        return Views((self.view(),), mirror_words=augment.find(self.augmentation).mirror_words)
+
+    def view(self) -> View:
+        """One picture view of `augmentation`."""
+        policy = augment.find(self.augmentation)
+        return View(self.crop_scale or policy.scale, policy.flip, policy)
 
     @property
     def compares(self) -> tuple[str, ...]:
@@ -58,6 +66,17 @@ class Objective(nn.Module):
     def refresh(self, memory: PyTree, features: Features, *, key: Key[Array, ""]) -> PyTree:
         """The memory of a new episode, from the features of all its rows."""
         return memory
+
+    def picture(
+        self, batch: Batch, keys: Key[Array, " b"], view: int = 0
+    ) -> UInt8[Array, "b h w 3"]:
+        """One view of the batch's pictures after its photometry."""
+        policy = self.views.pictures[view].photometry
+        return augment.photometry(batch.image[:, view], tower_keys(keys, _VIEW + view), policy)
+
+    def ids(self, batch: Batch) -> Int32[Array, " b"] | None:
+        """What `losses` take as `ids`: rows of one caption share one; None keeps them negatives."""
+        return caption_ids(batch.text[:, 0]) if self.false_negatives == "mask" else None
 
     def encode_image(
         self,
@@ -86,6 +105,18 @@ class Objective(nn.Module):
     def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
         """`embed` and `loss` in one: what initialisation traces, so that every parameter exists."""
         return self.loss(self.embed(batch, keys, train=True), memory, train=True)
+
+
+_VIEW = 1 << 16  # keys of views lie apart from those of towers
+
+
+def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
+    """A hash of each row's tokens: equal for equal captions, and else different but for one pair
+    in 2^32."""
+    n = text.shape[1]
+    weights = np.random.default_rng(0).integers(1 << 32, size=n, dtype=np.uint32) | 1
+    total = jnp.sum(text.astype(jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(total, jnp.int32)
 
 
 def tower_keys(keys: Key[Array, " b"], tower: int) -> Key[Array, " b"]:

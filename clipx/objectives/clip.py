@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from clipx import losses
 from clipx.objectives.base import Objective, scalar, tower_keys
@@ -15,6 +15,7 @@ from clipx.types import Features, Loss
 class ClipFeatures(Features):
     image: Float[Array, "b d"]
     text: Float[Array, "b d"]
+    ids: Int32[Array, " b"] | None = None  # of captions, where equal ones are no negatives
 
 
 class CLIP(Objective):
@@ -31,14 +32,16 @@ class CLIP(Objective):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
 
     def embed(self, batch, keys, *, train):
-        image = self.encode_image(batch.image[:, 0], train=train, keys=tower_keys(keys, 0))
+        image = self.encode_image(self.picture(batch, keys), train=train, keys=tower_keys(keys, 0))
         text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
-        return ClipFeatures(image=image.unit, text=text.unit)
+        return ClipFeatures(image=image.unit, text=text.unit, ids=self.ids(batch))
 
     def loss(self, features, memory, *, train):
         image, text = features.image, features.text
         scale = jnp.exp(self.logit_scale)
-        value = jnp.mean(losses.info_nce(image, text, scale=scale, groups=self.groups))
+        value = jnp.mean(
+            losses.info_nce(image, text, scale=scale, ids=features.ids, groups=self.groups)
+        )
         metrics = {
             "loss": value,
             "loss/chance": math.log(image.shape[0] // self.groups),

@@ -33,7 +33,14 @@ class SigLIP(CLIP):
         image, text = features.image, features.text
         scale = jnp.exp(self.logit_scale)
         value = jnp.mean(
-            losses.sigmoid(image, text, scale=scale, bias=self.logit_bias, groups=self.groups)
+            losses.sigmoid(
+                image,
+                text,
+                scale=scale,
+                bias=self.logit_bias,
+                ids=features.ids,
+                groups=self.groups,
+            )
         )
         rows = image.shape[0] // self.groups  # chance: every pair a match with probability 1/rows
         metrics = {

@@ -1,0 +1,32 @@
+"""The file of a run that names every row that could not be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+
+class Quarantine:
+    """Appends one line of JSON, `step`, `row`, `key` and `reason`, for each bad row, once a row
+    also over restarts."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = pathlib.Path(path)
+        self._rows: set[int] = set()
+        if self._path.exists():
+            for line in self._path.read_text("utf-8").splitlines():
+                try:
+                    self._rows.add(json.loads(line)["row"])
+                except ValueError:  # the last line of a run that was killed
+                    continue
+
+    def add(self, step: int, bad: str) -> list[str]:
+        """Takes in one place's `bad` of a `Feed`; what to tell of rows that were not known yet."""
+        new = [row for row in json.loads(bad) if row["row"] not in self._rows]
+        if new:
+            with self._path.open("a", encoding="utf-8") as file:
+                for row in new:
+                    file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        self._rows.update(row["row"] for row in new)
+        return ["{key}: {reason}".format(**row) for row in new]

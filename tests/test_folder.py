@@ -1,0 +1,208 @@
+"""The class of a picture is its folder, on disk as in a tar, and what is no such set is refused."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+
+from clipx.data.base import BadSample, DataError, fingerprint
+from clipx.data.folder import Folder
+
+FILES = ("dog/2.jpg", "dog/10.JPEG", "wild_cat/1.png", "wild_cat/0.webp", "ant/x.gif")
+
+
+def write(root, files=FILES, top="") -> str:
+    """A folder with these files; what ends with a slash is an empty folder."""
+    for name in files:
+        path = root / top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_bytes(f"picture {name}".encode())
+    return str(root)
+
+
+def pack(path, folder) -> str:
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname=".")
+    return str(path)
+
+
+def message(call, error=DataError) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def kinds(tmp_path, files, top=""):
+    """The same files as a folder and as a tar."""
+    folder = write(tmp_path / "set", files, top)
+    return folder, pack(tmp_path / "set.tar", folder)
+
+
+@pytest.mark.parametrize("top", ["", "val", "a/val"])
+def test_classes_and_rows_are_sorted_and_the_same_on_disk_and_in_a_tar(tmp_path, top):
+    more = ("dog/notes.txt", ".DS_Store", "dog/._2.jpg", ".cache/x.jpg")
+    for path in kinds(tmp_path, FILES + more, top):
+        data = Folder(path)
+        assert data.classes == ("ant", "dog", "wild cat") and len(data) == 5
+        rows = [data[i] for i in range(5)]
+        keys = ["ant/x.gif", "dog/10.JPEG", "dog/2.jpg", "wild_cat/0.webp", "wild_cat/1.png"]
+        assert [row.key for row in rows] == list(data.keys()) == keys
+        assert [row.image for row in rows] == [f"picture {key}".encode() for key in keys]
+        assert [row.label for row in rows] == [0, 1, 1, 2, 2]
+        assert [(row.row, row.texts) for row in rows] == [(i, ()) for i in range(5)]
+        for row in (-1, 5):
+            with pytest.raises(IndexError):
+                data[row]
+    assert fingerprint(Folder(str(tmp_path / "set"))) == fingerprint(data)
+
+
+def test_a_folder_that_all_classes_have_inside_is_passed_over(tmp_path):
+    for path in kinds(tmp_path, ("dog/images/1.jpg", "cat/images/1.jpg")):
+        assert (Folder(path).classes, Folder(path)[1].key) == (("cat", "dog"), "dog/images/1.jpg")
+
+
+def test_classes_may_lie_at_different_depths(tmp_path):
+    for path in kinds(tmp_path, ("animal/dog/1.jpg", "animal/cat/1.jpg", "car/1.jpg")):
+        assert Folder(path).classes == ("car", "cat", "dog")
+        assert [row.key for row in map(Folder(path).__getitem__, range(3))][0] == "car/1.jpg"
+
+
+def test_names_come_from_a_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "set")
+    names = tmp_path / "names.json"
+    found = {"dog": "a dog", "ant": "an ant", "wild_cat": "lynx", "more": "not there"}
+    names.write_text(json.dumps(found))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert Folder("$HERE/set", "$HERE/names.json").classes == ("an ant", "a dog", "lynx")
+
+    def said() -> str:
+        return message(lambda: Folder(path, str(names))).removeprefix(f"names={names}: ")
+
+    del found["dog"]
+    names.write_text(json.dumps(found))
+    assert said() == "no name for 1 of 3 class folders: dog"
+    names.write_text('["dog"]')
+    assert said() == "expected an object {folder: name of the class}"
+    names.write_text("{")
+    assert said().startswith("not a json file (Expecting")
+    os.remove(names)
+    assert said() == "cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (("1.jpg", "2.jpg"), "all 2 pictures lie in one folder, expected a folder for each class"),
+        (("all/1.jpg",), "all 1 pictures lie in one folder, all, expected a folder for each class"),
+        (("dog/1.txt", "dog/a/"), "no pictures; found .txt, expected .jpg, .jpeg, .png"),
+        (("dog/1.jpg", "x.jpg"), "1 pictures, such as x.jpg, lie beside the class folders"),
+        (("dog/1.jpg", "cat/"), "all 1 pictures lie in one folder"),
+        (("dog/1.jpg", "ant/1.jpg", "cat/", "cow/"), "2 class folders have no pictures: cat, cow"),
+        (
+            ("train/dog/1.jpg", "val/dog/1.jpg", "val/cat/1.jpg"),
+            "1 classes lie in several folders, such as train/dog and val/dog",
+        ),
+    ],
+)
+def test_what_is_no_set_of_class_folders(tmp_path, files, reason):
+    for path in kinds(tmp_path, files):
+        said = message(lambda path=path: Folder(path))
+        assert said.startswith(f"{path}: {reason}")
+
+
+def test_empty_and_absent_folders(tmp_path):
+    (tmp_path / "none").mkdir()
+    path = str(tmp_path / "none")
+    assert message(lambda: Folder(path)).startswith(f"{path}: no pictures; found nothing, expected")
+    assert message(lambda: Folder(str(tmp_path / "nine"))) == (
+        f"{tmp_path}/nine: cannot be read (No such file or directory); nearest in {tmp_path}: none"
+    )
+
+
+@pytest.mark.parametrize("size", [2100, 2560, 3000, 4608])
+def test_a_truncated_tar_is_refused_wherever_it_is_cut(tmp_path, size):
+    _, path = kinds(tmp_path, FILES)
+    os.truncate(path, size)
+    said = message(lambda: Folder(path))
+    assert said.startswith(f"{path}: truncated or damaged; the last whole member is ")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "an empty file, expected a folder or an uncompressed tar"),
+        (b"x" * 4096, "no plain tar, expected a folder or an uncompressed tar"),
+        (b"\x1f\x8b" + bytes(4096), "no plain tar, expected a folder or an uncompressed tar"),
+        (bytes(10240), "no pictures; found nothing"),
+    ],
+)
+def test_a_file_that_is_no_tar(tmp_path, data, reason):
+    (tmp_path / "x.tar").write_bytes(data)
+    path = str(tmp_path / "x.tar")
+    assert message(lambda: Folder(path)).startswith(f"{path}: {reason}")
+
+
+def test_a_picture_that_is_a_link_in_a_tar_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("dog/1.jpg", "cat/1.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+        link = tarfile.TarInfo("cat/2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "cat/1.jpg"
+        tar.addfile(link)
+    said = message(lambda: Folder(str(tmp_path / "x.tar")))
+    assert said.startswith(f"{tmp_path}/x.tar: cat/2.jpg is a link, expected the picture")
+
+
+def test_a_bad_picture_is_named_and_its_neighbours_are_fine(tmp_path):
+    folder = write(tmp_path / "set")
+    open(tmp_path / "set" / "dog" / "2.jpg", "wb").close()
+    path = pack(tmp_path / "set.tar", folder)
+    for data in (Folder(folder), Folder(path)):
+        bad = message(lambda data=data: data[2], BadSample)
+        assert bad == "dog/2.jpg: the picture has no bytes"
+        assert data[1].key == "dog/10.JPEG"
+    data = Folder(folder)
+    os.remove(tmp_path / "set" / "dog" / "2.jpg")
+    assert message(lambda: data[2], BadSample).startswith("dog/2.jpg: cannot be read in")
+    data = Folder(path)
+    os.remove(path)
+    assert message(lambda: data[0], BadSample).startswith("ant/x.gif: cannot be read in")
+
+
+def test_it_pickles_and_reads_from_many_threads(tmp_path):
+    for path in kinds(tmp_path, FILES):
+        data = Folder(path)
+        copy = pickle.loads(pickle.dumps(data))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(copy.__getitem__, list(range(5)) * 50))
+        assert read == [data[i] for i in range(5)] * 50
+
+
+@pytest.mark.skipif("TINY_IMAGENET" not in os.environ, reason="TINY_IMAGENET names no folder")
+def test_tiny_imagenet():
+    data = Folder("$TINY_IMAGENET/val.tar", "$TINY_IMAGENET/classnames.json")
+    assert len(data) == 1000 and len(data.classes) == 20
+    assert data.classes[0] == "goldfish, Carassius auratus"
+    assert (data[0].key, data[0].label) == ("n01443537/val_1230.JPEG", 0)
+    assert all(data[i].image[:2] == b"\xff\xd8" for i in range(0, 1000, 7))
+
+
+@pytest.mark.skipif("CIFAR10" not in os.environ, reason="CIFAR10 names no folder")
+def test_cifar10():
+    data = Folder("$CIFAR10/test.tar")
+    assert (data.classes[0], data.classes[9], len(data.classes)) == ("airplane", "truck", 10)
+    assert [data[i].label for i in range(2000)] == [i // 200 for i in range(2000)]
+    assert all(data[i].image[1:4] == b"PNG" for i in range(0, len(data), 7))
