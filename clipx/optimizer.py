@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,20 @@ DEFAULT_RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class LookaheadConfig:
+    """Slow weights that follow the fast ones (Zhang et al. 2019, arXiv 1907.08610)."""
+
+    k: int = 5  # updates between two meetings
+    alpha: float = 0.5  # how far the slow weights go; the fast ones go on from there
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ConfigError("LookaheadConfig.k", str(self.k), "1 or more")
+        if not 0 < self.alpha <= 1:
+            raise ConfigError("LookaheadConfig.alpha", str(self.alpha), "a number in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 5e-4  # at the end of the warm-up
@@ -50,7 +64,10 @@ class OptimizerConfig:
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
     warmup_examples: int | None = None
-    weight_decay: float = 0.2  # decoupled: times the learning rate
+    weight_decay: float = 0.2
+    # decoupled: times the learning rate, beside the gradient; coupled: L2, added to the clipped
+    # gradient, so that the moments see it
+    decay: Literal["decoupled", "coupled"] = "decoupled"
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -58,6 +75,7 @@ class OptimizerConfig:
     momentum: float = 0.9  # SGD's
     nesterov: bool = False
     clip_norm: float | None = None  # of the whole gradient
+    lookahead: LookaheadConfig | None = None
     rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
 
     def __post_init__(self):
@@ -161,11 +179,42 @@ def _clamp(rules, claims) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+class LookaheadState(NamedTuple):
+    count: jax.Array  # updates since the start
+    slow: PyTree  # a second copy of the parameters
+
+
+def _lookahead(config: LookaheadConfig) -> optax.GradientTransformation:
+    """Makes every k-th update end between the slow weights and the fast ones, and the slow weights
+    move there too. `optax.lookahead` would have the parameters in pairs; its moments, like these,
+    stay as they are."""
+
+    def init(params):
+        return LookaheadState(jnp.int32(0), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params):
+        count = state.count + 1
+        meet = count % config.k == 0
+
+        def between(u, p, slow):
+            return jnp.where(meet, slow + config.alpha * (p + u - slow) - p, u)
+
+        updates = jax.tree.map(between, updates, params, state.slow)
+        slow = jax.tree.map(
+            lambda p, slow: jnp.where(meet, p, slow),
+            optax.apply_updates(params, updates),
+            state.slow,
+        )
+        return updates, LookaheadState(count, slow)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     config: OptimizerConfig, schedule: Callable, params: PyTree
 ) -> optax.GradientTransformation:
-    """The whole chain for parameters of these paths (abstract ones will do): clip, moments,
-    decoupled weight decay, learning rate, clamp."""
+    """The whole chain for parameters of these paths (abstract ones will do): clip, coupled weight
+    decay, moments, decoupled weight decay, learning rate, clamp, lookahead."""
     claims = claim(config.rules, params)
 
     def times(field):
@@ -178,28 +227,29 @@ def make_optimizer(
             )
         )
 
-    decay = times("weight_decay")
+    factors = times("weight_decay")
+    decay = optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p, f: u + jnp.asarray(config.weight_decay * f, u.dtype) * p if f else u,
+            updates,
+            params,
+            factors,
+        )
+    )
+    mu_dtype = None if config.mu_dtype == "float32" else config.mu_dtype  # None: the parameters'
+    if config.name == "adamw":
+        moments = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype)
+    else:
+        moments = optax.trace(config.momentum, config.nesterov, mu_dtype)
     chain = []
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.name == "adamw":
-        chain.append(
-            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
-        )
-    else:
-        chain.append(optax.trace(config.momentum, config.nesterov, config.mu_dtype))
-    chain.append(
-        optax.stateless(
-            lambda updates, params: jax.tree.map(
-                lambda u, p, f: u + jnp.asarray(config.weight_decay * f, u.dtype) * p if f else u,
-                updates,
-                params,
-                decay,
-            )
-        )
-    )
+    chain += [decay, moments] if config.decay == "coupled" else [moments, decay]
     chain += [scaled(times("learning_rate")), optax.scale_by_learning_rate(schedule)]
-    return optax.chain(*chain, _clamp(config.rules, claims))
+    chain.append(_clamp(config.rules, claims))
+    if config.lookahead is not None:
+        chain.append(_lookahead(config.lookahead))
+    return optax.chain(*chain)
 
 
 def updates_done(opt_state: PyTree) -> jax.Array | None:

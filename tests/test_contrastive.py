@@ -45,6 +45,14 @@ def dense_sigmoid(a, b, scale, bias, ids=None, groups=1):
     return jnp.sum(jnp.where(strangers(len(a), ids, groups), 0.0, pairs), axis=1)
 
 
+def dense_nt_xent(a, b, scale, bias, ids=None, groups=1):
+    foreign, both = strangers(len(a), None, groups), jnp.concatenate([a, b])
+    logits = scale * both @ both.T
+    never = np.tile(foreign, (2, 2)) | np.eye(2 * len(a), dtype=bool)
+    lse = jax.nn.logsumexp(jnp.where(never, -jnp.inf, logits), axis=1).reshape(2, -1)
+    return jnp.mean(lse, axis=0) - scale * jnp.sum(a * b, axis=1)
+
+
 def info_nce(a, b, scale, bias, **options):
     return losses.info_nce(a, b, scale=scale, **options)
 
@@ -53,7 +61,12 @@ def sigmoid(a, b, scale, bias, **options):
     return losses.sigmoid(a, b, scale=scale, bias=bias, **options)
 
 
-PAIRS = [(info_nce, dense_info_nce), (sigmoid, dense_sigmoid)]
+def nt_xent(a, b, scale, bias, ids=None, **options):  # a pair is known by its row alone
+    return losses.nt_xent(a, b, temperature=1 / scale, **options)
+
+
+NAMES = ["info_nce", "sigmoid", "nt_xent"]
+PAIRS = [(info_nce, dense_info_nce), (sigmoid, dense_sigmoid), (nt_xent, dense_nt_xent)]
 IDS = np.arange(24) // 2
 # Each mesh, each tile size (an uneven last one among them) and each option, not their product.
 CASES = [
@@ -65,7 +78,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tiled, dense", PAIRS, ids=["info_nce", "sigmoid"])
+@pytest.mark.parametrize("tiled, dense", PAIRS, ids=NAMES)
 def test_value_and_gradients_equal_the_dense_twin(tiled, dense):
     weights = np.random.default_rng(1).normal(size=24)
 
@@ -76,7 +89,7 @@ def test_value_and_gradients_equal_the_dense_twin(tiled, dense):
         return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*rows(), 14.0, -3.0)
 
     with jax.enable_x64(True):
-        for shape, chunk, options in CASES:
+        for shape, chunk, options in CASES[-4:] if tiled is nt_xent else CASES:
             expected = grads(dense, **options)
             if shape is None:
                 got = grads(tiled, chunk=chunk, **options)
@@ -105,7 +118,7 @@ def test_recall_at_1_counts_ties_as_misses():
         np.testing.assert_array_equal(losses.recall_at_1(a, b), [1, 1, 0, 0])
 
 
-@pytest.mark.parametrize("loss", [info_nce, sigmoid], ids=["info_nce", "sigmoid"])
+@pytest.mark.parametrize("loss", [info_nce, sigmoid, nt_xent], ids=NAMES)
 def test_finite_in_bfloat16_at_scale_100(loss):
     a, b = (jnp.asarray(x, jnp.bfloat16) for x in rows())
     same = jnp.broadcast_to(a[:1], a.shape)
@@ -147,18 +160,101 @@ def test_info_nce_is_protoclips(wide):
         np.testing.assert_allclose(jnp.abs(d_image).sum(), oracle["sum_abs_dzI"], rtol=tolerance)
 
 
-def test_info_nce_is_declips_pairings():
-    """The four pairings of the total objective: rows F_i of the oracle's formula, scale exp 3.4."""
-    oracle = json.loads((ORACLES / "declip.json").read_text())["declip_objective"]
-    k = np.arange(24)
+def declip(name):
+    return json.loads((ORACLES / "declip.json").read_text())[name]
 
-    def sines(phase, scale=1.0):
-        return (scale * np.sin(phase + 0.7 * k)).reshape(4, 6)
+
+def sines(shape, phase, scale=1.0):
+    """The S of `declip.json`."""
+    return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
+
+
+def test_info_nce_is_declips_pairings():
+    """`declip_objective`: the four pairings and the two views' neighbour terms, at scale exp 3.4;
+    and `clip_info_ce`, which gives logits: rows that meet the unit vectors."""
+    oracle = declip("declip_objective")
+
+    info_nce = jax.jit(losses.info_nce, static_argnames="symmetric")
+
+    def mean(i, t, **options):
+        return info_nce(f[i], f[t], scale=np.exp(3.4), **options).mean()
 
     with jax.enable_x64(True):
-        f = [unit(np.cos((i + 2) * sines(0.1 * i)) + sines(1.0 + i)) for i in range(6)]
-        got = [
-            losses.info_nce(f[i], f[t], scale=np.exp(3.4)).mean()
-            for i, t in ((0, 2), (1, 2), (0, 3), (1, 3))
-        ]
+        s = [sines((4, 6), 0.1 * i) for i in range(6)]
+        f = [unit(np.cos((i + 2) * s[i]) + sines((4, 6), 1.0 + i)) for i in range(6)]
+        got = [mean(i, t) for t in (2, 3) for i in (0, 1)]
         np.testing.assert_allclose(got, oracle["pair_losses_I1T_I2T_I1Ta_I2Ta"], rtol=1e-9)
+        got = [np.mean([mean(i, n, symmetric=False) for n in (4, 5)]) for i in (0, 1)]
+        np.testing.assert_allclose(got, oracle["nn_view1_view2"], rtol=1e-9)
+        got = [
+            info_nce(sines((4, 4), phase, 3.0), np.eye(4), scale=1.0, symmetric=False)
+            for phase in (0.5, 0.6)
+        ]
+        np.testing.assert_allclose(np.mean(got), declip("clip_info_ce")["loss"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+def test_nt_xent_is_declips(wide):
+    """`nt_xent`"""
+    a = unit(sines((3, 5), 0.7) ** 2)
+    b = unit(np.cos(3 * sines((3, 5), 0.8)) + sines((3, 5), 0.7))
+    with jax.enable_x64(wide):
+        got = jax.jit(losses.nt_xent)(jnp.asarray(a), jnp.asarray(b)).mean()
+    np.testing.assert_allclose(got, declip("nt_xent")["loss"], rtol=1e-9 if wide else 1e-5)
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+def test_the_queue_is_declips(wide):
+    """`memory_bank`: what is found, and a queue of 8 after three batches of 3, the last of which
+    overflows: two rows are written, one is dropped, and the next would be written first."""
+    oracle, close = declip("memory_bank"), {"rtol": 0, "atol": 1e-9 if wide else 1e-6}
+    with jax.enable_x64(wide):
+        bank = unit((np.cos(4 * sines((4, 8), 1.1)) + sines((4, 8), 0.3)).T)
+        query = unit(np.cos(2 * sines((3, 4), 1.2)))
+        queue, pointer, pointers = jnp.asarray(bank), jnp.int32(0), []
+        found = jax.jit(losses.nearest)(jnp.asarray(query), queue)
+        enqueue = jax.jit(losses.enqueue)
+        np.testing.assert_allclose(found, bank[oracle["nn_index"]], **close)
+        np.testing.assert_allclose(found, oracle["nn"], **close)
+        for i in range(3):
+            queue, pointer = enqueue(queue, pointer, unit(sines((3, 4), 5 + i) ** 3))
+            pointers.append(int(pointer))
+        assert pointers == oracle["ptr_after_each"] and pointer.dtype == jnp.int32
+        np.testing.assert_allclose(queue.T, oracle["final_bank"], **close)
+
+
+@pytest.mark.parametrize("shape", [None, (8, 1), (4, 2)], ids=str)
+def test_nearest_by_cosine_in_one_bank_or_one_for_each_group(shape):
+    """Bank rows of any length, an empty one among them, are returned as they are stored."""
+    rng = np.random.default_rng(0)
+    query, directions = rows()[0], unit(rng.normal(size=(3, 11, 6)))
+    directions[:, 4] = 0
+    bank = directions * rng.uniform(0.1, 9, (3, 11, 1))
+    best = np.argmax(query @ directions.swapaxes(1, 2), axis=2)  # [bank, row]
+    of_group = [bank[i // 8, best[i // 8, i]] for i in range(24)]
+
+    def both(query, bank):
+        found = losses.nearest(query, bank[1], chunk=2), losses.nearest(query, bank)
+        return jnp.sum(found[0] + found[1]), found
+
+    with jax.set_mesh(make_mesh(MeshConfig(*shape or (1,)), jax.devices()[: 8 if shape else 1])):
+        step = jax.jit(jax.grad(both, (0, 1), has_aux=True))
+        zero, (one, grouped) = step(np.float32(query), np.float32(bank))
+    np.testing.assert_array_equal(one, np.float32(bank[1][best[1]]))
+    np.testing.assert_array_equal(grouped, np.float32(of_group))
+    assert not any(np.any(x) for x in zero)
+
+
+def test_a_queue_is_whole_on_every_device_and_each_group_has_its_own():
+    new = np.arange(16, dtype=np.float32).reshape(8, 2) + 1
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
+        queue, pointer = jax.jit(losses.enqueue)(np.zeros((9, 2), np.float32), jnp.int32(0), new)
+        assert queue.sharding.is_fully_replicated and pointer == 8
+        np.testing.assert_array_equal(queue, np.concatenate([new, np.zeros((1, 2))]))
+        queue, pointer = jax.jit(losses.enqueue)(np.zeros((2, 6, 2)), jnp.int32(2), new)
+    np.testing.assert_array_equal(queue[:, 2:].reshape(8, 2), new)
+    assert pointer == 0 and not np.any(queue[:, :2])
+    with pytest.raises(ValueError, match="3 queues"):
+        losses.enqueue(np.zeros((3, 6, 2)), jnp.int32(0), new)
+    with pytest.raises(ValueError, match="3 banks"):
+        losses.nearest(new, np.zeros((3, 6, 2)))

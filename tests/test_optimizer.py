@@ -14,6 +14,7 @@ from clipx.config import ConfigError, bind
 from clipx.models.resnet import ResNet
 from clipx.objectives.clip import CLIP
 from clipx.optimizer import (
+    LookaheadConfig,
     OptimizerConfig,
     Rule,
     claim,
@@ -50,6 +51,19 @@ def test_cosine_is_not_linear():
     np.testing.assert_allclose(schedule(schedule="linear")(25), 0.4, rtol=1e-6)
 
 
+def test_cosine_is_the_square_of_half_its_angle():
+    """CLIP-Lite's lr_scheduler.py, warm-up of 5 steps of 20; cos^2 x = (1 + cos 2x) / 2."""
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=5)
+    with jax.enable_x64(True):
+        multiplier = make_schedule(config, steps=20, batch_size=1, rows=None)
+        found = [float(multiplier(jnp.float64(t))) for t in range(21)]
+    exact = [t / 5 if t < 5 else math.cos(math.pi / 2 * (t - 5) / 15) ** 2 for t in range(21)]
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-9)
+    printed = "0 .2 .4 .6 .8 1 .98907 .95677 .90451 .83457 .75 .65451 .55226 .44774 .34549 .25"
+    printed += " .16543 .09549 .04323 .01093 0"
+    np.testing.assert_allclose(found, [float(x) for x in printed.split()], rtol=0, atol=5e-6)
+
+
 def test_warmup_in_other_units():
     np.testing.assert_allclose(schedule(warmup_examples=160)(10), 0.25)  # 20 steps of 8
     config = OptimizerConfig(learning_rate=0.5, warmup_epochs=2.0)
@@ -73,6 +87,9 @@ def test_warmup_longer_than_the_run():
         ({"clip_norm": 0}, "clip_norm"),
         ({"mu_dtype": "bfloat"}, "mu_dtype"),
         ({"name": "adam"}, "name"),
+        ({"decay": "l2"}, "decay"),
+        ({"lookahead": {"k": 0}}, "lookahead.k"),
+        ({"lookahead": {"alpha": 0}}, "lookahead.alpha"),
         ({"rules": [{"pattern": ".*"}, {"pattern": "x", "clamp": (1, 0)}]}, "rules[1].clamp"),
         ({"rules": [{"patern": ".*"}]}, "rules[0].patern"),
     ],
@@ -134,6 +151,69 @@ def test_sgd_is_optax(nesterov):
     plain = optax.sgd(lambda count: 0.01 / (1.0 + count), momentum=0.8, nesterov=nesterov)
     ours = make(name="sgd", momentum=0.8, nesterov=nesterov, weight_decay=0.0)
     assert_same(steps(ours), steps(plain))
+
+
+def test_coupled_decay_goes_through_the_momentum_after_the_clip():
+    """torch's SGD behind `clip_grad_norm_`: v <- 0.9 v + clip(g) + decay p; p <- p - lr v."""
+    norm = float(optax.tree.norm(GRADS))
+    p, v = (jax.tree.map(lambda x, k=k: k * x.astype(np.float64), PARAMS) for k in (1, 0))
+    for i in range(3):
+        clip = min(1, 0.5 / (norm * (1 + i)))
+        g = jax.tree.map(lambda g, p, i=i, c=clip: g * (1 + i) * c + 0.3 * p, GRADS, p)
+        v = jax.tree.map(lambda v, g: 0.9 * v + g, v, g)
+        p = jax.tree.map(lambda p, v, i=i: p - 0.01 / (1 + i) * v, p, v)
+    values = {"name": "sgd", "weight_decay": 0.3, "clip_norm": 0.5}
+    assert_same(steps(make(decay="coupled", **values)), p)
+    apart = steps(make(**values))["image"]["fc"]["kernel"]
+    assert np.abs(apart - p["image"]["fc"]["kernel"]).max() > 1e-4
+
+
+def test_each_tower_has_its_rate():
+    """One of 0.2 for pictures, of 0.001 for the rest, as a rule on the rest says it."""
+    values = {"name": "sgd", "decay": "coupled", "weight_decay": 1e-4, "clip_norm": 10.0}
+    found = steps(make(Rule("^image/"), Rule(".*", learning_rate=0.005), lr=0.2, **values))
+    fast, slow = (steps(make(lr=lr, **values)) for lr in (0.2, 0.001))
+    assert_same(found, {"image": fast["image"], "logit_scale": slow["logit_scale"]})
+
+
+LOOKAHEAD = LookaheadConfig(k=5, alpha=0.5)
+
+
+def quadratic(steps: int, optimizer):
+    """What p = 1 becomes at each step on p^2 / 2, and the optimizer's state after them."""
+    p, trace = {"p": jnp.float64(1)}, []
+    state = optimizer.init(p)
+    update = jax.jit(optimizer.update)
+    for _ in range(steps):
+        updates, state = update(p, state, p)
+        p = optax.apply_updates(p, updates)
+        trace.append(float(p["p"]))
+    return trace, state
+
+
+def test_lookahead_meets_every_fifth_step():
+    """CLIP-Lite's optim/lookahead.py around SGD: rate 0.1, and a momentum that it leaves alone."""
+    config = OptimizerConfig(name="sgd", weight_decay=0.0, lookahead=LOOKAHEAD, rules=(Rule(".*"),))
+    with jax.enable_x64(True):
+        trace, state = quadratic(12, make_optimizer(config, lambda _: 0.1, {"p": 1.0}))
+    printed = [0.9, 0.72, 0.486, 0.2268, 0.48542, 0.206514, -0.065153, -0.303138, -0.48701]
+    np.testing.assert_allclose(trace, [*printed, -0.059187, -0.158374, -0.231805], atol=6e-7)
+    p, v, slow = 1.0, 0.0, 1.0
+    for i, found in enumerate(trace, 1):
+        v = 0.9 * v + p
+        p -= 0.1 * v
+        if i % 5 == 0:
+            p = slow = 0.5 * p + 0.5 * slow
+        np.testing.assert_allclose(found, p, rtol=0, atol=1e-9)
+    assert float(state[-1].slow["p"]) == trace[9] and state[-1].count == 12
+
+
+def test_lookahead_keeps_clamps_and_a_copy_of_the_parameters():
+    optimizer = make(Rule("scale$", clamp=(2.0, 2.4)), Rule(".*"), lr=1.0, lookahead=LOOKAHEAD)
+    state = jax.jit(optimizer.init)(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, state[-1].slow, PARAMS)
+    after = [steps(optimizer, count)["logit_scale"] for count in (4, 5)]
+    np.testing.assert_allclose(after, [2.4, (math.log(10) + 2.4) / 2], rtol=1e-6)
 
 
 def test_multipliers_scale_updates():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -174,6 +175,30 @@ def test_rows_stand_alone_in_evaluation():
     assert not np.allclose(out.raw[1], changed.raw[1])
     assert out.tokens.shape == (3, 4, 16) and out.raw.shape == (3, 4)
     assert out.backbone.shape == (3, 16)
+
+
+def test_the_last_map_is_there_for_whoever_asks_and_leaves_no_trace():
+    resnet = ResNet(**{**TINY, "blocks": (1,)})
+    random = np.random.default_rng(0)
+    x = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    shapes = jax.eval_shape(resnet.init, jax.random.key(0), x)
+    assert set(shapes) == {"params", "batch_stats"}
+    train = functools.partial(resnet.apply, train=True, mutable="batch_stats")
+    assert set(jax.eval_shape(train, shapes, x)[1]) == {"batch_stats"}
+
+    @jax.jit
+    def perturbed(variables, by):
+        noise = {"last_map": jnp.full((3, 4, 4, 8), by)}
+        variables = {**variables, "perturbations": noise}
+        out, kept = resnet.apply(variables, x, mutable="intermediates")
+        return out, kept["intermediates"]["last_map"]
+
+    variables = jax.tree.map(lambda v: random.uniform(size=v.shape).astype(v.dtype), shapes)
+    (out, last), (moved, same) = perturbed(variables, 0.0), perturbed(variables, 1.0)
+    np.testing.assert_array_equal(last, same)
+    np.testing.assert_array_equal(last.reshape(out.tokens.shape), out.tokens)
+    np.testing.assert_allclose(moved.tokens, out.tokens + 1, rtol=1e-5)
+    assert not np.allclose(moved.backbone, out.backbone)
 
 
 def test_bfloat16_is_finite_in_value_and_gradient():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
 
+from clipx.config import ConfigError
 from clipx.types import Encoded
 
 
@@ -23,6 +29,11 @@ class Encode(Protocol):
     def similarity(self, images: Encoded, texts: Encoded) -> np.ndarray:
         """Scores [i, t], float32; higher is more alike. Only their order and, within one method,
         their differences mean anything."""
+
+    def heat(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """Where each picture [n, h, w, 3] is like its own text: Grad-CAM of their score, float32
+        [n, i, j] on the grid of the last convolutions, at least 0. `ConfigError` for a tower
+        without convolutions."""
 
 
 class Examples(Protocol):
@@ -42,11 +53,80 @@ class Examples(Protocol):
         """uint8 pictures [n, h, w, 3], n = size but for the last."""
 
 
+class Pictures(Protocol):
+    """Picture files by their paths, for a protocol that brings folders of its own. A file that is
+    not there or no picture raises; nothing is skipped."""
+
+    image_size: int
+
+    def __call__(self, paths: Sequence[str | os.PathLike], size: int) -> Iterator[np.ndarray]:
+        """uint8 pictures [n, h, w, 3], n = size but for the last: each resized so that its shorter
+        side is `image_size` and cut to the centre."""
+
+    def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
+        """Width and height of each file, as it is on disk."""
+
+
 @runtime_checkable
 class Evaluator(Protocol):
-    """A frozen dataclass: `examples` is given, its other fields are its config keys. One subclass a
-    file; the file's name is the config's name. It knows `encode`, never the trainer."""
+    """A frozen dataclass: `examples`, `train_examples` and `pictures` are given, whichever of them
+    are among its fields; its other fields are its config keys. One subclass a file; the file's name
+    is the config's name. It knows `encode`, never the trainer.
 
-    examples: Examples
+    It is built twice: with None for what is given, to check its section, and when the data opens,
+    which is the time to look at folders and annotations.
+    """
 
     def __call__(self, encode: Encode) -> dict[str, float]: ...
+
+
+def rows_of(
+    encode: Callable[..., Encoded], batches: Iterable[Sequence], field: str
+) -> Float[np.ndarray, "n c"]:
+    """One field of every row. What is not finite is 0: a model that diverged scores as one that
+    says the same of everything."""
+    parts = [getattr(encode(batch, (field,)), field) for batch in batches]
+    return np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=0, neginf=0)
+
+
+def labels_of(examples: Examples, where: str) -> np.ndarray:
+    """The label of every row. Raises `ConfigError` for a row that has none, and for no rows."""
+    labels = [examples.label(row) for row in range(len(examples))]
+    if not labels:
+        raise ConfigError(where, "an empty data set", "at least one example")
+    for row, label in enumerate(labels):
+        if label is None:
+            raise ConfigError(where, f"row {row} without a label", "a label for every row")
+    return np.asarray(labels)
+
+
+def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str, Any]]:
+    """The objects of a JSON file that holds a list of them, each with at least `keys`. Raises
+    `ConfigError` for a file that is not there or is anything else."""
+    layout = ", ".join(f'"{key}": {kind.__name__}' for key, kind in keys.items())
+    wanted = f"a JSON file: a list of {{{layout}}}"
+    try:
+        entries = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # no JSON and no UTF-8 are ValueErrors
+        reason = getattr(error, "strerror", None) or f"no JSON: {error}"
+        raise ConfigError(where, f"{path!r} ({reason})", wanted) from None
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(where, f"{path!r}, which is no list of anything", wanted)
+    for place, entry in enumerate(entries):
+        for key, kind in keys.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                value = entry.get(key, "nothing") if isinstance(entry, dict) else entry
+                found = f"entry {place} of {path!r} has {value!r} for {key!r}"
+                raise ConfigError(where, found, wanted)
+    return entries
+
+
+def need_scikit_learn(where: str) -> None:
+    """Raises `ConfigError` where the library that a protocol names is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(
+            where,
+            "no scikit-learn in this environment",
+            "the library that the protocol is written in",
+            "pip install 'clipx[eval]'",
+        )

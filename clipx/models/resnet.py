@@ -127,7 +127,8 @@ class ResNet(Tower):
     The modified one has a stem of three convolutions, strides by average pooling, and attention
     pooling, whose output projection is the tower's and has a bias. The plain one takes the mean.
     `blocks` and `width` (of the stem) override the variant's. `tokens` of the result are the last
-    feature map. Pictures come normalised. In training, BatchNorm's rows are the rows given, and the
+    feature map, which is also known as `last_map` among Linen's intermediates and perturbations.
+    Pictures come normalised. In training, BatchNorm's rows are the rows given, and the
     collection `batch_stats` must be mutable.
     """
 
@@ -216,6 +217,10 @@ class ResNet(Tower):
                     dtype=self.dtype,
                     name=f"stage_{stage}_{i}",
                 )(x, train=train)
+        # For heat maps: whoever asks is given the last map, and may perturb it for its gradient.
+        self.sow("intermediates", "last_map", x, reduce_fn=lambda _, last: last)
+        if not self.is_initializing():  # which would keep an array of the batch's size
+            x = self.perturb("last_map", x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if modified:
             pooled = AttentionPool(self.heads, self.dtype, name="pool")(tokens)

@@ -1,0 +1,123 @@
+"""FILIP's loss: a picture and a text meet token by token, in tiles."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from clipx.losses.contrastive import (
+    _NEVER,
+    _check,
+    _first_row,
+    _gather,
+    _spread,
+    _stranger,
+    _tiles,
+)
+
+
+def _scores(a, b, a_mask, b_mask):
+    """Of every row of a with every row of b: the mean, over a's tokens that count, of the largest
+    product with one of b's that counts."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    products = jnp.einsum(
+        "ind,tmd->intm", a, b, preferred_element_type=wide, precision=lax.Precision.HIGHEST
+    )
+    if b_mask is not None:
+        products = jnp.where(b_mask, products, _NEVER)
+    best = jnp.max(products, axis=3)
+    if a_mask is None:
+        return jnp.mean(best, axis=1)
+    best = jnp.where(a_mask[:, :, None], best, 0)
+    return jnp.sum(best, axis=1) / jnp.maximum(jnp.sum(a_mask, axis=1, keepdims=True), 1)
+
+
+def _select(a, b, a_mask, b_mask, top_k):
+    """Each row's `top_k` tokens of a, and which of them count, by the sum of their products with
+    the same row's tokens of b. That sum is one product, with the sum of b's tokens."""
+    if top_k is None or top_k >= a.shape[1]:
+        return a, a_mask
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    b = b.astype(wide) if b_mask is None else jnp.where(b_mask[..., None], b, 0).astype(wide)
+    score = jnp.sum(lax.stop_gradient(a.astype(wide) * jnp.sum(b, axis=1, keepdims=True)), axis=2)
+    if a_mask is not None:
+        score = jnp.where(a_mask, score, _NEVER)
+    index = lax.top_k(score, top_k)[1]
+    kept = jnp.take_along_axis(a, index[..., None], axis=1)
+    return kept, None if a_mask is None else jnp.take_along_axis(a_mask, index, axis=1)
+
+
+def token_similarity(
+    a: Float[Array, "i n d"],
+    b: Float[Array, "t m d"],
+    *,
+    a_mask: Bool[Array, "i n"] | None = None,
+    b_mask: Bool[Array, "t m"] | None = None,
+    chunk: int | None = None,
+) -> Float[Array, "i t"]:
+    """The score of every row of a with every row of b: for each token of a the largest product with
+    a token of b, and the mean of these over a's tokens; float32 at least.
+
+    Masks are True where a token counts; each row needs one. No other arrays than tiles of `chunk`
+    rows of `a` are held. Source: FILIP (arXiv 2111.07783), section 3.1.
+    """
+
+    def tile(carry, rows, valid):
+        a, a_mask = rows
+        return carry, _scores(a, b, a_mask, b_mask)
+
+    return _tiles(tile, (), (a, a_mask), chunk, a.shape[1] * b.shape[0] * b.shape[1], ())[1]
+
+
+def late_interaction(
+    a: Float[Array, "b n d"],
+    b: Float[Array, "b m d"],
+    *,
+    scale: Float[Array, ""] | float,
+    top_k: int | None = 16,
+    a_mask: Bool[Array, "b n"] | None = None,
+    b_mask: Bool[Array, "b m"] | None = None,
+    groups: int = 1,
+    chunk: int | None = None,
+) -> Float[Array, " b"]:
+    """Cross-entropy of each row's match among all rows, in nats: half a→b and half b→a, where two
+    rows' score is `token_similarity`, which is not symmetric. Tokens come unit-normalised.
+
+    All tokens of a row look for their best among the `top_k` tokens of each other row: those with
+    the largest sum of products with their own pair's tokens; None keeps all. Selection has no
+    gradient, the selected have. Masks are True where a token counts; without one all do, padding
+    too, as in DeCLIP's code, whose published runs may have had `top_k` off. Each row needs a token
+    that counts. `scale` is positive; `groups` and `chunk` as in `info_nce`. Source: FILIP
+    (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
+    """
+    _check(a[:, 0], b[:, 0], groups)
+    total = a.shape[0]
+
+    def local(axes, rows, scalars):
+        a, b, a_mask, b_mask = rows
+        (scale,) = scalars
+        index = _first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+
+        def toward(x, x_mask, y, y_mask):
+            y, y_mask = _gather(y, axes), _gather(y_mask, axes)
+
+            def tile(carry, rows, valid):
+                x, x_mask, index = rows
+                logits = scale * _scores(x, y, x_mask, y_mask)
+                if groups > 1:
+                    foreign = _stranger(index, None, total, None, groups)
+                    logits = jnp.where(foreign, _NEVER, logits)
+                match = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
+                return carry, jax.nn.logsumexp(logits, axis=1) - match
+
+            each = x.shape[1] * y.shape[0] * y.shape[1]
+            return _tiles(tile, (), (x, x_mask, index), chunk, each, axes)[1]
+
+        a_kept = _select(a, b, a_mask, b_mask, top_k)
+        b_kept = _select(b, a, b_mask, a_mask, top_k)
+        return 0.5 * toward(a, a_mask, *b_kept) + 0.5 * toward(b, b_mask, *a_kept)
+
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return _spread(local, (a, b, a_mask, b_mask), (jnp.asarray(scale, wide),))

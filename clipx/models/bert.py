@@ -1,0 +1,265 @@
+"""BERT as a text tower."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from clipx.config import ConfigError
+from clipx.models.layers import LayerNorm, Tower, check, drop, dropout_keys, reduction_dtype
+from clipx.types import Encoded, PyTree, constrain_rows
+
+_EPS = 1e-12
+_normal = initializers.normal(0.02)
+_Norm = functools.partial(LayerNorm, epsilon=_EPS)
+
+
+class BertAttention(nn.Module):
+    """Self-attention with dropout on its weights; kernels as in `layers.SelfAttention`."""
+
+    heads: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        valid: Bool[Array, "b n"],
+        keys: Key[Array, " b"] | None,
+        index: int,
+    ) -> Float[Array, "b n c"]:
+        width, (rows, length) = x.shape[-1], valid.shape
+        shape = (3, self.heads, width // self.heads)
+        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_normal)
+        q, k, v = jnp.moveaxis(dense(shape, name="qkv")(x), 2, 0)
+        wide = reduction_dtype(x.dtype)
+        logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
+        seen = jnp.where(valid[:, None, None], logits * shape[-1] ** -0.5, -jnp.inf)
+        weights = nn.softmax(seen).reshape(rows, -1, length)
+        weights = drop(weights, self.dropout, keys, index).reshape(logits.shape).astype(v.dtype)
+        y = jnp.einsum("bhts,bshd->bthd", weights, v)
+        return dense(width, axis=(-2, -1), name="out")(y)
+
+
+class BertMLP(nn.Module):
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
+        y = nn.gelu(dense(self.width, name="fc")(x), approximate=False)
+        return dense(x.shape[-1], name="proj")(y)
+
+
+class BertBlock(nn.Module):
+    """One post-LN block: the norm comes after the sum."""
+
+    heads: int
+    mlp_width: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        valid: Bool[Array, "b n"],
+        keys: Key[Array, " b"] | None,
+        index: int,
+    ) -> Float[Array, "b n c"]:
+        attention = BertAttention(self.heads, self.dropout, self.dtype, name="attn")
+        y = drop(attention(x, valid, keys, index), self.dropout, keys, index + 1)
+        x = _Norm(dtype=self.dtype, name="ln_attn")(x + y)
+        y = BertMLP(self.mlp_width, self.dtype, name="mlp")(x)
+        y = drop(y, self.dropout, keys, index + 2)
+        return constrain_rows(_Norm(dtype=self.dtype, name="ln_mlp")(x + y))
+
+
+class BERT(Tower):
+    """BERT-base (Devlin et al. 2019, arXiv 1810.04805), of any depth and size, with its pooler.
+
+    `backbone` of the result is the pooler's tanh of the first token, which the tokenizer's start
+    mark is; `tokens` are the last layer's. Padding is not attended to: it is what follows the first
+    `eot_id`, or, in a row without one, the `pad_id`s at its end. Texts may be shorter than
+    `positions`; every token is of the first segment type. Dropout acts on embeddings, attention
+    weights and both sums of a block.
+
+    init_from: a safetensors file of Hugging Face's `bert-base-uncased` layout; a tower of less
+    depth takes its first layers.
+    """
+
+    vocab_size: int = 30522
+    context: int = 30  # tokens that the tokenizer delivers
+    positions: int = 512  # rows of the table of positions
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    eot_id: int = 102
+    pad_id: int = 0
+    dropout: float = 0.1
+    init_from: str = ""
+
+    @nn.nowrap
+    def check(self) -> None:
+        super().check()
+        for field in ("vocab_size", "context", "width", "depth", "heads"):
+            check(getattr(self, field) > 0, self.at(field), getattr(self, field), "1 or more")
+        check(
+            self.width % self.heads == 0,
+            self.at("heads"),
+            f"{self.heads} heads for a width of {self.width}",
+            "a number that divides the width",
+        )
+        check(
+            self.positions >= self.context,
+            self.at("positions"),
+            f"{self.positions}, for texts of {self.context} tokens",
+            f"at least {self.context}",
+        )
+        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
+
+    @nn.compact
+    def __call__(
+        self, x: Int32[Array, "b n"], *, train: bool = False, keys: Key[Array, " b"] | None = None
+    ) -> Encoded:
+        ids, length = x, x.shape[1]
+        if length > self.positions:
+            raise ValueError(f"{self.at('positions')}: {self.positions}, texts: {x.shape}")
+        keys = dropout_keys(self.dropout, train, keys)
+        valid = jnp.arange(length) < self._lengths(ids)[:, None]
+
+        def table(name, rows, init=_normal):
+            return self.param(name, init, (rows, self.width), jnp.float32)
+
+        def words(key, shape, dtype):
+            return _normal(key, shape, dtype).at[self.pad_id].set(0)
+
+        # summed before the cast; an id outside the table becomes NaN rather than some other token
+        x = jnp.take(table("token_embedding", self.vocab_size, words), ids, axis=0)
+        x = x + table("positional_embedding", self.positions)[:length]
+        x = x + table("type_embedding", 2)[0]
+        x = _Norm(dtype=self.dtype, name="ln_embedding")(x)
+        x = drop(x, self.dropout, keys, 0)
+        for i in range(self.depth):
+            x = BertBlock(
+                self.heads,
+                round(self.width * self.mlp_ratio),
+                self.dropout,
+                self.dtype,
+                name=f"block_{i}",
+            )(x, valid, keys, 1 + 3 * i)
+        pooler = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="pooler")
+        return self.encoded(jnp.tanh(pooler(x[:, 0])), x)
+
+    @nn.nowrap
+    def _lengths(self, ids: Int32[Array, "b n"]) -> Int[Array, " b"]:
+        """Tokens of each row that are no padding, 1 at least."""
+        is_eot = ids == self.eot_id
+        text_end = ids.shape[1] - (ids != self.pad_id)[:, ::-1].argmax(axis=1)
+        return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
+
+    @nn.nowrap
+    def pretrained(self) -> dict[str, PyTree]:
+        """The entries of `params` that training starts from in place of their random ones: float32
+        NumPy arrays from `init_from`, {} without one. A projection is not among them.
+
+        Raises `ConfigError` for a file that is not there or is no safetensors file, and for the
+        first array that is missing or of another shape.
+        """
+        if not self.init_from:
+            return {}
+        with _open(self.init_from) as file:
+            return _read(functools.partial(_get, self.init_from, file), self)
+
+
+_WHERE = "config.text.init_from"
+
+
+def _open(path: str):
+    import safetensors
+
+    try:
+        return safetensors.safe_open(pathlib.Path(path).expanduser(), framework="numpy")
+    except OSError as error:
+        found = f"{path!r} ({error.strerror or error})"
+        raise ConfigError(_WHERE, found, "a safetensors file that can be read") from None
+    except safetensors.SafetensorError as error:
+        raise ConfigError(_WHERE, f"{path!r} ({error})", "a safetensors file") from None
+
+
+def _get(path: str, file, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One array, under its name with or without "bert." and, as old files have it, with gamma and
+    beta for a norm's weight and bias."""
+    names = [name]
+    if "LayerNorm" in name:
+        names.append(name.replace(".weight", ".gamma").replace(".bias", ".beta"))
+    names += ["bert." + n for n in names]
+    there = sorted(set(names) & set(file.keys()))
+    if not there:
+        raise ConfigError(
+            _WHERE,
+            f"no {name} in {path!r}",
+            "a BERT in Hugging Face's names, with at least config.text.depth layers",
+        )
+    found = tuple(file.get_slice(there[0]).get_shape())
+    if found != shape:
+        words = name.endswith("word_embeddings.weight") and found[1:] == shape[1:]
+        raise ConfigError(
+            _WHERE,
+            f"{there[0]} of shape {found} in {path!r}",
+            f"{shape}, of the tower that the config describes",
+            f"config.tokenizer.vocab_size={found[0]}, with the vocabulary of that file"
+            if words
+            else "",
+        )
+    return file.get_tensor(there[0]).astype(np.float32)
+
+
+def _read(get: Callable, tower: BERT) -> dict[str, PyTree]:
+    """Arrays of Hugging Face's names and torch's layouts, under this project's."""
+    c, hidden = tower.width, round(tower.width * tower.mlp_ratio)
+    heads = (tower.heads, c // tower.heads)
+
+    def norm(name):
+        return {"scale": get(f"{name}.weight", (c,)), "bias": get(f"{name}.bias", (c,))}
+
+    def dense(name, inputs=c, outputs=c):
+        kernel = get(f"{name}.weight", (outputs, inputs)).T
+        return {"kernel": kernel, "bias": get(f"{name}.bias", (outputs,))}
+
+    def block(name):
+        q, k, v = (dense(f"{name}.attention.self.{n}") for n in ("query", "key", "value"))
+        out = dense(f"{name}.attention.output.dense")
+        kernel = np.stack([x["kernel"].reshape(c, *heads) for x in (q, k, v)], axis=1)
+        bias = np.stack([x["bias"].reshape(heads) for x in (q, k, v)])
+        return {
+            "attn": {
+                "qkv": {"kernel": kernel, "bias": bias},
+                "out": {"kernel": out["kernel"].reshape(*heads, c), "bias": out["bias"]},
+            },
+            "ln_attn": norm(f"{name}.attention.output.LayerNorm"),
+            "mlp": {
+                "fc": dense(f"{name}.intermediate.dense", c, hidden),
+                "proj": dense(f"{name}.output.dense", hidden, c),
+            },
+            "ln_mlp": norm(f"{name}.output.LayerNorm"),
+        }
+
+    return {
+        "token_embedding": get("embeddings.word_embeddings.weight", (tower.vocab_size, c)),
+        "positional_embedding": get("embeddings.position_embeddings.weight", (tower.positions, c)),
+        "type_embedding": get("embeddings.token_type_embeddings.weight", (2, c)),
+        "ln_embedding": norm("embeddings.LayerNorm"),
+        **{f"block_{i}": block(f"encoder.layer.{i}") for i in range(tower.depth)},
+        "pooler": dense("pooler.dense"),
+    }

@@ -1,0 +1,166 @@
+"""What stands on two towers' features: critics that score pairs, discriminators that judge rows.
+
+All compute in the dtype of the features they are given, float32 at least. Those with BatchNorm let
+rows meet: they belong in an objective's `loss`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jaxtyping import Array, Float, Shaped
+
+from clipx.config import ConfigError
+from clipx.models.layers import BatchNorm, LayerNorm, torch_bias, torch_uniform, unit
+from clipx.types import constrain_rows
+
+_TILE = 2**22  # hidden units of one tile of pairs: 16 MiB of float32
+
+
+def _dense(width: int, fan_in: int, **options) -> nn.Dense:
+    """A dense layer that starts as torch's do, in the dtype of what it is given."""
+    return nn.Dense(
+        width, **{"kernel_init": torch_uniform, "bias_init": torch_bias(fan_in)} | options
+    )
+
+
+def _noisy_identity(key, shape, dtype=jnp.float32):
+    """Uniform within 0.01, but for ones on the main diagonal."""
+    return jnp.where(
+        jnp.eye(*shape, dtype=bool), 1, jax.random.uniform(key, shape, dtype, -0.01, 0.01)
+    )
+
+
+def next_row(x: Shaped[Array, "b ..."], groups: int = 1) -> Shaped[Array, "b ..."]:
+    """Row i + 1 in the place of row i, cyclically within each run of b/groups rows."""
+    if groups == 1:
+        return constrain_rows(jnp.roll(x, -1, axis=0))
+    grouped = x.reshape(groups, -1, *x.shape[1:])
+    return constrain_rows(jnp.roll(grouped, -1, axis=1).reshape(x.shape))
+
+
+class GroupedBatchNorm(BatchNorm):
+    """BatchNorm whose statistics are those of b/groups rows, as on `groups` devices that share
+    nothing. The running statistics are the first group's, as torch's DDP keeps rank 0's."""
+
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b c"], *, train: bool = False) -> Float[Array, "b c"]:
+        if not train or self.groups == 1:
+            return super().__call__(x, train=train)
+        x = x.reshape(self.groups, -1, x.shape[-1])
+        first, rest = super().__call__(x[0], train=True), x[1:]
+        scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
+        mean, var = (f(rest, axis=1, keepdims=True) for f in (jnp.mean, jnp.var))
+        rest = (rest - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        rows = jnp.concatenate([first[None], rest.astype(first.dtype)])
+        return constrain_rows(rows.reshape(-1, rows.shape[-1]))
+
+
+class Projection(nn.Module):
+    """A dot critic's block: LayerNorm(W2 relu(BatchNorm(W1 x)) + Ws x), [b, width], not normalised.
+
+    The shortcut Ws starts as a noisy identity. CLIP-Lite's code calls each critic twice a step, for
+    right and for wrong pairs, on the same rows, so its running statistics move by 1 - 0.9^2.
+    """
+
+    width: int
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b c"], *, train: bool = False) -> Float[Array, "b d"]:
+        channels = x.shape[-1]
+        if channels > self.width:
+            raise ConfigError(
+                "config.objective.width",
+                f"{self.width}, for features of {channels}",
+                f"at least {channels}: the critic starts as a copy of its features",
+            )
+        norm = GroupedBatchNorm(str(x.dtype), momentum=1 - 0.9**2, groups=self.groups, name="norm")
+        y = nn.relu(norm(_dense(self.width, channels, use_bias=False, name="fc")(x), train=train))
+        y = _dense(self.width, self.width, name="proj")(y)
+        copy = _dense(self.width, channels, kernel_init=_noisy_identity, name="shortcut")(x)
+        return LayerNorm(name="ln")(y + copy)
+
+
+class DotCritic(nn.Module):
+    """exp(logit_scale) times the cosine of two projections that share nothing."""
+
+    width: int
+    groups: int = 1
+
+    def setup(self):
+        self.left = Projection(self.width, self.groups)
+        self.right = Projection(self.width, self.groups)
+        self.logit_scale = self.param(
+            "logit_scale", initializers.constant(math.log(1 / 0.07)), (), jnp.float32
+        )
+
+    def __call__(
+        self, a: Float[Array, "b c"], b: Float[Array, "b e"], *, train: bool = False
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """The scores of a_i with b_i, and of a_i with the next row of b in its group."""
+        a, b = unit(self.left(a, train=train)), unit(self.right(b, train=train))
+        scale = jnp.exp(self.logit_scale)
+        return scale * jnp.sum(a * b, axis=-1), scale * jnp.sum(a * next_row(b, self.groups), -1)
+
+
+class _Perceptron(nn.Module):
+    """ReLU, a dense layer, ReLU, a dense layer to one number."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b"]:
+        x = _dense(self.width, x.shape[-1], name="fc")(nn.relu(x))
+        return _dense(1, self.width, name="out")(nn.relu(x))[..., 0]
+
+
+class ConcatCritic(nn.Module):
+    """A perceptron of two hidden layers over [a; b], without norm or temperature.
+
+    Its first layer is kept as one for each side, whose results are added: the same function, but a
+    row passes it once however many pairs it is in.
+    """
+
+    width: int = 512
+    groups: int = 1
+
+    @nn.compact
+    def _parts(self, a, b):
+        channels = a.shape[-1] + b.shape[-1]
+        init = torch_bias(channels)  # uniform; of the layer as a whole
+        left = nn.Dense(self.width, kernel_init=init, bias_init=init, name="left")(a)
+        right = nn.Dense(self.width, kernel_init=init, use_bias=False, name="right")(b)
+        return left, right, _Perceptron(self.width, name="top")
+
+    def __call__(
+        self, a: Float[Array, "b c"], b: Float[Array, "b e"], *, train: bool = False
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """The scores of a_i with b_i, and of a_i with the next row of b in its group."""
+        left, right, top = self._parts(a, b)
+        return top(left + right), top(left + next_row(right, self.groups))
+
+    def pairs(self, a: Float[Array, "i c"], b: Float[Array, "t e"]) -> Float[Array, "i t"]:
+        """The score of every a with every b, some rows of `a` at a time."""
+        left, right, top = self._parts(a, b)
+        top, variables = top.unbind()
+        rows = max(1, _TILE // right.size)
+        return jax.lax.map(lambda x: top.apply(variables, x + right), left, batch_size=rows)
+
+
+class PriorDiscriminator(nn.Module):
+    """A logit a row: uniform noise rather than a feature."""
+
+    widths: tuple[int, ...] = (1000, 200)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, " b"]:
+        for i, width in enumerate(self.widths):
+            x = nn.relu(_dense(width, x.shape[-1], name=f"fc_{i}")(x))
+        return _dense(1, x.shape[-1], name="out")(x)[..., 0]

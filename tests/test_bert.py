@@ -1,0 +1,216 @@
+"""The BERT tower against BERT in NumPy, in Hugging Face's names and torch's layouts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from clipx.config import ConfigError
+from clipx.models.bert import BERT
+
+PAD, CLS, SEP = 0, 1, 2
+SIZES = dict(vocab_size=16, context=8, positions=10, width=8, depth=2, heads=2, eot_id=SEP)
+TINY = SIZES | dict(embed_dim=0, dtype="float32", dropout=0.0)
+IDS = np.array(
+    [[CLS, 5, 6, SEP, 0, 0, 0, 0], [CLS, 9, SEP, 0, 0, 0, 0, 0], [CLS, 4, 3, 8, 7, 6, 5, SEP]],
+    np.int32,
+)
+
+
+def arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    """A checkpoint of the tiny tower, none of it zero or one."""
+    rng = np.random.default_rng(seed)
+    c, m = 8, 32
+    shapes = {
+        "embeddings.word_embeddings.weight": (16, c),
+        "embeddings.position_embeddings.weight": (10, c),
+        "embeddings.token_type_embeddings.weight": (2, c),
+    }
+    linears = {"pooler.dense": (c, c)}
+    norms = ["embeddings.LayerNorm"]
+    for i in range(2):
+        layer = f"encoder.layer.{i}"
+        names = ("attention.self.query", "attention.self.key", "attention.self.value")
+        linears |= {f"{layer}.{name}": (c, c) for name in (*names, "attention.output.dense")}
+        linears |= {f"{layer}.intermediate.dense": (m, c), f"{layer}.output.dense": (c, m)}
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (c,), f"{name}.bias": (c,)}
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+
+
+def reference(a: dict[str, np.ndarray], ids: np.ndarray):
+    """The last layer's states [n, c] of one text without padding, and its pooled row [c]."""
+
+    def linear(x, name):
+        return x @ a[f"{name}.weight"].T + a[f"{name}.bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * a[f"{name}.weight"] + a[f"{name}.bias"]
+
+    a = {name: x.astype(np.float64) for name, x in a.items()}
+    n = len(ids)
+    x = a["embeddings.word_embeddings.weight"][ids]
+    x = x + a["embeddings.position_embeddings.weight"][:n]
+    x = norm(x + a["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    for i in range(2):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (
+            linear(x, f"{layer}.attention.self.{name}").reshape(n, 2, 4)
+            for name in ("query", "key", "value")
+        )
+        weights = np.exp(np.einsum("thd,shd->hts", q, k) / 2)
+        weights /= weights.sum(-1, keepdims=True)
+        y = np.einsum("hts,shd->thd", weights, v).reshape(n, 8)
+        y = linear(y, f"{layer}.attention.output.dense")
+        x = norm(x + y, f"{layer}.attention.output.LayerNorm")
+        y = linear(x, f"{layer}.intermediate.dense")
+        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        x = norm(x + linear(y, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return x, np.tanh(linear(x[0], "pooler.dense"))
+
+
+def tower(tmp_path, saved, **fields) -> BERT:
+    save_file(saved, tmp_path / "bert.safetensors")
+    return BERT(**TINY | {"init_from": str(tmp_path / "bert.safetensors")} | fields)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    """Those of the checkpoint, as a run begins with them."""
+    return tower(tmp_path_factory.mktemp("bert"), arrays()).pretrained()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-11), ("float32", 1e-5)])
+def test_equals_the_reference_and_does_not_see_padding(params, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        bert = BERT(**TINY | {"dtype": dtype})
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        out = jax.jit(bert.apply)({"params": params}, IDS)
+        assert out.tokens.dtype == out.backbone.dtype == dtype
+    for row, length in enumerate((4, 3, 8)):
+        tokens, pooled = reference(arrays(), IDS[row, :length])
+        np.testing.assert_allclose(out.tokens[row, :length], tokens, atol=5 * tolerance)
+        np.testing.assert_allclose(out.backbone[row], pooled, atol=tolerance)
+
+
+def test_padding_ends_where_the_text_does(params):
+    """An id of padding inside a text is a token; so it is after the end mark, where none is."""
+    apply = jax.jit(BERT(**TINY).apply)
+    ids = IDS.copy()
+    ids[0, 4:], ids[1, 3:] = 11, 12  # after the end mark
+    a, b = (apply({"params": params}, x).backbone for x in (IDS, ids))
+    np.testing.assert_array_equal(a, b)
+    open_ended = np.array([[CLS, PAD, 5, 6, PAD, PAD, PAD, PAD]], np.int32)
+    tokens, pooled = reference(arrays(), open_ended[0, :4])
+    out = apply({"params": params}, np.repeat(open_ended, 3, axis=0))
+    np.testing.assert_allclose(out.backbone[0], pooled, atol=1e-5)
+
+
+def test_dropout_comes_from_each_rows_key_alone(params):
+    bert = BERT(**TINY | {"dropout": 0.3})
+    apply = jax.jit(lambda ids, keys: bert.apply({"params": params}, ids, train=True, keys=keys))
+    keys = jax.random.split(jax.random.key(3), 3)
+    out = apply(IDS, keys)
+    order = np.array([2, 0, 1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a)[order], b),
+        out,
+        apply(IDS[order], keys[order]),
+    )
+    assert not np.allclose(apply(IDS, keys[::-1]).backbone[0], out.backbone[0], atol=1e-3)
+    plain = bert.apply({"params": params}, IDS).backbone
+    assert not np.allclose(plain, out.backbone, atol=1e-3)
+    with pytest.raises(ValueError, match="needs `keys`"):
+        bert.apply({"params": params}, IDS, train=True)
+
+
+def test_bfloat16_is_finite_and_near(params):
+    def loss(params, dtype):
+        out = BERT(**TINY | {"dtype": dtype}).apply({"params": params}, IDS)
+        return out.unit.sum(), out
+
+    grads, out = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(params, "bfloat16")
+    assert out.backbone.dtype == jnp.bfloat16 and out.unit.dtype == jnp.float32
+    assert all(np.isfinite(g).all() and g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(out.unit, loss(params, "float32")[1].unit, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "depth, count", [(2, 38_603_520), (4, 52_779_264), (6, 66_955_008), (12, 109_482_240)]
+)
+def test_published_size(depth, count):
+    bert = BERT(depth=depth, embed_dim=0)
+    shapes = jax.eval_shape(bert.init, jax.random.key(0), jnp.zeros((1, 30), jnp.int32))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+def test_initialisation_is_berts():
+    bert = BERT(**TINY | dict(vocab_size=500, width=64, depth=1))
+    params = jax.tree.map(np.asarray, jax.jit(bert.init)(jax.random.key(0), IDS)["params"])
+    assert not params["token_embedding"][PAD].any() and params["token_embedding"][1:].all()
+    for path, x in jax.tree.leaves_with_path(params):
+        kind = path[-1].key
+        if kind in ("scale", "bias"):
+            np.testing.assert_array_equal(x, kind == "scale")
+        else:
+            np.testing.assert_allclose(x.std(), 0.02, rtol=0.25)
+
+
+def test_a_checkpoint_fills_every_entry_but_the_projection(tmp_path):
+    """With and without "bert.", old names of norms, more layers than the tower has, half floats."""
+    saved = {
+        "bert."
+        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): x.astype(np.float16)
+        for name, x in arrays().items()
+    }
+    saved["cls.predictions.bias"] = np.zeros(16, np.float16)
+    found = tower(tmp_path, saved, depth=1, embed_dim=4).pretrained()
+    bert = BERT(**TINY | dict(depth=1, embed_dim=4))
+    expected = dict(jax.eval_shape(bert.init, jax.random.key(0), IDS)["params"])
+    assert set(expected) - set(found) == {"projection"}
+    del expected["projection"]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
+    np.testing.assert_allclose(
+        found["token_embedding"], arrays()["embeddings.word_embeddings.weight"], atol=2e-3
+    )
+    assert BERT(**TINY).pretrained() == {}
+
+
+def test_wrong_checkpoints_are_config_errors(tmp_path):
+    def said(bert):
+        with pytest.raises(ConfigError) as error:
+            bert.pretrained()
+        assert error.value.where == "config.text.init_from"
+        return str(error.value)
+
+    assert "No such file" in said(BERT(**TINY | {"init_from": str(tmp_path / "none")}))
+    (tmp_path / "text").write_text("not a checkpoint, whatever its name may be")
+    assert "a safetensors file" in said(BERT(**TINY | {"init_from": str(tmp_path / "text")}))
+    without = {name: x for name, x in arrays().items() if "layer.1.output.dense" not in name}
+    assert "no encoder.layer.1.output.dense.weight" in said(tower(tmp_path, without))
+    small = said(tower(tmp_path, arrays(), vocab_size=12))
+    assert "shape (16, 8)" in small and "(12, 8)" in small
+    assert "config.tokenizer.vocab_size=16" in small
+
+
+@pytest.mark.parametrize(
+    "fields, where",
+    [(dict(heads=3), "heads"), (dict(positions=7), "positions"), (dict(dropout=1.0), "dropout")],
+)
+def test_impossible_fields_are_config_errors(fields, where):
+    with pytest.raises(ConfigError) as error:
+        BERT(**TINY | fields)
+    assert error.value.where == f"BERT.{where}"
