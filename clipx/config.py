@@ -306,10 +306,13 @@ def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool
     return Duration(unit, amount, f"{where}.{name}_{unit}")
 
 
-def load(spec: str) -> dict[str, Any]:
-    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
-    `path.py:variant`."""
-    path, _, variant = spec.partition(":")
+def variants(path: str) -> tuple[str, ...]:
+    """The variants of a config file, "" for one without any."""
+    return tuple(getattr(_module(path), "VARIANTS", ("",)))
+
+
+def _module(path: str) -> types.ModuleType:
+    """A config file's code, run."""
     file = pathlib.Path(path)
     if not file.is_file() or file.suffix != ".py":
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -320,6 +323,14 @@ def load(spec: str) -> dict[str, Any]:
     module = _execute(file)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=path)
+    return module
+
+
+def load(spec: str) -> dict[str, Any]:
+    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
+    `path.py:variant`."""
+    path, _, variant = spec.partition(":")
+    module = _module(path)
     variants = getattr(module, "VARIANTS", ("",))
     if variant not in variants:
         raise ConfigError(
@@ -329,7 +340,7 @@ def load(spec: str) -> dict[str, Any]:
             _nearest(variant, variants),
             file=path,
         )
-    with _told(file):
+    with _told(pathlib.Path(path)):
         config = module.get_config(variant)
     config = to_lists(_plain(config))
     if not isinstance(config, dict):

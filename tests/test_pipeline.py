@@ -171,6 +171,24 @@ def test_a_restart_at_any_step_goes_on_with_the_same_batches():
     assert list(feed().batches(6, 6)) == []
 
 
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (4, 0), (2, 2)])
+def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processes, workers):
+    """Rows as each process records them, put together: those of the epochs' permutations."""
+    at, per_epoch = order(ROWS, 1), ROWS // BATCH
+    wanted = [
+        [at(step // per_epoch, step % per_epoch * BATCH + place) for place in range(BATCH)]
+        for step in range(6)
+    ]
+    for start in (0, 3) if workers else range(6):
+        recorded = [[None] * BATCH for _ in range(start, 6)]
+        for places in np.split(np.arange(BATCH), processes):
+            part = feed(positions=places, workers=workers, image_size=8)
+            for rows, batch in zip(recorded, part.batches(start, 6), strict=True):
+                for place, row in zip(places, batch["row"].tolist()):
+                    rows[place] = row
+        assert recorded == wanted[start:]
+
+
 def test_chunks_do_not_show(monkeypatch):
     whole = list(feed(batch=40).batches(0, 2))
     monkeypatch.setattr("clipx.data.pipeline._CHUNK", 7)
