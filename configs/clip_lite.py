@@ -1,6 +1,7 @@
 """CLIP-Lite (arXiv 2112.07133; constants from the authors' code): ResNet-50 and a pretrained BERT
 on COCO at batch 1,024. Variants: `bert_<n>layers` from scratch, `percent_<p>` of the pictures,
-`batch_<n>`, `rn18` to `rn152`, and `small` for a CPU or a small GPU."""
+`batch_<n>`, `rn18` to `rn152`; `small` for a CPU or a small GPU, and `small_resnet`, whose last
+convolution `grounding` can look at."""
 
 import common
 from ml_collections import ConfigDict
@@ -21,21 +22,37 @@ _ABLATIONS = {  # batch, image tower
     "rn101": (512, "resnet101"),
     "rn152": (512, "resnet152"),
 }
-VARIANTS = ("", *_BERT, *_PERCENT, *_ABLATIONS, "small")
+VARIANTS = ("", *_BERT, *_PERCENT, *_ABLATIONS, "small", "small_resnet")
 
 # CLIP's small towers without projections: the critic has its own
 _SMALL = {name: tower | {"embed_dim": 0} for name, tower in common.SMALL.items()}
+_SMALL_RESNET = {
+    "name": "resnet",
+    "variant": "resnet18",
+    "blocks": (1, 1, 1),  # of 112 px, a last map of 7 x 7
+    "width": 32,
+    "image_size": 112,
+    "embed_dim": 0,
+    "dtype": "float32",
+}
 _BERT_BASE = "data/bert-base-uncased"
 
 
 def get_config(variant=""):
     if variant == "small":
         return common.small({"name": "clip_lite", "width": 512}, _SMALL)
+    if variant == "small_resnet":
+        towers = _SMALL | {"image": _SMALL_RESNET}
+        return common.small({"name": "clip_lite", "width": 512}, towers)
     config = ConfigDict(
         {
             "objective": {"name": "clip_lite"},
             "image": {"name": "resnet", "variant": "resnet50", "embed_dim": 0},
-            "text": {"name": "bert", "init_from": f"{_BERT_BASE}/model.safetensors"},
+            "text": {
+                "name": "bert",
+                "embed_dim": 0,
+                "init_from": f"{_BERT_BASE}/model.safetensors",
+            },
             "tokenizer": {
                 "name": "wordpiece",
                 "path": f"{_BERT_BASE}/vocab.txt",
@@ -71,13 +88,13 @@ def get_config(variant=""):
         }
     )
     if variant in _BERT:
-        config.text = {"name": "bert", "depth": _BERT[variant]}
+        config.text = {"name": "bert", "embed_dim": 0, "depth": _BERT[variant]}
     elif variant in _PERCENT:
         config.data.fraction, config.train.total_steps, warmup = _PERCENT[variant]
         config.optimizer.warmup_steps = warmup
     elif variant in _ABLATIONS:
         config.train.batch_size, config.image.variant = _ABLATIONS[variant]
         config.train.total_steps = 200_000
-        config.text = {"name": "bert", "depth": 2}
+        config.text = {"name": "bert", "embed_dim": 0, "depth": 2}
         config.objective.augmentation = "clip_lite_flip"
     return config

@@ -63,6 +63,20 @@ def test_traces(spec):
     assert all(x.shape == () for x in metrics.values())
 
 
+@pytest.mark.parametrize(
+    "spec, count",
+    [
+        ("clip.py", 151_277_313),
+        ("clip.py:rn50", 102_007_137),
+        ("clip_lite.py:bert_2layers", 85_277_875),
+    ],
+)
+def test_published_size(spec, count):
+    """As OpenAI's and the authors' models."""
+    run = assemble(configs.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
+    assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_evals_score_what_best_asks_for(spec):
     """`best` names an eval of the config, and a metric by a name that eval gives."""
