@@ -11,11 +11,12 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clipx" / "__init__.py").re
 EXTRAS = {
     "eval": ["scikit-learn>=1.5"],
     "parquet": ["pyarrow>=16"],
-    "remote": ["fsspec>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],
+    "remote": ["aiohttp", "fsspec>=2024.6", "gcsfs>=2024.6", "requests", "s3fs>=2024.6"],
     "tfds": ["array_record>=0.7", "importlib_resources>=6", "tensorflow-datasets>=4.9.8"],
 }
 # buckets are tested on one in memory
-TESTED = ["pytest>=8", "fsspec>=2024.6", *EXTRAS["eval"], *EXTRAS["parquet"], *EXTRAS["tfds"]]
+TESTED = ["fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
+TESTED += EXTRAS["eval"] + EXTRAS["parquet"] + EXTRAS["tfds"]
 
 setup(
     name="clipx",

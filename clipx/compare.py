@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
 from absl import flags
 
-from clipx import cli, metrics
+from clipx import cli, metrics, report
 from clipx import config as configs
-from clipx.checkpoint import read_json
+from clipx.checkpoint import read_json, refuse_other_config
 from clipx.config import ConfigError
+from clipx.run import assemble
 from clipx.train import train
 
 _RECALL = re.compile(r"(.*)/(.*)_R@(\d+)")
@@ -28,6 +30,16 @@ def results(folder: pathlib.Path) -> dict[str, float]:
         scores = {key: value for key, value in row.items() if key.startswith(names)}
         found = scores or found
     return found
+
+
+def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+    """Whether a workdir holds a whole run of this very config, its evals included. Raises
+    `ConfigError` if it holds a run of another."""
+    if not (folder / report.FILE).exists():  # which a run writes last
+        return False
+    complete = assemble(config).complete
+    refuse_other_config(folder, complete)
+    return read_json(folder / "config.json")["evals"] == configs.to_lists(complete["evals"])
 
 
 def columns(found: dict[str, float]) -> dict[str, str]:
@@ -66,8 +78,10 @@ def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> in
     rows: dict[str, dict[str, str]] = {}
     for name in chosen or known:
         folder = pathlib.Path(workdir, name)
-        print(f"\n{name}", flush=True)
-        if code := train(cli.load_config(f"{config}:{name}", overrides), str(folder)):
+        values = cli.load_config(f"{config}:{name}", overrides)
+        done = finished(folder, values)
+        print(f"\n{name}{': done before' if done else ''}", flush=True)
+        if not done and (code := train(values, str(folder))):
             return code
         rows[name] = columns(results(folder))
     print("\n" + "\n".join(table(rows)))

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import math
+import os
 import pathlib
 import pkgutil
 import sys
@@ -306,23 +307,24 @@ def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool
     return Duration(unit, amount, f"{where}.{name}_{unit}")
 
 
-def variants(path: str) -> tuple[str, ...]:
+def variants(path: str | os.PathLike) -> tuple[str, ...]:
     """The variants of a config file, "" for one without any."""
     return tuple(getattr(_module(path), "VARIANTS", ("",)))
 
 
-def _module(path: str) -> types.ModuleType:
+def _module(path: str | os.PathLike) -> types.ModuleType:
     """A config file's code, run."""
     file = pathlib.Path(path)
     if not file.is_file() or file.suffix != ".py":
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        found = f"{path!r}, which is no .py file" if file.is_file() else f"no file {path!r}"
+        kind = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
+        found = kind.format(str(path))
         raise ConfigError(
             "--config", found, "a Python file with get_config()", _nearest(str(file), near)
         )
     module = _execute(file)
     if not callable(getattr(module, "get_config", None)):
-        raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=path)
+        raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=str(file))
     return module
 
 

@@ -61,6 +61,7 @@ class OptimizerConfig:
     learning_rate: float = 5e-4  # at the end of the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.0  # at the run's last step
+    warmup_from: float = 0.0  # the learning rate that a warm-up starts from
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
     warmup_examples: int | None = None
@@ -79,7 +80,7 @@ class OptimizerConfig:
     rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
 
     def __post_init__(self):
-        for field in ("learning_rate", "final_learning_rate", "weight_decay"):
+        for field in ("learning_rate", "final_learning_rate", "warmup_from", "weight_decay"):
             self._check(field, getattr(self, field) >= 0, "0 or more")
         for field in ("b1", "b2", "momentum"):
             self._check(field, 0 <= getattr(self, field) < 1, "a number in [0, 1)")
@@ -95,7 +96,7 @@ class OptimizerConfig:
 def make_schedule(
     config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
 ) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0, then the named decay to the last step.
+    """Learning rate by update: linear warm-up, then the named decay to the last step.
 
     With `steps` None (a length in epochs, data not open yet) the schedule is constant: such a run
     can be traced and planned, and is assembled anew before it trains.
@@ -120,7 +121,8 @@ def make_schedule(
     }[config.schedule]()
     if not warm:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), decay], [warm])
+    rise = optax.linear_schedule(config.warmup_from, peak, warm)
+    return optax.join_schedules([rise, decay], [warm])
 
 
 def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:

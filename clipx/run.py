@@ -32,6 +32,7 @@ from clipx.types import Batch, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
+_WORDS_GIVEN = frozenset({"mask_id", "special_ids"})  # to objectives that hide words
 _SAMPLES = 32  # pictures that the report shows
 
 
@@ -223,7 +224,15 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         where="config.text",
         **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
     )
-    objective = bind(objective_cls, section, where="config.objective", image=image, text=text)
+    words = _WORDS_GIVEN & configs.fields(objective_cls).keys()
+    objective = bind(
+        objective_cls,
+        section,
+        where="config.objective",
+        image=image,
+        text=text,
+        **{name: getattr(config.tokenizer, name) for name in words},
+    )
     data, rest = split(config.data, DataConfig, "config.data")
     source = SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
     evals = tuple(EvalSpec.check(name, section) for name, section in config.evals.items())
@@ -235,7 +244,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
     optimizer, state = _abstract_state(objective, config, schedule, batch, mesh)
     complete = configs.dump(config) | {
-        "objective": {"name": objective_name, **configs.dump(objective, given=_TOWERS)},
+        "objective": {"name": objective_name, **configs.dump(objective, given=_TOWERS | words)},
         "image": {"name": image_name, **configs.dump(image)},
         "text": {"name": text_name, **configs.dump(text, given=_TEXT_GIVEN)},
         "data": {**configs.dump(data), **source.dump()},

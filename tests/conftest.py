@@ -15,8 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="clipx-test-cache-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-os.environ["CLIPX_CACHE"] = tempfile.mkdtemp(prefix="clipx-test-index-")
-atexit.register(shutil.rmtree, os.environ["CLIPX_CACHE"], ignore_errors=True)
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process above them made
+    for name in ("JAX_COMPILATION_CACHE_DIR", "CLIPX_CACHE"):
+        os.environ[name] = tempfile.mkdtemp(prefix="clipx-test-")
+        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)

@@ -1,6 +1,7 @@
 """Variants of a config, trained one after another, and one table of what their evals found."""
 
 import json
+import types
 
 import pytest
 
@@ -48,6 +49,18 @@ def test_one_table_of_the_last_evals(config, tmp_path, capsys):
         "| a | 1.0 / 5.0 / 10.0 |  |",
         "| b | 1.0 / 5.0 / 10.0 | 25.4 |",
     ]
+
+
+def test_what_is_done_is_not_trained_again(config, tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    assert compare.compare(config, ("a",), str(runs), []) == 0
+    (runs / "a" / "report.html").touch()
+    monkeypatch.setattr(compare, "assemble", lambda values: types.SimpleNamespace(complete=values))
+    assert compare.compare(config, (), str(runs), []) == 0  # to train "a" would fail
+    said = capsys.readouterr().out
+    assert "\na: done before\n" in said and "\nb\n" in said and "| a | 1.0 / 5.0" in said
+    with pytest.raises(ConfigError, match="another config"):
+        compare.compare(config, (), str(runs), [("name", "other")])
 
 
 def test_some_of_them_and_a_run_that_was_told_to_stop(config, tmp_path, capsys):

@@ -64,6 +64,11 @@ def test_cosine_is_the_square_of_half_its_angle():
     np.testing.assert_allclose(found, [float(x) for x in printed.split()], rtol=0, atol=5e-6)
 
 
+def test_warmup_that_starts_above_zero():
+    found = [schedule(warmup_steps=20, warmup_from=0.1)(step) for step in (0, 10, 20, 100)]
+    np.testing.assert_allclose(found, [0.1, 0.3, 0.5, 0.1], rtol=1e-6)
+
+
 def test_warmup_in_other_units():
     np.testing.assert_allclose(schedule(warmup_examples=160)(10), 0.25)  # 20 steps of 8
     config = OptimizerConfig(learning_rate=0.5, warmup_epochs=2.0)
@@ -83,6 +88,7 @@ def test_warmup_longer_than_the_run():
     "section, where",
     [
         ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"warmup_from": -1e-4}, "warmup_from"),
         ({"b1": 1.0}, "b1"),
         ({"clip_norm": 0}, "clip_norm"),
         ({"mu_dtype": "bfloat"}, "mu_dtype"),

@@ -102,6 +102,25 @@ def test_equals_the_reference(dtype, tolerance):
             np.testing.assert_allclose(value, entry[name], rtol=0, atol=atol, err_msg=name)
 
 
+def test_frozen_patches_learn_nothing_and_change_nothing_else(params):
+    """The zero gradient of DeCLIP's patch convolution; pixels keep theirs."""
+
+    def step(freeze):
+        vit = ViT(**TINY, freeze_patches=freeze)
+
+        def loss(params, x):
+            return vit.apply(params, x).unit[:, 0].sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, pictures())
+
+    (value, (learned, pixels)), (other, (frozen, same)) = step(False), step(True)
+    assert value == other and np.any(pixels)
+    np.testing.assert_array_equal(pixels, same)
+    own = [g["params"].pop("patch_embedding")["kernel"] for g in (learned, frozen)]
+    assert np.any(own[0]) and not np.any(own[1])
+    jax.tree.map(np.testing.assert_array_equal, learned, frozen)
+
+
 def value_and_grad(params, **options):
     vit, x, keys = ViT(**TINY, **options), jnp.asarray(pictures()), row_keys(3)
 

@@ -24,34 +24,47 @@ OBJECTIVES = sorted(
     if path.stem not in ("__init__", "base")
 )
 ROWS = 32
-FIELDS = {"clip_lite": {"width": 12}}  # what makes a method tiny, beside its towers
+WORDS = {"mask_id": 2, "special_ids": (0, 1, 2, 3), "mask_rate": 0.5}
+PLAIN = {"augmentation": "none"}  # the laws hold every policy to themselves
+FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
+    "clip_lite": {"width": 12},
+    "declip": {**PLAIN, **WORDS, "simsiam_width": 12, "queue_size": 48},
+    "filip": {**PLAIN, **WORDS, "token_width": 6, "top_k": 3, "contrastive_weight": 0.5},
+    "slip": {**PLAIN, "ssl_augmentation": "none", "head_width": 12, "head_dim": 6},
+}
+LINEAR = {"declip", "filip", "slip"}  # whose passes through towers are many
 
 
 class Linear(Tower):
-    """One layer over all pixels or all tokens' one-hots: a tower that compiles in no time."""
+    """One layer over the pixels of each quarter of a picture, or the one-hot of each token, and
+    their mean: a tower that compiles in no time."""
 
     image_size: int = 16
     context: int = 8
+    vocab_size: int = 64
+    eot_id: int = 3
     dropout: float = 0.1
 
     @nn.compact
     def __call__(self, x, *, train=False, keys=None):
-        x = jax.nn.one_hot(x, 64, dtype=self.dtype) if x.ndim == 2 else x.astype(self.dtype)
-        x = nn.Dense(16, dtype=self.dtype, name="fc")(x.reshape(x.shape[0], 1, -1))
+        parts = 4 if x.ndim == 4 else x.shape[1]
+        x = jax.nn.one_hot(x, self.vocab_size) if x.ndim == 2 else x
+        x = x.reshape(x.shape[0], parts, -1).astype(self.dtype)
+        x = nn.Dense(16, dtype=self.dtype, name="fc")(x)
         x = drop(x, self.dropout, dropout_keys(self.dropout, train, keys), 0)
-        return self.encoded(x[:, 0], x)
+        return self.encoded(x.mean(axis=1), x)
 
 
 @functools.cache
 def objective(name: str, dtype: str = "float32", dropout: float = 0.1) -> Objective:
     """A method, by the name of its file; or a variant of it, such as `clip_lite:critic=concat`,
-    whose towers are linear, as the method's own have shown that it does with any."""
+    whose towers are linear, as others have shown that it does with any."""
     name, _, variant = name.partition(":")
     cls, fields = find("objectives", name, Objective), dict(FIELDS.get(name, {}))
     towers = {"embed_dim": 8, "dtype": dtype, "dropout": dropout}
-    if variant:
+    if variant or name in LINEAR:
         image, text = Linear(**towers), Linear(**towers)
-        for part in variant.split(","):
+        for part in filter(None, variant.split(",")):
             key, _, value = part.partition("=")
             fields[key] = parse(value)
     else:

@@ -1,4 +1,5 @@
-"""What stands on two towers' features: critics that score pairs, discriminators that judge rows.
+"""What stands on two towers' features: critics that score pairs, discriminators that judge rows,
+projections of rows or tokens to where a loss compares them.
 
 All compute in the dtype of the features they are given, float32 at least. Those with BatchNorm let
 rows meet: they belong in an objective's `loss`.
@@ -15,7 +16,14 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Shaped
 
 from clipx.config import ConfigError
-from clipx.models.layers import BatchNorm, LayerNorm, torch_bias, torch_uniform, unit
+from clipx.models.layers import (
+    BatchNorm,
+    LayerNorm,
+    reduction_dtype,
+    torch_bias,
+    torch_uniform,
+    unit,
+)
 from clipx.types import constrain_rows
 
 _TILE = 2**22  # hidden units of one tile of pairs: 16 MiB of float32
@@ -164,3 +172,52 @@ class PriorDiscriminator(nn.Module):
         for i, width in enumerate(self.widths):
             x = nn.relu(_dense(width, x.shape[-1], name=f"fc_{i}")(x))
         return _dense(1, x.shape[-1], name="out")(x)[..., 0]
+
+
+class BatchNormMLP(nn.Module):
+    """Dense layers of `widths`, a BatchNorm and a ReLU after each but the last, which has a
+    BatchNorm with `last_norm`, and never a ReLU.
+
+    DeCLIP's projector (three layers of 1024, `last_norm`) and predictor (512, 1024), SLIP's head
+    (4096, 4096, 256). As in both codes every layer has a bias, also those before a BatchNorm.
+    """
+
+    widths: tuple[int, ...]
+    last_norm: bool = False
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b c"], *, train: bool = False) -> Float[Array, "b d"]:
+        for i, width in enumerate(self.widths):
+            last = i == len(self.widths) - 1
+            x = _dense(width, x.shape[-1], name=f"fc_{i}")(x)
+            if self.last_norm or not last:
+                norm = GroupedBatchNorm(str(x.dtype), groups=self.groups, name=f"norm_{i}")
+                x = norm(x, train=train)
+            x = x if last else nn.relu(x)
+        return x
+
+
+class TokenProjection(nn.Module):
+    """Every token's unit row, through one dense layer with a bias."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
+        tokens = tokens.astype(reduction_dtype(tokens.dtype))
+        return unit(_dense(self.width, tokens.shape[-1], name="fc")(tokens))
+
+
+class VocabularyHead(nn.Module):
+    """Kernel [c, words] and bias [words] of the layer that says which word a token was, which
+    shares nothing with the embedding of words. `losses.masked_lm` applies it, in tiles."""
+
+    words: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, "c v"], Float[Array, " v"]]:
+        return (
+            self.param("kernel", torch_uniform, (channels, self.words), jnp.float32),
+            self.param("bias", torch_bias(channels), (self.words,), jnp.float32),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
@@ -40,6 +41,11 @@ SIZES = {
 }
 
 
+def _frozen_product(x, kernel, *args, **options):
+    """x @ kernel, of which x alone has a gradient."""
+    return jax.lax.dot_general(x, jax.lax.stop_gradient(kernel), *args, **options)
+
+
 class MapHead(nn.Module):
     """One learned query attends to all tokens, then a residual MLP (big_vision, models/vit.py,
     MAPHead)."""
@@ -71,6 +77,9 @@ class ViT(Tower):
     override what it says. `pool`: the class token after `ln_post`; or, without class token and with
     `ln_post` over all tokens, their mean or attention pooling. `tokens` of the result are the patch
     tokens before `ln_post`. Pictures come normalised.
+
+    With `freeze_patches` the patch embedding has no gradient, as in MoCo v3 (arXiv:2104.02057,
+    section 4) and DeCLIP's code; a rule of the optimizer must spare it weight decay.
     """
 
     variant: str = "ViT-B/32"
@@ -83,6 +92,7 @@ class ViT(Tower):
     pool: Literal["class", "mean", "attention"] = "class"
     pre_norm: bool = True  # CLIP's LayerNorm before the first block
     block_init: Literal["torch", "clip"] = "torch"  # "clip": as the text tower's, scaled by depth
+    freeze_patches: bool = False  # the patch embedding stays what it starts as
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -146,6 +156,7 @@ class ViT(Tower):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=torch_uniform,
+            dot_general=_frozen_product if self.freeze_patches else None,
             name="patch_embedding",
         )(x).reshape(rows, side * side, width)
         normal = initializers.normal(width**-0.5)
