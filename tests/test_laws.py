@@ -56,7 +56,7 @@ def test_topology_and_slices_of_policies(name):
 @pytest.mark.parametrize("name", [*tiny.OBJECTIVES, *POLICIES])
 def test_rows(name):
     """Law 3: a row's features come from that row and its key alone, to the bit."""
-    module, variables = tiny.objective(name), tiny.variables(name)
+    module, variables = tiny.objective(name), jax.tree.map(jnp.asarray, tiny.variables(name))
     batch, keys = tiny.batch(module), row_keys(0, jnp.int32(5), tiny.ROWS)
 
     @jax.jit
