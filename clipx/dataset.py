@@ -38,7 +38,7 @@ from clipx.data import pack as packing
 from clipx.data import pictures, pipeline, shards, speed, tokenizers
 from clipx.data import preview as previews
 from clipx.data import verify as verifying
-from clipx.data.base import Source
+from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.webdataset import index_shards
 from clipx.run import Run, assemble
@@ -161,10 +161,8 @@ def _count_tokens(config: Mapping[str, Any]) -> Callable[[str], int] | None:
 def show_fingerprint(config: Mapping[str, Any]) -> None:
     """Prints how many rows a run has, of how many, and the digest of their keys."""
     data, spec = _section(config)
-    source = spec.open()
-    if data.fraction != 1:
-        source = pipeline.Share(source, data.fraction)
-    print(describe(source, spec.name, data.manifest))
+    source = pipeline.share(spec.open(), data.fraction)
+    print(describe(len(source), fingerprint(source), spec.name, data.manifest))
 
 
 def pack(config: Mapping[str, Any], output: str, size: str = "512MB") -> None:

@@ -109,8 +109,7 @@ class Run:
 
     def open_source(self) -> Source:
         """The data that the run trains on."""
-        source = self.source.open()
-        return source if self.data.fraction == 1 else pipeline.Share(source, self.data.fraction)
+        return pipeline.share(self.source.open(), self.data.fraction)
 
     def open_tokenizer(self, source: Source) -> tokenizers.Tokenizer:
         """The config's tokenizer, trained on the source's captions where it says so."""

@@ -38,7 +38,7 @@ from clipx.types import TrainState
 _AHEAD = 2  # steps that the host runs ahead of the devices
 
 
-def describe(run: Run, source: Source) -> list[str]:
+def describe(run: Run, digest: str) -> list[str]:
     """What is about to happen, in the units people think in."""
     batch, steps = run.batch_size, run.steps
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.state.params))
@@ -48,7 +48,7 @@ def describe(run: Run, source: Source) -> list[str]:
     return [
         f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
         f"{jax.process_count()} process(es)",
-        manifests.describe(source, run.data.source, run.data.manifest),
+        manifests.describe(run.rows, digest, run.data.source, run.data.manifest),
         f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
         f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",
     ]
@@ -288,7 +288,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     main = jax.process_index() == 0
     if main:
         write_json(folder / "config.json", run.complete)
-        print("\n".join(describe(run, source)), flush=True)
+        print("\n".join(describe(run, digest)), flush=True)
     if start is None:
         start, state, seconds = 0, run.init(), None
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import optax
 import pytest
 import test_laws
 import tiny
+from declip_oracle import ORACLE, WIDE, sines, unit
 
 from clipx import config as configs
 from clipx import losses
@@ -25,18 +24,6 @@ from clipx.optimizer import OptimizerConfig, claim, make_schedule
 from clipx.run import assemble
 from clipx.step import make_train_step, row_keys
 from clipx.types import TrainState
-
-ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
-WIDE = pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
-
-
-def sines(shape, phase, scale=1.0):
-    """The S of the oracle's convention."""
-    return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def declip(**fields) -> DeCLIP:

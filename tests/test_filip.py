@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import test_laws
 import tiny
+from declip_oracle import ORACLE, WIDE, sines, unit
 
 from clipx.config import ConfigError, bind
 from clipx.encode import Encode
@@ -19,18 +18,6 @@ from clipx.mesh import MeshConfig, make_mesh
 from clipx.objectives.filip import FILIP, FILIPFeatures, hide_words
 from clipx.step import row_keys
 from clipx.types import Encoded
-
-ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
-WIDE = pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
-
-
-def sines(shape, phase, scale=1.0):
-    """The S of the oracle's convention."""
-    return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def filip(**fields) -> FILIP:

@@ -5,8 +5,6 @@ Sets of addresses rot, so a copy has fewer; a run says how many of how many it h
 
 from __future__ import annotations
 
-from clipx.data.base import Source, fingerprint
-
 MANIFESTS = {
     "coco": 118_287,  # pictures of train2017, about five captions each
     "cc3m": 3_318_333,  # Sharma et al., ACL 2018, the training split
@@ -16,15 +14,14 @@ MANIFESTS = {
 }
 
 
-def describe(source: Source, name: str, manifest: str | None) -> str:
+def describe(rows: int, fingerprint: str, name: str, manifest: str | None) -> str:
     """Which rows these are: how many, of how many where a manifest is named, and their
     fingerprint, as "cc12m: 7.62 M of 12.42 M, fingerprint ab12..."."""
-    rows = len(source)
     count = f"{name}: {rows:,} rows"
     if manifest:
         whole = MANIFESTS[manifest]
         count = f"{manifest}: {_count(rows)} of {_count(whole)} ({rows / whole:.1%})"
-    return f"{count}, fingerprint {fingerprint(source)}"
+    return f"{count}, fingerprint {fingerprint}"
 
 
 def _count(rows: int) -> str:

@@ -54,6 +54,11 @@ def _at(shuffled, rows: int, epoch: int, position: int) -> int:
     return shuffled[epoch * rows + position]
 
 
+def share(source: Source, fraction: float) -> Source:
+    """`source` itself, or so much of it."""
+    return source if fraction == 1 else Share(source, fraction)
+
+
 class Share:
     """A source of floor(rows x fraction) rows of another, chosen by a shuffle that is always the
     same; each keeps the row id that it has there. No subclass: no config asks for it by name."""

@@ -89,14 +89,14 @@ def rows_of(
     return np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=0, neginf=0)
 
 
-def labels_of(examples: Examples, where: str) -> np.ndarray:
+def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
     """The label of every row. Raises `ConfigError` for a row that has none, and for no rows."""
     labels = [examples.label(row) for row in range(len(examples))]
     if not labels:
         raise ConfigError(where, "an empty data set", "at least one example")
     for row, label in enumerate(labels):
         if label is None:
-            raise ConfigError(where, f"row {row} without a label", "a label for every row")
+            raise ConfigError(where, f"row {row} without a label", "a label for every row", fix)
     return np.asarray(labels)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples
+from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of
 from clipx.types import Encoded
 
 # Lists that are asked for by name, and what open_clip calls them.
@@ -108,24 +108,17 @@ class ZeroShot(Evaluator):
         return classes
 
     def _labels(self, n_classes: int) -> Int[np.ndarray, " n"]:
-        labels = [self.examples.label(row) for row in range(len(self.examples))]
-        if not labels:
-            raise ConfigError("zero_shot.examples", "an empty data set", "at least one example")
+        labels = labels_of(
+            self.examples, "zero_shot.examples", "a set of captions is what `retrieval` scores"
+        )
         for row, label in enumerate(labels):
-            if label is None:
-                raise ConfigError(
-                    "zero_shot.examples",
-                    f"row {row} without a label",
-                    "a label for every row",
-                    "a set of captions is what `retrieval` scores",
-                )
             if not 0 <= label < n_classes:
                 raise ConfigError(
                     "zero_shot.classes",
                     f"{n_classes} names, and row {row} with label {label}",
                     f"a label from 0 to {n_classes - 1}",
                 )
-        return np.asarray(labels)
+        return labels
 
 
 def _names(value: tuple[str, ...] | str, where: str, known: dict[str, str]) -> tuple[str, ...]:

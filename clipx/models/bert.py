@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Array, Bool, Float, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from clipx.config import ConfigError
-from clipx.models.layers import LayerNorm, Tower, check, drop, dropout_keys, reduction_dtype
+from clipx.models.layers import (
+    LayerNorm,
+    Tower,
+    check,
+    drop,
+    dropout_keys,
+    reduction_dtype,
+    text_lengths,
+)
 from clipx.types import Encoded, PyTree, constrain_rows
 
 _EPS = 1e-12
@@ -136,7 +144,7 @@ class BERT(Tower):
         if length > self.positions:
             raise ValueError(f"{self.at('positions')}: {self.positions}, texts: {x.shape}")
         keys = dropout_keys(self.dropout, train, keys)
-        valid = jnp.arange(length) < self._lengths(ids)[:, None]
+        valid = jnp.arange(length) < text_lengths(ids, self.eot_id, self.pad_id)[:, None]
 
         def table(name, rows, init=_normal):
             return self.param(name, init, (rows, self.width), jnp.float32)
@@ -160,13 +168,6 @@ class BERT(Tower):
             )(x, valid, keys, 1 + 3 * i)
         pooler = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="pooler")
         return self.encoded(jnp.tanh(pooler(x[:, 0])), x)
-
-    @nn.nowrap
-    def _lengths(self, ids: Int32[Array, "b n"]) -> Int[Array, " b"]:
-        """Tokens of each row that are no padding, 1 at least."""
-        is_eot = ids == self.eot_id
-        text_end = ids.shape[1] - (ids != self.pad_id)[:, ::-1].argmax(axis=1)
-        return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
 
     @nn.nowrap
     def pretrained(self) -> dict[str, PyTree]:

@@ -19,10 +19,10 @@ from clipx.config import ConfigError
 from clipx.models.layers import (
     BatchNorm,
     LayerNorm,
-    reduction_dtype,
     torch_bias,
     torch_uniform,
     unit,
+    wide,
 )
 from clipx.types import constrain_rows
 
@@ -205,7 +205,7 @@ class TokenProjection(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
-        tokens = tokens.astype(reduction_dtype(tokens.dtype))
+        tokens = wide(tokens)
         return unit(_dense(self.width, tokens.shape[-1], name="fc")(tokens))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.config import ConfigError
 from clipx.types import Encoded, PyTree, constrain_rows
@@ -55,6 +55,11 @@ def reduction_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def wide(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """`x` in float32 at least, which is what heads and losses compute in."""
+    return x.astype(reduction_dtype(x.dtype))
+
+
 def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Rows of length 1, float32 at least. Rows shorter than 1e-6 stay shorter than 1, so that value
     and gradient are finite everywhere."""
@@ -69,6 +74,14 @@ def mean_tokens(
     weight = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid
     weight = weight[..., None].astype(reduction_dtype(x.dtype))
     return ((x * weight).sum(1) / weight.sum(1)).astype(x.dtype)
+
+
+def text_lengths(ids: Int32[Array, "b n"], eot_id: int, pad_id: int) -> Int[Array, " b"]:
+    """Tokens of each row that are no padding, 1 at least. Padding is what follows the first
+    `eot_id`, or, in a row without one, the `pad_id`s at its end."""
+    is_eot = ids == eot_id
+    text_end = ids.shape[1] - (ids != pad_id)[:, ::-1].argmax(axis=1)
+    return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
 
 
 class Tower(nn.Module):

@@ -9,7 +9,15 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Array, Int32, Key
 
-from clipx.models.layers import LayerNorm, Tower, Transformer, check, dropout_keys, mean_tokens
+from clipx.models.layers import (
+    LayerNorm,
+    Tower,
+    Transformer,
+    check,
+    dropout_keys,
+    mean_tokens,
+    text_lengths,
+)
 from clipx.types import Encoded
 
 
@@ -85,12 +93,10 @@ class TextTransformer(Tower):
         )
         x = x + position[:length].astype(x.dtype)
         is_eot = ids == self.eot_id
-        has_eot = is_eot.any(axis=1)
-        eot = jnp.where(has_eot, is_eot.argmax(axis=1), length - 1)
+        eot = jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1), length - 1)
         lengths = None
         if self.mask_padding:
-            text_end = length - (ids != self.pad_id)[:, ::-1].argmax(axis=1)
-            lengths = jnp.where(has_eot, eot + 1, text_end).astype(jnp.int32)
+            lengths = text_lengths(ids, self.eot_id, self.pad_id).astype(jnp.int32)
         x = Transformer(
             depth=self.depth,
             heads=self.heads,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clipx import augment
-from clipx.models.layers import Tower
+from clipx.models.layers import Tower, check
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
 
 
@@ -39,12 +39,8 @@ class Objective(nn.Module):
     @property
     def views(self) -> Views:
         """What the data pipeline must deliver."""
-        return Views((self.view(),), mirror_words=augment.find(self.augmentation).mirror_words)
-
-    def view(self) -> View:
-        """One picture view of `augmentation`."""
-        policy = augment.find(self.augmentation)
-        return View(self.crop_scale or policy.scale, policy.flip, policy)
+        view = picture_view(self.augmentation, self.crop_scale)
+        return Views((view,), mirror_words=view.photometry.mirror_words)
 
     @property
     def compares(self) -> tuple[str, ...]:
@@ -117,6 +113,24 @@ def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
     weights = np.random.default_rng(0).integers(1 << 32, size=n, dtype=np.uint32) | 1
     total = jnp.sum(text.astype(jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(total, jnp.int32)
+
+
+def picture_view(
+    augmentation: augment.Named | augment.Policy, crop_scale: tuple[float, float] | None
+) -> View:
+    """A view of an augmentation, its crops of `crop_scale` if that is given."""
+    policy = augment.find(augmentation)
+    return View(crop_scale or policy.scale, policy.flip, policy)
+
+
+def check_groups(groups: int, rows: int) -> None:
+    """Raises `ConfigError` for rows that do not fall into so many groups."""
+    check(
+        rows % groups == 0,
+        "config.objective.groups",
+        f"{groups}, with {rows} rows",
+        "a number that divides the batch",
+    )
 
 
 def tower_keys(keys: Key[Array, " b"], tower: int) -> Key[Array, " b"]:

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int32, Key
 
 from clipx import augment, losses
 from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next_row
-from clipx.models.layers import check, reduction_dtype, unit
-from clipx.objectives.base import Objective, tower_keys
+from clipx.models.layers import check, unit, wide
+from clipx.objectives.base import Objective, check_groups, tower_keys
 from clipx.types import Encoded, Features, Loss, Views
 
 # the critic of picture-caption pairs, and that of two views or two captions of one picture
@@ -109,11 +109,11 @@ class CLIPLite(Objective):
 
         def image(view, use):
             pictures = self.picture(batch, keys, view)
-            return _wide(towers.encode_image(pictures, train=train, keys=tower_keys(keys, use)).raw)
+            return wide(towers.encode_image(pictures, train=train, keys=tower_keys(keys, use)).raw)
 
         def text(view, use):
             ids = batch.text[:, view]
-            return _wide(towers.encode_text(ids, train=train, keys=tower_keys(keys, use)).raw)
+            return wide(towers.encode_text(ids, train=train, keys=tower_keys(keys, use)).raw)
 
         own_image, own_text = image(0, _IMAGE), text(0, _TEXT)
         prior = None
@@ -141,13 +141,7 @@ class CLIPLite(Objective):
         return losses.prior(discriminator(x), discriminator(noise))
 
     def loss(self, features, memory, *, train):
-        rows = features.image.shape[0]
-        check(
-            rows % self.groups == 0,
-            "config.objective.groups",
-            f"{self.groups}, with {rows} rows",
-            "a number that divides the batch",
-        )
+        check_groups(self.groups, features.image.shape[0])
         pairs = {"cross_modal": (self.image_text, features.image, features.text)}
         if self.image_terms:
             pairs["image"] = (self.image_image, features.image, features.other_image)
@@ -192,15 +186,10 @@ class CLIPLite(Objective):
         before a critic that takes both sides at once, it is the tower's own."""
         if train or not isinstance(self.image_text, DotCritic):
             return encoded
-        raw = getattr(self.image_text, side)(_wide(encoded.raw))
+        raw = getattr(self.image_text, side)(wide(encoded.raw))
         return encoded.replace(raw=raw, unit=unit(raw))
 
     def similarity(self, images, texts):
         if isinstance(self.image_text, DotCritic):
             return super().similarity(images, texts)
         return self.image_text.pairs(images.raw, texts.raw)
-
-
-def _wide(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """`x` in float32 at least, which is what the heads compute in."""
-    return x.astype(reduction_dtype(x.dtype))

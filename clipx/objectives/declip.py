@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from clipx import augment, losses
 from clipx.models.heads import BatchNormMLP, VocabularyHead
-from clipx.models.layers import check, reduction_dtype, unit
-from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.models.layers import check, unit, wide
+from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
 from clipx.objectives.filip import (
     LateInteraction,
     check_late_interaction,
@@ -168,8 +168,8 @@ class DeCLIP(Objective):
             image_tokens = dense.image_tokens(own_image.tokens)
             text_tokens = dense.text_tokens(own_text.tokens, caption, end)
         return DeCLIPFeatures(
-            image=_wide(own_image.raw),
-            other_image=_wide(image(1, _OTHER_IMAGE).raw),
+            image=wide(own_image.raw),
+            other_image=wide(image(1, _OTHER_IMAGE).raw),
             text=own_text.unit,
             other_text=text(augmented, _OTHER_TEXT).unit,
             masked_lm=masked_lm,
@@ -180,12 +180,7 @@ class DeCLIP(Objective):
 
     def loss(self, features, memory, *, train):
         rows = len(features.text)
-        check(
-            rows % self.groups == 0,
-            "config.objective.groups",
-            f"{self.groups}, with {rows} rows",
-            "a number that divides the batch",
-        )
+        check_groups(self.groups, rows)
         images = unit(features.image), unit(features.other_image)
         texts = features.text, features.other_text
         scale = capped(jnp.exp(self.logit_scale), self.logit_scale_cap)
@@ -249,8 +244,3 @@ def capped(scale: Float[Array, ""], cap: float | None) -> Float[Array, ""]:
         return scale
     fixed = jax.lax.stop_gradient(scale)
     return jnp.minimum(fixed, cap) + (scale - fixed)
-
-
-def _wide(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """`x` in float32 at least, which is what the heads compute in."""
-    return x.astype(reduction_dtype(x.dtype))

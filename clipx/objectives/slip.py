@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 
 from clipx import augment, losses
 from clipx.models.heads import BatchNormMLP
-from clipx.models.layers import check, reduction_dtype, unit
-from clipx.objectives.base import tower_keys
+from clipx.models.layers import check, unit, wide
+from clipx.objectives.base import picture_view, tower_keys
 from clipx.objectives.clip import CLIP, ClipFeatures
-from clipx.types import Loss, View, Views
+from clipx.types import Loss, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,7 @@ class SLIP(CLIP):
 
     @property
     def views(self) -> Views:
-        policy = augment.find(self.ssl_augmentation)
-        distorted = View(self.ssl_crop_scale or policy.scale, policy.flip, policy)
+        distorted = picture_view(self.ssl_augmentation, self.ssl_crop_scale)
         views = super().views
         return views._replace(pictures=(*views.pictures, distorted, distorted))
 
@@ -79,7 +78,7 @@ class SLIP(CLIP):
         def view(number):
             use = tower_keys(keys, 1 + number)  # 0 and 1 are CLIP's two towers
             encoded = self.encode_image(self.picture(batch, keys, number), train=train, keys=use)
-            return encoded.backbone.astype(reduction_dtype(encoded.backbone.dtype))
+            return wide(encoded.backbone)
 
         return SLIPFeatures(
             image=features.image,

@@ -1,0 +1,19 @@
+"""What the tests against `oracles/declip.json` share."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
+WIDE = pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+
+
+def sines(shape, phase, scale=1.0):
+    """The S of the oracle's convention."""
+    return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
