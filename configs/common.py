@@ -63,3 +63,28 @@ def small(objective, towers=SMALL, *, augmentation="flip", crop_scale=(0.6, 1.0)
             "evals": {"retrieval": FLICKR8K_RETRIEVAL},
         }
     )
+
+
+def compared(config, *, zero_shot=True):
+    """What the comparisons share: Flickr8k, $FLICKR8K's folder, evaluated once at the end, with
+    probes and class names of the pictures under $CIFAR10 and $TINY_IMAGENET."""
+
+    def source(folder, name, **names):
+        return {"source": "folder", "path": f"${folder}/{name}.tar", **names}
+
+    names = {"names": "$TINY_IMAGENET/classnames.json"}
+    sets = {
+        "cifar10": (source("CIFAR10", "train"), source("CIFAR10", "test")),
+        "tiny_imagenet": (
+            source("TINY_IMAGENET", "train", **names),
+            source("TINY_IMAGENET", "val", **names),
+        ),
+    }
+    config.data.path = "$FLICKR8K/train-*.tar"
+    config.evals.retrieval.data.path = "$FLICKR8K/test-*.tar"
+    for name, (train, test) in sets.items():
+        config.evals[name] = {"evaluator": "linear_probe", "data": test, "train_data": train}
+        if zero_shot:
+            config.evals[f"{name}_zero_shot"] = {"evaluator": "zero_shot", "data": test}
+    config.train.update({"eval_every_steps": None, "save_every_steps": 1000, "best": ""})
+    return config

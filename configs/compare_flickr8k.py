@@ -8,6 +8,7 @@ recall after two epochs (at 64 and 256 not all four were tried; of equals the sm
 
 import clip
 import clip_lite
+import common
 
 _METHODS = {"clip": clip, "clip_lite": clip_lite, "clip_one": clip}
 _LEARNING_RATES = {
@@ -22,26 +23,12 @@ _LEARNING_RATES = {
 VARIANTS = tuple(_LEARNING_RATES)
 
 
-def _probe(folder, train, test, **names):
-    def source(name):
-        return {"source": "folder", "path": f"${folder}/{name}.tar", **names}
-
-    return {"evaluator": "linear_probe", "data": source(test), "train_data": source(train)}
-
-
 def get_config(variant=VARIANTS[0]):
     method, _, batch = variant.rpartition("_b")
     config = _METHODS[method].get_config("small")
     if method == "clip_one":
         config.objective.groups = int(batch) // 2
-    config.data.path = "$FLICKR8K/train-*.tar"
-    config.evals.retrieval.data.path = "$FLICKR8K/test-*.tar"
-    config.evals.cifar10 = _probe("CIFAR10", "train", "test")
-    config.evals.tiny_imagenet = _probe(
-        "TINY_IMAGENET", "train", "val", names="$TINY_IMAGENET/classnames.json"
-    )
-    config.train.update(
-        {"batch_size": int(batch), "eval_every_steps": None, "save_every_steps": 1000, "best": ""}
-    )
+    common.compared(config, zero_shot=False)
+    config.train.batch_size = int(batch)
     config.optimizer.learning_rate = _LEARNING_RATES[variant]
     return config

@@ -189,6 +189,13 @@ def test_no_match_names_what_is_there(shards):
     assert "nothing given" in message(lambda: WebDataset(()))
 
 
+@pytest.mark.parametrize("name", ["$NO_SUCH_FOLDER", "${NO_SUCH_FOLDER}"])
+def test_a_variable_that_is_not_set_is_named(monkeypatch, name):
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    found = message(lambda: WebDataset(f"{name}/train-*.tar"))
+    assert found.startswith(f"{name}/train-*.tar: the environment variable NO_SUCH_FOLDER is not")
+
+
 def test_missing_shards_of_a_range_are_named(shards):
     os.remove(shards / "train-001.tar")
     assert message(lambda: WebDataset(str(shards / "train-{000..004}.tar"))) == (

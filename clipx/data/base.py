@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +24,18 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"
+
+
+def expand_user(path: str) -> str:
+    """`path` with ~ and $NAME replaced. Raises `DataError` for a name that is not set."""
+    full = os.path.expandvars(os.path.expanduser(path))
+    for name in re.findall(r"\$\{?(\w+)", full):
+        if name not in os.environ:
+            raise DataError(
+                f"{path}: the environment variable {name} is not set; "
+                f"export {name}=... with the folder it stands for"
+            )
+    return full
 
 
 class Example(NamedTuple):

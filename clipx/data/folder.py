@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.base import BadSample, DataError, Example, Source, expand_user
 from clipx.data.columns import PICTURE_ENDS
 from clipx.data.shards import read
 
@@ -34,7 +34,7 @@ class Folder(Source):
     names: str = ""  # a json file {folder: name of the class}; '': the folder's, _ as a space
 
     def __post_init__(self):
-        path = os.path.expandvars(os.path.expanduser(self.path))
+        path = expand_user(self.path)
         members = _in_folder(path) if os.path.isdir(path) else _in_tar(path)
         pictures = [name for name in members if name.lower().endswith(PICTURE_ENDS)]
         top = _top(path, members, pictures)
@@ -204,7 +204,7 @@ def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
     """The name of each class folder, from a json file where one is given."""
     if not names:
         return tuple(folder.replace("_", " ") for folder in folders)
-    path = os.path.expandvars(os.path.expanduser(names))
+    path = expand_user(names)
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from clipx.data.base import DataError
+from clipx.data.base import DataError, expand_user
 from clipx.data.columns import PICTURE_ENDS, File, strings
 
 _LOOKED_AT = 100  # rows
@@ -170,7 +170,7 @@ def root(table: str, given: str, paths: Sequence[str]) -> str:
     """The folder to which `paths`, the first of a table, are relative: `given`, or of the places
     where pictures lie the one with most of them. Raises `DataError` where none is there."""
     paths = list(dict.fromkeys(paths))
-    given_folder = os.path.expandvars(os.path.expanduser(given))
+    given_folder = expand_user(given)
     if not paths:  # no row has one: that is told of each row, when it is read
         return given_folder
     links = [path for path in paths if "://" in path]

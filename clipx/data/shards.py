@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipx.data.base import DataError
+from clipx.data.base import DataError, expand_user
 
 THREADS = 32  # for remote files: their time is waiting
 ABSENT = -1  # the size of what is not there
@@ -45,7 +45,7 @@ def is_remote(path: str) -> bool:
 def expand(pattern: str) -> list[Shard]:
     """The files of one path, sorted within each brace. Raises `DataError` for a pattern without a
     match and for a brace range of which some files are missing."""
-    full = os.path.expandvars(os.path.expanduser(pattern))
+    full = expand_user(pattern)
     alternatives = _braces(full)
     if is_remote(full):
         with concurrent.futures.ThreadPoolExecutor(min(len(alternatives), THREADS)) as pool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.base import BadSample, DataError, Example, Source, expand_user
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # best first
 _NO_CAPTION = re.compile(r"(^|[/_])(file|id|key|path|uri|url|license|locale|lang)", re.IGNORECASE)
@@ -91,7 +91,7 @@ class Tfds(Source):
                 f"data source tfds: a package is missing ({error}); pip install 'clipx[tfds]'"
             ) from None
         folder = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        folder = os.path.expandvars(os.path.expanduser(folder))
+        folder = expand_user(folder)
         try:
             return read_only_builder.builder_from_files(self.name, data_dir=folder)
         except tfds.core.DatasetNotFoundError:
