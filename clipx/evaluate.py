@@ -1,8 +1,13 @@
-"""`python -m clipx.evaluate --workdir=DIR`: runs the evals of a run, its own or a config's."""
+"""`python -m clipx.evaluate --workdir=DIR`: runs the evals of a run, its own, a config's, or those
+named: `--evals=zero_shot,linear_probe --data=source=folder,path=DIR`."""
 
 from __future__ import annotations
 
+import os
 import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import flags
@@ -10,42 +15,133 @@ from absl import flags
 from clipx import cli
 from clipx import config as configs
 from clipx.checkpoint import prepare_workdir, read_json, write_json
-from clipx.config import ConfigError
-from clipx.run import restore
+from clipx.config import ConfigError, find
+from clipx.evaluators.base import Evaluator, evaluate_all
+from clipx.run import Run, restore
+from clipx.sections import EvalSpec
+
+# CLIP_benchmark's names of tasks and, by an evaluator's file, of its metrics; what is not here
+# keeps its own. Its retrieval of pictures is by a text.
+_TASKS = {
+    "zero_shot": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "linear_probe": "linear_probe",
+}
+_CLASSIFIED = {"top1": "acc1", "top5": "acc5", "mean_per_class": "mean_per_class_recall"}
+_METRICS = {
+    "zero_shot": _CLASSIFIED,
+    "linear_probe": {name: f"lp_{other}" for name, other in _CLASSIFIED.items()},
+    "retrieval": {
+        f"{ours}_R@{k}": f"{theirs}_retrieval_recall@{k}"
+        for ours, theirs in (("text_to_image", "image"), ("image_to_text", "text"))
+        for k in (1, 5, 10)
+    },
+}
+_SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}
 
 
-def table(results: dict[str, float]) -> list[str]:
+def section(text: str, where: str) -> dict[str, Any]:
+    """A source's section out of a flag: its keys as in a config, `source=tfds,name=cifar10`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise ConfigError(
+                where,
+                repr(text),
+                "key=value,key=value: a source and its keys, as in a config",
+                f"{where}=source=folder,path=DIR",
+            )
+    return {key: configs.parse(value) for key, _, value in pairs}
+
+
+def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, Any]:
+    """The sections of the evals that are named, of all where none is: those of `evals`, or new ones
+    by their evaluators' names. `data` and `train_data`, where given, are the sources of all of them
+    that read such a one. Raises `ConfigError` for a name that is neither."""
+    found = {}
+    for name in names.split(",") if names else evals:
+        own = dict(evals.get(name, {}))
+        try:
+            evaluator = find("evaluators", own.get("evaluator") or name, Evaluator)
+        except ConfigError as error:
+            error.where = "--evals"
+            raise
+        for key, text in sources.items():
+            if text and _SOURCE_FLAGS[key] in configs.fields(evaluator):
+                own[key] = section(text, f"--{key}")
+        found[name] = own
+    return found
+
+
+def dataset(spec: EvalSpec) -> str:
+    """A short name of the data that an eval reads: of a set, or of where it lies."""
+    source = spec.config.data or spec.values
+    path = source.get("path") or source.get("name") or source.get("source") or spec.name
+    first = path if isinstance(path, str) else path[0]
+    parts = [re.sub(r"\{.*?\}|\*|\.\w+$", "", part) for part in first.split("/")[-2:]]
+    parts.append(str(source.get("split", "")))
+    slugs = (re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts)
+    return "-".join(filter(None, slugs))
+
+
+def results(run: Run, workdir: pathlib.Path, step: int, found: Mapping[str, float]) -> dict:
+    """What was found, one entry for each eval, by the name of its file: the layout of LAION's
+    CLIP_benchmark, whose `build` command makes one table of many, and beside it the eval's own
+    section."""
+    names = (run.complete[part]["name"] for part in ("objective", "image", "text"))
+    model, entries = "-".join(names), {}
+    for spec in run.evals:
+        evaluator, start = spec.config.evaluator or spec.name, f"{spec.name}/"
+        own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+        renamed = _METRICS.get(evaluator, {})
+        entries[f"{dataset(spec)}_{spec.name}.json"] = {
+            "dataset": dataset(spec),
+            "model": model,
+            "pretrained": f"{workdir.name}_{step}",
+            "task": _TASKS.get(evaluator, evaluator),
+            "metrics": {renamed.get(key, key): value for key, value in own.items()},
+            "language": "en",
+            "eval": run.complete["evals"][spec.name],
+        }
+    return entries
+
+
+def table(found: Mapping[str, float]) -> list[str]:
     """Lines of aligned names and values."""
-    width = max(map(len, results))
-    return [f"  {name:{width}}  {value:.4f}" for name, value in results.items()]
+    width = max(map(len, found))
+    return [f"  {name:{width}}  {value:.4f}" for name, value in found.items()]
 
 
-def evaluate(workdir: str, step: str, config: dict) -> dict[str, float]:
+def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, float]:
     """The metrics of every eval of `config`, by `<eval>/<metric>`, at the step of a workdir; also
-    written to `evaluation_<step>.json` there."""
+    written to a file for each eval in its folder `evaluation_<step>`."""
     run, state = restore(workdir, step, config=config)
     if not run.evals:
         raise ConfigError(
-            "config.evals", "nothing", "at least one eval", "--config=FILE with evals"
+            "config.evals", "nothing", "at least one eval", "--evals, or --config=FILE with evals"
         )
-    results, encode = {}, run.encode(state)
-    for name, evaluator in run.evaluators().items():
-        found = evaluator(encode)
-        results |= {f"{name}/{key}": float(value) for key, value in found.items()}
+    found = evaluate_all(run.evaluators(), run.encode(state))
     if jax.process_index() == 0:
-        at = int(state.step)
-        path = prepare_workdir(workdir) / f"evaluation_{at}.json"
-        write_json(path, {"step": at, "evals": run.complete["evals"], "metrics": results})
+        at, folder = int(state.step), prepare_workdir(workdir).absolute()
         print(f"step {at:,} of {workdir}")
-        print("\n".join(table(results)))
-        print(f"written to {path}")
-    return results
+        print("\n".join(table(found)))
+        into = prepare_workdir(folder / f"evaluation_{at}")
+        for name, entry in results(run, folder, at, found).items():
+            write_json(into / name, entry)
+            print(f"written to {into / name}")
+    return found
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
     config = read_json(pathlib.Path(flags.FLAGS.workdir).expanduser() / "config.json")
     if flags.FLAGS.config:
         config["evals"] = configs.load(flags.FLAGS.config).get("evals", {})
+    config["evals"] = chosen(
+        config["evals"],
+        flags.FLAGS.evals,
+        data=flags.FLAGS.data,
+        train_data=flags.FLAGS.train_data,
+    )
     for path, text in overrides:
         if path.split(".")[0] != "evals":
             raise ConfigError(
@@ -58,5 +154,8 @@ def main(overrides: list[tuple[str, str]]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
+    flags.DEFINE_string("evals", "", "Those of the evals, or new ones by evaluator, with commas.")
+    flags.DEFINE_string("data", "", "The evals' data instead of their own: source=...,path=...")
+    flags.DEFINE_string("train_data", "", "The same for what probes are trained on.")
     flags.DEFINE_string("step", "latest", "Which checkpoint: a step, latest or best.")
     cli.run(main, required=("workdir",))

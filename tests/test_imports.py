@@ -18,13 +18,14 @@ SOURCES = FILES + sorted(
 )
 FLOORS = (
     ("types", "config"),
-    ("losses", "models", "kmeans", "mesh", "augment", "optimizer"),
+    ("losses", "models", "kmeans", "pca", "mesh", "augment", "optimizer"),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
-    ("run", "sections", "encode", "checkpoint", "metrics"),
+    ("run", "sections", "encode", "checkpoint", "metrics", "episodes", "cluster", "distributed"),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
         *("report", "compare", "teacher", "doctor", "bench"),
+        *("figures", "sheets"),
     ),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,7 +46,7 @@ ONLY = {
     },
     "grain": ("clipx/data/*",),
     "tensorflow_datasets": ("clipx/data/*",),
-    "orbax": ("clipx/checkpoint.py",),
+    "orbax": ("clipx/checkpoint.py", "clipx/distributed.py"),
     "torch": (),
     "jax._src": (),
     # grain reads one of absl's flags: the pipeline marks them as parsed where no command did so

@@ -1,77 +1,77 @@
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
+from pixels import Encode, Examples, draw
 
 from clipx.config import ConfigError, bind
 from clipx.evaluators import linear_probe
-from clipx.evaluators.linear_probe import LinearProbe, accuracy, choose_cost, logistic, sgd
-from clipx.types import Encoded
+from clipx.evaluators.base import accuracies
+from clipx.evaluators.linear_probe import _SGD, LinearProbe, choose_cost, logistic, sgd
 
-LogisticRegression = pytest.importorskip("sklearn.linear_model").LogisticRegression
-
-
-@dataclasses.dataclass
-class Examples:
-    """Pictures of one pixel: the row in its red, the set in its green."""
-
-    labels: list
-    which: int = 0
-    classes: tuple[str, ...] = ()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def label(self, row):
-        return self.labels[row]
-
-    def batches(self, size):
-        pixels = np.zeros((len(self), 1, 1, 3), np.uint8)
-        pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.arange(len(self)), self.which
-        yield from (pixels[i : i + size] for i in range(0, len(self), size))
+RAW = ("protoclip", "protoclip_logistic")
 
 
-class Encode:
-    def __init__(self, *sets):
-        self.sets = sets
-
-    def image(self, pictures, fields=()):
-        assert fields == ("backbone",)
-        return Encoded(backbone=np.stack([self.sets[p[1]][p[0]] for p in pictures[:, 0, 0]]))
-
-
-def draw(seed, rows, classes, spread):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, rows)
-    centres = np.random.default_rng(9).normal(size=(classes, 8))
-    return centres[labels] + spread * rng.normal(size=(rows, 8)), labels
-
-
-@pytest.mark.parametrize("preset", ["logistic", "imagenet"])
-def test_classes_apart_are_told_apart_and_others_not(preset):
+@pytest.mark.parametrize(
+    "preset, more",
+    [
+        ("logistic", {"cost"}),
+        ("protoclip_logistic", set()),
+        ("clip_lite", set()),
+        ("slip", {"best_on_test"}),
+        ("protoclip", {"best_on_test"}),
+    ],
+)
+def test_classes_apart_are_told_apart_and_others_not(preset, more):
     (seen, train), (unseen, test) = draw(0, 120, 7, 0.2), draw(1, 50, 7, 0.2)
     test[:5] = (test[:5] + 1) % 7  # these are wrong, but for the top 5
     probe = LinearProbe(Examples(list(test)), Examples(list(train), 1), preset, batch_size=32)
-    found = probe(Encode(unseen, seen))
+    found = probe(Encode("raw" if preset in RAW else "backbone", unseen, seen))
     assert found["top1"] == pytest.approx(0.9)
-    assert 0.9 <= found["top5"] <= 1
-    assert set(found) - {"top1", "top5"} == ({"cost"} if preset == "logistic" else set())
+    assert 0.9 <= found["top5"] <= 1 and 0.7 < found["mean_per_class"] < 0.95
+    assert set(found) - {"top1", "top5", "mean_per_class"} == more
+    assert found.get("best_on_test", 1) >= found["top1"]
 
 
-@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("classes", [2, 7])
 def test_logistic_standardises_by_the_training_set(classes):
-    (seen, train), (unseen, _) = draw(2, 60, classes, 1.0), draw(3, 20, classes, 1.0)
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    (seen, train), (unseen, _) = draw(2, 120, classes, 1.0), draw(3, 20, classes, 1.0)
     seen, unseen = seen * [1, 9, 1, 1, 1, 1, 1, 0] + 5, unseen * [1, 9, 1, 1, 1, 1, 1, 0] + 5
     scale = np.where(seen.std(0) > 1e-9, seen.std(0), 1)
-    model = LogisticRegression(C=0.3, max_iter=1000).fit((seen - seen.mean(0)) / scale, train)
+    model = sklearn.LogisticRegression(C=0.3, max_iter=1000, tol=1e-8)
+    model.fit((seen - seen.mean(0)) / scale, train)
     expected = model.predict_log_proba((unseen - seen.mean(0)) / scale)
     found = logistic(seen, train, unseen, classes + 1, 0.3)
     assert (found[:, -1] == -np.inf).all()  # a class of the test set alone
-    found = found[:, :-1] if classes > 2 else found[:, :-1] / 2  # a margin, and its two halves
+    found = found[:, :-1]
     found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_logistic_equals_scikit_learns_within_a_tenth_of_a_point(standardise, monkeypatch):
+    """On its 1,797 written digits; tiles of 256 rows, the last not full."""
+    monkeypatch.setattr(linear_probe, "_CHUNK", 256)
+    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    rows, labels = datasets.load_digits(return_X_y=True)
+    rows /= 16
+    order = np.random.default_rng(0).permutation(len(labels))
+    seen, held = order[:700], order[700:]
+    mean, std = rows[seen].mean(0), rows[seen].std(0)
+    scaled = (rows - mean) / np.where(std > 1e-6, std, 1) if standardise else rows
+    for cost in (1e-3, 1e-1):
+        found = logistic(
+            rows[seen].astype("f"), labels[seen], rows[held], 10, cost, standardise=standardise
+        )
+        model = LogisticRegression(C=cost, max_iter=1000, tol=1e-6)
+        with threadpool_limits(1):  # more of them wait for each other on a busy machine
+            model.fit(scaled[seen], labels[seen])
+        expected = model.score(scaled[held], labels[held])
+        assert np.mean(found.argmax(1) == labels[held]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_cost_is_the_one_best_on_a_held_out_fifth(monkeypatch):
@@ -90,39 +90,58 @@ def test_the_cost_is_the_one_best_on_a_held_out_fifth(monkeypatch):
     assert asked == [(40, 10, set())] * 3
 
 
-def test_sgd_equals_its_definition(monkeypatch):
-    monkeypatch.setattr(linear_probe, "_SGD_BATCH", 16)
-    (seen, train), (unseen, _) = draw(4, 40, 3, 1.0), draw(5, 10, 3, 1.0)
-    found = sgd(seen.astype(np.float32), train, unseen.astype(np.float32), 3, 4)
-    rng, total = np.random.default_rng(0), 12  # 4 epochs of 3 batches
-    kernel, bias = initial_kernel(3), np.zeros(3)
+@pytest.mark.parametrize("preset", ["clip_lite", "protoclip"])
+def test_sgd_equals_its_definition(preset):
+    recipe = _SGD[preset]._replace(batch=16, epochs=4, decay=0.01 * (preset == "protoclip"))
+    seen, train = draw(4, 40, 3, 1.0)
+    probes = list(sgd(seen.astype(np.float32), train, 3, recipe))
+    assert len(probes) == 4
+    zeros = np.zeros((4, 8), np.float32)
+    (first,) = sgd(zeros, np.zeros(4, int), 3, recipe._replace(epochs=1, decay=0.0))
+    kernel, bias = np.asarray(first.kernel), np.zeros(3)  # rows of zeros leave it as it was
     assert 0.005 < kernel.std() < 0.02
-    speeds = [np.zeros_like(kernel), np.zeros(3)]
-    for step in range(total):
+    rng, speeds, places = np.random.default_rng(0), [0 * kernel, 0 * bias], []
+    for step in range(12):  # 4 epochs of 3 batches
         if step % 3 == 0:
-            order = rng.permutation(40)
-            batches = np.concatenate([order, order[:8]]).reshape(3, 16)
-        x, y = seen[batches[step % 3]], train[batches[step % 3]]
+            order = np.arange(40) if preset == "protoclip" else rng.permutation(40)
+            filled = order if preset == "protoclip" else np.concatenate([order, order[:8]])
+            places = np.split(filled, [16, 32])
+            turn = step / 12
+        x, y = seen[places[step % 3]], train[places[step % 3]]
         p = np.exp(x @ kernel + bias)
-        error = (p / p.sum(1, keepdims=True) - np.eye(3)[y]) / 16
-        speeds = [0.9 * v + g for v, g in zip(speeds, (x.T @ error, error.sum(0)))]
-        rate = 0.3 * np.cos(np.pi / 2 * step / total) ** 2
+        error = (p / p.sum(1, keepdims=True) - np.eye(3)[y]) / len(y)
+        slopes = x.T @ error + recipe.decay * kernel, error.sum(0) + recipe.decay * bias
+        speeds = [0.9 * v + g for v, g in zip(speeds, slopes)]
+        turn = turn if preset == "protoclip" else step / 12
+        rate = recipe.rate / 2 * (1 + np.cos(np.pi * turn))
         kernel, bias = kernel - rate * speeds[0], bias - rate * speeds[1]
-    np.testing.assert_allclose(found, unseen @ kernel + bias, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(probes[-1].kernel, kernel, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(probes[-1].bias, bias, rtol=1e-3, atol=1e-4)
 
 
-def initial_kernel(classes):
-    """Rows of zeros leave the kernel as it was."""
-    zeros, labels = np.zeros((4, 8), np.float32), np.zeros(4, int)
-    identity = np.concatenate([np.eye(8), np.zeros((1, 8))]).astype(np.float32)
-    scores = sgd(zeros, labels, identity, classes, 1)
-    return scores[:8] - scores[8]
+def test_the_best_epoch_is_reported_beside_the_last(monkeypatch):
+    kernels = [np.eye(2), -np.eye(2)]
+    given = []
+
+    def probes(features, labels, classes, recipe):
+        given.append(recipe.epochs)
+        yield from (linear_probe.Probe(kernel, np.zeros(2)) for kernel in kernels)
+
+    monkeypatch.setattr(linear_probe, "sgd", probes)
+    examples = Examples([0, 1])
+    encode = Encode("raw", np.eye(2))
+    found = LinearProbe(examples, examples, "protoclip", epochs=2)(encode)
+    assert given == [2] and (found["top1"], found["best_on_test"]) == (0, 1)
 
 
 def test_equal_scores_are_never_right():
     scores, labels = np.array([[1.0, 1, 0], [2, 1, 0], [np.nan] * 3]), np.array([0, 0, 0])
-    assert accuracy(scores, labels, 1) == pytest.approx(1 / 3)
-    assert accuracy(scores, labels, 2) == pytest.approx(2 / 3)
+    assert accuracies(scores, labels) == {
+        "top1": pytest.approx(1 / 3),
+        "mean_per_class": pytest.approx(1 / 3),
+    }
+    more = np.concatenate([scores, np.tile([1.0, 1, 0], (3, 1)).T[:, :3]], axis=1)
+    assert accuracies(more, labels)["top5"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +160,7 @@ def test_equal_scores_are_never_right():
 )
 def test_errors_of_the_sets(test, train, said):
     with pytest.raises(ConfigError) as error:
-        LinearProbe(test, train)(Encode(np.eye(2), np.eye(2)))
+        LinearProbe(test, train)(Encode("backbone", np.eye(2), np.eye(2)))
     assert said in str(error.value)
 
 
@@ -152,10 +171,3 @@ def test_config_errors_come_before_any_example_is_read(key, value):
     with pytest.raises(ConfigError) as error:
         bind(LinearProbe, {key: value}, examples=None, train_examples=None)
     assert key in str(error.value)
-
-
-def test_only_one_preset_needs_scikit_learn(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    bind(LinearProbe, {"preset": "imagenet"}, examples=None, train_examples=None)
-    with pytest.raises(ConfigError, match="clipx\\[eval\\]"):
-        bind(LinearProbe, {}, examples=None, train_examples=None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import numpy as np
 import pytest
@@ -130,6 +131,78 @@ def test_a_named_list_without_open_clip_names_the_package(monkeypatch):
     assert "pip install open_clip_torch" in str(error.value)
 
 
+PROMPTS = """# Prompts
+
+## Other
+
+```bash
+classes = ['x']
+```
+
+## STL10
+
+```bash
+classes = [
+    'airplane', 'bird', 'car', 'cat', 'deer', 'dog', 'horse', 'monkey', 'ship',
+    'truck',
+]
+
+templates = [
+    'a photo of a {}.',
+    'a photo of the {}.',
+]
+```
+"""
+STL10 = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+def test_a_preset_takes_names_and_templates_from_openais_file(tmp_path):
+    (tmp_path / "prompts.md").write_text(PROMPTS)
+    section = {"preset": "stl10", "lists": str(tmp_path / "prompts.md")}
+    table = {
+        f"a photo of {a} {n}.": np.eye(10)[i] for i, n in enumerate(STL10) for a in ("a", "the")
+    }
+    for examples in (Examples([3, 1]), Examples([3, 1], tuple("abcdefghij"))):
+        evaluator = bind(ZeroShot, section, examples=examples)
+        assert evaluator(Encode(np.eye(10)[[3, 1]], table))["top1"] == 1
+
+
+def test_a_preset_takes_given_templates_and_the_sets_own_names():
+    section = {"preset": "stl10", "templates": ["a photo of a {}.", "a photo of the {}."]}
+    bind(ZeroShot, section, examples=None)  # the set's names are not known yet
+    bind(ZeroShot, section, examples=Examples([0], tuple(STL10)))
+    with pytest.raises(ConfigError) as error:
+        bind(ZeroShot, section, examples=Examples([0], tuple(STL10[::-1])))
+    assert "10 classes, SHA-1 " in str(error.value)
+    assert "the 10 of stl10, SHA-1 fc8ba087863e" in str(error.value)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("open_clip"), reason="no open_clip installed")
+def test_imagenets_lists_are_open_clips():
+    evaluator = ZeroShot(Examples([0], tuple(map(str, range(1000)))), preset="imagenet")
+    assert len(evaluator._classes()) == 1000 and len(evaluator._templates()) == 80
+    with pytest.raises(ConfigError, match="3 classes, SHA-1 .*\n.*the 1000 of imagenet"):
+        ZeroShot(None, classes=("a", "b", "c"), preset="imagenet")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("nothing", "without a section of stl10"),
+        ("## STL10\n```bash\nclasses = [f()]\n```\n", "without two lists under 'STL10'"),
+        ("## STL10\n```bash\nclasses = ['x']\n```\n", "without two lists under 'STL10'"),
+        (PROMPTS.replace("'bird'", "'fowl'"), "10 classes, SHA-1"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_is_not_openais(tmp_path, text, said):
+    if text:
+        (tmp_path / "x.md").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        ZeroShot(None, preset="stl10", lists=str(tmp_path / "x.md"))
+    assert said in str(error.value)
+
+
 @pytest.mark.parametrize(
     "section, said",
     [
@@ -139,6 +212,9 @@ def test_a_named_list_without_open_clip_names_the_package(monkeypatch):
         ({"classes": "no/such.txt"}, "'no/such.txt'"),
         ({"batch_size": 0}, "0"),
         ({"template": ["{}"]}, "did you mean 'templates'?"),
+        ({"preset": "cifar11"}, "did you mean 'cifar10'?"),
+        ({"preset": "cifar10"}, "1 templates, SHA-1"),
+        ({"lists": "prompts.md"}, "zero_shot.lists"),
     ],
 )
 def test_config_errors_come_before_any_example_is_read(section, said):

@@ -6,11 +6,11 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from clipx.config import ConfigError
 from clipx.types import Encoded
@@ -80,6 +80,15 @@ class Evaluator(Protocol):
     def __call__(self, encode: Encode) -> dict[str, float]: ...
 
 
+def evaluate_all(evaluators: Mapping[str, Evaluator], encode: Encode) -> dict[str, float]:
+    """What every evaluator finds, in turn, by `<eval>/<metric>`. What one raises is raised."""
+    return {
+        f"{name}/{metric}": float(value)
+        for name, evaluator in evaluators.items()
+        for metric, value in evaluator(encode).items()
+    }
+
+
 def rows_of(
     encode: Callable[..., Encoded], batches: Iterable[Sequence], field: str
 ) -> Float[np.ndarray, "n c"]:
@@ -98,6 +107,38 @@ def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
         if label is None:
             raise ConfigError(where, f"row {row} without a label", "a label for every row", fix)
     return np.asarray(labels)
+
+
+def split_labels(
+    train: Examples, test: Examples, where: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    """The labels of both sets. Raises `ConfigError` for other classes in one than in the other, a
+    row without a label, no rows, and a single class to train on."""
+    names = train.classes, test.classes
+    if all(names) and tuple(names[0]) != tuple(names[1]):
+        first = next((pair for pair in zip(*names) if pair[0] != pair[1]), ("", ""))
+        raise ConfigError(
+            f"{where}.train_examples",
+            f"{len(names[0])} classes, where the test set has {len(names[1])}"
+            + (f", the first to differ {first[0]!r} and {first[1]!r}" if any(first) else ""),
+            "the classes of the test set, in its order",
+        )
+    seen = labels_of(train, f"{where}.train_examples")
+    if len(np.unique(seen)) < 2:
+        raise ConfigError(f"{where}.train_examples", "one class", "at least two")
+    return seen, labels_of(test, f"{where}.examples")
+
+
+def accuracies(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """`top1`, `top5` with more than five classes, and `mean_per_class`, over the classes that have
+    a row; each between 0 and 1. A class that scores the same as the right one is before it."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    place = np.sum(~(scores < own), axis=1)
+    found = {"top1": float(np.mean(place <= 1))}
+    if scores.shape[1] > 5:
+        found["top5"] = float(np.mean(place <= 5))
+    right = [np.mean(place[labels == label] <= 1) for label in np.unique(labels)]
+    return found | {"mean_per_class": float(np.mean(right))}
 
 
 def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str, Any]]:

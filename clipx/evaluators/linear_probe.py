@@ -4,102 +4,125 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import (
-    Encode,
-    Evaluator,
-    Examples,
-    labels_of,
-    need_scikit_learn,
-    rows_of,
-)
+from clipx.evaluators.base import Encode, Evaluator, Examples, accuracies, rows_of, split_labels
 
-_SGD_BATCH = 256
-_SGD_RATE = 0.3
+_CHUNK = 16384  # rows whose logits of all classes are there at once
+_ITERATIONS = 1000  # at most, as CLIP's
+_GRADIENT = 1e-6  # of the mean loss, the largest that counts as 0; scikit-learn's is 1e-4
+_PATIENCE = 20  # iterations without a smaller gradient: float32 has no more to give
+
+
+class Sgd(NamedTuple):
+    """SGD with momentum 0.9 on the mean cross-entropy, by half a cosine from `rate` to 0."""
+
+    features: Literal["backbone", "raw"]
+    rate: float
+    batch: int
+    epochs: int
+    decay: float  # of weights and bias, added to the gradient
+    by_epoch: bool  # the rate falls between epochs, not between steps
+    shuffled: bool  # False: the rows in their order, every epoch
+    filled: bool  # the last batch, with rows from the epoch's start; False: it is smaller
+    keeps_best: bool  # the original reports its best epoch, chosen on the test set
+
+
+_SGD = {
+    "clip_lite": Sgd("backbone", 0.3, 256, 100, 0.0, False, True, True, False),
+    "slip": Sgd("backbone", 0.05, 128, 90, 0.0, True, True, False, True),
+    "protoclip": Sgd("raw", 0.1, 1024, 100, 1e-6, True, False, False, True),
+}
+_PROTOCLIP_COST = 0.316
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe(Evaluator):
-    """Accuracies between 0 and 1: `top1`, and `top5` with more than five classes. A class that
-    scores the same as the right one counts as before it.
+    """Accuracies between 0 and 1: `top1`, `top5` with more than five classes, `mean_per_class`. A
+    class that scores the same as the right one counts as before it.
 
-    Features are `backbone`, in evaluation mode, of centre crops, in training too.
+    Features are those of centre crops in evaluation mode, in training too, and are computed once:
+    originals that crop and mirror each training picture anew are marked with *.
 
-    preset: "logistic" is scikit-learn's LogisticRegression, as CLIP's probe (Radford et al. 2021,
-    appendix A.3): L-BFGS of at most 1000 iterations, its C the one of `costs` that is best on a
-    held-out fifth of the training set (of equal ones the smallest, reported as `cost`), the last
-    probe trained on all of it. CLIP gives it the features as they are; here each has mean 0 and
-    variance 1 over the training set, so that one grid suits towers whose features differ in size.
-    "imagenet" is VirTex's and CLIP-Lite's linear_clf.py: features as they are, weights from
-    N(0, 0.01^2), cross-entropy, SGD with momentum 0.9 in batches of 256, no weight decay, a rate
-    that falls from 0.3 by half a cosine over `epochs` passes (500,500 steps on ImageNet). Theirs
-    crops and mirrors each training picture anew; here features are computed once.
+    preset: "logistic" is CLIP's probe (Radford et al. 2021, appendix A.3) on `backbone` features:
+    L-BFGS of at most 1000 iterations, its C the one of `costs` that is best on a held-out fifth of
+    the training set (of equal ones the smallest, reported as `cost`), the last probe trained on all
+    of it. CLIP gives it the features as they are; here each has mean 0 and variance 1 over the
+    training set, so that one grid suits towers whose features differ in size.
+    The others take the features as they are. "protoclip_logistic" is ProtoCLIP's linear_eval.py
+    with scikit-learn: `raw` features (after the projection, not normalised), C = 0.316.
+    These train weights from N(0, 0.01^2) by SGD, their `top1` the last epoch's:
+    "clip_lite"*, VirTex's and CLIP-Lite's linear_clf.py on `backbone`: a rate of 0.3 in batches of
+    256, 100 epochs (500,500 steps on ImageNet);
+    "slip"*, SLIP's main_linear.py on `backbone`: 0.05 in batches of 128, 90 epochs (DeCLIP's own
+    code has no probe);
+    "protoclip", linear_eval.py as published: `raw` features, 0.1 in batches of 1024, weight decay
+    1e-6, 100 epochs, rows never shuffled. It and SLIP's report the best epoch, chosen on the test
+    set: `best_on_test` is that figure, for comparison with theirs; SLIP looks every tenth epoch.
+
+    epochs: of the presets with SGD; None takes the preset's own.
+
+    Both logistic presets minimise scikit-learn's objective, on the device and in float32.
     """
 
     examples: Examples
     train_examples: Examples
-    preset: Literal["logistic", "imagenet"] = "logistic"
+    preset: Literal["logistic", "protoclip_logistic", "clip_lite", "slip", "protoclip"] = "logistic"
     costs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of "logistic"
-    epochs: int = 100  # of "imagenet"
+    epochs: int | None = None
     batch_size: int = 256  # of encoding
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"linear_probe.{name}", str(getattr(self, name)), "at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"linear_probe.{name}", str(value), "at least 1")
         if min(self.costs, default=0) <= 0:
             raise ConfigError(
                 "linear_probe.costs", str(self.costs), "at least one number, all above 0"
             )
-        if self.preset == "logistic":
-            need_scikit_learn("linear_probe.preset")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        train, test = self._labels()
+        train, test = split_labels(self.train_examples, self.examples, "linear_probe")
+        recipe = _SGD.get(self.preset)
+        field = recipe.features if recipe else "backbone" if self.preset == "logistic" else "raw"
         seen, unseen = (
-            rows_of(encode.image, examples.batches(self.batch_size), "backbone")
+            rows_of(encode.image, examples.batches(self.batch_size), field)
             for examples in (self.train_examples, self.examples)
         )
         classes = int(max(train.max(), test.max())) + 1
-        found = {}
         if self.preset == "logistic":
-            found["cost"] = choose_cost(seen, train, classes, self.costs)
-            scores = logistic(seen, train, unseen, classes, found["cost"])
-        else:
-            scores = sgd(seen, train, unseen, classes, self.epochs)
-        for k in (1, 5) if classes > 5 else (1,):
-            found[f"top{k}"] = accuracy(scores, test, k)
-        return found
-
-    def _labels(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        names = self.train_examples.classes, self.examples.classes
-        if all(names) and tuple(names[0]) != tuple(names[1]):
-            first = next((pair for pair in zip(*names) if pair[0] != pair[1]), ("", ""))
-            raise ConfigError(
-                "linear_probe.train_examples",
-                f"{len(names[0])} classes, where the test set has {len(names[1])}"
-                + (f", the first to differ {first[0]!r} and {first[1]!r}" if any(first) else ""),
-                "the classes of the test set, in its order",
-            )
-        train = labels_of(self.train_examples, "linear_probe.train_examples")
-        if len(np.unique(train)) < 2:
-            raise ConfigError("linear_probe.train_examples", "one class", "at least two")
-        return train, labels_of(self.examples, "linear_probe.examples")
+            cost = choose_cost(seen, train, classes, self.costs)
+            scores = logistic(seen, train, unseen, classes, cost)
+            return accuracies(scores, test) | {"cost": cost}
+        if recipe is None:
+            scores = logistic(seen, train, unseen, classes, _PROTOCLIP_COST, standardise=False)
+            return accuracies(scores, test)
+        if self.epochs:
+            recipe = recipe._replace(epochs=self.epochs)
+        best = 0.0
+        for epoch, probe in enumerate(sgd(seen, train, classes, recipe), 1):
+            if recipe.keeps_best or epoch == recipe.epochs:
+                found = accuracies(_scores(probe, unseen), test)
+                best = max(best, found["top1"])
+        return found | ({"best_on_test": best} if recipe.keeps_best else {})
 
 
-def accuracy(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], k: int) -> float:
-    """The share of rows whose class is among the first k, after all that score the same."""
-    own = scores[np.arange(len(labels)), labels][:, None]
-    return float(np.mean(np.sum(~(scores < own), axis=1) <= k))
+class Probe(NamedTuple):
+    kernel: Float[Array, "c k"]
+    bias: Float[Array, " k"]
+
+
+def _scores(probe: Probe, features: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n k"]:
+    return features @ np.asarray(probe.kernel) + np.asarray(probe.bias)
 
 
 def choose_cost(
@@ -120,7 +143,7 @@ def choose_cost(
 
     def right(cost: float) -> float:
         scores = logistic(features[rest], labels[rest], features[held], classes, cost)
-        return accuracy(scores, labels[held], 1)
+        return accuracies(scores, labels[held])["top1"]
 
     return max(sorted(costs), key=right)  # of equal ones the first
 
@@ -131,55 +154,113 @@ def logistic(
     unseen: Float[np.ndarray, "m c"],
     classes: int,
     cost: float,
+    *,
+    standardise: bool = True,
 ) -> Float[np.ndarray, "m k"]:
-    """The scores of `unseen` rows; those of a class without a training row are -inf."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    # float64: in float32 the line search gives up early
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=cost, max_iter=1000))
-    with warnings.catch_warnings():  # the protocol's 1000 iterations end where they end
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit(features.astype(np.float64), labels)
-    found = probe.decision_function(unseen.astype(np.float64))
-    scores = np.full((len(unseen), classes), -np.inf)
-    scores[:, probe.classes_] = found if found.ndim == 2 else np.stack([-found, found], axis=1)
+    """The scores of `unseen` rows; those of a class without a training row are -inf. As
+    scikit-learn's LogisticRegression(C=cost, max_iter=1000): the mean cross-entropy of a softmax
+    over the classes seen and, n being the rows, 1 / (2 C n) of the squared weights, bias free; of
+    two classes the half of their difference is what is penalised, so that it counts twice."""
+    if standardise:
+        mean, std = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+        same = std <= np.finfo(np.float32).eps * np.abs(mean)  # such columns are moved, not scaled
+        features, unseen = ((x - mean) / np.where(same, 1, std) for x in (features, unseen))
+    known, targets = np.unique(labels, return_inverse=True)
+    strength = (2 if len(known) == 2 else 1) / (cost * len(labels))
+    # tiles of rows that share a shape; those of a last one that are none have weight 0
+    tiles = -(-len(labels) // _CHUNK)
+    rows = -(-len(labels) // tiles)
+    none = tiles * rows - len(labels)
+    x, y, w = (
+        jnp.asarray(np.pad(a, [(0, none), *[(0, 0)] * (a.ndim - 1)]).reshape(tiles, rows, -1))
+        for a in (features.astype(np.float32), targets.astype(np.int32), np.ones(len(labels), "f"))
+    )
+    probe = _lbfgs(x, y[..., 0], w[..., 0] / len(labels), strength, len(known))
+    scores = np.full((len(unseen), classes), -np.inf, np.float32)
+    scores[:, known] = _scores(probe, unseen.astype(np.float32))
     return scores
+
+
+@functools.partial(jax.jit, static_argnames="classes")
+def _lbfgs(
+    x: Float[Array, "t r c"],
+    y: Int[Array, "t r"],
+    w: Float[Array, "t r"],
+    strength: float,
+    classes: int,
+) -> Probe:
+    optimizer = optax.lbfgs()
+
+    def loss(probe):
+        @jax.checkpoint  # the logits of one tile at a time, in the gradient too
+        def tile(total, rows):
+            x, y, w = rows
+            logits = jnp.matmul(x, probe.kernel, precision="highest") + probe.bias
+            each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+            return total + jnp.sum(w * each), None
+
+        total = jax.lax.scan(tile, jnp.zeros(()), (x, y, w))[0]
+        return total + strength / 2 * jnp.sum(jnp.square(probe.kernel))
+
+    def step(carry):
+        probe, state, count, least, since = carry
+        value, grad = optax.value_and_grad_from_state(loss)(probe, state=state)
+        updates, state = optimizer.update(grad, state, probe, value=value, grad=grad, value_fn=loss)
+        slope = jax.tree.leaves(optax.tree.get(state, "grad"))
+        largest = jnp.max(jnp.array([jnp.max(jnp.abs(x)) for x in slope]))
+        since = jnp.where(largest < least, 0, since + 1)
+        probe = optax.apply_updates(probe, updates)
+        return probe, state, count + 1, jnp.minimum(largest, least), since
+
+    def going(carry):
+        *_, count, least, since = carry
+        return (count < _ITERATIONS) & (least > _GRADIENT) & (since < _PATIENCE)
+
+    probe = Probe(jnp.zeros((x.shape[-1], classes)), jnp.zeros(classes))
+    start = (probe, optimizer.init(probe), 0, jnp.inf, 0)
+    return jax.lax.while_loop(going, step, start)[0]
 
 
 def sgd(
     features: Float[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
-    unseen: Float[np.ndarray, "m c"],
     classes: int,
-    epochs: int,
-) -> Float[np.ndarray, "m k"]:
-    """The scores of `unseen` rows. Each epoch is a permutation of its own; rows from its start fill
-    its last batch."""
-    steps = -(-len(labels) // _SGD_BATCH)
-    rate = optax.cosine_decay_schedule(_SGD_RATE, steps * epochs)  # cos^2 of a quarter turn
-    optimizer = optax.sgd(rate, momentum=0.9)
+    recipe: Sgd,
+) -> Iterator[Probe]:
+    """The probe after each epoch."""
+    steps = -(-len(labels) // recipe.batch)
+    held = steps if recipe.by_epoch else 1  # so many steps at one rate
+    cosine = optax.cosine_decay_schedule(recipe.rate, steps * recipe.epochs // held)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(recipe.decay),
+        optax.sgd(lambda step: cosine(step // held), momentum=0.9),
+    )
     kernel = 0.01 * jax.random.normal(jax.random.key(0), (features.shape[1], classes))
-    params = {"kernel": kernel, "bias": jnp.zeros(classes)}
-    state, rng = optimizer.init(params), np.random.default_rng(0)
+    probe = Probe(kernel, jnp.zeros(classes))
+    state, rng = optimizer.init(probe), np.random.default_rng(0)
     data = jnp.asarray(features), jnp.asarray(labels, jnp.int32)
-    for _ in range(epochs):
-        rows = np.resize(rng.permutation(len(labels)), (steps, _SGD_BATCH))
-        params, state = _epoch(optimizer, params, state, *data, rows)
-    return np.asarray(unseen @ np.asarray(params["kernel"]) + np.asarray(params["bias"]))
+    order = np.arange(len(labels))
+    counted = np.arange(steps * recipe.batch).reshape(steps, -1) < len(labels)
+    if recipe.filled:
+        counted[:] = True
+    for _ in range(recipe.epochs):
+        if recipe.shuffled:
+            order = rng.permutation(len(labels))
+        rows = np.resize(order, (steps, recipe.batch))
+        probe, state = _epoch(optimizer, probe, state, *data, rows, counted)
+        yield probe
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _epoch(optimizer, params, state, features, labels, rows):
-    def loss(params, row):
-        logits = features[row] @ params["kernel"] + params["bias"]
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels[row]).mean()
+def _epoch(optimizer, probe, state, features, labels, rows, counted):
+    def loss(probe, row, counted):
+        logits = features[row] @ probe.kernel + probe.bias
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels[row])
+        return jnp.mean(each, where=counted)
 
-    def step(carry, row):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, row), state)
-        return (optax.apply_updates(params, updates), state), None
+    def step(carry, batch):
+        probe, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(probe, *batch), state, probe)
+        return (optax.apply_updates(probe, updates), state), None
 
-    return jax.lax.scan(step, (params, state), rows)[0]
+    return jax.lax.scan(step, (probe, state), (rows, counted))[0]

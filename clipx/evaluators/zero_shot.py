@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pathlib
-import runpy
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,14 +12,10 @@ from jaxtyping import Float, Int
 
 from clipx.config import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of
+from clipx.evaluators.prompts import SETS, check, names, published
 from clipx.types import Encoded
 
-# Lists that are asked for by name, and what open_clip calls them.
-_CLASSES = {"openai_imagenet": "IMAGENET_CLASSNAMES"}
-_TEMPLATES = {
-    "openai_imagenet": "OPENAI_IMAGENET_TEMPLATES",
-    "simple": "SIMPLE_IMAGENET_TEMPLATES",
-}
+_TEMPLATES = ("a photo of a {}.",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +26,12 @@ class ZeroShot(Evaluator):
     with one name a line, or "openai_imagenet".
     templates: sentences with {} where the name goes; a string is a text file with one a line, or
     "openai_imagenet" (80) or "simple" (7). The named lists are read from an installed open_clip.
+    preset: one of CLIP's and ProtoCLIP's ten sets, whose names and templates must then be OpenAI's:
+    counts and hashes are checked. What `classes` and `templates` leave at their defaults is read
+    from an installed open_clip for "imagenet", and for the others from `lists`, a copy of
+    github.com/openai/CLIP/blob/main/data/prompts.md; without it the set's own names may do. That
+    labels count in the order of the names cannot be checked. The names of "birdsnap" are those 491
+    that ProtoCLIP selects, which are not in that file.
     per_class: also one `class/<name>` for every class that has a picture.
 
     Equal scores stand in random order, and the accuracies are the expectation over it: a model that
@@ -46,15 +46,20 @@ class ZeroShot(Evaluator):
 
     examples: Examples
     classes: tuple[str, ...] | str = ()
-    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    templates: tuple[str, ...] | str = _TEMPLATES
     batch_size: int = 256
     per_class: bool = False
+    preset: Literal[*SETS] | None = None
+    lists: str = ""
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ConfigError("zero_shot.batch_size", str(self.batch_size), "at least 1")
-        templates = _names(self.templates, "zero_shot.templates", _TEMPLATES)
-        for template in templates:
+        if self.lists and self.preset in (None, "imagenet"):
+            raise ConfigError(
+                "zero_shot.lists", repr(self.lists), "a preset that is in that file, or no lists"
+            )
+        for template in self._templates():
             if "{}" not in template:
                 raise ConfigError(
                     "zero_shot.templates",
@@ -62,15 +67,12 @@ class ZeroShot(Evaluator):
                     "a sentence with {} where the class name goes",
                     f"for example {template.rstrip('. ') + ' {}.'!r}",
                 )
-        if not templates:
-            raise ConfigError("zero_shot.templates", "none", "at least one, such as '{}'")
-        _names(self.classes, "zero_shot.classes", _CLASSES)
+        self._classes()
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         classes = self._class_names()
         labels = self._labels(len(classes))
-        templates = _names(self.templates, "zero_shot.templates", _TEMPLATES)
-        members = _ensemble(encode.text, classes, templates, self.batch_size)
+        members = _ensemble(encode.text, classes, self._templates(), self.batch_size)
         hits, start = [], 0
         for pictures in self.examples.batches(self.batch_size):
             own = labels[start : (start := start + len(pictures))]
@@ -89,9 +91,30 @@ class ZeroShot(Evaluator):
             result |= {f"class/{classes[c]}": float(a) for c, a in zip(seen, accuracy)}
         return result
 
+    def _templates(self) -> tuple[str, ...]:
+        found = ()
+        if self.preset and self.templates == _TEMPLATES:
+            found = published(self.preset, "templates", self.lists, "zero_shot")
+        found = found or names(self.templates, "templates", "zero_shot")
+        if not found:
+            raise ConfigError("zero_shot.templates", "none", "at least one, such as '{}'")
+        if self.preset:
+            check(self.preset, "templates", found, "zero_shot")
+        return found
+
+    def _classes(self) -> tuple[str, ...]:
+        """The names, (): none. Before the set is open, its own are not known."""
+        found = names(self.classes, "classes", "zero_shot")
+        if self.preset and not found:
+            found = published(self.preset, "classes", self.lists, "zero_shot")
+        if self.examples is not None:
+            found = found or tuple(self.examples.classes)
+        if self.preset and found:
+            check(self.preset, "classes", found, "zero_shot")
+        return found
+
     def _class_names(self) -> tuple[str, ...]:
-        own = tuple(self.examples.classes)
-        classes = _names(self.classes, "zero_shot.classes", _CLASSES) or own
+        classes, own = self._classes(), tuple(self.examples.classes)
         if not classes:
             raise ConfigError(
                 "zero_shot.classes",
@@ -119,44 +142,6 @@ class ZeroShot(Evaluator):
                     f"a label from 0 to {n_classes - 1}",
                 )
         return labels
-
-
-def _names(value: tuple[str, ...] | str, where: str, known: dict[str, str]) -> tuple[str, ...]:
-    """The list that `value` is or names: itself, a known list of open_clip's, or a file's lines."""
-    if not isinstance(value, str):
-        return tuple(value)
-    if value in known:
-        return _from_open_clip(where, known[value])
-    try:
-        lines = pathlib.Path(value).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(
-            where,
-            f"{value!r} ({reason})",
-            "a list, a text file with one entry a line, or one of " + ", ".join(known),
-        ) from None
-    entries = tuple(line.strip() for line in lines if line.strip())
-    if not entries:
-        raise ConfigError(where, f"no line in {value!r}", "one entry a line")
-    return entries
-
-
-def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
-    # Its one file of plain lists is run by itself: importing the package would import torch.
-    package = importlib.util.find_spec("open_clip")
-    folders = package.submodule_search_locations if package else ()
-    files = [pathlib.Path(folder, "zero_shot_metadata.py") for folder in folders]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise ConfigError(
-            where,
-            "no open_clip in this environment",
-            "the package that carries OpenAI's ImageNet names and templates",
-            "pip install open_clip_torch, or the extra clipx[interop]",
-        )
-    entries = runpy.run_path(str(found))[name]
-    return tuple(entry if isinstance(entry, str) else entry("{}") for entry in entries)
 
 
 def _ensemble(

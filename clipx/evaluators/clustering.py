@@ -1,0 +1,88 @@
+"""Clustering: how far k-means on image features finds the classes (ProtoCLIP's zero_shot.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from clipx import kmeans
+from clipx.config import ConfigError
+from clipx.evaluators.base import (
+    Encode,
+    Evaluator,
+    Examples,
+    labels_of,
+    need_scikit_learn,
+    rows_of,
+)
+
+_ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering(Evaluator):
+    """`ari` and `ami`, the adjusted Rand index and the adjusted mutual information (arithmetic
+    mean) between the classes and the clusters of the pictures' unit rows: 1 for the same division,
+    about 0 for a random one.
+
+    iterations, restarts, seed: of the k-means, whose k is the greatest label plus one. It runs on
+    256 k rows at most, drawn by `seed`; every row then belongs to its nearest centroid. The start
+    is k rows drawn at random, where the original's seed is always faiss's 1234.
+    """
+
+    examples: Examples
+    iterations: int = 100
+    restarts: int = 5
+    seed: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self):
+        for name in ("iterations", "restarts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"clustering.{name}", str(getattr(self, name)), "at least 1")
+        need_scikit_learn("clustering")
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+
+        labels = labels_of(self.examples, "clustering.examples")
+        k = int(labels.max()) + 1
+        if not 2 <= k <= len(labels):
+            raise ConfigError(
+                "clustering.examples",
+                f"{len(labels)} examples, the greatest label {k - 1}",
+                "at least two classes, and an example for each",
+            )
+        rows = rows_of(encode.image, self.examples.batches(self.batch_size), "unit")
+        clusters = self._clusters(rows, k)
+        return {
+            "ari": float(adjusted_rand_score(labels, clusters)),
+            "ami": float(adjusted_mutual_info_score(labels, clusters)),
+        }
+
+    def _clusters(self, rows: Float[np.ndarray, "n d"], k: int) -> Int[np.ndarray, " n"]:
+        sample, most = rows, _ROWS_PER_CLUSTER * k
+        if len(rows) > most:
+            drawn = np.random.default_rng(self.seed).choice(len(rows), most, replace=False)
+            sample = rows[np.sort(drawn)]
+        found = kmeans.fit(
+            jnp.asarray(sample),
+            k,
+            key=jax.random.key(self.seed),
+            iterations=self.iterations,
+            restarts=self.restarts,
+        )
+        return nearest_centroid(rows, np.asarray(found.centroids), self.batch_size)
+
+
+def nearest_centroid(
+    rows: Float[np.ndarray, "n d"], centroids: Float[np.ndarray, "k d"], chunk: int
+) -> Int[np.ndarray, " n"]:
+    """The centroid at the least distance of each row, `chunk` rows at a time."""
+    half = np.sum(np.square(centroids), axis=1) / 2
+    parts = [rows[i : i + chunk] @ centroids.T - half for i in range(0, len(rows), chunk)]
+    return np.concatenate([np.argmax(part, axis=1) for part in parts])

@@ -1,0 +1,60 @@
+"""What evaluators are tested on: pictures of one pixel, which say the row and the set that they
+are, and an encoder that looks both up."""
+
+import dataclasses
+
+import numpy as np
+
+from clipx.types import Encoded
+
+
+@dataclasses.dataclass
+class Examples:
+    """The row in a picture's red, the set in its green; captions are `<set> <row>`."""
+
+    labels: list
+    which: int = 0
+    classes: tuple[str, ...] = ()
+    without_caption: int | None = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def label(self, row):
+        return self.labels[row]
+
+    def texts(self, row):
+        return () if row == self.without_caption else (f"{self.which} {row}", "another")
+
+    def batches(self, size):
+        pixels = np.zeros((len(self), 1, 1, 3), np.uint8)
+        pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.arange(len(self)), self.which
+        yield from (pixels[i : i + size] for i in range(0, len(self), size))
+
+
+class Encode:
+    """Rows of `sets`, as the one field that is asked for: `field`."""
+
+    def __init__(self, field, *sets, texts=None):
+        self.field, self.sets, self.texts = field, sets, texts
+
+    def image(self, pictures, fields=()):
+        assert fields == (self.field,)
+        rows = [self.sets[p[1]][p[0]] for p in pictures[:, 0, 0]]
+        return Encoded(**{self.field: np.stack(rows)})
+
+    def text(self, texts, fields=()):
+        assert fields == (self.field,)
+        return Encoded(**{self.field: np.stack([self.texts[int(t.split()[1])] for t in texts])})
+
+
+def draw(seed, rows, classes, spread):
+    """Rows about the centres of their classes, and labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    centres = np.random.default_rng(9).normal(size=(classes, 8))
+    return centres[labels] + spread * rng.normal(size=(rows, 8)), labels
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

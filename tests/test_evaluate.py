@@ -1,0 +1,116 @@
+"""What `clipx.evaluate` makes of its flags, and the files that it writes; that it gives the numbers
+of training is tested beside training."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from clipx import evaluate
+from clipx.config import ConfigError
+from clipx.evaluate import chosen, dataset, results
+from clipx.sections import EvalSpec
+
+SHAPES = {"source": "shapes", "split": "test"}
+EVALS = {
+    "retrieval": {"data": SHAPES, "captions": 1},
+    "cifar": {"evaluator": "linear_probe", "data": SHAPES, "train_data": SHAPES},
+}
+
+
+def test_evals_are_a_configs_or_new():
+    assert chosen(EVALS, "", data="", train_data="") == EVALS
+    assert chosen(EVALS, "cifar", data="", train_data="") == {"cifar": EVALS["cifar"]}
+    tfds = "source=tfds,name=cifar10,split=test[:90%]"
+    found = chosen(EVALS, "zero_shot,cifar,retrieval", data=tfds, train_data="source=shapes,size=8")
+    data = {"source": "tfds", "name": "cifar10", "split": "test[:90%]"}
+    assert found == {
+        "zero_shot": {"data": data},
+        "cifar": {
+            "evaluator": "linear_probe",
+            "data": data,
+            "train_data": {"source": "shapes", "size": 8},
+        },
+        "retrieval": {"data": data, "captions": 1},
+    }
+    assert EVALS["retrieval"]["data"] is SHAPES
+    assert chosen({}, "voc", data=tfds, train_data="") == {"voc": {}}  # it reads no source
+
+
+@pytest.mark.parametrize("text", ["folder", "source=", "=x", "source=folder,", "a=b,c"])
+def test_a_source_that_is_none(text):
+    with pytest.raises(ConfigError, match="--data.*\n.*found.*\n.*key=value,key=value"):
+        chosen({}, "zero_shot", data=text, train_data="")
+
+
+def test_an_eval_that_is_none():
+    with pytest.raises(ConfigError, match="--evals") as error:
+        chosen(EVALS, "zeroshot", data="", train_data="")
+    assert "did you mean 'zero_shot'?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        (
+            {"source": "tfds", "name": "coco_captions/2014", "split": "val"},
+            "coco_captions-2014-val",
+        ),
+        ({"source": "webdataset", "path": "$FLICKR8K/test-*.tar"}, "flickr8k-test"),
+        ({"source": "webdataset", "path": ("a/b-{000..005}.tar", "c.tar")}, "a-b"),
+        ({"source": "folder", "path": "/data/CIFAR10/test"}, "cifar10-test"),
+        (SHAPES, "shapes-test"),
+        ({"source": "shapes"}, "shapes"),
+    ],
+)
+def test_a_data_set_has_a_short_name(source, name):
+    assert dataset(EvalSpec.check("retrieval", {"data": source})) == name
+
+
+def test_files_have_the_layout_of_clip_benchmark(tmp_path):
+    specs = tuple(
+        EvalSpec.check(name, section)
+        for name, section in {
+            **EVALS,
+            "zero_shot": {"data": SHAPES},
+            "knn": {"data": SHAPES, "train_data": SHAPES},
+        }.items()
+    )
+    complete = {part: {"name": name} for part, name in zip(("objective", "image", "text"), "abc")}
+    complete["evals"] = {spec.name: spec.dump() for spec in specs}
+    found = {
+        "retrieval/image_to_text_R@5": 0.1,
+        "retrieval/text_to_image_R@5": 0.2,
+        "retrieval/mean_recall": 0.3,
+        "cifar/top1": 0.4,
+        "cifar/cost": 1.0,
+        "zero_shot/top1": 0.5,
+        "zero_shot/top5": 0.6,
+        "zero_shot/mean_per_class": 0.7,
+        "zero_shot/class/x": 0.8,
+        "knn/k20/top1": 0.9,
+    }
+    run = types.SimpleNamespace(evals=specs, complete=complete)
+    entries = results(run, tmp_path / "runs", 12, found)
+    assert {
+        (e["dataset"], e["model"], e["pretrained"], e["language"]) for e in entries.values()
+    } == {("shapes-test", "a-b-c", "runs_12", "en")}
+    assert {name: (entry["task"], entry["metrics"]) for name, entry in entries.items()} == {
+        "shapes-test_retrieval.json": (
+            "zeroshot_retrieval",
+            {
+                "text_retrieval_recall@5": 0.1,
+                "image_retrieval_recall@5": 0.2,
+                "mean_recall": 0.3,
+            },
+        ),
+        "shapes-test_cifar.json": ("linear_probe", {"lp_acc1": 0.4, "cost": 1.0}),
+        "shapes-test_zero_shot.json": (
+            "zeroshot_classification",
+            {"acc1": 0.5, "acc5": 0.6, "mean_per_class_recall": 0.7, "class/x": 0.8},
+        ),
+        "shapes-test_knn.json": ("knn", {"k20/top1": 0.9}),
+    }
+    assert entries["shapes-test_retrieval.json"]["eval"]["captions"] == 1
+    assert len(evaluate.table(found)) == len(found)
