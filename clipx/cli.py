@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -12,9 +13,12 @@ import jax
 from absl import app, flags, logging
 
 from clipx import config as configs
+from clipx import distributed
 from clipx.checkpoint import CheckpointError
+from clipx.cluster import find_cluster
 from clipx.config import ConfigError
 from clipx.data.base import BadSample, DataError
+from clipx.distributed import HostsError
 from clipx.metrics import MetricsError
 
 EXIT_FAILED = 1
@@ -53,29 +57,18 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, An
     return config
 
 
-def start_processes() -> None:
-    """Joins the other processes of a multi-process run when the environment says that there are
-    any: explicit JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or SLURM, Open MPI
-    and Cloud TPU pods as JAX finds them. A single process is the default and needs nothing."""
-    environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment:
-        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        missing = [name for name in names if not environment.get(name, "").isdigit()]
-        if missing:
-            raise ConfigError(
-                "environment",
-                f"JAX_COORDINATOR_ADDRESS without a number in {' and '.join(missing)}",
-                "all three, or none for a single process",
-            )
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"], *(int(environment[name]) for name in names)
-        )
+def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
+    """Joins the other processes of a run of several, once all of them are there with the same
+    versions, config and command; a single process is the default and needs nothing."""
+    cluster = find_cluster(os.environ)
+    if cluster is None:
         return
-    tasks = [environment.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    tpu_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    in_step = "SLURM_PROCID" in environment or "OMPI_COMM_WORLD_RANK" in environment
-    if tpu_pod or (in_step and any(task.isdigit() and int(task) > 1 for task in tasks)):
-        jax.distributed.initialize()
+    values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
+    config = {}
+    if values.get("config"):
+        with contextlib.suppress(ConfigError):  # the command's own to tell
+            config = load_config(values["config"], overrides)
+    distributed.start(cluster, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:
@@ -96,7 +89,7 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
         logging.set_verbosity(logging.FATAL)  # Orbax tells of every file; its errors are raised too
-        start_processes()
+        start_processes(overrides)
         use_compile_cache()
         return main(overrides)
 
@@ -118,5 +111,5 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         if getattr(error, "where", "").startswith("config.") and "config" in flags.FLAGS:
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
-    except (RunError, CheckpointError, MetricsError) as error:
+    except (RunError, CheckpointError, HostsError, MetricsError) as error:
         fail(error, EXIT_FAILED)

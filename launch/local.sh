@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Trains with several processes on this machine, as several hosts would: one for each GPU, or two
+# that share the CPU.
+#
+#   launch/local.sh [--processes=N] [--devices=D] [--dry_run] -- --config=FILE --workdir=DIR ...
+#
+#   --processes=N  how many
+#   --devices=D    devices of each on the CPU (1)
+#   --dry_run      prints every command and runs none
+#
+# It ends with 0, or with the code of the first process that failed; 42: told to stop, and saved.
+
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
+  echo "$1" >&2
+  exit 2
+}
+
+gpus=0
+if command -v nvidia-smi >/dev/null && [[ ${JAX_PLATFORMS:-} != cpu ]]; then
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
+processes=$((gpus > 0 ? gpus : 2)) devices=1 dry_run=''
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --processes=*) processes=${1#*=} ;;
+    --devices=*) devices=${1#*=} ;;
+    --dry_run) dry_run=1 ;;
+    --) shift && break ;;
+    *) usage "not known before --: $1" ;;
+  esac
+  shift
+done
+[[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^[1-9][0-9]*$ ]] || usage 'N and D are numbers'
+[[ $# -gt 0 ]] || usage 'after --: the arguments of clipx.train'
+if ((gpus > 0 && processes > gpus)); then
+  usage "$processes processes and $gpus GPUs: a process needs one of its own"
+fi
+
+python=${PYTHON:-python}
+port=${PORT:-$((20000 + RANDOM % 10000))}
+pids=()
+for ((i = 0; i < processes; i++)); do
+  environment=(
+    "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i"
+  )
+  if ((gpus > 0)); then
+    environment+=("JAX_LOCAL_DEVICE_IDS=$i")
+  else
+    flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
+    environment+=("JAX_PLATFORMS=cpu" "XLA_FLAGS=$flags")
+  fi
+  command=(env "${environment[@]}" "$python" -m clipx.train "$@")
+  if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}" && echo
+  else
+    "${command[@]}" &
+    pids+=($!)
+  fi
+done
+[[ ! $dry_run ]] || exit 0
+
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+code=0 killed=''
+while ((${#pids[@]})); do
+  left=()
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      left+=("$pid")
+      continue
+    fi
+    ended=0
+    wait "$pid" || ended=$?
+    ((code)) || code=$ended
+  done
+  pids=(${left[@]+"${left[@]}"})
+  # what failed will not come back: the others would wait for it
+  if ((code && code != 42 && ${#pids[@]})) && [[ ! $killed ]]; then
+    sleep "${GRACE_SECONDS:-5}"
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+    killed=1
+  fi
+  sleep 0.2
+done
+exit "$code"
