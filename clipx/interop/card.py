@@ -1,0 +1,213 @@
+"""README.md of an export, by the Hugging Face Hub's conventions, and how its heads are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from clipx.interop.proof import COSINE, RELATIVE, Proof
+
+HEADS = "heads.safetensors"
+
+_LOAD = {
+    "open_clip": """import open_clip, torch
+from PIL import Image
+
+model, _, transform = open_clip.create_model_and_transforms("local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
+model.eval()
+with torch.no_grad():
+    image = model.encode_image(transform(Image.open("a.jpg"))[None], normalize=True)
+    text = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)
+print(image @ text.T)""",
+    "huggingface": """import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{folder}").eval()
+processor = AutoProcessor.from_pretrained("{folder}")
+inputs = processor(
+    text=["a dog", "a cat"],
+    images=Image.open("a.jpg"),
+    return_tensors="pt",
+    padding="max_length",
+    truncation=True,
+)
+with torch.no_grad():
+    print(model(**inputs).logits_per_image)""",
+}
+_LIBRARY = {"open_clip": "open_clip", "huggingface": "transformers"}
+
+_LAYERS = '''import numpy as np
+from safetensors.numpy import load_file
+
+heads = load_file("{file}")
+params = lambda name: heads.get(f"params/{{name}}", 0.0)
+
+
+def dense(name, x):
+    return x @ params(f"{{name}}/kernel") + params(f"{{name}}/bias")
+
+
+def layer_norm(name, x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * params(f"{{name}}/scale") + params(f"{{name}}/bias")
+
+
+def batch_norm(name, x):
+    mean, var = heads[f"batch_stats/{{name}}/mean"], heads[f"batch_stats/{{name}}/var"]
+    return (x - mean) / np.sqrt(var + 1e-5) * params(f"{{name}}/scale") + params(f"{{name}}/bias")
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def mlp(name, x):
+    """Dense layers, a BatchNorm where there is one, a ReLU between two."""
+    count = sum(f"params/{{name}}/fc_{{i}}/kernel" in heads for i in range(9))
+    for i in range(count):
+        x = dense(f"{{name}}/fc_{{i}}", x)
+        if f"params/{{name}}/norm_{{i}}/scale" in heads:
+            x = batch_norm(f"{{name}}/norm_{{i}}", x)
+        x = relu(x) if i < count - 1 else x
+    return x'''
+# what stands on the layers, by an array that tells of it
+_HEADS = {
+    "params/image_text/left/fc/kernel": '''def side(name, x):
+    hidden = relu(batch_norm(f"{name}/norm", dense(f"{name}/fc", x)))
+    return unit(
+        layer_norm(f"{name}/ln", dense(f"{name}/proj", hidden) + dense(f"{name}/shortcut", x))
+    )
+
+
+def score(image, text):
+    """The critic's score of every picture with every text, of features before normalisation."""
+    image = side("image_text/left", image[:, : len(heads["params/image_text/left/fc/kernel"])])
+    text = side("image_text/right", text[:, : len(heads["params/image_text/right/fc/kernel"])])
+    return np.exp(params("image_text/logit_scale")) * image @ text.T''',
+    "params/image_text/top/fc/kernel": '''def score(image, text):
+    """The critic's score of every picture with every text, of features before normalisation."""
+    image = image[:, : len(heads["params/image_text/left/kernel"])]
+    text = text[:, : len(heads["params/image_text/right/kernel"])]
+    pairs = dense("image_text/left", image)[:, None] + dense("image_text/right", text)
+    return dense("image_text/top/out", relu(dense("image_text/top/fc", relu(pairs))))[..., 0]''',
+    "params/late_interaction/image/fc/kernel": '''def image_tokens(x):
+    """Of a picture's tokens, before any norm or projection after the last block."""
+    return unit(dense("late_interaction/image/fc", x))
+
+
+def text_tokens(x):
+    """Of a text's tokens after the last norm, up to its end mark."""
+    return unit(dense("late_interaction/text/fc", x))''',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a card tells of a run."""
+
+    format: str
+    folder: str
+    name: str
+    method: str
+    license: str
+    towers: str
+    data: str
+    seen: str
+    metrics: Mapping[str, float]
+    proof: Proof | None
+    unproven: str  # why there is no proof
+    left_out: Collection[str]  # the heads' names
+    with_heads: bool
+    heads: Collection[str]  # every array of the heads
+    notes: Collection[str]
+
+
+def card(facts: Facts) -> str:
+    """README.md, whole."""
+    sections = [
+        _header(facts),
+        f"# {facts.name}\n\nTrained with clipx by {facts.method}, and exported to "
+        f"{_LIBRARY[facts.format]}'s format.",
+        _list({"Towers": facts.towers, "Data": facts.data, "Samples seen": facts.seen}),
+        "## Load it\n\n" + _code(_LOAD[facts.format].format(folder=facts.folder)),
+        *(["## To know\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
+        "## Metrics\n\n" + _metrics(facts.metrics),
+        "## The proof of the export\n\n" + _proof(facts),
+        "## Heads\n\n" + _heads(facts),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(facts: Facts) -> str:
+    tags = ["clip", "clipx", facts.method.replace("_", "-")]
+    return "\n".join(
+        [
+            "---",
+            f"license: {facts.license}",
+            f"library_name: {_LIBRARY[facts.format]}",
+            "pipeline_tag: zero-shot-image-classification",
+            "tags:",
+            *(f"- {tag}" for tag in dict.fromkeys(tags)),
+            "---",
+        ]
+    )
+
+
+def _list(items: Mapping[str, str]) -> str:
+    return "\n".join(f"- **{name}**: {text}" for name, text in items.items())
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return "The run was not evaluated at this step."
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def proof_lines(proof: Proof) -> list[str]:
+    """The figures, a line each."""
+    lines = [
+        f"least cosine of a picture: {proof.image_cosine:.9f} (held to {COSINE})",
+        f"least cosine of a caption: {proof.text_cosine:.9f} (held to {COSINE})",
+        f"largest difference of logits over the largest logit: {proof.logits:.2g} "
+        f"(held to {RELATIVE:g})",
+    ]
+    if proof.odd:
+        captions = ", ".join(repr(x) for x in proof.odd)
+        lines.append(f"cut into other tokens than in training: {captions}")
+    return lines
+
+
+def _proof(facts: Facts) -> str:
+    if facts.proof is None:
+        return f"Not verified: {facts.unproven}."
+    lines = "\n".join(f"- {line}" for line in proof_lines(facts.proof))
+    return (
+        f"Loaded by {facts.proof.library} and compared with clipx, in float32, on fixed random "
+        f"pictures and captions through the library's own preprocessing and tokenizer:\n\n{lines}"
+    )
+
+
+def _heads(facts: Facts) -> str:
+    if not facts.left_out:
+        return "Training used nothing beside what is here."
+    names = ", ".join(f"`{name}`" for name in sorted(facts.left_out))
+    if not facts.with_heads:
+        return f"Used in training and left out: {names}."
+    own = [text for key, text in _HEADS.items() if key in facts.heads]
+    code = "\n\n\n".join([_LAYERS.format(file=HEADS), *own])
+    arrays = "\n".join(f"- `{name}`" for name in sorted(facts.heads))
+    return (
+        f"Used in training, and kept in `{HEADS}`: {names}. They are read without any framework:"
+        f"\n\n{_code(code)}\n\n<details><summary>All arrays</summary>\n\n{arrays}\n\n</details>"
+    )

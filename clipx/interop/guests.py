@@ -1,0 +1,208 @@
+"""Towers that open_clip has made for it: by timm, a ViT without class token and the plain ResNet;
+by transformers, BERT.
+
+A named ResNet needs nothing more. The others are described by a `config.json` that timm or
+transformers looks for where open_clip's config says: in the export itself, by its whole path, since
+neither is told from where open_clip was loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from clipx.interop import base
+from clipx.interop.base import Model, NotExpressible, Rule
+from clipx.models.bert import BERT
+from clipx.models.resnet import PLAIN, ResNet
+from clipx.models.vit import ViT
+
+_TIMM_EPS = 1e-6  # of every LayerNorm that timm's ViT makes from JSON
+
+
+def vision_config(image: ViT | ResNet, folder: str) -> dict[str, Any]:
+    """open_clip's section for a tower of timm's."""
+    name = f"local-dir:{folder}"
+    if isinstance(image, ResNet):
+        name = image.variant
+        if image.shape != (PLAIN[image.variant][0], 64):
+            raise NotExpressible(
+                f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
+                f"channels, and this one {image.shape[0]} and {image.shape[1]}"
+            )
+    return {
+        "image_size": image.image_size,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "map" if getattr(image, "pool", "mean") == "attention" else "avg",
+        "timm_proj": "linear",
+    }
+
+
+def text_config(text: BERT, folder: str) -> dict[str, Any]:
+    """open_clip's section for a BERT of transformers'."""
+    return {
+        "context_length": text.context,
+        "vocab_size": text.vocab_size,
+        "hf_model_name": folder,
+        "hf_model_pretrained": False,
+        "hf_tokenizer_name": ".",
+        "hf_proj_type": "linear",
+        "hf_pooler_type": "cls_pooler",
+    }
+
+
+def config(model: Model) -> dict[str, Any]:
+    """What `config.json` says of the towers that are made after it; {} where none is."""
+    found: dict[str, Any] = {}
+    image, text = model.image, model.text
+    if isinstance(image, ViT) and image.pool != "class":
+        width, depth, heads, mlp_width, patch = image.shape
+        found |= {
+            "architecture": "vit_base_patch16_224",  # whose sizes these replace
+            "num_classes": 0,
+            "num_features": width,
+            "model_args": {
+                "img_size": image.image_size,
+                "patch_size": patch,
+                "embed_dim": width,
+                "depth": depth,
+                "num_heads": heads,
+                "mlp_ratio": base.ratio(mlp_width, width),
+                "class_token": False,
+                "global_pool": "map" if image.pool == "attention" else "avg",
+                "fc_norm": False,
+                "pre_norm": image.pre_norm,
+                "act_layer": image.activation,
+            },
+            "pretrained_cfg": {
+                "input_size": [3, image.image_size, image.image_size],
+                "mean": list(model.mean),
+                "std": list(model.std),
+                "num_classes": 0,
+            },
+        }
+    if isinstance(text, BERT):
+        found |= {
+            "model_type": "bert",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.depth,
+            "num_attention_heads": text.heads,
+            "intermediate_size": round(text.width * text.mlp_ratio),
+            "max_position_embeddings": text.positions,
+            "type_vocab_size": 2,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "pad_token_id": text.pad_id,
+        }
+    return found
+
+
+def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
+    if tower.embed_dim:
+        return base.scaled(base.dense(ours, theirs, bias=False), factor)
+    copy = base.identity(width, base.tower_width(tower))
+    return [base.constant(f"{theirs}.weight", lambda: np.float32(factor) * copy())]
+
+
+def vit_rules(image: ViT, width: int) -> list[Rule]:
+    """A ViT of timm's. Its LayerNorms add 1e-6 to a variance whatever the tower's: the stream of
+    tokens is scaled so that this is the same part of it."""
+    channels, depth, heads, *_ = image.shape
+    scale = float((_TIMM_EPS / image.norm_eps) ** 0.5)
+    a, b = "params/image", "visual.trunk"
+    rules = [
+        base.conv(f"{a}/patch_embedding", f"{b}.patch_embed.proj"),
+        base.Rule(
+            (f"{a}/positional_embedding",),
+            (f"{b}.pos_embed",),
+            lambda x: (x[None],),
+            lambda x: (x[0],),
+        ),
+        *(base.norm(f"{a}/ln_pre", f"{b}.norm_pre") if image.pre_norm else ()),
+    ]
+    for i in range(depth):
+        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
+        rules += base.heads_out(f"{ours}/attn/out", f"{theirs}.attn.proj", heads)
+        rules += base.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2")
+    rules = base.scaled(rules, scale)
+    for i in range(depth):
+        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
+        rules += [
+            *base.norm(f"{ours}/ln_1", f"{theirs}.norm1"),
+            *base.heads_in((f"{ours}/attn/qkv",), (f"{theirs}.attn.qkv",), heads, (3,)),
+            *base.norm(f"{ours}/ln_2", f"{theirs}.norm2"),
+            *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
+        ]
+    rules += base.norm(f"{a}/ln_post", f"{b}.norm")
+    if not image.pre_norm:
+        zeros = base.constant(f"{b}.patch_embed.proj.bias", lambda: np.zeros(channels, np.float32))
+        rules.append(zeros)
+    head = (image, width, f"{a}/projection", "visual.head.proj")
+    if image.pool == "mean":
+        return rules + _head(*head)
+    ours, theirs = f"{a}/pool", f"{b}.attn_pool"
+    out = base.dense(f"{ours}/out", f"{theirs}.proj")
+    return [
+        *rules,
+        base.Rule(
+            (f"{ours}/probe",), (f"{theirs}.latent",), lambda x: (x[None],), lambda x: (x[0],)
+        ),
+        *base.heads_in((f"{ours}/attn/q",), (f"{theirs}.q",), heads, (1,)),
+        *base.heads_in((f"{ours}/attn/kv",), (f"{theirs}.kv",), heads, (2,)),
+        *base.scaled(out + base.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2"), scale),
+        *base.norm(f"{ours}/ln", f"{theirs}.norm"),
+        *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
+        *_head(*head, 1 / scale),
+    ]
+
+
+def resnet_rules(image: ResNet, width: int) -> list[Rule]:
+    """torchvision's ResNet, as timm has it."""
+    rules = []
+
+    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str):
+        rules.append(base.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
+        rules.extend(base.batch_norm("image", ours[1], f"{theirs}{norm}"))
+
+    conv_and_norm(("conv1", "bn1"), "visual.trunk.", "conv1", "bn1")
+    (blocks, channels), bottleneck = image.shape, PLAIN[image.variant][1]
+    for stage, count in enumerate(blocks):
+        after = 64 * 2**stage * (4 if bottleneck else 1)
+        for block in range(count):
+            a, b = f"stage_{stage}_{block}", f"visual.trunk.layer{stage + 1}.{block}."
+            for i in range(1, 4 if bottleneck else 3):
+                conv_and_norm((f"{a}/conv{i}", f"{a}/bn{i}"), b, f"conv{i}", f"bn{i}")
+            if channels != after or (stage and not block):
+                ours = (f"{a}/conv_shortcut", f"{a}/bn_shortcut")
+                conv_and_norm(ours, b, "downsample.0", "downsample.1")
+            channels = after
+    return rules + _head(image, width, "params/image/projection", "visual.head.proj")
+
+
+def bert_rules(text: BERT, width: int) -> list[Rule]:
+    a, b = "params/text", "text.transformer"
+    tables = {"token": "word", "positional": "position", "type": "token_type"}
+    rules = [
+        *(
+            base.same(f"{a}/{ours}_embedding", f"{b}.embeddings.{theirs}_embeddings.weight")
+            for ours, theirs in tables.items()
+        ),
+        *base.norm(f"{a}/ln_embedding", f"{b}.embeddings.LayerNorm"),
+        *base.dense(f"{a}/pooler", f"{b}.pooler.dense"),
+    ]
+    for i in range(text.depth):
+        ours, theirs = f"{a}/block_{i}", f"{b}.encoder.layer.{i}"
+        names = tuple(f"{theirs}.attention.self.{n}" for n in ("query", "key", "value"))
+        out = f"{theirs}.attention.output.dense"
+        rules += [
+            *base.heads_in((f"{ours}/attn/qkv",), names, text.heads, (3,)),
+            *base.heads_out(f"{ours}/attn/out", out, text.heads),
+            *base.norm(f"{ours}/ln_attn", f"{theirs}.attention.output.LayerNorm"),
+            *base.dense(f"{ours}/mlp/fc", f"{theirs}.intermediate.dense"),
+            *base.dense(f"{ours}/mlp/proj", f"{theirs}.output.dense"),
+            *base.norm(f"{ours}/ln_mlp", f"{theirs}.output.LayerNorm"),
+        ]
+    return rules + _head(text, width, f"{a}/projection", "text.proj")

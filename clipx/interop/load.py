@@ -1,0 +1,225 @@
+"""Towers from files: an open_clip folder, a Hugging Face CLIP or SigLIP folder, or a safetensors
+file of either, and how they fit the towers of a config."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from clipx.config import ConfigError
+from clipx.interop import base, huggingface, open_clip
+from clipx.interop.base import Model
+from clipx.models.layers import Tower, stack_blocks
+from clipx.types import PyTree
+
+_OPEN_CLIP_WEIGHTS = (open_clip.WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
+# of a tower, what changes what it says; sizes show in the arrays
+_MEANING = ("activation", "norm_eps", "heads", "pool", "pre_norm", "causal", "mask_padding")
+
+
+def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
+    """The model at `path`: a folder as open_clip or transformers writes it, or a safetensors file,
+    whose config stands beside it or, in open_clip's names, is read off the arrays as for OpenAI's.
+
+    Raises `ConfigError` for what is not there, is no such file, was cut short, or is of another
+    architecture.
+    """
+    file = pathlib.Path(path).expanduser()
+    folder = file if file.is_dir() else file.parent
+    if not file.exists():
+        raise ConfigError(where, f"nothing at {file}", "a folder or a safetensors file")
+    own = _json(folder / open_clip.CONFIG, where)
+    other = _json(folder / huggingface.CONFIG, where) or {}
+    if file.is_dir():
+        names = _OPEN_CLIP_WEIGHTS if own else (huggingface.WEIGHTS,)
+        file = next((folder / n for n in names if (folder / n).is_file()), None)
+        if file is None or (own is None and "model_type" not in other):
+            raise ConfigError(
+                where,
+                f"{folder}, with {_listed(folder)}",
+                f"{open_clip.CONFIG} and {open_clip.WEIGHTS}, or {huggingface.CONFIG} of CLIP or "
+                f"SigLIP and {huggingface.WEIGHTS}",
+            )
+    arrays = _arrays(file, where)
+    try:
+        if "text_model.final_layer_norm.weight" in arrays:
+            preprocessor = _json(folder / huggingface.PREPROCESSOR, where)
+            return huggingface.from_huggingface(arrays, other, preprocessor)
+        return open_clip.from_open_clip(arrays, own or _read_off(arrays, file, where))
+    except ConfigError as error:
+        error.file = error.file or str(file)
+        raise
+
+
+def _json(path: pathlib.Path, where: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(where, f"{path} ({error})", "a JSON file") from None
+
+
+def _listed(folder: pathlib.Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "nothing in it"
+
+
+def _arrays(file: pathlib.Path, where: str) -> base.Arrays:
+    import safetensors
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        found = f"{file} ({' '.join(str(error).split())})"
+        raise ConfigError(where, found, "a whole safetensors file") from None
+    except TypeError:  # bfloat16, which NumPy has not
+        raise ConfigError(where, f"{file} with bfloat16 arrays", "float32 or float16") from None
+
+
+def _read_off(arrays: Mapping[str, np.ndarray], file, where: str) -> dict[str, Any]:
+    """open_clip's config of arrays without one, with heads of 64 channels as OpenAI's have and
+    QuickGELU as they were trained with (open_clip, build_model_from_openai_state_dict)."""
+    arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
+    if not {"visual.conv1.weight", "ln_final.weight", "text_projection"} <= arrays.keys():
+        raise ConfigError(
+            where, f"{file}, with {min(arrays, default='no arrays')}", "CLIP in open_clip's names"
+        )
+
+    def count(start: str, part: int) -> int:
+        return len({name.split(".")[part] for name in arrays if name.startswith(start)})
+
+    if "visual.proj" in arrays:
+        width, _, patch, _ = arrays["visual.conv1.weight"].shape
+        side = round((len(arrays["visual.positional_embedding"]) - 1) ** 0.5)
+        layers = count("visual.transformer.resblocks.", 3)
+        vision = {"layers": layers, "width": width, "patch_size": patch, "image_size": patch * side}
+    else:
+        stages = [count(f"visual.layer{i}.", 2) for i in (1, 2, 3, 4)]
+        side = round((len(arrays["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+        width = len(arrays["visual.layer1.0.conv1.weight"])
+        vision = {"layers": stages, "width": width, "image_size": 32 * side}
+    words, width = arrays["token_embedding.weight"].shape
+    text = {
+        "context_length": len(arrays["positional_embedding"]),
+        "vocab_size": words,
+        "width": width,
+        "heads": max(width // 64, 1),
+        "layers": count("transformer.resblocks.", 2),
+    }
+    return {
+        "embed_dim": arrays["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
+
+
+def fit(
+    model: Model,
+    image: Tower,
+    text: Tower,
+    *,
+    mask_id: int | None = None,
+    fresh: Collection[str] = (),
+    where: str = "config.init_from",
+) -> dict[str, PyTree]:
+    """{"params": {"image": ..., "text": ...}, "batch_stats": ...} of `model` for these towers, in
+    their layouts: positions resized where sizes differ (pictures' bicubic, texts' linear, as
+    open_clip), and a row for `mask_id`, the mean of all, where the model's words have none.
+
+    fresh: what may differ, as "image.activation" for a field, or "text.projection" for arrays,
+    which are then left out. Every other difference is listed in one `ConfigError`.
+    """
+    found: dict[str, PyTree] = {"params": {}, "batch_stats": {}}
+    faults = []
+    for name, tower in (("image", image), ("text", text)):
+        given = getattr(model, name)
+        if type(given) is not type(tower):
+            kinds = f"{type(given).__name__}, and {type(tower).__name__} in the config"
+            raise ConfigError(where, f"config.{name}: {kinds}", "towers of one kind")
+        faults += [
+            f"{name}.{field}: {_field(given, field)!r}, and {_field(tower, field)!r} in the config"
+            for field in _MEANING
+            if hasattr(tower, field) and _field(given, field) != _field(tower, field)
+        ]
+        params = dict(model.params[name])
+        _resize(params, given, tower, mask_id if name == "text" else None)
+        _compare(name, params, tower, faults)
+        kept = {k: x for k, x in params.items() if f"{name}.{k}" not in fresh}
+        stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
+        found["params"][name] = jax.tree.map(np.asarray, stacked)
+        if name in model.batch_stats:
+            found["batch_stats"][name] = model.batch_stats[name]
+    faults = [fault for fault in faults if fault.split(":")[0] not in fresh]
+    if faults:
+        raise ConfigError(
+            where,
+            "other towers than the config's:\n    " + "\n    ".join(faults),
+            "the same towers",
+            "change the config, or name what may differ: "
+            + ", ".join(dict.fromkeys(fault.split(":")[0] for fault in faults)),
+        )
+    return found
+
+
+def _field(tower: Tower, name: str) -> Any:
+    """A field, with what a tower's variant says of it; padding means nothing to a causal tower."""
+    if name == "heads" and isinstance(getattr(tower, "shape", None), tuple):
+        return tower.shape[2] if len(tower.shape) == 5 else tower.heads
+    if name == "mask_padding" and getattr(tower, "causal", False):
+        return False
+    return getattr(tower, name)
+
+
+def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None:
+    """Adds a line for every entry of a tower that is missing, left over or of another shape."""
+    expected = base.shapes(tower.clone(scan=False) if hasattr(tower, "scan") else tower)["params"]
+    for key in sorted(expected.keys() | params.keys()):
+        a, b = (
+            jax.tree_util.tree_flatten_with_path(tree.get(key, {}))[0]
+            for tree in (params, expected)
+        )
+        found, wanted = ({jax.tree_util.keystr(p): x.shape for p, x in leaves} for leaves in (a, b))
+        if found != wanted:
+            path = min(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            shapes = f"{found.get(path, 'nothing')}, and {wanted.get(path, 'nothing')}"
+            faults.append(f"{name}.{key}: {shapes} in the config")
+
+
+def _resize(params: PyTree, given: Tower, tower: Tower, mask_id: int | None) -> None:
+    """Fits positions and words in place, where only their number differs."""
+    if hasattr(tower, "image_size"):
+        if "positional_embedding" in params and given.image_size != tower.image_size:
+            first = int(getattr(tower, "pool", "") == "class")
+            side = tower.image_size // tower.shape[-1] if hasattr(tower, "patch") else None
+            if side:
+                rows = params["positional_embedding"]
+                params["positional_embedding"] = resize_grid(rows, first, side)
+        return
+    rows = params["positional_embedding"]
+    if len(rows) != tower.context and not hasattr(tower, "positions"):
+        shape = (tower.context, rows.shape[1])
+        resized = jax.image.resize(rows, shape, "linear", antialias=False)
+        params["positional_embedding"] = np.asarray(resized)
+    words = params["token_embedding"]
+    if mask_id is not None and len(words) == tower.vocab_size - 1:
+        params["token_embedding"] = np.insert(words, mask_id, words.mean(axis=0), axis=0)
+
+
+def resize_grid(rows: Float[np.ndarray, "n c"], first: int, side: int) -> Float[np.ndarray, "m c"]:
+    """Positions of a square grid for one of `side` x `side`, bicubic with antialiasing; the `first`
+    of them, a class token's, stay (open_clip, resize_pos_embed)."""
+    kept, grid = rows[:first], rows[first:]
+    old = round(len(grid) ** 0.5)
+    grid = grid.reshape(old, old, -1)
+    grid = jax.image.resize(grid, (side, side, grid.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([kept, np.asarray(grid).reshape(side * side, -1)])

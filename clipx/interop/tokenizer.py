@@ -1,0 +1,155 @@
+"""A tokenizer as files that transformers' `AutoTokenizer` reads, and open_clip through it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from clipx.interop.base import NotExpressible, Words
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# of OpenAI's 48,894 merges, one a line
+OPENAI_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+_MARKS = {
+    "clip_bpe": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "sentencepiece": ("<s>", "</s>", "<pad>", "<unk>"),
+    "wordpiece": ("[CLS]", "[SEP]", "[PAD]", "[UNK]"),
+}
+_PUNCTUATION = r"[,.'!?\"()*#:;~]"  # that CLIP-Lite deletes
+
+
+def cleaning(rule: str, lower: bool) -> list[Any]:
+    """A rule of clipx/data/cleaning.py as normalizers, but for what no normalizer does: mended
+    encodings, entities, a cut after 30 words."""
+    from tokenizers import Regex, normalizers
+
+    collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    case = [normalizers.Lowercase()] * lower
+    if rule == "clip_lite":
+        return [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(_PUNCTUATION), ""),
+            normalizers.Replace(Regex("[-/]"), " "),
+            normalizers.Replace("<person>", "person"),
+            *collapse,
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+        ]
+    first = {
+        "clip": [normalizers.NFC()],
+        "ascii": [normalizers.Replace(Regex(r"[^\x00-\x7F]"), "")],
+        "none": [],
+    }[rule]
+    return [*first, *collapse, *case]
+
+
+def clip_files(merges: str, vocabulary: dict[str, int], context: int) -> dict[str, str]:
+    """What `CLIPTokenizer` reads: the vocabulary with both marks at its end, and the merges."""
+    start, end, *_ = _MARKS["clip_bpe"]
+    vocabulary = vocabulary | {start: len(vocabulary), end: len(vocabulary) + 1}
+    settings = _settings("clip_bpe", "CLIPTokenizer", context, mask=True)
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + merges + "\n",
+        "tokenizer_config.json": _dump(settings),
+    }
+
+
+def files(
+    core: tokenizers.Tokenizer, words: Words, rule: str, *, attention_mask: bool = True
+) -> dict[str, str]:
+    """`tokenizer.json` and its settings, from a `core` that cuts one text without marks.
+
+    words: the ids as the exported model has them. Without `attention_mask` a model is given ids
+    alone, as SigLIP's are. Raises `NotExpressible` for a mark that `core` numbers in another way.
+    """
+    from tokenizers import AddedToken, normalizers, processors
+
+    start, end, pad, _ = _MARKS[words.kind]
+    ids = {start: words.sot_id, end: words.eot_id}
+    if words.kind != "clip_bpe":  # which pads with its end mark
+        ids[pad] = words.pad_id
+    core.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in ids])
+    wrong = [m for m, i in ids.items() if core.token_to_id(m) != i]
+    if wrong:
+        raise NotExpressible(
+            f"the tokenizer's {wrong[0]} is id {core.token_to_id(wrong[0])}, and the model's "
+            f"{ids[wrong[0]]}"
+        )
+    own = [core.normalizer] if core.normalizer is not None else []
+    core.normalizer = normalizers.Sequence([*cleaning(rule, words.kind == "clip_bpe"), *own])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A $B {end}",
+        special_tokens=[(start, ids[start]), (end, ids[end])],
+    )
+    settings = _settings(words.kind, "PreTrainedTokenizerFast", words.context, attention_mask)
+    return {"tokenizer.json": core.to_str(), "tokenizer_config.json": _dump(settings)}
+
+
+def _settings(kind: str, cls: str, context: int, mask: bool) -> dict[str, Any]:
+    start, end, pad, unknown = _MARKS[kind]
+    return {
+        "tokenizer_class": cls,
+        "model_max_length": context,
+        "bos_token": start,
+        "eos_token": end,
+        "pad_token": pad,
+        "unk_token": unknown,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"] if mask else ["input_ids"],
+    }
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def sentencepiece(model: bytes) -> tokenizers.Tokenizer:
+    """The encoding of a SentencePiece model, unigram or BPE, without marks."""
+    import sentencepiece as library
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    processor = library.SentencePieceProcessor(model_proto=model)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    unknown = processor.unk_id()
+    if proto.trainer_spec.model_type == 1:  # unigram
+        core = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    else:
+        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        core = tokenizers.Tokenizer(
+            models.BPE(ids, _merges(pieces), unk_token=pieces[unknown][0], fuse_unk=True)
+        )
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    core.normalizer = normalizers.Sequence(
+        [
+            *([normalizers.Precompiled(charsmap)] if charsmap else []),
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    core.decoder = decoders.Metaspace(prepend_scheme="always")
+    return core
+
+
+def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """SentencePiece's BPE has no list of merges: two neighbours are joined where their union is a
+    piece, the best score first."""
+    known = {piece: score for piece, score in pieces}
+    order = {piece: i for i, (piece, _) in enumerate(pieces)}
+    found = [
+        (-score, order[piece[:i]], order[piece[i:]], piece[:i], piece[i:])
+        for piece, score in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in known and piece[i:] in known
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]

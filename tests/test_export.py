@@ -1,0 +1,177 @@
+"""The command: what a folder holds, what is proven of it, and what is refused in one line."""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_interop_huggingface import with_transformers
+from test_interop_open_clip import with_open_clip
+from test_train import small
+
+from clipx.checkpoint import Checkpoints, write_json
+from clipx.cli import RunError
+from clipx.config import ConfigError
+from clipx.data import tokenizers
+from clipx.export import Options, export
+from clipx.interop import card, load, open_clip, proof
+from clipx.run import assemble, restore
+
+CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown fox"] * 40
+CLASS = ("image.pool", "class")
+
+
+def save(folder: pathlib.Path, config, seed: int = 0) -> pathlib.Path:
+    """A workdir whose run stands at step 3 with random weights: nothing is compiled but their
+    creation."""
+    run = assemble(config)
+    run = run.with_data(256, tokenizers.build(run.config.tokenizer, CAPTIONS))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        if x.ndim == 0 or not np.issubdtype(x.dtype, np.floating):
+            return np.asarray(2, x.dtype) * np.ones(x.shape, x.dtype)
+        if path[-1].key in ("scale", "var"):
+            return rng.uniform(0.8, 1.2, x.shape).astype(x.dtype)
+        fan_in = max(int(np.prod(x.shape[:-1])), 4)
+        return (rng.normal(size=x.shape) * fan_in**-0.5).astype(x.dtype)
+
+    def tree(part):
+        return jax.tree_util.tree_map_with_path(leaf, part)
+
+    state = run.state.replace(
+        step=np.int32(3),
+        params=tree(run.state.params),
+        batch_stats=tree(run.state.batch_stats),
+        opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.state.opt_state),
+        memory=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.state.memory),
+    )
+    state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, run.state)
+    checkpoints = Checkpoints(folder)
+    extra = {"config": run.complete, "tokenizer": run.tokenizer.save(), "rows": 256}
+    checkpoints.save(3, state, extra | {"fingerprint": "0123456789ab"}, {})
+    checkpoints.wait()
+    checkpoints.close()
+    write_json(folder / "config.json", run.complete)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A CLIP run of two small transformers with a class token."""
+    return save(tmp_path_factory.mktemp("clip"), small(CLASS))
+
+
+def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
+    """Without the libraries the folder is written and says that nobody has checked it."""
+
+    def none(name):
+        raise proof.MissingLibrary(f"{name} is not installed")
+
+    monkeypatch.setattr(proof, "library", none)
+    assert export(workdir, Options("open_clip", tmp_path / "a", license="mit")) is None
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {
+        *("README.md", open_clip.CONFIG, open_clip.WEIGHTS),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "Not verified: torch is not installed." in text
+    assert "license: mit" in text and "96 (3 steps at batch 32)" in text
+    assert "not verified: torch is not installed" in capsys.readouterr().out
+    _, state = restore(workdir)
+    again = load.load(tmp_path / "a")
+    np.testing.assert_array_equal(
+        again.params["image"]["ln_post"]["scale"],
+        np.asarray(state.params["image"]["ln_post"]["scale"]),
+    )
+    with pytest.raises(ConfigError, match="interop"):
+        export(workdir, Options("open_clip", tmp_path / "b", verify=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
+    """An existing folder, a format without a place, a failed proof, a full disk, no checkpoint."""
+
+    def options(format_="huggingface", out="a", **more):
+        return Options(format_, tmp_path / out, **more)
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="there already"):
+        export(workdir, options(out="there"))
+    with pytest.raises(ConfigError, match="'onnx'"):
+        export(workdir, options("onnx"))
+    with pytest.raises(ConfigError, match=r"one of \[3\]"):
+        export(workdir, options(step="2"))
+    with pytest.raises(ConfigError, match="config.json"):
+        export(tmp_path / "nowhere", options())
+    monkeypatch.setattr(proof, "needs", lambda *_, **__: None)
+
+    def refuse(*_):
+        raise proof.NotProven("the least cosine of a picture is 0.5")
+
+    monkeypatch.setattr(proof, "prove", refuse)
+    with pytest.raises(RunError, match="was not kept: the least cosine"):
+        export(workdir, options())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(proof, "prove", full)
+    with pytest.raises(RunError, match="No space left"):
+        export(workdir, options())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_a_format_without_a_place_names_the_one_that_has(tmp_path):
+    folder = save(tmp_path / "run", small())
+    with pytest.raises(ConfigError, match="pools by the mean") as caught:
+        export(folder, Options("huggingface", tmp_path / "a", verify=False))
+    assert "--format=open_clip" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@with_transformers
+def test_huggingface_proves_a_run(workdir, tmp_path):
+    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True))
+    assert found.logits < proof.RELATIVE
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["architectures"] == ["CLIPModel"]
+    assert "Loaded by torch" in (tmp_path / "a" / "README.md").read_text()
+
+
+BARE = [CLASS, ("image.embed_dim", "0"), ("text.embed_dim", "0"), ("train.best", "")]
+
+
+@with_open_clip
+@pytest.mark.parametrize("critic", ["dot", "concat"])
+def test_the_cards_recipe_scores_as_the_run_does(critic, tmp_path, monkeypatch):
+    """CLIP-Lite's towers, exported and proven; its critic beside them, read by the card's own code,
+    gives the objective's scores."""
+    config = small(*BARE, ("text.width", "24"))
+    config["objective"] = {"name": "clip_lite", "width": 40, "critic": critic}
+    config["evals"] = {}
+    config["optimizer"] = {"rules": [{"pattern": ".*"}]}  # one critic has no scale to bound
+    folder = save(tmp_path / "run", config)
+    # the proof itself is tested where the formats are
+    verify = critic == "dot"
+    export(folder, Options("open_clip", tmp_path / "a", verify=verify, with_heads=True))
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "by a head of its own" in text and "zeros fill them up to 32" in text
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path / "a")
+    recipe = {}
+    exec(code, recipe)
+    run, state = restore(folder)
+    pictures, captions = np.stack(proof.pictures(16)), CAPTIONS[:3]
+    encode = run.encode(state)
+    images, texts = encode.image(pictures), encode.text(captions)
+    said = proof.ours(load.load(tmp_path / "a"), pictures, run.tokenizer(captions))
+    scores = recipe["score"](said.image, said.text)
+    own = encode.similarity(images, texts)
+    if critic == "dot":
+        own = own * np.exp(load_file(card.HEADS)["params/image_text/logit_scale"])
+    np.testing.assert_allclose(scores, own, rtol=2e-3, atol=2e-3)
