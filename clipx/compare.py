@@ -19,6 +19,7 @@ from clipx.config import ConfigError
 from clipx.run import assemble
 from clipx.train import train
 
+_PLAIN = ("/ami", "/gap")
 _RECALL = re.compile(r"(.*)/(.*)_R@(\d+)")
 
 
@@ -43,7 +44,8 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
 
 
 def columns(found: dict[str, float]) -> dict[str, str]:
-    """Table cells in %, by their heads: recalls of one direction in one cell, and accuracies."""
+    """Table cells by their heads: recalls of one direction in one cell, and accuracies, both in %;
+    then the mutual information of clusters with classes, and modality gaps."""
     recalls: dict[str, list[tuple[int, float]]] = {}
     cells: dict[str, str] = {}
     for key, value in found.items():
@@ -52,6 +54,8 @@ def columns(found: dict[str, float]) -> dict[str, str]:
             recalls.setdefault(head, []).append((int(match[3]), value))
         elif key.endswith("/top1"):
             cells[key.removesuffix("/top1") + " top-1"] = f"{100 * value:.1f}"
+        elif key.endswith(_PLAIN):
+            cells[key.replace("/", " ")] = f"{value:.3f}"
     for head, values in recalls.items():
         values.sort()
         numbers = " / ".join(str(k) for k, _ in values)

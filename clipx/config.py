@@ -426,6 +426,12 @@ def difference(old: Mapping, new: Mapping, prefix: str = "config") -> list[str]:
         a, b, where = old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += difference(a, b, where)
+        elif _sections(a) and _sections(b) and len(a) == len(b):
+            lines += difference(dict(enumerate(a)), dict(enumerate(b)), where)
         elif a != b:
             lines.append(f"{where}: {a!r} -> {b!r}")
     return lines
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)

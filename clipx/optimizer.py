@@ -26,8 +26,11 @@ class Rule:
     learning_rate: float = 1.0  # times the schedule
     weight_decay: float = 1.0  # times the optimizer's
     clamp: tuple[float, float] | None = None  # the parameter stays within
+    horizon: float = 1.0  # share of the run's steps at which its decay has reached its end
 
     def __post_init__(self):
+        if not 0 < self.horizon <= 1:
+            raise ConfigError("Rule.horizon", str(self.horizon), "a share in (0, 1]")
         if self.clamp and not self.clamp[0] <= self.clamp[1]:
             raise ConfigError("Rule.clamp", str(self.clamp), "(least, most)")
 
@@ -65,6 +68,7 @@ class OptimizerConfig:
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
     warmup_examples: int | None = None
+    hold_steps: int = 0  # updates more at the peak, before the decay
     weight_decay: float = 0.2
     # decoupled: times the learning rate, beside the gradient; coupled: L2, added to the clipped
     # gradient, so that the moments see it
@@ -86,6 +90,12 @@ class OptimizerConfig:
             self._check(field, 0 <= getattr(self, field) < 1, "a number in [0, 1)")
         self._check("eps", self.eps > 0, "more than 0")
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0")
+        self._check("hold_steps", self.hold_steps >= 0, "0 or more")
+        for i, rule in enumerate(self.rules):
+            if rule.horizon < 1 and self.schedule == "constant":
+                where = f"OptimizerConfig.rules[{i}].horizon"
+                found = f"{rule.horizon} with a constant schedule, which does not decay"
+                raise ConfigError(where, found, "1.0", "schedule='cosine'; or learning_rate=0.0")
 
     def _check(self, field: str, ok: bool, expected: str) -> None:
         if not ok:
@@ -95,34 +105,58 @@ class OptimizerConfig:
 
 def make_schedule(
     config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
-) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then the named decay to the last step.
+) -> Callable[..., jax.Array]:
+    """Learning rate by update: linear warm-up, peak, then the named decay to the last step.
+
+    `schedule(count)` is the run's own; `schedule(count, horizon=share)`, for the horizon of one of
+    the rules, differs in that its decay is over after that share of the steps.
 
     With `steps` None (a length in epochs, data not open yet) the schedule is constant: such a run
     can be traced and planned, and is assembled anew before it trains.
     """
-    peak, final = config.learning_rate, config.final_learning_rate
     warmup = duration(dataclasses.asdict(config), "warmup", where=_WHERE, optional=True)
     warm = warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
     if steps is None or warm is None:
-        return optax.constant_schedule(peak)
-    if warm > steps:
+        constant = optax.constant_schedule(config.learning_rate)
+        return lambda count, horizon=1.0: constant(count)
+    start = warm + config.hold_steps
+    if start > steps:
+        where = warmup.where if warm > steps else f"{_WHERE}.hold_steps"
+        in_steps = warm > steps and warmup.unit == "steps"
         raise ConfigError(
-            warmup.where,
-            f"a warm-up of {warm} steps",
+            where,
+            f"a warm-up of {warm} steps" + f" and {config.hold_steps} more" * (warm <= steps),
             f"at most the run's {steps} steps",
-            f"{warmup.where}={steps // 10}" if warmup.unit == "steps" else "a shorter warm-up",
+            f"{where}={steps // 10}" if in_steps else "a shorter one",
         )
-    rest = max(steps - warm, 1)
+    ends = {1.0: steps}
+    for i, rule in enumerate(config.rules):
+        ends[rule.horizon] = round(rule.horizon * steps)
+        if start > ends[rule.horizon]:
+            raise ConfigError(
+                f"{_WHERE}.rules[{i}].horizon",
+                f"{rule.horizon}, which is step {ends[rule.horizon]}",
+                f"at least step {start}, where the decay begins",
+            )
+    schedules = {share: _schedule(config, warm, end) for share, end in ends.items()}
+    return lambda count, horizon=1.0: schedules[horizon](count)
+
+
+def _schedule(config: OptimizerConfig, warm: int, end: int) -> optax.Schedule:
+    """The schedule whose warm-up takes `warm` updates and whose decay is over at `end`."""
+    peak, final, start = config.learning_rate, config.final_learning_rate, warm + config.hold_steps
+    rest = max(end - start, 1)
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final / peak if peak else 0.0),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
         "constant": lambda: optax.constant_schedule(peak),
     }[config.schedule]()
-    if not warm:
-        return decay
-    rise = optax.linear_schedule(config.warmup_from, peak, warm)
-    return optax.join_schedules([rise, decay], [warm])
+    parts, bounds = [], []
+    if warm:
+        parts, bounds = [optax.linear_schedule(config.warmup_from, peak, warm)], [warm]
+    if config.hold_steps:
+        parts, bounds = [*parts, optax.constant_schedule(peak)], [*bounds, start]
+    return optax.join_schedules([*parts, decay], bounds) if parts else decay
 
 
 def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
@@ -181,6 +215,23 @@ def _clamp(rules, claims) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _descend(schedule: Callable, horizons: PyTree) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, and its state, with a horizon for each parameter."""
+
+    def init(params):
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        rates = {
+            share: schedule(state.count) if share == 1 else schedule(state.count, horizon=share)
+            for share in sorted(set(jax.tree.leaves(horizons)))
+        }
+        updates = jax.tree.map(lambda u, h: jnp.asarray(-rates[h], u.dtype) * u, updates, horizons)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
 class LookaheadState(NamedTuple):
     count: jax.Array  # updates since the start
     slow: PyTree  # a second copy of the parameters
@@ -216,7 +267,9 @@ def make_optimizer(
     config: OptimizerConfig, schedule: Callable, params: PyTree
 ) -> optax.GradientTransformation:
     """The whole chain for parameters of these paths (abstract ones will do): clip, coupled weight
-    decay, moments, decoupled weight decay, learning rate, clamp, lookahead."""
+    decay, moments, decoupled weight decay, learning rate, clamp, lookahead.
+
+    `schedule` is that of `make_schedule`, or any of the count alone where no rule has a horizon."""
     claims = claim(config.rules, params)
 
     def times(field):
@@ -247,7 +300,7 @@ def make_optimizer(
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
     chain += [decay, moments] if config.decay == "coupled" else [moments, decay]
-    chain += [scaled(times("learning_rate")), optax.scale_by_learning_rate(schedule)]
+    chain += [scaled(times("learning_rate")), _descend(schedule, times("horizon"))]
     chain.append(_clamp(config.rules, claims))
     if config.lookahead is not None:
         chain.append(_lookahead(config.lookahead))

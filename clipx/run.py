@@ -19,20 +19,39 @@ from clipx import mesh as meshes
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import bind, duration
 from clipx.data import pipeline, tokenizers
-from clipx.data.base import Source
+from clipx.data import teacher as teachers
+from clipx.data.base import Source, fingerprint
 from clipx.data.text_augment import TextAugment
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.optimizer import make_optimizer, make_schedule
-from clipx.sections import Config, DataConfig, EvalSpec, SourceSpec, check_train, named, split
-from clipx.step import init_state, init_variables, make_train_step
-from clipx.types import Batch, PyTree, TrainState
+from clipx.sections import (
+    Config,
+    DataConfig,
+    EvalSpec,
+    SourceSpec,
+    check_clusters,
+    check_episodes,
+    check_train,
+    named,
+    split,
+)
+from clipx.step import (
+    init_state,
+    init_variables,
+    make_refresh,
+    make_survey_step,
+    make_train_step,
+    put_features,
+)
+from clipx.types import Batch, Features, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
 _WORDS_GIVEN = frozenset({"mask_id", "special_ids"})  # to objectives that hide words
+_SIZES_GIVEN = frozenset({"batch_size"})  # to those with a memory of their rows
 _SAMPLES = 32  # pictures that the report shows
 
 
@@ -115,9 +134,38 @@ class Run:
         """The config's tokenizer, trained on the source's captions where it says so."""
         return tokenizers.build(self.config.tokenizer, pipeline.captions(source))
 
-    def loader(self, source: Source, positions: np.ndarray) -> pipeline.Feed:
-        """What loads the rows at `positions` of every batch. Raises `ConfigError` where a text
-        that the objective asks for cannot be made."""
+    def open_teacher(self) -> np.ndarray | None:
+        """The external teacher's rows, by row id, still on disk; None where there is none. Raises
+        `DataError` for rows made for other data."""
+        if self.data.teacher is None:
+            return None
+        whole = self.source.open()  # also where a fraction of it is trained on
+        return teachers.open_teacher(
+            self.data.teacher,
+            rows=len(whole),
+            width=self.objective.teacher,
+            fingerprint=fingerprint(whole),
+        )
+
+    @functools.cached_property
+    def clusters(self) -> np.ndarray | None:
+        """The cluster of each row of `open_source`, in its order; None where none are given. Raises
+        `DataError` as `open_teacher` does."""
+        if self.data.clusters is None:
+            return None
+        whole = self.source.open()
+        found = teachers.open_clusters(
+            self.data.clusters, rows=len(whole), fingerprint=fingerprint(whole)
+        )
+        share = self.data.fraction
+        return found if share == 1 else found[pipeline.chosen(len(found), share)]
+
+    def loader(
+        self, source: Source, positions: np.ndarray, *, survey: bool = False
+    ) -> pipeline.Feed:
+        """What loads the rows at `positions` of every batch; with `survey`, of every batch of the
+        passes before episodes. Raises `ConfigError` where a text that the objective asks for cannot
+        be made."""
         views = self.objective.views
         augmented = "augmented" in views.texts
         return pipeline.Feed(
@@ -135,6 +183,10 @@ class Run:
             reject_cjk=self.data.reject_cjk,
             text_augment=TextAugment(self.data.text_augment) if augmented else None,
             workers=self.data.workers,
+            episode=self.objective.episode,
+            with_replacement=self.objective.with_replacement,
+            survey=survey,
+            clusters=self.clusters,
         )
 
     def feed(self, source: Source, *, start: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -145,6 +197,79 @@ class Run:
         for arrays in self.loader(source, held).batches(start, self.steps):
             known = {name: arrays.pop(name) for name in ("key", "bad")} | {"row": arrays["row"]}
             yield Batch(**meshes.put_rows(arrays, sharding, held, self.batch_size)), known
+
+    def survey(self, source: Source, teacher: np.ndarray | None, *, start: int) -> Iterator[Batch]:
+        """The batches of whole episodes from step `start`, as the passes before them see them: the
+        rows that `feed` gives, under other crops, with the teacher's rows."""
+        sharding = meshes.batch_sharding(self.mesh)
+        held = meshes.local_rows(sharding, self.batch_size)
+        stop = -(-self.steps // self.objective.episode) * self.objective.episode
+        for arrays in self.loader(source, held, survey=True).batches(start, stop):
+            arrays = {name: x for name, x in arrays.items() if name not in ("key", "bad")}
+            extra = {} if teacher is None else {"teacher": teacher[arrays["row"]]}
+            arrays["extra"] = extra
+            yield Batch(**meshes.put_rows(arrays, sharding, held, self.batch_size))
+
+    @functools.cached_property
+    def refresh(
+        self,
+    ) -> Callable[[TrainState, Callable[[], Batch]], tuple[TrainState, Features]]:
+        """(state, a function that returns the episode's next batch) -> the state at whose step an
+        episode starts, with the memory of that episode, and what `refresh` was given, [b, episode,
+        ...]. Compiled at the first call. The state given to it is used up."""
+        options = {"seed": self.config.seed}
+        embed = make_survey_step(
+            self.objective, microbatches=self.config.train.microbatches, **options
+        )
+        extra, width = {}, self.objective.teacher
+        rows = meshes.batch_sharding(self.mesh)
+        if width is not None:
+            shape = (self.batch_size, width)
+            extra["teacher"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+        with jax.set_mesh(self.mesh):
+            features = jax.eval_shape(embed, self.state, self.batch.replace(extra=extra), 0)
+        episode = self.objective.episode
+
+        def zeros():
+            return jax.tree.map(
+                lambda x: jnp.zeros((x.shape[0], episode, *x.shape[1:]), x.dtype), features
+            )
+
+        def put(buffer, state, batch, step):
+            return put_features(buffer, embed(state, batch, step), step % episode)
+
+        buffers = jax.tree.map(lambda _: rows, features)
+        state = jax.tree.map(lambda x: x.sharding, self.state)
+        create = jax.jit(zeros, out_shardings=buffers)
+        put = jax.jit(put, donate_argnums=0, out_shardings=buffers)
+        renew = jax.jit(
+            make_refresh(self.objective, **options), donate_argnums=0, out_shardings=state
+        )
+
+        def refresh(state: TrainState, batch: Callable[[], Batch]) -> tuple[TrainState, Features]:
+            with jax.set_mesh(self.mesh):
+                buffer, first = create(), int(state.step)
+                for step in range(first, first + episode):
+                    buffer = put(buffer, state, batch(), step)
+                return renew(state, buffer), buffer
+
+        return refresh
+
+    @functools.cached_property
+    def gather(self) -> Callable[[Features, np.ndarray], dict[str, jax.Array]]:
+        """(what `refresh` was given, places in the episode) -> its features there, by name."""
+
+        def gather(features: Features, places: jax.Array) -> dict[str, jax.Array]:
+            whole = {"image": features.image, "text": features.text}
+            return {name: x.reshape(-1, *x.shape[2:])[places] for name, x in whole.items()}
+
+        gather = jax.jit(gather, out_shardings=meshes.replicated(self.mesh))
+
+        def of_mesh(features: Features, places: np.ndarray) -> dict[str, jax.Array]:
+            with jax.set_mesh(self.mesh):
+                return gather(features, places)
+
+        return of_mesh
 
     def encode(
         self,
@@ -224,6 +349,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
     )
     words = _WORDS_GIVEN & configs.fields(objective_cls).keys()
+    sizes = _SIZES_GIVEN & configs.fields(objective_cls).keys()
     objective = bind(
         objective_cls,
         section,
@@ -231,8 +357,13 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         image=image,
         text=text,
         **{name: getattr(config.tokenizer, name) for name in words},
+        **{name: getattr(train, name) for name in sizes},
     )
     data, rest = split(config.data, DataConfig, "config.data")
+    check_clusters(
+        data, train.batch_size, getattr(objective, "groups", 1), objective.with_replacement
+    )
+    check_episodes(train, data, objective.episode, objective.teacher, objective_name)
     source = SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
     evals = tuple(EvalSpec.check(name, section) for name, section in config.evals.items())
     check_train(train, mesh, evals, rows)
@@ -242,8 +373,9 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     batch = _abstract_batch(objective, train.batch_size, mesh)
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
     optimizer, state = _abstract_state(objective, config, schedule, batch, mesh)
+    given = _TOWERS | words | sizes
     complete = configs.dump(config) | {
-        "objective": {"name": objective_name, **configs.dump(objective, given=_TOWERS | words)},
+        "objective": {"name": objective_name, **configs.dump(objective, given=given)},
         "image": {"name": image_name, **configs.dump(image)},
         "text": {"name": text_name, **configs.dump(text, given=_TEXT_GIVEN)},
         "data": {**configs.dump(data), **source.dump()},

@@ -33,6 +33,7 @@ class TrainConfig:
     best: str = ""  # a metric, such as "retrieval/mean_recall": its best checkpoint is kept too
     max_skipped_steps: int = 5  # so many steps without a finite gradient in a row stop the run
     tensorboard: bool = False
+    episode_pictures: bool = False  # of each episode, a map and some prototypes in report.html
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class DataConfig:
     caption: Literal["random", "first", "all"] = "random"  # of several; all: in turn, one an epoch
     reject_cjk: bool = False  # a caption with Chinese characters counts as bad, as DeCLIP has it
     text_augment: TextAugmentConfig = TextAugmentConfig()  # of objectives that ask for it
+    teacher: str | None = None  # rows that `clipx.teacher` wrote, for objectives that ask for them
+    clusters: str | None = (
+        None  # that `clipx.teacher` wrote: rows 2i and 2i + 1 of a batch share one
+    )
     manifest: Literal[*MANIFESTS] | None = None  # the known set that this is, or is a part of
     max_bad_fraction: float = 0.01  # of the rows read; more stop the run
 
@@ -198,6 +203,54 @@ class EvalSpec:
         if "pictures" in configs.fields(self.evaluator):
             given["pictures"] = Pictures(image_size)
         return self.evaluator(**given, **self.values)
+
+
+def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:
+    """Raises `ConfigError` for pairs of one cluster that would not stay together."""
+    if data.clusters is None:
+        return
+    if batch % (2 * groups):
+        raise ConfigError(
+            "config.train.batch_size",
+            f"{batch} in {groups} group(s), with data.clusters",
+            "whole pairs of rows in each group",
+            f"config.train.batch_size={max(batch // (2 * groups), 1) * 2 * groups}",
+        )
+    if with_replacement:
+        raise ConfigError(
+            "config.data.clusters",
+            repr(data.clusters),
+            "none where every row is drawn on its own",
+            "config.objective.with_replacement=false",
+        )
+
+
+def check_episodes(
+    train: TrainConfig, data: DataConfig, episode: int | None, width: int | None, objective: str
+) -> None:
+    """Raises `ConfigError` for a teacher that the objective does not ask for, or lacks, and for
+    pictures of episodes where there is none."""
+    if train.episode_pictures and episode is None:
+        raise ConfigError(
+            "config.train.episode_pictures",
+            "true",
+            f"false: {objective} has no episodes",
+            "an objective with episodes, such as protoclip",
+        )
+    if width is None and data.teacher is not None:
+        raise ConfigError(
+            "config.data.teacher",
+            repr(data.teacher),
+            f"none: nothing of {objective} reads it",
+            "config.objective.external_weight=1",
+        )
+    if width is not None and data.teacher is None:
+        raise ConfigError(
+            "config.data.teacher",
+            "nothing",
+            f"the file of the teacher's rows that {objective} asks for",
+            "write one with `python -m clipx.teacher`, or set config.objective.external_weight=0",
+        )
 
 
 def check_train(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key
 
-from clipx.objectives.base import Objective, caption_ids
+from clipx.objectives.base import Objective, caption_ids, tower_keys
 from clipx.optimizer import updates_done
 from clipx.types import Batch, Features, Metrics, PyTree, TrainState, constrain_rows
 
@@ -100,6 +100,62 @@ def embed_rows(
         jax.checkpoint(embed), batch_stats, _slices((batch, keys), microbatches)
     )
     return constrain_rows(_whole(features)), stats
+
+
+def _survey_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
+    """One key per row of the pass before an episode, whose augmentation is not that of training."""
+    return tower_keys(row_keys(seed, step, rows), 1 << 17)
+
+
+def make_survey_step(
+    objective: Objective, *, seed: int, microbatches: int = 1
+) -> Callable[[TrainState, Batch, Int32[Array, ""]], Features]:
+    """A pure function (state, batch, step) -> what `refresh` is given of the batch of that step:
+    `episode_features` of the batch, in evaluation mode."""
+
+    def survey_step(state: TrainState, batch: Batch, step: Int32[Array, ""]) -> Features:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def embed(slice_):
+            features = objective.apply(variables, *slice_, train=False, method="embed")
+            return constrain_rows(objective.apply(variables, features, method="episode_features"))
+
+        rows = batch, _survey_keys(seed, step, batch.row.shape[0])
+        if microbatches == 1:
+            return embed(rows)
+        return constrain_rows(_whole(jax.lax.map(embed, _slices(rows, microbatches))))
+
+    return survey_step
+
+
+def put_features(buffer: Features, features: Features, step: Int32[Array, ""]) -> Features:
+    """`buffer` [b, episode, ...] with the features [b, ...] of one step of the episode. Rows stay
+    on the devices that embedded them."""
+
+    def leaf(held, new):
+        return constrain_rows(jax.lax.dynamic_update_index_in_dim(held, new, step, 1))
+
+    return jax.tree.map(leaf, buffer, features)
+
+
+def make_refresh(
+    objective: Objective, *, seed: int
+) -> Callable[[TrainState, Features], TrainState]:
+    """A pure function (state, features [b, episode, ...]) -> the state whose memory is that of the
+    episode that starts at the state's step."""
+
+    def refresh(state: TrainState, features: Features) -> TrainState:
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), features)
+        memory = objective.apply(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            state.memory,
+            constrain_rows(rows),
+            key=jax.random.fold_in(jax.random.key(seed), state.step),
+            method="refresh",
+        )
+        return state.replace(memory=memory)
+
+    return refresh
 
 
 def _shared_captions(batch: Batch) -> Float[Array, ""]:

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, report
+from clipx import cli, distributed, episodes, report
 from clipx.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -30,10 +31,10 @@ from clipx.data import manifests, tokenizers
 from clipx.data.base import DataError, Source, fingerprint
 from clipx.data.quarantine import Quarantine
 from clipx.encode import Interrupted
-from clipx.evaluators.base import Evaluator
+from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.metrics import Clock, Metrics, peak_flops
 from clipx.run import Run, assemble, flops
-from clipx.types import TrainState
+from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
 
@@ -87,7 +88,9 @@ class Trainer:
     """One run in one workdir, from its first step here to its last."""
 
     run: Run
+    folder: pathlib.Path
     source: Source
+    teacher: np.ndarray | None
     evaluators: dict[str, Evaluator]
     checkpoints: Checkpoints
     metrics: Metrics
@@ -103,26 +106,37 @@ class Trainer:
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """The state after the last step, and whether it is that of the run's end.
 
-        The order is evaluate, save, draw, step, log: what is saved is never behind what was drawn.
+        The order is evaluate, save, refresh, draw, step, log: what is saved is never behind what
+        was drawn, and an episode that starts at a saved step starts again from there.
         """
-        train = self.run.config.train
+        train, episode = self.run.config.train, self.run.objective.episode
         pending: collections.deque = collections.deque()
         self._logged = start
-        with contextlib.closing(self.run.feed(self.source, start=start)) as feed:
+        with contextlib.ExitStack() as stack:
+            feed = stack.enter_context(contextlib.closing(self.run.feed(self.source, start=start)))
+            survey = stack.enter_context(contextlib.closing(self._survey(start)))
             for step in range(start, self.run.steps + 1):
                 last, stopping = step == self.run.steps, self.stop.at(step)
                 evaluate = last or _due(step, train.eval_every_steps)
                 save = last or (_due(step, train.save_every_steps) and step > start)
-                if stopping or evaluate or save:
+                refresh = episode is not None and step % episode == 0 and not last
+                if stopping or evaluate or save or refresh:
                     self._drain(pending, 0)
                 results: dict[str, float] | None = {}
                 if evaluate and not stopping:
                     results = self._evaluate(state, step)
                     stopping, results = results is None, results or {}
-                if stopping or save or train.best in results:
+                save = stopping or save or train.best in results
+                if save:
                     self._save(state, step, results)
                 if last or stopping:
                     break
+                if refresh and (renewed := self._refresh(state, step, survey)) is None:
+                    stopping = True
+                    if not save:
+                        self._save(state, step, results)
+                    break
+                state = renewed if refresh else state
                 with self.clock.time("data"):
                     batch, known = next(feed)
                 self._watch(step, known)
@@ -133,6 +147,52 @@ class Trainer:
         with self.clock.time("save"):
             self.checkpoints.wait()
         return state, last and not stopping
+
+    def _survey(self, start: int) -> Iterator[Batch]:
+        """The batches of the passes before episodes, from the first that starts at `start` or
+        later; nothing is loaded before the first is asked for."""
+        if (episode := self.run.objective.episode) is not None:
+            first = -(-start // episode) * episode
+            yield from self.run.survey(self.source, self.teacher, start=first)
+
+    def _refresh(self, state: TrainState, step: int, survey: Iterator[Batch]) -> TrainState | None:
+        """The state with the memory of the episode that starts here; None if the run was told to
+        stop meanwhile."""
+
+        def batch() -> Batch:
+            if self.stop.asked and jax.process_count() == 1:
+                raise Interrupted
+            return next(survey)
+
+        started = time.perf_counter()
+        with self.clock.time("episode"):
+            try:
+                state, features = jax.block_until_ready(self.run.refresh(state, batch))
+            except Interrupted:
+                return None
+            if self.run.config.train.episode_pictures:
+                self._draw(state, features, step)
+        seconds = time.perf_counter() - started
+        spent = self.clock.total("episode")
+        self.metrics.log(
+            step, {"episode/seconds": seconds, "episode/share_of_time": spent / self.clock.total()}
+        )
+        return state
+
+    def _draw(self, state: TrainState, features: Features, step: int) -> None:
+        """Writes what the report shows of the episode that starts at `step`."""
+        labels = jax.device_get(state.memory["labels"])
+        places = episodes.sample(labels)
+        features = jax.device_get(self.run.gather(features, places))
+        if jax.process_index() == 0:
+            episodes.write(
+                self.folder,
+                int(state.memory["episode"]),
+                rows=places,
+                features=features,
+                labels=labels,
+                load=episodes.loading(self.run.loader(self.source, np.arange(0)), step),
+            )
 
     def _drain(self, pending: collections.deque, keep: int) -> None:
         """Takes in the metrics of all but the newest `keep` steps: waits for them, logs those that
@@ -165,18 +225,15 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """What every eval finds, logged; None if the run was told to stop meanwhile."""
-        results = {}
         encode = self.run.encode(state, interrupted=lambda: self.stop.asked)
         with self.clock.time("evaluate"):
-            for name, evaluator in self.evaluators.items():
-                try:
-                    found = evaluator(encode)
-                except Interrupted:
-                    return None
-                except DataError:
-                    self._keep(state, step)
-                    raise
-                results |= {f"{name}/{key}": value for key, value in found.items()}
+            try:
+                results = evaluate_all(self.evaluators, encode)
+            except Interrupted:
+                return None
+            except DataError:
+                self._keep(state, step)
+                raise
         self.metrics.log(step, results)
         best = self.run.config.train.best
         if best and best not in results:
@@ -244,7 +301,7 @@ def _tokenizer(run: Run, workdir: pathlib.Path, source: Source, resuming: bool):
     if not (resuming and path.exists()) and jax.process_index() == 0:
         write_json(path, run.open_tokenizer(source).save())
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
+        distributed.barrier("tokenizer")
     return tokenizers.load(read_json(path))
 
 
@@ -277,7 +334,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     start = checkpoints.latest
     if start is not None:
         refuse_other_config(folder, run.complete)
-    source, evaluators = run.open_source(), run.evaluators()
+    source, evaluators, teacher = run.open_source(), run.evaluators(), run.open_teacher()
     digest = fingerprint(source)
     if start is not None:
         saved = checkpoints.restore_run(start)
@@ -312,7 +369,9 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     with Stop() as stop, metrics:
         trainer = Trainer(
             run,
+            folder,
             source,
+            teacher,
             evaluators,
             checkpoints,
             metrics,

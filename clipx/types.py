@@ -63,7 +63,7 @@ class Batch(struct.PyTreeNode):
     image: UInt8[Array, "b v h w 3"]  # geometry is done on the host, photometry on the device
     text: Int32[Array, "b u n"]
     row: Int32[Array, " b"]  # stable id of the example in the data set
-    position: Int32[Array, " b"]  # place in the epoch: rows may repeat, positions do not
+    position: Int32[Array, " b"]  # place in the epoch or episode: rows may repeat, it does not
     extra: dict[str, Array] = struct.field(default_factory=dict)
 
 

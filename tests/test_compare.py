@@ -31,7 +31,7 @@ def config(tmp_path, monkeypatch):
             {"step": 9, "loss": 2.0, **RECALLS},
             {"step": 9, "loss": 1.0},
         ]
-        rows[1] |= {"cifar10/top1": 0.254} if config["name"] == "b" else {}
+        rows[1] |= {"cifar10/top1": 0.254, "cifar10/ami": 0.01} if config["name"] == "b" else {}
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return 42 if config.get("stop") else 0
 
@@ -44,10 +44,10 @@ def config(tmp_path, monkeypatch):
 def test_one_table_of_the_last_evals(config, tmp_path, capsys):
     assert compare.compare(config, (), str(tmp_path / "runs"), []) == 0
     assert capsys.readouterr().out.split("\n\n")[-1].splitlines() == [
-        "| | retrieval text→image R@1 / 5 / 10 | cifar10 top-1 |",
-        "|---|---|---|",
-        "| a | 1.0 / 5.0 / 10.0 |  |",
-        "| b | 1.0 / 5.0 / 10.0 | 25.4 |",
+        "| | retrieval text→image R@1 / 5 / 10 | cifar10 top-1 | cifar10 ami |",
+        "|---|---|---|---|",
+        "| a | 1.0 / 5.0 / 10.0 |  |  |",
+        "| b | 1.0 / 5.0 / 10.0 | 25.4 | 0.010 |",
     ]
 
 

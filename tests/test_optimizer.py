@@ -1,7 +1,9 @@
 """Schedules, rules and clamps against plain optax, and the step that is skipped."""
 
 import functools
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from clipx.optimizer import (
 from clipx.step import init_state, make_train_step
 from clipx.types import Loss, TrainState
 
+ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())["sched"]
 PARAMS = {
     "image": {"fc": {"kernel": np.full((3, 2), 0.5, np.float32), "bias": np.ones(2, np.float32)}},
     "logit_scale": np.float32(math.log(10)),
@@ -82,6 +85,53 @@ def test_warmup_longer_than_the_run():
         schedule(warmup_steps=101)
     assert error.value.where == "config.optimizer.warmup_steps"
     assert "101 steps" in error.value.found and "100 steps" in error.value.expected
+    with pytest.raises(ConfigError, match="a warm-up of 60 steps and 41 more"):
+        schedule(warmup_steps=60, hold_steps=41)
+
+
+@pytest.mark.parametrize(
+    "run, lr, warm, steps, horizon",
+    [
+        ("single_gpu", 5e-5, 2000, 312_500, 98 / 100),
+        ("eight_gpu", 5e-4, 15_625, 156_400, 398 / 400),
+    ],
+)
+def test_protoclips_two_rates(run, lr, warm, steps, horizon):
+    """training/scheduler.py: lr (t+1)/w until t = w, then half a cosine, which ends for the image
+    tower where the last but one of E episodes begins: share (E-2)/E of the run."""
+    config = OptimizerConfig(
+        learning_rate=lr,
+        warmup_from=lr / warm,
+        warmup_steps=warm - 1,
+        hold_steps=1,
+        rules=(Rule("^image/", horizon=horizon), Rule(".*")),
+    )
+    assert len(ORACLE[run]) == 8
+    with jax.enable_x64(True):
+        rate = make_schedule(config, steps=steps, batch_size=64, rows=None)
+        for t, (visual, rest) in ORACLE[run].items():
+            found = [float(rate(jnp.int64(t), horizon=horizon)), float(rate(jnp.int64(t)))]
+            # 1 + cos of nearly pi has digits of its own no further than this
+            np.testing.assert_allclose(found, [visual, rest], rtol=1e-9, atol=1e-15 * lr)
+
+
+@pytest.mark.parametrize("name, middle", [("cosine", 0.3), ("linear", 0.3)])
+def test_horizons(name, middle):
+    """One warm-up, held for 10 updates; decays that are over at half of the run and at its end."""
+    rules = (Rule("a", horizon=0.5), Rule(".*"))
+    rate = schedule(schedule=name, warmup_steps=10, hold_steps=10, rules=rules)
+    short = [rate(t, horizon=0.5) for t in (5, 10, 20, 35, 50, 51, 100)]
+    np.testing.assert_allclose(short, [0.25, 0.5, 0.5, middle, 0.1, 0.1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose([rate(t) for t in (5, 20, 60, 100)], [0.25, 0.5, middle, 0.1])
+    held = schedule(schedule=name, hold_steps=20)
+    np.testing.assert_allclose([held(t) for t in (0, 20, 60, 100)], [0.5, 0.5, middle, 0.1])
+
+
+def test_a_horizon_inside_the_warmup():
+    with pytest.raises(ConfigError) as error:
+        schedule(warmup_steps=15, hold_steps=6, rules=(Rule("a"), Rule(".*", horizon=0.2)))
+    assert error.value.where == "config.optimizer.rules[1].horizon"
+    assert "step 20" in error.value.found and "step 21" in error.value.expected
 
 
 @pytest.mark.parametrize(
@@ -94,6 +144,13 @@ def test_warmup_longer_than_the_run():
         ({"mu_dtype": "bfloat"}, "mu_dtype"),
         ({"name": "adam"}, "name"),
         ({"decay": "l2"}, "decay"),
+        ({"hold_steps": -1}, "hold_steps"),
+        ({"rules": [{"pattern": ".*", "horizon": 0.0}]}, "rules[0].horizon"),
+        ({"rules": [{"pattern": ".*", "horizon": 1.01}]}, "rules[0].horizon"),
+        (
+            {"schedule": "constant", "rules": [Rule("x"), Rule("y", horizon=0.5)]},
+            "rules[1].horizon",
+        ),
         ({"lookahead": {"k": 0}}, "lookahead.k"),
         ({"lookahead": {"alpha": 0}}, "lookahead.alpha"),
         ({"rules": [{"pattern": ".*"}, {"pattern": "x", "clamp": (1, 0)}]}, "rules[1].clamp"),
@@ -180,6 +237,43 @@ def test_each_tower_has_its_rate():
     found = steps(make(Rule("^image/"), Rule(".*", learning_rate=0.005), lr=0.2, **values))
     fast, slow = (steps(make(lr=lr, **values)) for lr in (0.2, 0.001))
     assert_same(found, {"image": fast["image"], "logit_scale": slow["logit_scale"]})
+
+
+def horizons(*rules, steps=4):
+    """An optimizer with plain SGD's updates, and a rate that is 0 at the end of each horizon."""
+    config = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=0.1, rules=rules)
+    rate = make_schedule(config, steps=steps, batch_size=8, rows=None)
+    return make_optimizer(config, rate, PARAMS), rate
+
+
+def test_a_parameter_stays_from_its_horizon_on():
+    """Weight decay stops with it; the others go on, at the very rates of a run without horizons."""
+    frozen, rate = horizons(Rule("^image/", horizon=0.5), Rule(".*"))
+    plain, _ = horizons(Rule("^image/"), Rule(".*"))
+    two, four = (steps(frozen, n) for n in (2, 4))
+    assert_bits(two["image"], four["image"])
+    assert_bits(steps(plain, 4)["logit_scale"], four["logit_scale"])
+    assert np.abs(steps(plain, 4)["image"]["fc"]["bias"] - four["image"]["fc"]["bias"]).max() > 0.1
+    kernel = PARAMS["image"]["fc"]["kernel"]
+    for i in range(2):
+        decayed = GRADS["image"]["fc"]["kernel"] * (1 + i) + 0.2 * kernel
+        kernel = kernel - float(rate(i, horizon=0.5)) * decayed
+    np.testing.assert_allclose(four["image"]["fc"]["kernel"], kernel, rtol=1e-6)
+
+
+def test_a_horizon_leaves_the_state_and_the_main_rate_alone():
+    """So that a checkpoint of a run without horizons fits, and its own structure is optax's."""
+    (frozen, rate), (plain, main) = (
+        horizons(Rule("^image/", horizon=0.5), Rule(".*")),
+        horizons(Rule("^image/"), Rule(".*")),
+    )
+    states = [jax.jit(o.init)(PARAMS) for o in (frozen, plain)]
+    assert_bits(*states)
+    schedules = [s for s in states[1] if isinstance(s, optax.ScaleByScheduleState)]
+    assert_bits(schedules, [optax.scale_by_learning_rate(lambda n: 1.0).init(PARAMS)])
+    assert [float(rate(t)) for t in range(5)] == [float(main(t)) for t in range(5)]
+    _, state = frozen.update(GRADS, states[0], PARAMS)
+    assert updates_done(state) == 1
 
 
 LOOKAHEAD = LookaheadConfig(k=5, alpha=0.5)

@@ -336,6 +336,31 @@ def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
     assert fingerprint(shares[0]) != fingerprint(shares[1]) != fingerprint(Pictures())
 
 
+@pytest.mark.parametrize("with_replacement", [False, True])
+def test_a_survey_shows_an_episodes_rows_and_captions_under_other_crops(with_replacement):
+    options = {"episode": 5, "with_replacement": with_replacement}
+    training = list(feed(**options).batches(0, 10))
+    survey = list(feed(**options, survey=True).batches(5, 10))
+    positions = np.stack([part["position"] for part in training[5:]])
+    assert sorted(positions.ravel()) == list(range(5 * BATCH))
+    assert (positions == np.arange(BATCH) * 5 + np.arange(5)[:, None]).all()
+    for seen, shown in zip(survey, training[5:], strict=True):
+        for name in ("row", "text", "position", "key"):
+            np.testing.assert_array_equal(seen[name], shown[name])
+        assert (seen["image"] != shown["image"]).any(axis=(1, 2, 3, 4)).all()
+    usual = [part["row"] for part in feed().batches(0, 10)]
+    assert all((part["row"] == row).all() for part, row in zip(training, usual)) != with_replacement
+
+
+def test_rows_with_replacement_are_drawn_evenly_and_again_by_the_same_draws():
+    source = Pictures(rows=BATCH, captions=1)
+    parts = list(feed(source, with_replacement=True, episode=5).batches(0, 40))
+    count = np.bincount(np.concatenate([part["row"] for part in parts]), minlength=BATCH)
+    assert max(np.bincount(parts[0]["row"])) > 1 and min(count) > 15 and max(count) < 70
+    (again,) = feed(source, with_replacement=True, episode=5).batches(33, 34)
+    assert same(again, parts[33])
+
+
 def test_labels_alone_are_no_captions():
     @dataclasses.dataclass(frozen=True)
     class Labelled(Pictures):

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from clipx import report
+from clipx import episodes, report
 from clipx.cli import RunError
 from clipx.metrics import Metrics
 from clipx.types import Encoded
@@ -68,6 +68,7 @@ class Page(html.parser.HTMLParser):
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
         attributes = dict(attributes)
+        self.ids += [attributes["id"]] if "id" in attributes else []
         self.classes += (attributes.get("class") or "").split()
         self.links += [attributes[k] for k in ("src", "href", "xlink:href") if k in attributes]
 
@@ -135,6 +136,82 @@ def test_without_samples_config_or_evaluations(tmp_path):
 def test_the_same_run_gives_the_same_page(workdir):
     first = report.write(workdir, samples=samples()).read_bytes()
     assert report.write(workdir, samples=samples()).read_bytes() == first
+
+
+def table(html):
+    """The best and the last of what evals found."""
+    return re.search(r'<table class="scores">.*?</table>', html, re.DOTALL)[0]
+
+
+def with_episodes(workdir, *numbers, external=False):
+    """The workdir with pictures of episodes of 60 rows, in clusters of 15."""
+    rows = np.arange(60)
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    names = ("image", "text") + ("external",) * external
+    pictures = np.zeros((60, 16, 16, 3), np.uint8)
+    for number in numbers:
+        episodes.write(
+            workdir,
+            number,
+            rows=rows,
+            features={"image": features, "text": -features},
+            labels=dict.fromkeys(names, rows % 4),
+            load=lambda places: (pictures[places], [f"<i>{p} & '{p}'</i>" for p in places]),
+        )
+
+
+def test_episodes_are_shown_the_newest_first(workdir):
+    with_episodes(workdir, 0, 3, 11)
+    given = workdir / "metrics.jsonl"
+    lines = [{"step": step, "episode/seconds": 2.0 + step} for step in (0, 100, 200)]
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines) + given.read_text())
+    path = report.write(workdir)
+    page, html = read(path), path.read_text()
+    text = " ".join(page.text)
+    assert re.findall(r"Episode (\d+), of 60 rows", text) == ["11", "3", "0"]
+    assert page.tags.count("details") == 2 + 1  # and the config
+    assert page.tags.count("article") == 3 * (3 + 3)  # prototypes of pictures and of captions
+    assert "cluster 2 of captions, 15 rows" in text and "<i>2 & '2'</i>" in text
+    assert page.tags.count("svg") == 5 + 1 + 3 * 2  # the seconds, and maps
+    used = set(re.findall(r"""(?:url\(|href=")#([^)"]+)""", html))
+    assert used and all(page.ids.count(name) == 1 for name in used)  # no drawing takes another's
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert "episode/seconds" in text and "episode/seconds" not in table(html)
+
+
+def test_a_teachers_clusters_have_a_map_of_their_own(workdir):
+    with_episodes(workdir, 0, external=True)
+    page = read(report.write(workdir))
+    assert "Clusters of the teacher's rows" in page.text
+    assert page.tags.count("svg") == 5 + 3 and page.tags.count("article") == 6
+
+
+def test_a_page_of_a_long_run_has_some_of_its_episodes(workdir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "clipx.figures.clusters", lambda episode, labelling: drawn.append(episode.episode) or ""
+    )
+    with_episodes(workdir, *range(33))
+    report.write(workdir)
+    assert drawn[::2] == [32, 28, 24, 20, 16, 12, 8, 4, 0]
+
+
+def test_a_broken_episode_is_one_line(workdir):
+    with_episodes(workdir, 4)
+    (workdir / "episodes" / "000004.json").write_text("[")
+    with pytest.raises(RunError, match="000004.json: "):
+        report.write(workdir)
+
+
+def test_what_is_known_of_clusters_has_curves(tmp_path):
+    with Metrics(tmp_path, total_steps=2, batch_size=8) as metrics:
+        for step in (1, 2):
+            clusters = {"clusters/image_empty": 3, "clusters/text_empty": 0}
+            metrics.log(step, {"loss": 1.0, "batch/text_from_image": 0.5, **clusters})
+    page = read(report.write(tmp_path))
+    titles = ["Loss", "Rows that pick their own prototype", "Empty clusters"]
+    assert [text for text in page.text if text in titles] == titles
+    assert {"clusters/image_empty", "clusters/text_empty"} < set(page.text)
 
 
 class Run:

@@ -163,7 +163,11 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     results = evaluate(str(whole), "best", config)
     logged = {k: v for k, v in rows(whole)[-1].items() if "/" in k}
     assert results == pytest.approx(logged, abs=1e-6)
-    assert json.loads((whole / "evaluation_12.json").read_text())["metrics"] == results
+    folder = whole / "evaluation_12"
+    found = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert set(found) == {"shapes-test_zero_shot.json", "shapes-test_retrieval.json"}
+    metrics = found["shapes-test_zero_shot.json"]["metrics"]
+    assert metrics["acc1"] == results["zero_shot/top1"]
     config["evals"] = {"zero_shot": config["evals"]["zero_shot"] | {"templates": ["the {}"]}}
     assert evaluate(str(whole), "8", config).keys() == {
         "zero_shot/top1", "zero_shot/top5", "zero_shot/mean_per_class"

@@ -30,9 +30,21 @@ FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
     "clip_lite": {"width": 12},
     "declip": {**PLAIN, **WORDS, "simsiam_width": 12, "queue_size": 48},
     "filip": {**PLAIN, **WORDS, "token_width": 6, "top_k": 3, "contrastive_weight": 0.5},
+    "protoclip": {
+        **PLAIN,
+        "k": 5,
+        "projection_dim": 6,
+        "projection_hidden": 12,
+        "external_weight": 0.5,
+        "teacher_width": 4,
+        "iterations": 3,
+        "restarts": 2,
+        "episode_size": 70,
+        "batch_size": ROWS,
+    },
     "slip": {**PLAIN, "ssl_augmentation": "none", "head_width": 12, "head_dim": 6},
 }
-LINEAR = {"declip", "filip", "slip"}  # whose passes through towers are many
+LINEAR = {"declip", "filip", "protoclip", "slip"}  # whose passes through towers are many
 
 
 class Linear(Tower):
@@ -83,8 +95,22 @@ def batch(module: Objective, rows: int = ROWS, seed: int = 0) -> Batch:
         image=rng.integers(0, 256, (rows, len(views.pictures), size, size, 3)).astype(np.uint8),
         text=text,
         row=np.arange(rows, dtype=np.int32),
-        position=np.arange(rows, dtype=np.int32),
+        position=np.arange(rows, dtype=np.int32) + seed,
     )
+
+
+def memory(module: Objective):
+    """What a step starts from: in a method of episodes, the third's, with any tables and labels."""
+    before = module.init_memory()
+    rng = np.random.default_rng(2)
+
+    def leaf(x):
+        values = (
+            rng.integers(2, 5, x.shape) if x.dtype == np.int32 else 0.3 * rng.normal(size=x.shape)
+        )
+        return values.astype(x.dtype)
+
+    return before if module.episode is None else jax.tree.map(leaf, before)
 
 
 @functools.cache
@@ -121,7 +147,7 @@ def _step(name: str, dtype: str, microbatches: int, rows: int):
         loss, _ = module.apply(
             {"params": params, "batch_stats": after},
             features,
-            module.init_memory(),
+            memory(module),
             train=True,
             method="loss",
             mutable=["batch_stats"],

@@ -23,24 +23,31 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, Int32, UInt8
 
 from clipx.data import cleaning, pictures
 from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.pairs import Pairs
 from clipx.data.pictures import cores
 from clipx.data.text_augment import TextAugment
 from clipx.data.tokenizers import Tokenizer
 
 _CHUNK = 32  # rows that are loaded together: small enough to share out, large enough to pass on
 _READY_BYTES = 1 << 28  # decoded pixels that wait for their turn, at most
+_ROW, _SURVEY = 3, 4  # streams of draws; 0 to 2 are a row's picture and texts
 _MOST_BAD = 100  # rows one after another that cannot be used: more, and the set is at fault
 
 Pieces = dict[str, np.ndarray]
 
 
-def order(rows: int, seed: int) -> Callable[[int, int], int]:
+def order(
+    rows: int, seed: int, clusters: Int32[np.ndarray, " rows"] | None = None
+) -> Callable[[int, int], int]:
     """The row at (epoch, position): each epoch is a permutation of its own of all rows. Nothing is
-    stored; any place is found in constant time."""
+    stored; any place is found in constant time. With `clusters` positions 2i and 2i + 1 have rows
+    of one cluster, as `paired` says; that takes eight bytes a row."""
+    if clusters is not None:
+        return Pairs(np.asarray(clusters, np.int32), seed)
     import grain  # here, because it imports JAX where it can
 
     # Hashed: grain shuffles epoch e with seed + e, which makes neighbouring seeds share epochs
@@ -59,13 +66,17 @@ def share(source: Source, fraction: float) -> Source:
     return source if fraction == 1 else Share(source, fraction)
 
 
+def chosen(rows: int, fraction: float) -> Int[np.ndarray, " n"]:
+    """Which of so many rows `Share` has, in its order."""
+    return np.random.default_rng(0).permutation(rows)[: int(rows * fraction)]
+
+
 class Share:
     """A source of floor(rows x fraction) rows of another, chosen by a shuffle that is always the
     same; each keeps the row id that it has there. No subclass: no config asks for it by name."""
 
     def __init__(self, source: Source, fraction: float):
-        shuffled = np.random.default_rng(0).permutation(len(source))
-        self._source, self._rows = source, shuffled[: int(len(source) * fraction)]
+        self._source, self._rows = source, chosen(len(source), fraction)
         self.classes = source.classes
 
     def __len__(self) -> int:
@@ -102,6 +113,10 @@ class Feed:
     reject_cjk: bool = False  # captions with Chinese characters cannot be used
     text_augment: TextAugment | None = None  # what makes the text `augmented`
     workers: int = 0  # processes; 0: threads of this one
+    episode: int | None = None  # steps; positions are places in an episode instead of an epoch
+    with_replacement: bool = False  # every row of a batch is drawn on its own
+    survey: bool = False  # other crops of the same rows and captions
+    clusters: Int32[np.ndarray, " n"] | None = None  # of each of the source's rows: see `order`
 
     def __post_init__(self):
         if len(self.source) < self.batch:
@@ -109,7 +124,7 @@ class Feed:
                 f"the data has {len(self.source)} rows, expected at least one batch of "
                 f"{self.batch}; a smaller train.batch_size or more data"
             )
-        object.__setattr__(self, "_order", order(len(self.source), self.seed))
+        object.__setattr__(self, "_order", order(len(self.source), self.seed, self.clusters))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -180,13 +195,15 @@ class Feed:
         }
 
     def _example(self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]):
-        """(row, key, place in the epoch, texts, what could not be used); the views are written
-        to `out`."""
+        """(row, key, place in the epoch or episode, texts, what could not be used); the views are
+        written to `out`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         place = step_of_epoch * self.batch + position
         # all draws at once, so that none depends on what the row turns out to be
         count = len(self.crops)
         which, coin, *draws = self._rng(step, position).random(2 + count * pictures.TRIES * 4)
+        if self.survey:
+            coin, *draws = self._rng(step, position, _SURVEY).random(1 + len(draws))
         draws = np.reshape(draws, (count, pictures.TRIES, 4))
         another, *coins = self._rng(step, position, 1).random(count)
         if self.mirror_words:
@@ -194,7 +211,7 @@ class Feed:
         flips = [f and c < 0.5 for f, c in zip(self.flips, (coin, *coins), strict=True)]
         bad = []
         for skip in range(min(len(self.source), _MOST_BAD)):
-            row = self._order(epoch, (place + skip) % len(self.source))
+            row = self._row(step, position, epoch, place, skip)
             try:
                 example = self.source[row]
                 chosen = self._choose(example, which, epoch)
@@ -203,11 +220,20 @@ class Feed:
                 bad.append({"row": row, "key": error.key, "reason": error.reason})
                 continue
             texts = self._texts(example.texts, chosen, another, flips[0], step, position)
+            if self.episode:
+                place = position * self.episode + step % self.episode
             return example.row, example.key, place, texts, json.dumps(bad) if bad else ""
         raise DataError(
             f"{skip + 1} rows one after another cannot be used, the first is "
             "{key}: {reason}".format(**bad[0])
         )
+
+    def _row(self, step: int, position: int, epoch: int, place: int, skip: int) -> int:
+        """The row at a place, or the one that stands in for `skip` before it."""
+        if self.with_replacement:
+            drawn = int(self._rng(step, position, _ROW).integers(len(self.source)))
+            return (drawn + skip) % len(self.source)
+        return self._order(epoch, (place + skip) % len(self.source))
 
     def _rng(self, step: int, position: int, stream: int = 0) -> np.random.Generator:
         return np.random.Generator(

@@ -4,9 +4,16 @@ from clipx.losses.contrastive import enqueue, info_nce, nearest, nt_xent, recall
 from clipx.losses.late_interaction import late_interaction, token_similarity
 from clipx.losses.masked_language import mask_tokens, masked_lm
 from clipx.losses.mutual_information import jsd, prior
+from clipx.losses.prototypical import (
+    back_translate,
+    prototype_accuracy,
+    prototypical,
+    targets,
+)
 from clipx.losses.siamese import simsiam
 
 __all__ = [
+    "back_translate",
     "enqueue",
     "info_nce",
     "jsd",
@@ -16,8 +23,11 @@ __all__ = [
     "nearest",
     "nt_xent",
     "prior",
+    "prototype_accuracy",
+    "prototypical",
     "recall_at_1",
     "sigmoid",
     "simsiam",
+    "targets",
     "token_similarity",
 ]

@@ -198,6 +198,37 @@ class BatchNormMLP(nn.Module):
         return x
 
 
+class PrototypeHeads(nn.Module):
+    """A `BatchNormMLP` for pictures and one for texts, which start as copies of each other and
+    share nothing (ProtoCLIP), and the log scale of what their unit rows are compared by.
+
+    Parameters and statistics have a leading axis: pictures, texts. With one width a head is a
+    single dense layer.
+    """
+
+    widths: tuple[int, ...]
+    groups: int = 1
+    logit_scale_init: float = math.log(1 / 0.07)
+
+    def setup(self):
+        init = initializers.constant(self.logit_scale_init)
+        self.logit_scale = self.param("logit_scale", init, (), jnp.float32)
+        self.mlp = BatchNormMLP(self.widths, groups=self.groups)
+
+    def __call__(
+        self, image: Float[Array, "b c"], text: Float[Array, "b c"], *, train: bool = False
+    ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+        """The unit rows of both."""
+        each = nn.vmap(
+            lambda mlp, x: mlp(x, train=train),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": False},
+        )
+        both = constrain_rows(jnp.stack([image, text]), axis=1)
+        image, text = unit(each(self.mlp, both))
+        return constrain_rows((image, text))
+
+
 class TokenProjection(nn.Module):
     """Every token's unit row, through one dense layer with a bias."""
 

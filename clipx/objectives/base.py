@@ -37,6 +37,18 @@ class Objective(nn.Module):
         return None
 
     @property
+    def with_replacement(self) -> bool:
+        """Whether an episode's rows are drawn with replacement; else they are the next ones of the
+        run's usual order."""
+        return False
+
+    @property
+    def teacher(self) -> int | None:
+        """The width of the external teacher's rows, float32 [b, e], that `extra["teacher"]` of the
+        batches has which `refresh` learns of; None: no teacher."""
+        return None
+
+    @property
     def views(self) -> Views:
         """What the data pipeline must deliver."""
         view = picture_view(self.augmentation, self.crop_scale)
@@ -59,8 +71,13 @@ class Objective(nn.Module):
         """The memory of step 0."""
         return {}
 
+    def episode_features(self, features: Features) -> Features:
+        """What `refresh` is given of a batch that `embed` has seen in evaluation mode."""
+        return features
+
     def refresh(self, memory: PyTree, features: Features, *, key: Key[Array, ""]) -> PyTree:
-        """The memory of a new episode, from the features of all its rows."""
+        """The memory of a new episode, from the features of all its rows: row p is that of
+        `position` p."""
         return memory
 
     def picture(

@@ -41,9 +41,12 @@ class CLIPLite(Objective):
     (1 - w) (picture-caption + picture-picture + caption-caption) + w prior.
 
     A row's negative is the next row of the batch, cyclically; `groups` = n: of its B/n rows, whose
-    statistics the critics' BatchNorms take too, as on n devices that share nothing. The critics
-    see what the towers call `raw`: towers with `embed_dim` = 0 are the published ones, and a critic
-    starts as a copy of its features padded to `width`.
+    statistics the critics' BatchNorms take too, as on n devices that share nothing. With
+    `data.clusters` rows 2i and 2i + 1 are of one cluster of captions, so that every other negative
+    is a hard one: the authors' "clusters" mode, but each row stands in one pair an epoch, where
+    theirs draws each row's partner anew, and k stays, where theirs grows. The critics see what the
+    towers call `raw`: towers with `embed_dim` = 0 are the published ones, and a critic starts as a
+    copy of its features padded to `width`.
 
     critic: `dot`, scaled cosines of projections; `concat`, a perceptron over both features; of
     `condot` and `dotcon` the first part is for picture-caption pairs, the second for the others.

@@ -1,0 +1,223 @@
+"""Features of every row of a set, from its captions or from a user's array: a teacher's raw rows.
+
+A row is the mean over its captions of unit vectors; one that has none is zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+from tqdm import tqdm
+
+from clipx.config import ConfigError
+from clipx.data import teacher, verify
+from clipx.data.base import BadSample, DataError, Source, expand_user
+
+LENGTH = 77  # tokens of a caption, at most, its marks included
+WORDS = 2048  # the most frequent, which word counts are of
+_BLOCK = 4096  # rows that are embedded before they are written
+
+# The features of rows `start` to `stop`, float32 [stop - start, c]
+Tiles = Callable[[int, int], np.ndarray]
+# Unit rows, float32 [n, c], of n captions
+Encode = Callable[[list[str]], np.ndarray]
+
+
+class TextModel:
+    """Captions as unit rows: the mean of a Hugging Face encoder's last hidden states.
+
+    padding: "mask" is the mean over a caption's tokens, cut to 77 with its end mark kept. "zero" is
+    ProtoCLIP's own (utils/RoBERTa.py): ids cut to 77 without regard to the end mark, filled up with
+    0, which is `<s>` to RoBERTa, and the mean over all 77; so the length of a caption shows.
+    """
+
+    def __init__(self, name: str, padding: Literal["mask", "zero"], batch_size: int, device: str):
+        try:
+            import transformers
+            from transformers import AutoModel, AutoTokenizer
+
+            if not transformers.utils.is_torch_available():
+                raise ImportError
+        except ImportError:
+            raise ConfigError(
+                "--model", f"{name!r}, without the packages transformers and torch", "both",
+                "pip install 'clipx[teacher]', or --model=tfidf",
+            ) from None  # fmt: skip
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        folder = pathlib.Path(expand_user(name))
+        name = str(folder) if folder.is_dir() else name
+        try:
+            if name.startswith(("/", ".", "~", "$")) and not folder.is_dir():
+                raise OSError("no such folder")
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            model, found = AutoModel.from_pretrained(
+                name, dtype="float32", output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                "--model", f"{name!r}: {reason}",
+                "a folder with a Hugging Face text encoder and its tokenizer, or one's name",
+            ) from None  # fmt: skip
+        absent = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+        if absent:
+            raise ConfigError(
+                "--model", f"{name!r} without {absent[0]} and {len(absent) - 1} more weights",
+                "a trained encoder",
+            )  # fmt: skip
+        if getattr(model.config, "is_encoder_decoder", False):
+            model = model.get_encoder()
+        model = getattr(model, "text_model", model)  # of two towers
+        device = device or ("cuda" if transformers.utils.is_torch_cuda_available() else "cpu")
+        # without a parameter that asks for a gradient, nothing is kept for one
+        model = model.eval().requires_grad_(False)
+        try:
+            self._model = model.to(device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError("--device", f"{device!r}: {reason}", "cpu, cuda, ...") from None
+        self._device, self._padding, self._batch_size = device, padding, batch_size
+        if self._tokenizer.pad_token is None:  # masked, whichever it is
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._length = min(LENGTH, self._tokenizer.model_max_length)
+
+    def __call__(self, texts: list[str]) -> Float32[np.ndarray, "n c"]:
+        order = np.argsort([len(text) for text in texts], kind="stable")  # little to pad
+        parts = []
+        for start in range(0, len(order), self._batch_size):
+            chosen = [texts[i] for i in order[start : start + self._batch_size]]
+            parts.append((self._masked if self._padding == "mask" else self._zeros)(chosen))
+        features = np.concatenate(parts)
+        return _unit(features[np.argsort(order)])
+
+    def _masked(self, texts: list[str]) -> Float32[np.ndarray, "n c"]:
+        tokens = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        ).to(self._device)
+        mask = tokens["attention_mask"][..., None]
+        states = self._model(**tokens).last_hidden_state
+        return ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
+
+    def _zeros(self, texts: list[str]) -> Float32[np.ndarray, "n c"]:
+        from transformers import BatchEncoding
+
+        ids = [(self._tokenizer(t)["input_ids"] + [0] * LENGTH)[:LENGTH] for t in texts]
+        tokens = BatchEncoding({"input_ids": ids}, tensor_type="pt").to(self._device)["input_ids"]
+        states = self._model(input_ids=tokens, attention_mask=tokens * 0 + 1).last_hidden_state
+        return states.mean(1).cpu().numpy()
+
+
+def _unit(x: Float[np.ndarray, "n c"]) -> Float32[np.ndarray, "n c"]:
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return (x / np.maximum(norms, 1e-12)).astype(np.float32)
+
+
+def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str, ...]]:
+    """The captions of every row from `start` on; () for one that cannot be used."""
+
+    def read(row: int) -> tuple[str, ...]:
+        with contextlib.suppress(BadSample):
+            return source[start + row].texts[: 1 if first else None]
+        return ()
+
+    with bar(len(source), "captions") as shown:
+        shown.update(start)
+        yield from verify.in_order(read, len(source) - start, shown.update)
+
+
+def bar(rows: int, what: str) -> tqdm:
+    """A progress bar, where somebody watches."""
+    return tqdm(total=rows, desc=what, unit=" rows", dynamic_ncols=True, disable=None)
+
+
+def embedded(
+    source: Source, first: bool, encode: Encode, aside: pathlib.Path, about: Mapping[str, Any]
+) -> Tiles:
+    """The features of a text model, in a file beside the one to be written. What is there of the
+    same model and data is kept: a command that was stopped goes on."""
+    width, said = encode(["a"]).shape[1], aside.with_suffix(".json")
+    about = {**about, "numbers": width}
+    identity = json.dumps(about)
+    if not (said.exists() and said.read_text("utf-8") == identity):
+        aside.unlink(missing_ok=True)
+        said.write_text(identity, "utf-8")
+    with open(aside, "ab") as out:
+        done = out.tell() // (4 * width)
+        out.truncate(done * 4 * width)
+        rows: list[tuple[str, ...]] = []
+        for texts in _captions(source, first, done):
+            rows.append(texts)
+            if len(rows) == _BLOCK or done + len(rows) == len(source):
+                out.write(_means(rows, encode, width).data)
+                done, rows = done + len(rows), []
+    found = np.memmap(aside, np.float32, "r", shape=(len(source), width))
+    return lambda start, stop: found[start:stop]
+
+
+def _means(rows: list[tuple[str, ...]], encode: Encode, width: int) -> Float32[np.ndarray, "n c"]:
+    """Of each row the mean of its captions' features; zeros where it has none."""
+    counts = np.array([len(texts) for texts in rows])
+    out = np.zeros((len(rows), width), np.float32)
+    if counts.any():
+        features = encode([text for texts in rows for text in texts])
+        np.add.at(out, np.repeat(np.arange(len(rows)), counts), features)
+    return out / np.maximum(counts, 1)[:, None].astype(np.float32)
+
+
+def word_counts(source: Source, first: bool) -> Tiles:
+    """TF-IDF of each caption's words, unit rows: of the most frequent words those that at most
+    half of the captions have. Kept sparse, a hundred bytes a caption."""
+    try:
+        import scipy.sparse
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError:
+        raise ConfigError(
+            "--model", "'tfidf', without scikit-learn", "the library that counts words",
+            "pip install 'clipx[eval]'",
+        ) from None  # fmt: skip
+    counts: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for of_row in _captions(source, first):
+            counts.append(len(of_row))
+            yield from of_row
+
+    vectorizer = TfidfVectorizer(
+        max_features=WORDS, max_df=0.5, sublinear_tf=True, dtype=np.float32
+    )
+    try:
+        features = vectorizer.fit_transform(texts())
+    except ValueError as error:
+        raise DataError(f"the captions have no words to tell them apart by ({error})") from None
+    shares = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+    ends = np.append(0, np.cumsum(counts))
+    columns = np.arange(len(shares))
+    mean = scipy.sparse.csr_matrix((shares, columns, ends), (len(counts), len(shares)))
+    features = mean @ features
+    return lambda start, stop: features[start:stop].toarray()
+
+
+def given(path: str, rows: int) -> Tiles:
+    """The rows of a user's array, each of length 1, or zeros where it is."""
+    found = teacher.load(path)
+    if found.ndim != 2 or not np.issubdtype(found.dtype, np.floating) or len(found) != rows:
+        raise DataError(
+            f"{path}: {found.dtype} of shape {found.shape}, expected numbers with a point, "
+            f"[{rows}, any]: a row for each of the data"
+        )
+
+    def tile(start: int, stop: int) -> np.ndarray:
+        x = np.asarray(found[start:stop], np.float32)
+        finite = np.isfinite(x).all(axis=1)
+        if not finite.all():
+            raise DataError(f"{path}: row {start + np.argmin(finite)} is not finite")
+        return _unit(x)
+
+    return tile

@@ -1,0 +1,117 @@
+"""Losses in which every row picks the prototype of its cluster, and what they are made from.
+
+Prototypes are constants: no gradient reaches a table or a target, only the rows that pick. Every
+result is float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from clipx.types import batch_axes, constrain_rows
+
+
+@partial(jax.jit, static_argnames="k")
+def _sums(labels, x, k):
+    """Sums [k, d] of the rows of each label, and how many they are.
+
+    Rows are sorted and scanned rather than scattered, so that the order in which they are added,
+    which a GPU's scatter leaves open, is fixed.
+    """
+    order = jnp.argsort(labels, stable=True)
+    labels, x = labels[order], x[order]
+    first = jnp.concatenate([jnp.ones_like(labels[:1], bool), labels[1:] != labels[:-1]])
+
+    def add(a, b):
+        (x, new), (y, newer) = a, b
+        return jnp.where(newer[:, None], y, x + y), new | newer
+
+    running, _ = lax.associative_scan(add, (x, first))
+    ends = jnp.searchsorted(labels, jnp.arange(k), side="right")
+    counts = ends - jnp.searchsorted(labels, jnp.arange(k), side="left")
+    return jnp.where(counts[:, None] > 0, running[ends - 1], 0), counts
+
+
+def back_translate(
+    labels: Int[Array, " n"], features: Float[Array, "n d"], k: int
+) -> Float[Array, "k d"]:
+    """The mean of the rows of each of k labels, not normalised; zeros for a label without rows.
+
+    A teacher's clusters become prototypes in the student's own space: Prototypical Back Translation
+    (ProtoCLIP, arXiv 2206.10996; training/clustering.py, `PBT`). Rows whose label is not in
+    0..k-1 count nowhere. The table is whole on every device, and its bits are the same from call to
+    call. No gradient flows.
+    """
+    axes = batch_axes()
+    x = lax.stop_gradient(jnp.asarray(features, _wide(features)))
+
+    def local(labels, x):
+        sums, counts = _sums(labels, x, k)
+        return lax.psum((sums, counts), axes) if axes else (sums, counts)
+
+    if axes:
+        local = jax.shard_map(local, in_specs=P(axes), out_specs=P())
+    sums, counts = local(jnp.asarray(labels), x)
+    return sums / jnp.maximum(counts, 1).astype(sums.dtype)[:, None]
+
+
+def targets(
+    prototypes: Float[Array, "k e"], labels: Int[Array, " b"], *, temperature: float
+) -> Float[Array, "b k"]:
+    """The distribution over prototypes that each row is to learn, from its label alone.
+
+    The softmax of the products of the label's prototype with all of them, itself included, over
+    `temperature`, a Python number; at temperature 0 the label itself, one-hot, of which only the
+    number of `prototypes` matters. Products and softmax run in float32 at least, as a temperature
+    of 0.01 leaves no room for rounding. No gradient flows. Source: ProtoCLIP, training/loss.py,
+    `ProtoLoss`.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}: expected 0, which is one-hot, or more")
+    table = lax.stop_gradient(jnp.asarray(prototypes, _wide(prototypes)))
+    if not temperature:
+        return constrain_rows(jax.nn.one_hot(labels, len(table), dtype=table.dtype))
+    return jax.nn.softmax(_products(table[labels], table) / temperature, axis=1)
+
+
+def prototypical(
+    student: Float[Array, "b d"],
+    prototypes: Float[Array, "k d"],
+    targets: Float[Array, "b k"],
+    *,
+    scale: Float[Array, ""] | float,
+) -> Float[Array, " b"]:
+    """Cross-entropy, in nats, of each row's choice among the prototypes against its target.
+
+    The logits are `scale` times the products with the prototypes as they are: those of a tight
+    cluster are longer, and one of zeros has a logit of 0. Source: ProtoCLIP (arXiv 2206.10996),
+    training/loss.py, `ProtoLoss`, whose value is the mean over rows.
+    """
+    logits = scale * _products(student, lax.stop_gradient(prototypes))
+    return -jnp.sum(lax.stop_gradient(targets) * jax.nn.log_softmax(logits, axis=1), axis=1)
+
+
+def prototype_accuracy(
+    student: Float[Array, "b d"], prototypes: Float[Array, "k d"], labels: Int[Array, " b"]
+) -> Float[Array, " b"]:
+    """1 for a row whose product with its label's prototype is the first of the largest, else 0."""
+    picked = jnp.argmax(_products(lax.stop_gradient(student), prototypes), axis=1)
+    return (picked == labels).astype(jnp.float32)
+
+
+def _wide(*arrays):
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _products(rows, table):
+    """The product of every row with every row of a table that is whole on each device."""
+    dtype = _wide(rows, table)
+    rows, table = constrain_rows(jnp.asarray(rows, dtype)), jnp.asarray(table, dtype)
+    highest = lax.Precision.HIGHEST
+    return constrain_rows(jnp.einsum("bd,kd->bk", rows, table, precision=highest))
