@@ -25,12 +25,12 @@ _RECALL = re.compile(r"(.*)/(.*)_R@(\d+)")
 
 def results(folder: pathlib.Path) -> dict[str, float]:
     """What the evals found at the last step that a workdir was evaluated at."""
-    found: dict[str, float] = {}
+    found: dict[int, dict[str, float]] = {}
     names = tuple(f"{name}/" for name in read_json(folder / "config.json")["evals"])
     for row in metrics.read(folder):
-        scores = {key: value for key, value in row.items() if key.startswith(names)}
-        found = scores or found
-    return found
+        if scores := {key: value for key, value in row.items() if key.startswith(names)}:
+            found.setdefault(row["step"], {}).update(scores)  # evals may be added to a whole run
+    return found[max(found)] if found else {}
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:

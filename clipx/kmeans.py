@@ -86,11 +86,12 @@ def fit(
 ) -> KMeans:
     """k centroids of the rows of x by Lloyd's algorithm in float32, and each row's nearest.
 
-    Every iteration assigns all rows and moves each centroid to its members' mean; of `restarts`
-    runs, each from another draw, the one whose last iteration had the lowest inertia is kept, and
-    all rows are assigned once more. NaN and infinite entries count as 0. The result is the same
-    bits from run to run; on another number of devices it may differ where two centroids are equally
-    near a row but for rounding. It is jittable (all but x, `key` and given centroids static).
+    Every iteration assigns all rows and moves each centroid to its members' mean, until none moves
+    or `iterations` are done; of `restarts` runs, each from another draw, the one whose last
+    iteration had the lowest inertia is kept, and all rows are assigned once more. NaN and infinite
+    entries count as 0. The result is the same bits from run to run; on another number of devices it
+    may differ where two centroids are equally near a row but for rounding. It can be called inside
+    `jax.jit`, with all but `x`, `key` and given centroids static.
 
     `init`: "random_rows" takes k of them, a function of `key`, n and the restart alone, so that two
     sets of n rows start from the same places; "kmeans++" draws each centroid among the rows in
@@ -340,11 +341,17 @@ def _fit(plan, init, iterations, restarts, x, given, key):
     def restart(r, best):
         start, splits = _keys(key, r)
 
-        def step(i, state):
-            return _step(plan, rows, exponent, state[0], jax.random.fold_in(splits, i))
+        def step(state):
+            i, centroids, _, _ = state
+            step_key = jax.random.fold_in(splits, i)
+            moved, inertia = _step(plan, rows, exponent, centroids, step_key)
+            return i + 1, moved, inertia, jnp.any(moved != centroids)
 
-        first = _start(plan, init, rows, given, start), jnp.float32(jnp.inf)
-        found = lax.fori_loop(0, iterations, step, first)
+        def goes_on(state):
+            return (state[0] < iterations) & state[3]
+
+        first = jnp.int32(0), _start(plan, init, rows, given, start), jnp.float32(0), True
+        found = lax.while_loop(goes_on, step, first)[1:3]
         better = (found[1] < best[1] * _BETTER) | (r == 0)
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
 
@@ -371,12 +378,15 @@ def _fit_from_host(plan, init, iterations, restarts, x, given, key, progress):
             centroids = _jit_start(plan, init, rows, given, start)
             for i in range(iterations):
                 step_key = jax.random.fold_in(splits, i)
-                centroids, inertia = _jit_step(plan, rows, exponent, centroids, step_key)
+                last = centroids
+                centroids, inertia = _jit_step(plan, rows, exponent, last, step_key)
                 inertia = float(inertia)
                 bar.set_postfix(restart=r, iteration=i, inertia=f"{inertia:.6g}", refresh=False)
                 bar.update()
                 if callable(progress):
                     progress(r, i, inertia, time.perf_counter() - began)
+                if not jnp.any(centroids != last):
+                    break
             if r == 0 or inertia < best[1] * _BETTER:
                 best = centroids, inertia
     return _jit_last(plan, rows, exponent, best[0])

@@ -28,10 +28,11 @@ def config(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config))
         rows = [
             {"step": 5, "retrieval/text_to_image_R@1": 0.9},
-            {"step": 9, "loss": 2.0, **RECALLS},
+            {"step": 9, "retrieval/text_to_image_R@1": 0.01},
+            {"step": 9, "loss": 2.0, **{k: v for k, v in RECALLS.items() if k[-3:] != "R@1"}},
             {"step": 9, "loss": 1.0},
         ]
-        rows[1] |= {"cifar10/top1": 0.254, "cifar10/ami": 0.01} if config["name"] == "b" else {}
+        rows[2] |= {"cifar10/top1": 0.254, "cifar10/ami": 0.01} if config["name"] == "b" else {}
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return 42 if config.get("stop") else 0
 

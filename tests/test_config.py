@@ -438,7 +438,7 @@ def test_difference(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path, closed):
     """`python -m clipx.train` in this process: its exit code and what it says on stderr."""
-    monkeypatch.setattr(cli, "start_processes", lambda: None)
+    monkeypatch.setattr(cli, "start_processes", lambda overrides: None)
     monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
 
     def call(*arguments):

@@ -244,6 +244,16 @@ def test_progress():
     assert np.mean(np.asarray(found.assignment) == jitted.assignment) >= 0.999
 
 
+def test_stops_when_nothing_moves():
+    x, seen = mixture(), []
+    settled = fit(x, iterations=500)
+    again = kmeans.fit(
+        x, K, key=KEY, init=settled.centroids, progress=lambda *a: seen.append(a), iterations=9
+    )
+    assert len(seen) == 1
+    np.testing.assert_array_equal(again.centroids, settled.centroids)
+
+
 def test_progress_shows_a_bar(capsys):
     fit(mixture(), restarts=2, iterations=4, progress=True)
     assert "8/8" in capsys.readouterr().err

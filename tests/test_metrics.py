@@ -216,8 +216,12 @@ def test_the_clock_parts_what_it_counts():
         wait(50)
     with clock.time("save"):
         wait(5)
+    with clock.time("episode"):
+        wait(7)
+    assert (clock.total("episode"), clock.total()) == (7, 170)
     assert clock.interval(images=80) == {"images_per_second": 10, "data_wait_fraction": 0.25}
-    assert clock.totals == {"train": 106, "data": 2, "evaluate": 50, "save": 5}
+    assert clock.totals == {"train": 106, "data": 2, "evaluate": 50, "save": 5, "episode": 7}
+    assert (clock.total("episode"), clock.total()) == (7, 170)
     wait(4)
     assert clock.interval(images=80) == {"images_per_second": 20, "data_wait_fraction": 0}
     assert Clock(clock.totals).totals["train"] == 110
