@@ -286,7 +286,7 @@ class ProtoCLIP(Objective):
             name, student = f"{a}_from_{b}", students[a]
             labels = jnp.asarray(memory["labels"][b])[features.position]
             prototypes = tables["translated"].get(name, tables["centroids"].get(b))
-            temperature = self.target_temperature if term == "prototype" else 0
+            temperature = self.target_temperature if term == "prototype" else 0.0
             teachers = tables["centroids"][b] if temperature else prototypes
             target = losses.targets(teachers, labels, temperature=temperature)
             each = losses.prototypical(student, prototypes, target, scale=scale)
