@@ -289,6 +289,7 @@ def test_tpu_runs_and_is_torn_down(cloud, tmp_path):
     assert "delete n" in calls and not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow  # its cloud answers by how often it was asked, which changes with the load
 def test_tpu_goes_on_after_preemptions(cloud, tmp_path):
     """Told to stop and saved on a TPU that is still there; then the TPU itself is gone."""
     for i in range(2):
