@@ -16,8 +16,8 @@ from absl import flags
 
 from clipx import cli, losses
 from clipx import mesh as meshes
-from clipx.metrics import peak_flops
 from clipx.run import Run, assemble, flops
+from clipx.topology import peak_flops
 from clipx.types import Batch
 
 

@@ -59,12 +59,36 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     sizes = config.sizes(len(devices))
     shape = tuple(sizes.values())
     if devices[0].platform == "tpu":  # neighbours on the mesh are neighbours on the wires
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = _torus(shape, devices)
     else:
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _torus(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """TPUs as a grid, slices outermost along `data`: between them is the slow network."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if shape[0] % slices:
+        raise ConfigError(
+            "config.mesh.data",
+            f"{shape[0]} for {slices} slices",
+            f"a multiple of {slices}: slices share no parameter",
+            "mesh.data=-1 takes the devices that are left",
+        )
+    within = (shape[0] // slices, *shape[1:])
+    across = (slices, *(1 for _ in shape[1:]))
+
+    def grid(**options) -> np.ndarray:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices=devices, **options)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices=devices, **options)
+
+    try:
+        return grid()
+    except NotImplementedError:  # no side of the torus has that length: an axis takes half of one
+        return grid(allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

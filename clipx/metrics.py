@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
 import typing
@@ -276,37 +275,3 @@ class Clock:
             "images_per_second": images / stepping,
             "data_wait_fraction": parts["data"] / stepping,
         }
-
-
-# Published dense peaks in bfloat16 with float32 accumulation, without sparsity, per JAX device; for
-# T4 and V100, which have no bfloat16, in float16. A TPU v2 or v3 device is one of its chip's two
-# cores. From NVIDIA's data sheets and architecture papers, and Google Cloud's TPU system pages.
-_PEAK_TFLOPS = {
-    r"(NVIDIA )?A100[- ](SXM4-[48]0GB|PCIE-40GB|80GB PCIe)": 312,
-    r"NVIDIA H100 PCIe": 756,
-    r"NVIDIA H(100|200) NVL": 835,
-    r"NVIDIA (H100 80GB HBM3|H200)": 989,
-    r"NVIDIA GB200": 2500,
-    r"NVIDIA B200": 2250,
-    r"NVIDIA L4": 121,
-    r"(Tesla|NVIDIA) T4": 65,
-    r"(Tesla|NVIDIA) V100-PCIE.*": 112,
-    r"(Tesla|NVIDIA) V100-SXM.*": 125,
-    r"NVIDIA GeForce RTX 4090": 165.2,
-    r"NVIDIA GeForce RTX 3090": 71,
-    r"TPU v2": 22.5,
-    r"TPU v3": 61.5,
-    r"TPU v4": 275,
-    r"TPU v5 ?(lite|e)": 197,
-    r"TPU v5p?": 459,
-    r"TPU v6 ?(lite|e)": 918,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's published peak in floating-point operations a second; None where not known."""
-    kind = device.device_kind
-    for pattern, tera in _PEAK_TFLOPS.items():
-        if re.fullmatch(pattern, kind):
-            return tera * 1e12
-    return None

@@ -32,8 +32,9 @@ from clipx.data.base import DataError, Source, fingerprint
 from clipx.data.quarantine import Quarantine
 from clipx.encode import Interrupted
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.metrics import Clock, Metrics, peak_flops
+from clipx.metrics import Clock, Metrics
 from clipx.run import Run, assemble, flops
+from clipx.topology import peak_flops
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices

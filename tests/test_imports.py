@@ -18,7 +18,7 @@ SOURCES = FILES + sorted(
 )
 FLOORS = (
     ("types", "config"),
-    ("losses", "models", "kmeans", "pca", "mesh", "augment", "optimizer"),
+    ("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
     ("run", "sections", "encode", "checkpoint", "metrics", "episodes", "cluster", "distributed"),
