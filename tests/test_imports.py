@@ -17,7 +17,7 @@ SOURCES = FILES + sorted(
     for p in (tiny.ROOT / folder).rglob("*.py")
 )
 FLOORS = (
-    ("types", "config"),
+    ("types", "config", "hlo"),
     ("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),

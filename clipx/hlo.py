@@ -1,0 +1,321 @@
+"""What a compiled program costs, read from its text (`compiled.as_text()`).
+
+The TPU compiler writes its own `estimated_cycles` beside the operations that it schedules; loops
+are multiplied out here, and of branches the dearest counts. A Pallas kernel has no such estimate,
+and is charged what its author declares: its FLOPs at half of the chip's peak or its bytes at full
+bandwidth, whichever takes longer, and never fewer bytes than go in and out. Collectives are
+listed, not timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
+_OPCODE = re.compile(r"\s*([\w-]+)\(")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_NAME = re.compile(r"%([\w.-]+)")
+_BITS = re.compile(r"\d+")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.-]+)")
+_BRANCH_LIST = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
+    *("ragged-all-to-all", "reduce-scatter"),
+)
+
+
+class HloError(ValueError):
+    """A program whose cost cannot be told from its text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    type: str
+    opcode: str
+    arguments: str  # what stands between the parentheses
+    rest: str  # attributes
+
+    @property
+    def operands(self) -> list[str]:
+        return _NAME.findall(self.arguments)
+
+    def called(self) -> dict[str, str]:
+        """The computations it calls, by the attribute that names them."""
+        return dict(_CALLED.findall(self.rest))
+
+    def branches(self) -> list[str]:
+        listed = _BRANCH_LIST.search(self.rest)
+        return _NAME.findall(listed[1]) if listed else _BRANCHES.findall(self.rest)
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation that costs something, and how often a run of the program executes it."""
+
+    name: str
+    kind: str  # its opcode; of a collective, without -start; "kernel" for a Pallas kernel
+    source: str  # the path in the traced function, from metadata
+    times: int
+    cycles: int = 0  # the compiler's estimate of one execution
+    flops: int = 0  # of a kernel, one execution
+    bytes: int = 0  # of a kernel or collective, one execution
+    group: int = 1  # devices that a collective joins
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    operations: tuple[Operation, ...]
+    open_loops: tuple[str, ...]  # whose length the text does not say: counted once
+
+    @property
+    def kernels(self) -> tuple[Operation, ...]:
+        return tuple(o for o in self.operations if o.kind == "kernel")
+
+    @property
+    def collectives(self) -> tuple[Operation, ...]:
+        return tuple(o for o in self.operations if o.kind in COLLECTIVES)
+
+    @property
+    def compiler_cycles(self) -> int:
+        """The sum of the compiler's own estimates."""
+        return sum(o.cycles * o.times for o in self.operations)
+
+    def charged_seconds(self, *, peak: float, bandwidth: float) -> float:
+        """What kernels, and calls of the compiler's own, are charged beside its estimates."""
+        own = (o for o in self.operations if o.kind in ("kernel", "custom-call"))
+        return sum(charge(o, peak=peak, bandwidth=bandwidth) * o.times for o in own)
+
+    def seconds(self, *, peak: float, bandwidth: float, clock: float) -> float:
+        """The time of one execution on a chip of `peak` FLOP/s, `bandwidth` B/s and `clock` Hz;
+        collectives excluded."""
+        charged = self.charged_seconds(peak=peak, bandwidth=bandwidth)
+        return self.compiler_cycles / clock + charged
+
+    def traffic(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """(kind, group) -> executions and bytes of the program's collectives. A collective's bytes
+        are those of the whole array that it joins: what an all-gather or all-reduce makes, what a
+        reduce-scatter is given."""
+        found: dict[tuple[str, int], tuple[int, int]] = {}
+        for o in self.collectives:
+            times, size = found.get((o.kind, o.group), (0, 0))
+            found[o.kind, o.group] = times + o.times, size + o.bytes * o.times
+        return dict(sorted(found.items()))
+
+
+def charge(kernel: Operation, *, peak: float, bandwidth: float) -> float:
+    """Seconds that one execution of a kernel is charged."""
+    return max(kernel.flops / (peak / 2), kernel.bytes / bandwidth)
+
+
+def read(text: str) -> Program:
+    """The costs in a compiled program's text. Raises `HloError` for a kernel that declares none."""
+    computations, entry = _parse(text)
+    open_loops: dict[str, None] = {}
+    operations = tuple(_walk(computations, entry, 1, open_loops))
+    return Program(operations, tuple(open_loops))
+
+
+def size(type_: str) -> int:
+    """Bytes of a shape or tuple of shapes as it lies in memory: tiles are padded."""
+    total = 0
+    for dtype, dims, layout in _SHAPE.findall(type_):
+        if dtype in ("token", "opaque"):
+            continue
+        shape = [int(d.lstrip("<=")) for d in dims.split(",") if d]
+        order, _, tiling = layout.partition(":")
+        minor = [int(d) for d in order.split(",") if d]
+        tile = re.match(r"T\(([\d,]*)\)", tiling)
+        sides = [int(d) for d in tile[1].split(",") if d] if tile else []
+        for side, axis in zip(reversed(sides), minor, strict=False):
+            shape[axis] = -(-shape[axis] // side) * side
+        bits = 1 if dtype == "pred" else int((_BITS.search(dtype) or ["8"])[0])
+        total += math.prod(shape) * max(bits, 8 if dtype == "pred" else 1) // 8
+    return total
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            instruction = _instruction(found[2], line[found.end() :])
+            current[instruction.name] = instruction
+    if not entry:
+        raise HloError("no ENTRY computation: is this the text of a compiled program?")
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    opcode = _OPCODE.match(text, end)
+    if not opcode:
+        raise HloError(f"no operation in the line of %{name}")
+    close = _closing(text, opcode.end() - 1)
+    return Instruction(name, text[:end], opcode[1], text[opcode.end() : close - 1], text[close:])
+
+
+def _closing(text: str, start: int) -> int:
+    """The place after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in re.finditer(r"[()]", text[start:]):
+        depth += 1 if place[0] == "(" else -1
+        if not depth:
+            return start + place.end()
+    raise HloError(f"a parenthesis that nothing closes: {text[start : start + 80]}")
+
+
+def _walk(
+    computations: dict[str, Computation], name: str, times: int, open_loops: dict[str, None]
+) -> Iterator[Operation]:
+    """Every operation of a computation and of what it calls, `times` over."""
+    computation = computations[name]
+    for i in computation.values():
+        called, kind = i.called(), i.opcode.removesuffix("-start")
+        source = (_SOURCE.search(i.rest) or ["", ""])[1]
+        cycles = int((_CYCLES.search(i.rest) or [0, 0])[1])
+        if i.opcode == "while":
+            trips = _trips(computations, computation, i)
+            if trips is None:
+                open_loops[i.name] = None
+            yield from _walk(computations, called["body"], times * (trips or 1), open_loops)
+        elif i.opcode == "conditional":  # the dearest branch
+            branches = [list(_walk(computations, b, times, open_loops)) for b in i.branches()]
+            yield from max(branches, key=_weight, default=())
+        elif kind in COLLECTIVES:
+            whole, group = _joined(computation, i)
+            yield Operation(i.name, kind, source, times, cycles, bytes=whole, group=group)
+        elif i.opcode == "custom-call":
+            yield _custom_call(computation, i, source, times, cycles)
+        elif i.opcode == "fusion":
+            inside = list(_walk(computations, called["calls"], times, open_loops))
+            own = cycles or sum(o.cycles for o in inside)
+            if own:
+                yield Operation(i.name, kind, source, times, own)
+            for o in inside:  # an estimate covers all but what has none of its own
+                if o.kind in COLLECTIVES or o.kind == "kernel":
+                    scatter = called["calls"].startswith("all-reduce-scatter")
+                    kind = "reduce-scatter" if scatter and o.kind == "all-reduce" else o.kind
+                    yield dataclasses.replace(o, kind=kind, cycles=0)
+        else:
+            if cycles:
+                yield Operation(i.name, kind, source, times, cycles)
+            if i.opcode in ("call", "async-start"):
+                inside = called.get("calls") or called["to_apply"]
+                yield from _walk(computations, inside, times, open_loops)
+
+
+def _weight(operations: list[Operation]) -> tuple[int, int]:
+    return sum(o.cycles * o.times for o in operations), sum(o.bytes for o in operations)
+
+
+def _trips(
+    computations: dict[str, Computation], computation: Computation, loop: Instruction
+) -> int | None:
+    """How often a loop runs: what the compiler says, or the constant that its counter, from a
+    constant on and one by one, is compared with; None where that cannot be told."""
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = computations[loop.called()["condition"]]
+    body = computations[loop.called()["body"]]
+    root = list(condition.values())[-1]
+    compares = [i for i in condition.values() if i.opcode == "compare"]
+    if root.opcode == "fusion":  # the comparison alone, its operands given
+        inner = list(computations[root.called()["calls"]].values())
+        compares = [i for i in inner if i.opcode == "compare"]
+        given = dict(zip([i.name for i in inner if i.opcode == "parameter"], root.operands))
+        condition = condition | {i.name: i for i in inner}
+    else:
+        given = {}
+    if len(compares) != 1 or "direction=LT" not in compares[0].rest:
+        return None
+    counter, bound = (condition[given.get(n, n)] for n in compares[0].operands)
+    index = re.search(r"\bindex=(\d+)", counter.rest)
+    stop = _constant(condition, bound)
+    if counter.opcode != "get-tuple-element" or stop is None or not index:
+        return None
+    place = int(index[1])
+    start = _element(computation, loop.operands[0], place)
+    after = _element(body, list(body)[-1], place)
+    first = None if start is None else _constant(computation, start)
+    if first is None or after is None or after.opcode != "add":
+        return None
+    steps = [_constant(body, body[n]) for n in after.operands]
+    return max(stop - first, 0) if 1 in steps else None
+
+
+def _element(computation: Computation, name: str, place: int) -> Instruction | None:
+    """What stands at `place` of a tuple."""
+    made = computation[name]
+    while made.opcode == "copy":
+        made = computation[made.operands[0]]
+    return computation[made.operands[place]] if made.opcode == "tuple" else None
+
+
+def _constant(computation: Computation, i: Instruction) -> int | None:
+    while i.opcode in ("copy", "bitcast", "convert") and i.operands:
+        i = computation[i.operands[0]]
+    return int(i.arguments) if i.opcode == "constant" and i.arguments.isdigit() else None
+
+
+def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:
+    """Bytes of the array that a collective joins, and the number of devices it joins."""
+    given = sum(size(computation[name].type) for name in i.operands)
+    made = size(i.type)
+    if i.opcode.startswith("all-gather"):
+        given = made - given if i.opcode.endswith("-start") else made
+    return given, _group(i.rest)
+
+
+def _group(rest: str) -> int:
+    """Devices per group: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(iota[2])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", mesh[2]))
+    return 2 if "source_target_pairs" in rest else 1
+
+
+def _custom_call(
+    computation: Computation, i: Instruction, source: str, times: int, cycles: int
+) -> Operation:
+    """A kernel with the FLOPs and bytes that its author declares, and at least the bytes of what
+    goes in and out; a call of the compiler's own with its estimate, or else its bytes."""
+    target = (_TARGET.search(i.rest) or ["", "?"])[1]
+    moved = size(i.type) + sum(size(computation[name].type) for name in i.operands)
+    if target != KERNEL:
+        moved = 0 if cycles or target == "AllocateBuffer" else moved
+        return Operation(i.name, "custom-call", source, times, cycles, bytes=moved)
+    estimate = _ESTIMATE.search(i.rest)
+    declared = dict(re.findall(r'"(\w+)":"(\d+)"', estimate[1])) if estimate else {}
+    flops = int(declared.get("flops", 0)) + int(declared.get("transcendentals", 0))
+    if not flops:
+        raise HloError(
+            f"the kernel %{i.name} ({source}) declares no FLOPs: give its pallas_call a "
+            "cost_estimate, or its work would count as nothing"
+        )
+    moved = max(moved, int(declared.get("bytes_accessed", 0)))
+    return Operation(i.name, "kernel", source, times, flops=flops, bytes=moved)

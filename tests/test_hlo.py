@@ -1,0 +1,234 @@
+"""Costs read from a compiled program's text: of texts written here, and of one that the TPU's
+compiler writes."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
+
+from clipx import hlo
+from clipx.mesh import MeshConfig, batch_sharding, make_mesh
+from clipx.topology import parse
+
+CONFIG = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+KERNEL = (
+    'custom-call(%%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attend"}, '
+    'backend_config={"custom_call_config":{"body":"(((",%s"needs_layout_passes":true}}'
+)
+ESTIMATE = '"cost_estimate":{"flops":"%d","transcendentals":"%d","bytes_accessed":"%d"},'
+
+
+def program(entry: str, rest: str = "") -> hlo.Program:
+    """A module of an entry computation with these lines, x: f32[8,128] given."""
+    lines = "\n".join(f"  {line}" for line in entry.strip().splitlines())
+    head = "ENTRY %main (x: f32[8,128]) -> f32[8,128] {\n  %x = f32[8,128]{1,0} parameter(0)\n"
+    return hlo.read(f"HloModule m, is_scheduled=true\n\n{rest}\n\n{head}{lines}\n}}\n")
+
+
+def loop(start: int, stop: str, step: int = 1, compare: str = "LT", body: str = "") -> str:
+    """The condition and body of a loop over (counter, x, bound)."""
+    state = "(s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[])"
+    return f"""
+%body (p.1: (s32[], f32[8,128], s32[])) -> (s32[], f32[8,128], s32[]) {{
+  %p.1 = {state} parameter(0)
+  %one = s32[] constant({step})
+  %i = s32[] get-tuple-element(%p.1), index=0
+  %i.copy = s32[] copy(%i)
+  %y = f32[8,128]{{1,0}} get-tuple-element(%p.1), index=1
+  %bound = s32[] get-tuple-element(%p.1), index=2
+  %next = s32[] add(%i.copy, %one)
+  {body or "%z = f32[8,128] negate(%y), " + CONFIG % 10}
+  ROOT %out = {state} tuple(%next, %z, %bound)
+}}
+
+%cond (p.2: (s32[], f32[8,128], s32[])) -> pred[] {{
+  %p.2 = {state} parameter(0)
+  %stop = s32[] {stop}
+  %j = s32[] get-tuple-element(%p.2), index=0
+  ROOT %less = pred[] compare(%j, %stop), direction={compare}
+}}
+"""
+
+
+WHILE = """
+%zero = s32[] constant({0})
+%t = (s32[], f32[8,128], s32[]) tuple(%zero, %x, %zero)
+ROOT %w = (s32[], f32[8,128], s32[]) while(%t), condition=%cond, body=%body{1}
+"""
+
+
+@pytest.mark.parametrize(
+    "start, stop, known, trips",
+    [
+        (0, "constant(7)", "", 7),
+        (2, "constant(7)", "", 5),
+        (0, "constant(7)", ', backend_config={"known_trip_count":{"n":"4"}}', 4),
+        (0, "get-tuple-element(%p.2), index=2", "", None),
+    ],
+)
+def test_loops(start, stop, known, trips):
+    found = program(WHILE.format(start, known), loop(start, stop))
+    assert found.compiler_cycles == 10 * (trips or 1)
+    assert found.open_loops == (() if trips else ("w",))
+
+
+def test_loops_that_do_not_count_one_by_one_are_open():
+    for kind in ({"step": 2}, {"compare": "GT"}):
+        found = program(WHILE.format(0, ""), loop(0, "constant(7)", **kind))
+        assert found.open_loops == ("w",)
+
+
+def test_nested_loops_multiply():
+    inner = WHILE.format(0, ', backend_config={"known_trip_count":{"n":"3"}}').strip()
+    inner = inner.replace("ROOT ", "").replace("%x", "%y").replace("%body", "%leaf")
+    inner = inner.replace("\n", "\n  ") + "\n  %z = f32[8,128] get-tuple-element(%w), index=1"
+    leaf = "\n%leaf (q: f32[8,128]) -> f32[8,128] {\n  %q = f32[8,128] parameter(0)\n"
+    leaf += "  ROOT %n = f32[8,128] negate(%q), " + CONFIG % 10 + "\n}\n"
+    found = program(WHILE.format(0, ""), leaf + loop(0, "constant(7)", body=inner))
+    assert found.compiler_cycles == 3 * 7 * 10
+
+
+CALLED = f"""
+%small (q: f32[8,128]) -> f32[8,128] {{
+  %q = f32[8,128] parameter(0)
+  ROOT %n = f32[8,128] negate(%q), {CONFIG % 10}
+}}
+
+%large (q: f32[8,128]) -> f32[8,128] {{
+  %q = f32[8,128] parameter(0)
+  ROOT %n = f32[8,128] negate(%q), {CONFIG % 30}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "line, cycles",
+    [
+        ("negate(%x), " + CONFIG % 5, 5),
+        ("fusion(%x), kind=kLoop, calls=%large, " + CONFIG % 5, 5),  # not what is inside it too
+        ("fusion(%x), kind=kCustom, calls=%large", 30),
+        ("call(%x), to_apply=%large", 30),
+        ("conditional(%p, %x, %x), branch_computations={%small, %large}", 30),
+        ("conditional(%p, %x, %x), true_computation=%large, false_computation=%small", 30),
+        ("negate(%x)", 0),
+    ],
+)
+def test_calls(line, cycles):
+    assert program(f"ROOT %y = f32[8,128] {line}", CALLED).compiler_cycles == cycles
+
+
+def test_kernels_are_charged_what_takes_longer():
+    """At half of the peak, or at full bandwidth; never fewer bytes than go in and out."""
+    chip = {"peak": 200.0, "bandwidth": 4.0}
+    moved = 2 * 8 * 128 * 4
+    for flops, declared, seconds in (
+        (10**6, 0, 10**6 / 100),
+        (1, 10**5, 10**5 / 4),
+        (1, 0, moved / 4),
+    ):
+        line = "ROOT %k = f32[8,128]{1,0} " + KERNEL % (ESTIMATE % (flops, 0, declared))
+        found = program(line)
+        (kernel,) = found.kernels
+        assert kernel.source == "jit(f)/attend"
+        assert found.charged_seconds(**chip) == pytest.approx(seconds)
+        assert found.seconds(**chip, clock=1.0) == pytest.approx(seconds)
+
+
+def test_a_kernel_that_declares_nothing_is_an_error():
+    with pytest.raises(hlo.HloError, match=r"%k \(jit\(f\)/attend\) declares no FLOPs"):
+        program("ROOT %k = f32[8,128]{1,0} " + KERNEL % "")
+
+
+@pytest.mark.parametrize(
+    "type_, expected",
+    [
+        ("f32[8,128]{1,0:T(8,128)}", 4096),
+        ("bf16[2,197,64]{2,1,0:T(8,128)(2,1)}", 2 * 200 * 128 * 2),
+        ("bf16[2,197,64]{1,2,0:T(8,128)(2,1)S(1)}", 2 * 256 * 64 * 2),
+        ("(f32[3]{0:T(128)}, /*index=1*/pred[]{:T(512)}, s4[16])", 512 + 1 + 8),
+        ("f32[3,5]", 60),
+        ("token[]", 0),
+    ],
+)
+def test_size_pads_tiles(type_, expected):
+    assert hlo.size(type_) == expected
+
+
+@pytest.mark.parametrize(
+    "line, kind, group, size",
+    [
+        ("f32[8,128] all-reduce(%x), replica_groups={{0,1},{2,3}}", "all-reduce", 2, 4096),
+        ("f32[32,128] all-gather(%x), replica_groups=[2,4]<=[8]", "all-gather", 4, 4 * 4096),
+        (
+            "(f32[8,128], f32[16,128]) all-gather-start(%x), replica_groups={{0,1}}",
+            *("all-gather", 2, 2 * 4096),
+        ),
+        (
+            "f32[2,128] reduce-scatter(%x), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}",
+            *("reduce-scatter", 4, 4096),
+        ),
+        (
+            "(f32[8,128], f32[8,128], u32[]) collective-permute-start(%x), "
+            "source_target_pairs={{0,1},{1,0}}",
+            *("collective-permute", 2, 4096),
+        ),
+    ],
+)
+def test_collectives(line, kind, group, size):
+    type_, _, rest = line.partition(f" {kind}")
+    found = program(f"%c = {type_} {kind}{rest}\n%d = f32[8,128] {kind}-done(%c)")
+    assert found.traffic() == {(kind, group): (1, size)}
+
+
+def test_collectives_in_loops_and_fusions():
+    inside = "%z = f32[8,128] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1, " + CONFIG % 10
+    called = """
+%all-reduce-scatter.1 (q: f32[8,128]) -> f32[4,128] {
+  %q = f32[8,128] parameter(0)
+  %r = f32[8,128] all-reduce(%q), replica_groups={{0,1}}
+  ROOT %s = f32[4,128] dynamic-slice(%r)
+}
+"""
+    found = program(WHILE.format(0, ""), called + loop(0, "constant(7)", body=inside))
+    assert found.traffic() == {("reduce-scatter", 2): (7, 7 * 4096)}
+    assert found.compiler_cycles == 70
+
+
+def test_no_program():
+    with pytest.raises(hlo.HloError, match="no ENTRY"):
+        hlo.read("nothing of the kind")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_what_the_compiler_writes():
+    """A kernel in a loop of three under a mesh, and the all-reduce of a sum over its rows."""
+    mesh = make_mesh(MeshConfig(), parse("v5e:2x2").devices())
+
+    def double(x, y):
+        y[...] = 2 * x[...]
+
+    def kernel(x):
+        cost = pl.CostEstimate(flops=x.size, bytes_accessed=0, transcendentals=0)
+        return pl.pallas_call(double, jax.typeof(x), cost_estimate=cost)(x)
+
+    def fn(x):
+        def local(x):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(kernel(x)), None), x, length=3)[0]
+
+        rows = P("data")
+        x = jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(x)
+        return jnp.sum(x, axis=0)
+
+    x = jax.ShapeDtypeStruct((4 * 512, 256), jnp.float32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        found = hlo.read(jax.jit(fn).lower(x).compile().as_text())
+    assert [(k.times, k.flops, k.bytes) for k in found.kernels] == [
+        (3, 512 * 256, 2 * 512 * 256 * 4)
+    ]
+    assert found.traffic() == {("all-reduce", 4): (1, 256 * 4)}
+    tanh = [o for o in found.operations if "tanh" in o.source]
+    assert [o.times for o in tanh] == [3] and tanh[0].cycles > 1000
+    assert not found.open_loops
