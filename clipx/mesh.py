@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from clipx.config import ConfigError
 from clipx.types import BATCH_AXES, PyTree
 
+AXES = (*BATCH_AXES, "tensor")
 _SMALL = 2**12  # elements; splitting less than this saves nothing
+_STACKED = re.compile(r"(^|/)blocks/")  # by `nn.scan`: the first dimension counts layers
 # Which dimension of a parameter the tensor axis splits: attention's heads, the MLP's hidden width.
 _TENSOR = (
     (r"(^|/)attn/(qkv|q|kv)/(kernel|bias)$", -2),
@@ -30,9 +33,15 @@ class MeshConfig:
     data: int = -1  # rows
     fsdp: int = 1  # rows, and parameters with their optimizer state
     tensor: int = 1  # attention heads and MLP width
+    max_replicated: float = 0.1  # of the parameters' bytes: so much may stay whole over `fsdp`
+
+    def __post_init__(self):
+        if not 0 <= self.max_replicated <= 1:
+            found = str(self.max_replicated)
+            raise ConfigError("MeshConfig.max_replicated", found, "a share in [0, 1]")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        sizes = dataclasses.asdict(self)
+        sizes = {name: getattr(self, name) for name in AXES}
         free = [name for name, size in sizes.items() if size == -1]
         known = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
@@ -45,7 +54,8 @@ class MeshConfig:
         if math.prod(sizes.values()) != devices or (free and devices % known):
             raise ConfigError(
                 "config.mesh",
-                f"{dataclasses.asdict(self)} for {devices} device(s)",
+                f"{', '.join(f'{name} {getattr(self, name)}' for name in AXES)} for {devices} "
+                "device(s)",
                 f"sizes whose product is {devices}",
                 "mesh.data=-1 takes the devices that are left",
             )
@@ -100,15 +110,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
+    """The dimension that the tensor axis splits, from the end; None for parameters it leaves."""
+    for pattern, axis in _TENSOR:
+        if re.search(pattern, path) and len(shape) >= -axis:
+            return axis
+    return None
+
+
 def _spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
-    for pattern, axis in _TENSOR if tensor > 1 else ():
-        if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % tensor == 0:
-            spec[axis] = "tensor"
-            break
+    axis = _tensor_axis(path, shape) if tensor > 1 else None
+    if axis is not None and shape[axis] % tensor == 0:
+        spec[axis] = "tensor"
     if fsdp > 1 and math.prod(shape) >= _SMALL:
-        free = [i for i, size in enumerate(shape) if spec[i] is None and size % fsdp == 0]
+        # never over layers: each step of the scan would gather the slice it needs from one device
+        first = 1 if _STACKED.search(path) else 0
+        free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % fsdp == 0]
         if free:
             spec[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*spec)
@@ -118,7 +137,8 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """A sharding for every leaf of an abstract `TrainState`.
 
     Parameters and the optimizer's copies of them are split over `tensor` by name and over `fsdp`
-    along the largest dimension that divides; what is small or does not divide is replicated.
+    along the largest dimension that divides, but that of stacked layers; what is small or does not
+    divide is replicated.
     """
     sizes = dict(mesh.shape)
 
@@ -130,6 +150,80 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     )
     whole = jax.tree.map(lambda _: replicated(mesh), state)
     return whole.replace(**split)
+
+
+def _bytes(x) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _whole(sizes: dict[str, int], axis: str, params: PyTree) -> dict[str, Any]:
+    """The parameters that `axis` does not split, by path, largest first."""
+    named = [(path_name(path), x) for path, x in jax.tree.leaves_with_path(params)]
+    found = [(path, x) for path, x in named if axis not in _spec(path, x.shape, sizes)]
+    return dict(sorted(found, key=lambda item: -_bytes(item[1])))
+
+
+def _listed(leaves: dict[str, Any], most: int = 4) -> str:
+    first = [f"{path} {list(x.shape)}" for path, x in list(leaves.items())[:most]]
+    return ", ".join(first) + ("" if len(leaves) <= most else ", ...")
+
+
+def describe_whole(mesh: Mesh, params: PyTree) -> list[str]:
+    """A line for `fsdp` and for `tensor`, where the mesh has them: how much of the parameters it
+    splits, and what stays whole, the largest by name."""
+    total, lines = sum(map(_bytes, jax.tree.leaves(params))), []
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1:
+            whole = _whole(dict(mesh.shape), axis, params)
+            size = sum(map(_bytes, whole.values()))
+            lines.append(
+                f"{axis} {mesh.shape[axis]} splits {1 - size / total:.1%} of {total / 1e6:,.1f} MB "
+                f"of parameters; whole stay {len(whole)} of them, {size / 1e6:,.1f} MB: "
+                + _listed(whole)
+            )
+    return lines
+
+
+def refuse_whole(config: MeshConfig, mesh: Mesh, params: PyTree) -> None:
+    """Raises `ConfigError` for heads and widths that `tensor` cannot split, for a `tensor` that
+    splits nothing, and where parameters too large to overlook stay whole over `fsdp`."""
+    sizes = dict(mesh.shape)
+    named = {path_name(path): x for path, x in jax.tree.leaves_with_path(params)}
+    if (tensor := sizes["tensor"]) > 1:
+        axes = {path: _tensor_axis(path, x.shape) for path, x in named.items()}
+        lengths = {path: named[path].shape[i] for path, i in axes.items() if i is not None}
+        odd = {path: named[path] for path, length in lengths.items() if length % tensor}
+        fits = math.gcd(tensor, *lengths.values())
+        if odd or not lengths:
+            raise ConfigError(
+                "config.mesh.tensor",
+                f"{tensor}, which does not divide {_listed(odd)}"
+                if odd
+                else f"{tensor}, and no attention heads or MLP in {_listed(named)}",
+                "a number that divides the heads and the MLP widths of both towers",
+                f"config.mesh.tensor={fits if lengths else 1}",
+            )
+    if (fsdp := sizes["fsdp"]) > 1:
+        total = sum(map(_bytes, named.values()))
+
+        def large(fsdp):
+            whole = _whole(sizes | {"fsdp": fsdp}, "fsdp", params)
+            whole = {path: x for path, x in whole.items() if math.prod(x.shape) >= _SMALL}
+            return whole, sum(map(_bytes, whole.values())) / max(total, 1)
+
+        whole, share = large(fsdp)
+        if share > config.max_replicated:
+            less = [n for n in range(fsdp - 1, 1, -1) if fsdp % n == 0]
+            less = [n for n in less if large(n)[1] <= config.max_replicated][:1]
+            fixes = [f"config.mesh.fsdp={n}" for n in less]
+            fixes.append(f"config.mesh.max_replicated={math.ceil(share * 100) / 100}")
+            raise ConfigError(
+                "config.mesh.fsdp",
+                f"{fsdp}, which leaves {share:.0%} of the parameters whole on every device, as it "
+                f"divides no dimension of {_listed(whole)}",
+                f"at most {config.max_replicated:.0%} (config.mesh.max_replicated)",
+                " or ".join(fixes),
+            )
 
 
 def path_name(path) -> str:

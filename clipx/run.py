@@ -373,6 +373,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     batch = _abstract_batch(objective, train.batch_size, mesh)
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
     optimizer, state = _abstract_state(objective, config, schedule, batch, mesh)
+    meshes.refuse_whole(config.mesh, mesh, state.params)
     given = _TOWERS | words | sizes
     complete = configs.dump(config) | {
         "objective": {"name": objective_name, **configs.dump(objective, given=given)},

@@ -18,6 +18,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from clipx import cli, distributed, episodes, report
+from clipx import mesh as meshes
 from clipx.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -50,6 +51,7 @@ def describe(run: Run, digest: str) -> list[str]:
     return [
         f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
         f"{jax.process_count()} process(es)",
+        *meshes.describe_whole(run.mesh, run.state.params),
         manifests.describe(run.rows, digest, run.data.source, run.data.manifest),
         f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
         f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",

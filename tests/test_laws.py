@@ -13,8 +13,8 @@ from clipx.augment import Policy
 from clipx.step import row_keys
 
 LAYOUTS = {  # mesh and micro-batches, each against one device and one micro-batch
-    "float32": [({"data": 8}, 1), ({"data": 1}, 2)],
-    "float64": [({"data": 4, "fsdp": 2}, 4)],
+    "float32": [({"data": 8}, 1), ({"data": 4, "fsdp": 2}, 2)],
+    "float64": [({"data": 2, "fsdp": 2, "tensor": 2}, 4)],
 }
 
 

@@ -14,18 +14,20 @@ from clipx.config import ConfigError
 from clipx.mesh import (
     MeshConfig,
     batch_sharding,
+    describe_whole,
     local_rows,
     make_mesh,
     path_name,
     put,
     put_rows,
+    refuse_whole,
     replicated,
     state_shardings,
 )
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
-from clipx.optimizer import OptimizerConfig, make_optimizer
+from clipx.optimizer import LookaheadConfig, OptimizerConfig, make_optimizer
 from clipx.step import init_state
 
 
@@ -126,7 +128,11 @@ def abstract_state(**towers):
     def params():
         return module.init(jax.random.key(0), batch, jax.random.split(jax.random.key(0), 8), {})
 
-    optimizer = make_optimizer(OptimizerConfig(), lambda n: 1.0, jax.eval_shape(params)["params"])
+    optimizer = make_optimizer(
+        OptimizerConfig(lookahead=LookaheadConfig()),
+        lambda n: 1.0,
+        jax.eval_shape(params)["params"],
+    )
     return jax.eval_shape(lambda: init_state(module, optimizer, batch, seed=0))
 
 
@@ -163,10 +169,68 @@ def test_tensor_splits_attention_and_mlp(scan, pool):
     assert seen == set(sizes) - ({"q", "kv"} if pool == "class" else set())
 
 
-def test_heads_that_do_not_divide_stay_whole():
-    params, _, _ = split({"data": -1, "tensor": 8}, heads=4)
-    assert {"tensor"} == {a for p, s in params.items() if "/mlp/" in p for a in s if a}
-    assert not [p for p, s in params.items() if "/attn/" in p and "tensor" in s]
+def test_layers_that_are_stacked_are_not_split():
+    """Not even where their number is the largest that divides: 48 layers, 16 heads of 104."""
+    params = {"image": {"transformer": {"blocks": {"attn": {"qkv": {
+        "kernel": jax.ShapeDtypeStruct((48, 1664, 3, 16, 104), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((48, 3, 16, 104), jnp.float32),
+    }}}}}}  # fmt: skip
+    state = abstract_state().replace(params=params, opt_state=())
+    kernel, bias = "kernel", "bias"
+    for sizes, expected in (
+        ({"fsdp": 8}, {kernel: P(None, "fsdp", None, None, None), bias: P(*3 * [None], "fsdp")}),
+        ({"fsdp": 4, "tensor": 2},
+         {kernel: P(None, "fsdp", None, "tensor", None), bias: P(None, None, "tensor", "fsdp")}),
+    ):  # fmt: skip
+        found = specs(state_shardings(make_mesh(MeshConfig(**sizes)), state).params)
+        assert {path.rpartition("/")[2]: spec for path, spec in found.items()} == expected
+    assert meshes._spec("a/blocks/attn/qkv/bias", (48, 3, 16, 104), {"fsdp": 48}) == P(*4 * [None])
+
+
+def refused(sizes: dict, **towers) -> ConfigError:
+    config = MeshConfig(**sizes)
+    with pytest.raises(ConfigError) as error:
+        refuse_whole(config, make_mesh(config), abstract_state(**towers).params)
+    return error.value
+
+
+def test_heads_that_do_not_divide_are_refused():
+    error = refused({"tensor": 8}, heads=4)
+    assert error.where == "config.mesh.tensor" and error.fix == "config.mesh.tensor=4"
+    assert "8, which does not divide image/transformer/block_0/attn/" in error.found
+    fine = MeshConfig(tensor=4)
+    refuse_whole(fine, make_mesh(fine), abstract_state(heads=4).params)
+    fine, flat = MeshConfig(tensor=2), {"fc": {"kernel": jax.ShapeDtypeStruct((64, 64), "f4")}}
+    with pytest.raises(ConfigError, match="no attention heads or MLP in fc/kernel"):
+        refuse_whole(fine, make_mesh(fine), flat)
+
+
+def test_too_much_that_stays_whole_is_refused():
+    """8 divides no dimension of what is 58 % of the bytes; 4 does. Small leaves do not count."""
+    params = {
+        "odd": jax.ShapeDtypeStruct((60, 100), jnp.float32),
+        "even": jax.ShapeDtypeStruct((64, 65), jnp.float32),
+        "small": {str(i): jax.ShapeDtypeStruct((7,), jnp.float32) for i in range(14)},
+    }
+    config = MeshConfig(fsdp=8)
+    mesh = make_mesh(config)
+    with pytest.raises(ConfigError) as error:
+        refuse_whole(config, mesh, params)
+    assert "leaves 58% of the parameters whole" in error.value.found
+    assert error.value.found.endswith("no dimension of odd [60, 100]")
+    assert error.value.fix == "config.mesh.fsdp=4 or config.mesh.max_replicated=0.59"
+    refuse_whole(MeshConfig(fsdp=8, max_replicated=0.59), mesh, params)
+    refuse_whole(MeshConfig(), make_mesh(MeshConfig()), params)
+    config = MeshConfig(fsdp=4)
+    refuse_whole(config, make_mesh(config), params)
+    (line,) = describe_whole(mesh, params)
+    assert "fsdp 8 splits 40.6% of 0.0 MB" in line
+    assert line.endswith("whole stay 15 of them, 0.0 MB: odd [60, 100], small/0 [7], "
+                         "small/1 [7], small/10 [7], ...")  # fmt: skip
+    assert describe_whole(make_mesh(MeshConfig()), params) == []
+    for share in (-0.1, 1.1):
+        with pytest.raises(ConfigError, match="max_replicated"):
+            MeshConfig(max_replicated=share)
 
 
 def test_fsdp_splits_the_largest_dimension():
@@ -194,27 +258,11 @@ def test_fsdp_splits_the_largest_dimension():
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}])
-def test_moments_follow_their_parameters(mesh):
+def test_the_optimizer_follows_its_parameters(mesh):
+    """Both moments, and the slow weights of Lookahead."""
     params, opt_state, shapes = split({"data": -1, **mesh})
     assert any(any(spec) for spec in params.values())
-    for moment in ("mu", "nu"):
+    for copy in ("mu", "nu", "slow"):
         for path, spec in params.items():
-            ((_, own),) = [x for x in opt_state.items() if x[0].endswith(f"/{moment}/{path}")]
+            ((_, own),) = [x for x in opt_state.items() if x[0].endswith(f"/{copy}/{path}")]
             assert own == spec
-
-
-def test_sharded_parameters_change_nothing(monkeypatch):
-    """Loss and gradients with parameters over fsdp and tensor equal those of one device."""
-    monkeypatch.setattr(meshes, "_SMALL", 1)
-    name = "clip"
-    expected = tiny.value_and_grads(name)
-    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
-    params = tiny.variables(name)["params"]
-    state = abstract_state().replace(params=params, opt_state=())
-    shardings = state_shardings(make_mesh(MeshConfig(**sizes)), state).params
-    used = {axis for spec in specs(shardings).values() for axis in spec}
-    assert used == {None, "fsdp", "tensor"}
-    got = tiny.value_and_grads(name, mesh=sizes, params=jax.device_put(params, shardings))
-    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected)):
-        bound = 1e-5 * max(1.0, np.abs(y).max(initial=0.0))
-        np.testing.assert_allclose(x, y, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))

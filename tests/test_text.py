@@ -163,12 +163,18 @@ def test_bfloat16_is_finite_and_near(params):
     np.testing.assert_allclose(out.unit, exact.unit, atol=0.1)
 
 
-def test_published_size():
-    shapes = jax.eval_shape(
-        TextTransformer().init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32)
-    )
-    # open_clip's ViT-B-32 without its visual tower (87,849,216) and its logit scale
-    assert sum(v.size for v in jax.tree.leaves(shapes)) == 151_277_313 - 87_849_216 - 1
+@pytest.mark.parametrize(
+    "width,depth,heads,parameters",  # open_clip's, less the visual tower and the logit scale
+    [
+        (512, 12, 8, 151_277_313 - 87_849_216 - 1),  # ViT-B-32
+        (1024, 24, 16, 1_366_678_273 - 1_012_645_632 - 1),  # ViT-g-14
+        (1280, 32, 20, 2_539_567_105 - 1_844_907_264 - 1),  # ViT-bigG-14
+    ],
+)
+def test_published_sizes(width, depth, heads, parameters):
+    text = TextTransformer(width=width, depth=depth, heads=heads, embed_dim=width, scan=True)
+    shapes = jax.eval_shape(text.init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))
+    assert sum(v.size for v in jax.tree.leaves(shapes)) == parameters
 
 
 def test_initialisation_is_clips():

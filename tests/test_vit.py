@@ -205,14 +205,20 @@ def test_unit_is_finite_for_zero_rows():
 
 
 @pytest.mark.parametrize(
-    "variant,image_size,parameters",  # open_clip's counts of its visual towers
-    [("ViT-B/32", 224, 87_849_216), ("ViT-L/14", 224, 303_966_208)],
+    "variant,embed_dim,head_width,parameters",  # open_clip's counts of its visual towers
+    [
+        ("ViT-B/32", 512, 64, 87_849_216),
+        ("ViT-L/14", 768, 64, 303_966_208),
+        ("ViT-H/14", 1024, 80, 632_076_800),
+        ("ViT-g/14", 1024, 88, 1_012_645_632),
+        ("ViT-bigG/14", 1280, 104, 1_844_907_264),
+    ],
 )
-def test_published_sizes(variant, image_size, parameters):
-    vit = ViT(variant=variant, embed_dim=768 if "L" in variant else 512, image_size=image_size)
-    shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
+def test_published_sizes(variant, embed_dim, head_width, parameters):
+    vit = ViT(variant=variant, embed_dim=embed_dim, scan=True)
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert sum(v.size for v in jax.tree.leaves(shapes)) == parameters
-    assert vit.shape[2] * 64 == vit.shape[0]
+    assert vit.shape[2] * head_width == vit.shape[0]
 
 
 def test_names_decode():

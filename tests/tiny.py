@@ -2,12 +2,14 @@
 
 import functools
 import pathlib
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from clipx import mesh as meshes
 from clipx.config import find, parse
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, put
 from clipx.models.layers import Tower, drop, dropout_keys
@@ -15,7 +17,7 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.base import Objective
 from clipx.step import embed_rows, row_keys
-from clipx.types import Batch
+from clipx.types import Batch, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 OBJECTIVES = sorted(
@@ -166,7 +168,8 @@ def value_and_grads(
     data: Batch | None = None,
     params=None,
 ):
-    """The loss, every gradient and the next memory, as a training step computes them on a mesh."""
+    """The loss, every gradient and the next memory, as a training step computes them on a mesh,
+    over which even the smallest parameters are split where that can be."""
     state = as_dtype(variables(name), "float32" if dtype == "bfloat16" else dtype)
     params = state["params"] if params is None else params
     data = batch(objective(name)) if data is None else data
@@ -174,6 +177,10 @@ def value_and_grads(
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     mesh = make_mesh(MeshConfig(**mesh), devices)
     step = _step(name, dtype, microbatches, len(data.row))
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        with unittest.mock.patch.object(meshes, "_SMALL", 1):
+            whole = TrainState(0, params, (), {}, {})
+            params = jax.device_put(params, meshes.state_shardings(mesh, whole).params)
     with jax.set_mesh(mesh):
         placed = put(data, batch_sharding(mesh))
         (value, loss), grads = step(params, state.get("batch_stats", {}), placed)
