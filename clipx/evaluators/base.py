@@ -98,6 +98,12 @@ def rows_of(
     return np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=0, neginf=0)
 
 
+def unit(rows: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+    """Rows of length 1; a row of zeros stays one."""
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(length, length, 1)
+
+
 def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
     """The label of every row. Raises `ConfigError` for a row that has none, and for no rows."""
     labels = [examples.label(row) for row in range(len(examples))]

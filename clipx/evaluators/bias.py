@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Pictures, read_entries, rows_of
+from clipx.evaluators.base import Encode, Evaluator, Pictures, read_entries, rows_of, unit
 
 _GROUPS = ("a", "b")
 _KEYS = {"image": str, "group": str}
@@ -78,7 +78,7 @@ class Bias(Evaluator):
     def __call__(self, encode: Encode) -> dict[str, float]:
         words = rows_of(encode.text, [[*self.words_a, *self.words_b]], "raw")
         g = direction(*np.split(words, 2))
-        prompts = _unit(rows_of(encode.text, [list(self.prompts)], "raw"))
+        prompts = unit(rows_of(encode.text, [list(self.prompts)], "raw"))
         means = {}
         for group, files in self._files().items():
             rows = rows_of(encode.image, self.pictures(files, self.batch_size), "raw")
@@ -95,7 +95,7 @@ class Bias(Evaluator):
         return found
 
     def _nearest(self, prompts, rows) -> Float[np.ndarray, " p"]:
-        return np.sort(prompts @ _unit(rows).T, axis=1)[:, -self.top :].mean(axis=1)
+        return np.sort(prompts @ unit(rows).T, axis=1)[:, -self.top :].mean(axis=1)
 
     def _files(self) -> dict[str, list[pathlib.Path]]:
         """The pictures of each group."""
@@ -127,8 +127,3 @@ def direction(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float
 def without(rows: Float[np.ndarray, "n d"], g: Float[np.ndarray, " d"]) -> Float[np.ndarray, "n d"]:
     """`rows` less their part along `g`."""
     return rows - np.outer(rows @ g / (g @ g), g)
-
-
-def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length, length, 1)

@@ -11,7 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples, accuracies, rows_of, split_labels
+from clipx.evaluators.base import (
+    Encode,
+    Evaluator,
+    Examples,
+    accuracies,
+    rows_of,
+    split_labels,
+    unit,
+)
 
 _TILE = 8192  # training rows that are compared at once
 
@@ -51,7 +59,7 @@ class Knn(Evaluator):
     def __call__(self, encode: Encode) -> dict[str, float]:
         train, test = split_labels(self.train_examples, self.examples, "knn")
         bank, queries = (
-            _unit(rows_of(encode.image, examples.batches(self.batch_size), "backbone"))
+            unit(rows_of(encode.image, examples.batches(self.batch_size), "backbone"))
             for examples in (self.train_examples, self.examples)
         )
         cosines, rows = nearest(queries, bank, max(self.neighbours), self.batch_size)
@@ -97,8 +105,3 @@ def _nearest(
     none = (len(queries), k)
     start = jnp.full(none, -jnp.inf), jnp.full(none, -1, jnp.int32)
     return jax.lax.scan(merge, start, (bank, rows))[0]
-
-
-def _unit(rows: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length, length, 1)

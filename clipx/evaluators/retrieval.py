@@ -47,9 +47,20 @@ class Retrieval(Evaluator):
         size = self.batch_size
         images = _encode(encode.image, self.examples.batches(size))
         captions = _encode(encode.text, (texts[i : i + size] for i in range(0, len(texts), size)))
+        row, similarity = np.arange(len(self.examples)), encode.similarity
+
+        def transposed(texts: Encoded, images: Encoded):
+            return similarity(images, texts).T
+
+        def of_images(rows: slice):
+            return row[rows, None] == owner
+
+        def of_texts(rows: slice):
+            return owner[rows, None] == row
+
         found = {
-            "image_to_text": image_to_text(encode.similarity, images, captions, owner, self.chunk),
-            "text_to_image": text_to_image(encode.similarity, images, captions, owner, self.chunk),
+            "image_to_text": _stand(similarity, images, captions, of_images, self.chunk),
+            "text_to_image": _stand(transposed, captions, images, of_texts, self.chunk),
         }
         recalls = {
             f"{direction}_R@{k}": float(np.mean(places.within(k)))
@@ -100,39 +111,20 @@ class Places(NamedTuple):
         return 1 + self.above + self.wrong / (self.right + 1)
 
 
-def image_to_text(
-    similarity: Callable[[Encoded, Encoded], Float[np.ndarray, "i t"]],
-    images: Encoded,
-    texts: Encoded,
-    owner: Int[np.ndarray, " t"],
+def _stand(
+    score: Callable[[Encoded, Encoded], Float[np.ndarray, "q n"]],
+    queries: Encoded,
+    answers: Encoded,
+    own: Callable[[slice], Bool[np.ndarray, "q n"]],
     chunk: int,
 ) -> Places:
-    """Where the best of each picture's own captions stands among all captions."""
+    """Where the best right answer of each query stands among all answers; `own` says which are
+    right for some of the queries."""
     strips = []
-    for rows in _chunks(_len(images), chunk):
-        part = _take(images, rows)
-        scores = np.concatenate(
-            [similarity(part, _take(texts, s)) for s in _chunks(len(owner), chunk)], axis=1
-        )
-        strips.append(_places(scores, owner == np.arange(rows.start, rows.stop)[:, None]))
-    return Places(*map(np.concatenate, zip(*strips)))
-
-
-def text_to_image(
-    similarity: Callable[[Encoded, Encoded], Float[np.ndarray, "i t"]],
-    images: Encoded,
-    texts: Encoded,
-    owner: Int[np.ndarray, " t"],
-    chunk: int,
-) -> Places:
-    """Where each caption's picture stands among all pictures."""
-    strips = []
-    for rows in _chunks(len(owner), chunk):
-        part = _take(texts, rows)
-        scores = np.concatenate(
-            [similarity(_take(images, s), part) for s in _chunks(_len(images), chunk)], axis=0
-        )
-        strips.append(_places(scores.T, owner[rows][:, None] == np.arange(len(scores))))
+    for rows in _chunks(_len(queries), chunk):
+        part = _take(queries, rows)
+        scores = [score(part, _take(answers, s)) for s in _chunks(_len(answers), chunk)]
+        strips.append(_places(np.concatenate(scores, axis=1), own(rows)))
     return Places(*map(np.concatenate, zip(*strips)))
 
 

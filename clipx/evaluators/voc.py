@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of
+from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of, unit
 
 _FOLDS = 3
 _TREE = (
@@ -74,9 +74,7 @@ class Voc(Evaluator):
 
     def _features(self, encode: Encode, split: Split) -> Float[np.ndarray, "n c"]:
         files = [self._folder / "JPEGImages" / f"{name}.jpg" for name in split.ids]
-        features = rows_of(encode.image, self.pictures(files, self.batch_size), "backbone")
-        length = np.linalg.norm(features, axis=1, keepdims=True)
-        return features / np.where(length, length, 1)
+        return unit(rows_of(encode.image, self.pictures(files, self.batch_size), "backbone"))
 
     @property
     def _folder(self) -> pathlib.Path:

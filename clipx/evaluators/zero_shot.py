@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of
+from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of, unit
 from clipx.evaluators.prompts import SETS, check, names, published
 from clipx.types import Encoded
 
@@ -158,12 +158,8 @@ def _ensemble(
         members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
     if any(m.unit is None or len(jax.tree.leaves(m)) > 1 for m in members):
         return members
-    mean = _normalise(sum(_normalise(m.unit) for m in members))
+    mean = unit(sum(unit(m.unit) for m in members))
     return [Encoded(unit=mean)]
-
-
-def _normalise(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
 
 
 def _right(
