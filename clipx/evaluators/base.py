@@ -104,6 +104,25 @@ def unit(rows: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
     return rows / np.where(length, length, 1)
 
 
+def captions_of(
+    examples: Examples, where: str, *, most: int | None = None
+) -> tuple[list[str], Int[np.ndarray, " t"]]:
+    """All captions, of each row the first `most`, and the row that each belongs to. Raises
+    `ConfigError` for a row that has none, and for no rows."""
+    own = [examples.texts(row)[:most] for row in range(len(examples))]
+    if not own:
+        raise ConfigError(where, "an empty data set", "at least one example")
+    counts = [len(texts) for texts in own]
+    if 0 in counts:
+        raise ConfigError(
+            where,
+            f"row {counts.index(0)} without a caption",
+            "at least one caption for every row",
+            "a set of labels is what `zero_shot` scores",
+        )
+    return [text for texts in own for text in texts], np.repeat(np.arange(len(own)), counts)
+
+
 def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
     """The label of every row. Raises `ConfigError` for a row that has none, and for no rows."""
     labels = [examples.label(row) for row in range(len(examples))]

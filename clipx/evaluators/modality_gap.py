@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples, rows_of
+from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of, rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,10 @@ class ModalityGap(Evaluator):
                 raise ConfigError(f"modality_gap.{name}", str(getattr(self, name)), "at least 1")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        texts, size = self._texts(), self.batch_size
+        where, size = "modality_gap.examples", self.batch_size
+        texts, _ = captions_of(self.examples, where, most=1)
+        if len(texts) < 2:
+            raise ConfigError(where, f"{len(texts)} examples", "at least two")
         rows = {
             "image": rows_of(encode.image, self.examples.batches(size), "unit"),
             "text": rows_of(
@@ -51,18 +54,6 @@ class ModalityGap(Evaluator):
                 for name, x in rows.items()
             },
         }
-
-    def _texts(self) -> list[str]:
-        where = "modality_gap.examples"
-        if len(self.examples) < 2:
-            raise ConfigError(where, f"{len(self.examples)} examples", "at least two")
-        texts = []
-        for row in range(len(self.examples)):
-            own = self.examples.texts(row)
-            if not own:
-                raise ConfigError(where, f"row {row} without a caption", "a caption for every row")
-            texts.append(own[0])
-        return texts
 
 
 def self_similarity(rows: Float[np.ndarray, "n d"], chunk: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipx.config import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples
+from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of
 from clipx.types import Encoded
 
 _DEPTHS = (1, 5, 10)
@@ -43,7 +43,7 @@ class Retrieval(Evaluator):
                 raise ConfigError(f"retrieval.{name}", str(value), "at least 1")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        texts, owner = self._texts()
+        texts, owner = captions_of(self.examples, "retrieval.examples", most=self.captions)
         size = self.batch_size
         images = _encode(encode.image, self.examples.batches(size))
         captions = _encode(encode.text, (texts[i : i + size] for i in range(0, len(texts), size)))
@@ -69,25 +69,6 @@ class Retrieval(Evaluator):
         }
         medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in found.items()}
         return {**recalls, "mean_recall": float(np.mean(list(recalls.values()))), **medians}
-
-    def _texts(self) -> tuple[list[str], Int[np.ndarray, " t"]]:
-        """All captions, and the row that each belongs to."""
-        texts: list[str] = []
-        owner: list[int] = []
-        for row in range(len(self.examples)):
-            own = self.examples.texts(row)[: self.captions]
-            if not own:
-                raise ConfigError(
-                    "retrieval.examples",
-                    f"row {row} without a caption",
-                    "at least one caption for every row",
-                    "a set of labels is what `zero_shot` scores",
-                )
-            texts += own
-            owner += [row] * len(own)
-        if not texts:
-            raise ConfigError("retrieval.examples", "an empty data set", "at least one example")
-        return texts, np.asarray(owner)
 
 
 class Places(NamedTuple):
