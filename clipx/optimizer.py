@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipx.config import ConfigError, duration
@@ -81,6 +82,12 @@ class OptimizerConfig:
     nesterov: bool = False
     clip_norm: float | None = None  # of the whole gradient
     lookahead: LookaheadConfig | None = None
+    # by regexes searched in a parameter's path: what stays as it starts, without moments. A tower
+    # that is named whole, ("^image/",) for one, runs as in evaluation, without a backward pass.
+    freeze: tuple[str, ...] = ()
+    # times the learning rate for each block below a tower's top, its embeddings the lowest (Bao et
+    # al. 2022, arXiv 2106.08254): what fine-tuning does
+    layer_decay: float = 1.0
     rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
 
     def __post_init__(self):
@@ -91,6 +98,7 @@ class OptimizerConfig:
         self._check("eps", self.eps > 0, "more than 0")
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0")
         self._check("hold_steps", self.hold_steps >= 0, "0 or more")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "a number in (0, 1]")
         for i, rule in enumerate(self.rules):
             if rule.horizon < 1 and self.schedule == "constant":
                 where = f"OptimizerConfig.rules[{i}].horizon"
@@ -201,6 +209,82 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     return claims
 
 
+def frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
+    """Whether each parameter is frozen, in the shape of `params`. Raises `ConfigError` for a
+    pattern that is no regex or matches none."""
+    where, left = f"{_WHERE}.freeze", set(patterns)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(where, repr(pattern), f"a regex: {error}") from None
+    paths = []
+
+    def leaf(path, _):
+        paths.append(path_name(path))
+        found = [p for p in patterns if re.search(p, paths[-1])]
+        left.difference_update(found)
+        return bool(found)
+
+    found = jax.tree_util.tree_map_with_path(leaf, params)
+    if left:
+        raise ConfigError(
+            where,
+            f"{min(left)!r} matches no parameter",
+            "each pattern freezes a parameter",
+            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
+        )
+    return found
+
+
+def locked(patterns: tuple[str, ...], params: PyTree) -> tuple[str, ...]:
+    """The towers whose parameters are frozen, all of them."""
+    still = frozen(patterns, params)
+    towers = {name: jax.tree.leaves(still.get(name, {})) for name in ("image", "text")}
+    return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
+
+
+_BELOW = re.compile(
+    r"(_embedding|^ln_pre|^conv\d|^bn\d)$"
+)  # of a tower's entries: before its blocks
+
+
+def layer_factors(decay: float, params: PyTree) -> PyTree:
+    """What each parameter's learning rate is multiplied by: `decay` to the power of the blocks
+    above it and one, 1 above a tower's blocks and outside of towers. Of scanned blocks, an array
+    [layers, 1, ...]."""
+
+    def place(path: str) -> tuple[str, tuple[int, ...]] | None:
+        """A parameter's tower and its block's number; (-1,) before the blocks, None after them."""
+        tower, _, rest = path.partition("/")
+        if tower not in ("image", "text"):
+            return None
+        block = re.search(r"(?:^|/)(?:block|stage)_(\d+)(?:_(\d+))?/", rest)
+        if block:
+            return tower, tuple(int(n) for n in block.groups() if n)
+        return (tower, (-1,)) if _BELOW.search(rest.partition("/")[0]) else None
+
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = {path_name(path): x for path, x in leaves}
+    blocks = sorted({at for at in map(place, paths) if at and at[1] != (-1,)})
+    depth = {tower: sum(t == tower for t, _ in blocks) for tower in ("image", "text")}
+    scanned = re.compile(r"^(image|text)/.*(^|/)blocks/")
+    depth |= {m[1]: x.shape[0] for path, x in paths.items() if (m := scanned.search(path))}
+
+    def factor(path, x):
+        name = path_name(path)
+        if m := scanned.search(name):
+            layers = np.arange(depth[m[1]]).reshape(-1, *[1] * (len(x.shape) - 1))
+            return (decay ** (depth[m[1]] - layers)).astype(np.float32)
+        at = place(name)
+        if at is None:
+            return 1.0
+        below = [block for block in blocks if block[0] == at[0] and block < at]
+        return decay ** (depth[at[0]] + (at[1] == (-1,)) - len(below))
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
 def _clamp(rules, claims) -> optax.GradientTransformation:
     """Shortens updates so that clamped parameters end within their bounds."""
 
@@ -267,10 +351,15 @@ def make_optimizer(
     config: OptimizerConfig, schedule: Callable, params: PyTree
 ) -> optax.GradientTransformation:
     """The whole chain for parameters of these paths (abstract ones will do): clip, coupled weight
-    decay, moments, decoupled weight decay, learning rate, clamp, lookahead.
+    decay, moments, decoupled weight decay, learning rate, clamp, lookahead; around what is frozen.
 
     `schedule` is that of `make_schedule`, or any of the count alone where no rule has a horizon."""
-    claims = claim(config.rules, params)
+    still = frozen(config.freeze, params)
+
+    def moving(tree):
+        return jax.tree.map(lambda s, x: optax.MaskedNode() if s else x, still, tree)
+
+    claims = moving(claim(config.rules, params))
 
     def times(field):
         return jax.tree.map(lambda i: getattr(config.rules[i], field), claims)
@@ -278,10 +367,16 @@ def make_optimizer(
     def scaled(factors):
         return optax.stateless(
             lambda updates, _: jax.tree.map(
-                lambda u, f: u if f == 1.0 else u * jnp.asarray(f, u.dtype), updates, factors
+                lambda u, f: u if np.all(f == 1.0) else u * jnp.asarray(f, u.dtype),
+                updates,
+                factors,
             )
         )
 
+    rates = times("learning_rate")
+    if config.layer_decay < 1:
+        layers = moving(layer_factors(config.layer_decay, params))
+        rates = jax.tree.map(lambda rate, factor: rate * factor, rates, layers)
     factors = times("weight_decay")
     decay = optax.stateless(
         lambda updates, params: jax.tree.map(
@@ -300,11 +395,14 @@ def make_optimizer(
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
     chain += [decay, moments] if config.decay == "coupled" else [moments, decay]
-    chain += [scaled(times("learning_rate")), _descend(schedule, times("horizon"))]
+    chain += [scaled(rates), _descend(schedule, times("horizon"))]
     chain.append(_clamp(config.rules, claims))
     if config.lookahead is not None:
         chain.append(_lookahead(config.lookahead))
-    return optax.chain(*chain)
+    if not config.freeze:
+        return optax.chain(*chain)
+    labels = jax.tree.map(lambda s: "still" if s else "moving", still)
+    return optax.partition({"still": optax.set_to_zero(), "moving": optax.chain(*chain)}, labels)
 
 
 def updates_done(opt_state: PyTree) -> jax.Array | None:

@@ -26,7 +26,7 @@ from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
-from clipx.optimizer import make_optimizer, make_schedule
+from clipx.optimizer import locked, make_optimizer, make_schedule
 from clipx.sections import (
     Config,
     DataConfig,
@@ -358,6 +358,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
         text=text,
         **{name: getattr(config.tokenizer, name) for name in words},
         **{name: getattr(train, name) for name in sizes},
+        locked=(),
     )
     data, rest = split(config.data, DataConfig, "config.data")
     check_clusters(
@@ -374,7 +375,8 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
     optimizer, state = _abstract_state(objective, config, schedule, batch, mesh)
     meshes.refuse_whole(config.mesh, mesh, state.params)
-    given = _TOWERS | words | sizes
+    objective = objective.clone(locked=locked(config.optimizer.freeze, state.params))
+    given = _TOWERS | words | sizes | {"locked"}
     complete = configs.dump(config) | {
         "objective": {"name": objective_name, **configs.dump(objective, given=given)},
         "image": {"name": image_name, **configs.dump(image)},

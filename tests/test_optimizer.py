@@ -1,5 +1,6 @@
 """Schedules, rules and clamps against plain optax, and the step that is skipped."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,15 +12,21 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import linen as nn
 
 from clipx.config import ConfigError, bind
+from clipx.mesh import path_name
+from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys
 from clipx.models.resnet import ResNet
+from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
 from clipx.optimizer import (
     LookaheadConfig,
     OptimizerConfig,
     Rule,
     claim,
+    layer_factors,
+    locked,
     make_optimizer,
     make_schedule,
     updates_done,
@@ -448,3 +455,108 @@ def test_the_next_step_is_as_if_the_bad_one_had_not_been(training):
     for part in ("params", "batch_stats", "memory"):
         before, after = (jax.tree.leaves(getattr(s, part)) for s in (state, got))
         assert all(np.any(x != y) for x, y in zip(before, after)), part
+
+
+def names(tree):
+    return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_layer_decay_of_transformers(scan):
+    """Per tower: the top and heads at the whole rate, each block below it less, embeddings least,
+    in both layouts of the blocks."""
+    fields = {"width": 8, "depth": 3, "heads": 2, "embed_dim": 4, "scan": scan}
+    vit = ViT(image_size=16, patch=8, **fields)
+    params = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    found = names(layer_factors(0.5, {"image": params, "head": {"kernel": PARAMS["logit_scale"]}}))
+    blocks = [0.125, 0.25, 0.5]
+    for path, factor in found.items():
+        part = path.split("/")[1]
+        if part == "transformer" and scan:
+            np.testing.assert_array_equal(np.ravel(factor), blocks)
+        elif part == "transformer":
+            assert factor == blocks[int(path.split("_")[1].split("/")[0])]
+        else:
+            above = part in ("ln_post", "projection", "kernel")
+            assert factor == (1 if above else 0.0625), path
+
+
+def test_layer_decay_of_a_resnet():
+    resnet = ResNet(variant="RN50", width=2, blocks=(1, 2), image_size=16, embed_dim=4)
+    params = jax.eval_shape(resnet.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    found = {}
+    for path, factor in names(layer_factors(0.5, {"image": params})).items():
+        found.setdefault(path.split("/")[1], set()).add(factor)
+    assert found["stage_0_0"] == {0.125} and found["stage_1_1"] == {0.5}
+    assert found["conv1"] == found["bn3"] == {0.0625}
+    assert found["pool"] == found["projection"] == {1.0}
+
+
+def test_what_is_frozen_stays():
+    """Without moments, without weight decay, outside of the gradient's norm; the rest moves as if
+    it were alone, its blocks' rates times their factors."""
+    config = OptimizerConfig(
+        freeze=("^image/fc/kernel$",), clip_norm=1.0, rules=(Rule("."),), weight_decay=0.5
+    )
+    rest = {"image": {"fc": {"bias": PARAMS["image"]["fc"]["bias"]}}, "logit_scale": np.float32(2)}
+    alone = dataclasses.replace(config, freeze=())
+    updates = {}
+    for name, (c, params) in {"frozen": (config, PARAMS), "alone": (alone, rest)}.items():
+        grads = jax.tree.map(lambda x: 3 * np.ones_like(x), params)
+        optimizer = make_optimizer(c, lambda count: 0.1, params)
+        state = optimizer.init(params)
+        updates[name], state = optimizer.update(
+            grads, state, {**params, "logit_scale": np.float32(2)}
+        )
+        assert updates_done(state) == 1
+        assert not any(path.endswith("fc/kernel") for path in names(state))
+    assert not np.any(updates["frozen"]["image"]["fc"]["kernel"])
+    found, alone = (
+        {"x": u["image"]["fc"]["bias"], "y": u["logit_scale"]} for u in updates.values()
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
+    assert all(np.all(x != 0) for x in found.values())
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        make_optimizer(dataclasses.replace(config, freeze=("^img/",)), lambda count: 0.1, PARAMS)
+    with pytest.raises(ConfigError, match="a regex"):
+        make_optimizer(dataclasses.replace(config, freeze=("(",)), lambda count: 0.1, PARAMS)
+
+
+class Normed(Tower):
+    """A BatchNorm over pictures' channels, and dropout."""
+
+    image_size: int = 16
+
+    @nn.compact
+    def __call__(self, x, *, train=False, keys=None):
+        x = BatchNorm(name="bn")(x, train=train).reshape(x.shape[0], 1, -1)
+        x = drop(x, 0.5, dropout_keys(0.5, train, keys), 0)
+        return self.encoded(x[:, 0], x)
+
+
+def test_a_locked_tower_runs_as_in_evaluation():
+    """Frozen whole, it has no gradient, draws no dropout and keeps its running statistics."""
+    towers = {"embed_dim": 8, "dtype": "float32"}
+    module = CLIP(image=Normed(**towers), text=tiny.Linear(**towers), locked=("image",))
+    batch, keys = tiny.batch(module, 4), jax.random.split(jax.random.key(0), 4)
+    variables = jax.jit(module.init)(jax.random.key(0), batch, keys, {})
+    assert locked(("^image/",), variables["params"]) == ("image",)
+    assert locked(("^image/(?!projection)", "^logit"), variables["params"]) == ()
+
+    def loss(module, params):
+        loss, changed = module.apply(
+            {**variables, "params": params}, batch, keys, {}, mutable=["batch_stats"]
+        )
+        return loss.value, changed.get("batch_stats", variables["batch_stats"])
+
+    def moved(module):
+        step = jax.jit(jax.grad(functools.partial(loss, module), has_aux=True))
+        grads, stats = step(variables["params"])
+        old = variables["batch_stats"]["image"]["bn"]["mean"]
+        at = {
+            name: any(np.any(x) for x in jax.tree.leaves(grads[name])) for name in ("image", "text")
+        }
+        return at | {"stats": bool(np.any(stats["image"]["bn"]["mean"] != old))}
+
+    assert moved(module) == {"image": False, "text": True, "stats": False}
+    assert moved(module.clone(locked=())) == {"image": True, "text": True, "stats": True}

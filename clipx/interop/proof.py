@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +73,8 @@ def library(name: str) -> Any:
     """A module, imported. Raises `MissingLibrary` for one that is not there or does not import."""
     try:
         with quiet():
+            if name not in sys.modules:
+                _torchvision()
             return importlib.import_module(name)
     except ImportError as error:
         if getattr(error, "name", None) == name:
@@ -78,6 +82,34 @@ def library(name: str) -> Any:
         raise MissingLibrary(f"{name} does not import ({_line(error)})") from None
     except Exception as error:  # a torchvision that does not match its torch raises RuntimeError
         raise MissingLibrary(f"{name} does not import ({_line(error)})") from None
+
+
+@functools.cache
+def _torchvision() -> None:
+    """Imports torchvision where it is installed, which open_clip, timm and transformers do too.
+
+    Built for another torch, a CUDA wheel beside a CPU torch for one, it does not find its compiled
+    operators and fails where it describes two of them. No picture or model here needs these: with
+    both declared, the rest of it works.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            return
+        torch = importlib.import_module("torch")
+        declared = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            declared.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        _KEPT.append(declared)  # which takes its operators along when it goes
+        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        importlib.import_module("torchvision")
+
+
+_KEPT: list[Any] = []
 
 
 @contextlib.contextmanager

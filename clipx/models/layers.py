@@ -21,6 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Key
 from clipx.config import ConfigError
 from clipx.types import Encoded, PyTree, constrain_rows
 
+# exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+
 # torch's default for linear and convolution kernels: uniform within 1/sqrt(fan_in)
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -244,10 +247,10 @@ def dropout_keys(
 
 
 class MLP(nn.Module):
-    """Two dense layers with a GELU between, exact or CLIP's x * sigmoid(1.702 x)."""
+    """Two dense layers with a GELU between."""
 
     width: int
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
     dtype: str
     kernel_inits: tuple[Any, Any] = (torch_uniform, torch_uniform)
 
@@ -263,7 +266,7 @@ class MLP(nn.Module):
         if self.activation == "quick_gelu":
             y = y * jax.nn.sigmoid(1.702 * y)
         else:
-            y = jax.nn.gelu(y, approximate=False)
+            y = jax.nn.gelu(y, approximate=self.activation == "gelu_tanh")
         return dense("proj", y, x.shape[-1], self.kernel_inits[1])
 
 
@@ -324,7 +327,7 @@ class Block(nn.Module):
     heads: int
     mlp_width: int
     depth: int  # of the whole transformer: it scales the initialisation
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
     norm_eps: float
     dropout: float
     causal: bool
@@ -371,7 +374,7 @@ class Transformer(nn.Module):
     depth: int
     heads: int
     mlp_width: int
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
     causal: bool = False

@@ -10,6 +10,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Int32, Key
 
 from clipx.models.layers import (
+    Activation,
     LayerNorm,
     Tower,
     Transformer,
@@ -43,7 +44,7 @@ class TextTransformer(Tower):
     pad_id: int = 0
     mask_padding: bool = False
     projection_bias: bool = False  # CLIP has none, DeCLIP one
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
     scan: bool = False

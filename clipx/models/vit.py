@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from clipx.models.layers import (
     MLP,
+    Activation,
     LayerNorm,
     PoolAttention,
     Tower,
@@ -52,7 +53,7 @@ class MapHead(nn.Module):
 
     heads: int
     mlp_width: int
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
     norm_eps: float
     dtype: str
 
@@ -93,7 +94,7 @@ class ViT(Tower):
     pre_norm: bool = True  # CLIP's LayerNorm before the first block
     block_init: Literal["torch", "clip"] = "torch"  # "clip": as the text tower's, scaled by depth
     freeze_patches: bool = False  # the patch embedding stays what it starts as
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
     scan: bool = False

@@ -30,6 +30,7 @@ class Objective(nn.Module):
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are no negatives
     mean: tuple[float, float, float] = augment.OPENAI_MEAN  # of RGB in 0..1
     std: tuple[float, float, float] = augment.OPENAI_STD
+    locked: tuple[str, ...] = ()  # given: towers that the optimizer freezes whole
 
     @property
     def episode(self) -> int | None:
@@ -99,7 +100,8 @@ class Objective(nn.Module):
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         """The image tower's rows, for pictures as a user has them: uint8, RGB."""
-        return self.image(augment.normalize(image, self.mean, self.std), train=train, keys=keys)
+        image = augment.normalize(image, self.mean, self.std)
+        return self._tower("image", image, train, keys)
 
     def encode_text(
         self,
@@ -109,7 +111,13 @@ class Objective(nn.Module):
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         """The text tower's rows, for token ids."""
-        return self.text(text, train=train, keys=keys)
+        return self._tower("text", text, train, keys)
+
+    def _tower(self, name: str, x, train: bool, keys) -> Encoded:
+        """What a tower says; a locked one, as in evaluation and without a gradient."""
+        if name not in self.locked:
+            return getattr(self, name)(x, train=train, keys=keys)
+        return jax.lax.stop_gradient(getattr(self, name)(x))
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         """The score of every picture with every text: the product of unit rows."""
