@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from clipx import cli, losses
+from clipx import cli, losses, predict
 from clipx import mesh as meshes
-from clipx.run import Run, assemble, flops
-from clipx.topology import peak_flops
+from clipx.cli import RunError
+from clipx.run import Run, assemble
 from clipx.types import Batch
 
 
@@ -89,8 +89,12 @@ def main(overrides: list[tuple[str, str]]) -> None:
     print(f"{run.mesh.devices.size} x {device.device_kind}, JAX {jax.__version__}")
     print(f"InfoNCE, 1,024 rows, value and gradient: error {check_losses(run.mesh):.1e} of float64")
     start = time.perf_counter()
-    memory, work = run.train_step.memory_analysis(), flops(run.train_step)
+    run = predict.fitted(run)
+    found = predict.predict(run)
+    if found.refused:
+        raise RunError(f"the step does not fit: {predict.describe_memory(found)}")
     print(f"step compiled in {time.perf_counter() - start:.1f} s")
+    print("\n".join(predict.short(found)))
     seconds = time_steps(run, flags.FLAGS.steps)
     median = statistics.median(seconds)
     print(
@@ -98,12 +102,11 @@ def main(overrides: list[tuple[str, str]]) -> None:
         f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
         f"{run.batch_size / median:,.0f} images/s"
     )
-    if memory is not None:
-        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        print(f"memory: {total / 2**30:.2f} GiB a device, arguments and temporaries")
-    peak = peak_flops(device)
-    if peak and work:
-        print(f"MFU {work / median / peak:.1%} of {peak / 1e12:.0f} TFLOP/s")
+    beside = predict.measured(device, found, median)
+    if "memory_gib" in beside:
+        print(f"memory in use: at most {beside['memory_gib']:.2f} GiB")
+    if "mfu" in beside:
+        print(f"MFU {beside['mfu']:.1%} of {found.chip.tflops:,.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipx import config as configs
+from clipx import flops
 from clipx import mesh as meshes
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import bind, duration
@@ -39,6 +40,7 @@ from clipx.sections import (
     split,
 )
 from clipx.step import (
+    batch_loss,
     init_state,
     init_variables,
     make_refresh,
@@ -46,7 +48,7 @@ from clipx.step import (
     make_train_step,
     put_features,
 )
-from clipx.types import Batch, Features, PyTree, TrainState
+from clipx.types import Batch, Features, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
@@ -82,6 +84,21 @@ class Run:
     def steps_per_epoch(self) -> int | None:
         return self.rows // self.batch_size if self.rows else None
 
+    @property
+    def microbatches(self) -> int:
+        """Of a step; 1 while the config leaves it to what fits, until `predict.fitted` says."""
+        count = self.config.train.microbatches
+        return 1 if count == "auto" else count
+
+    def with_microbatches(self, count: int) -> Run:
+        """The same run with so many micro-batches, as config.json will have it."""
+        train = dataclasses.replace(self.config.train, microbatches=count)
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(self.config, train=train),
+            complete={**self.complete, "train": configs.dump(train)},
+        )
+
     def with_data(self, rows: int, tokenizer: tokenizers.Tokenizer) -> Run:
         """The same run over a data set of so many rows: lengths in epochs become steps."""
         run = _assemble(self.config, self.mesh, rows)
@@ -105,21 +122,47 @@ class Run:
         with jax.set_mesh(self.mesh):
             return jax.jit(init, out_shardings=shardings)({k: v for k, v in towers.items() if v})
 
-    def lower(self) -> jax.stages.Lowered:
-        """The training step, traced for this mesh; `.compile()` makes it callable. The state
-        given to it is used up."""
+    @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The training step, traced for this mesh."""
         step = make_train_step(
-            self.objective,
-            self.optimizer,
-            seed=self.config.seed,
-            microbatches=self.config.train.microbatches,
+            self.objective, self.optimizer, seed=self.config.seed, microbatches=self.microbatches
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         jitted = jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(self.mesh))
         )
         with jax.set_mesh(self.mesh):
-            return jitted.lower(self.state, self.batch)
+            return jitted.trace(self.state, self.batch)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The training step for this mesh; `.compile()` makes it callable. The state given to it is
+        used up."""
+        with jax.set_mesh(self.mesh):
+            return self.traced.lower()
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of a step over all devices, in matrix products and convolutions as traced: what is
+        recomputed counts again."""
+        return flops.total(flops.products(self.traced.jaxpr))
+
+    @functools.cached_property
+    def model_flops(self) -> int:
+        """Useful FLOPs of a step, over all devices: three times the matrix products and
+        convolutions of the forward pass (the backward pass has two for each). What is recomputed
+        counts once, and what masks leave out counts. Nothing is compiled."""
+
+        def forward(state: TrainState, batch: Batch) -> jax.Array:
+            value, _ = batch_loss(
+                self.objective, state.params, state=state, batch=batch, seed=self.config.seed
+            )
+            return value
+
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.state, self.batch)
+        )
+        return 3 * flops.total(flops.products(jax.make_jaxpr(forward)(*shapes)))
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
@@ -218,9 +261,7 @@ class Run:
         episode starts, with the memory of that episode, and what `refresh` was given, [b, episode,
         ...]. Compiled at the first call. The state given to it is used up."""
         options = {"seed": self.config.seed}
-        embed = make_survey_step(
-            self.objective, microbatches=self.config.train.microbatches, **options
-        )
+        embed = make_survey_step(self.objective, microbatches=self.microbatches, **options)
         extra, width = {}, self.objective.teacher
         rows = meshes.batch_sharding(self.mesh)
         if width is not None:
@@ -432,10 +473,3 @@ def _abstract_state(objective, config: Config, schedule, batch: Batch, mesh: Mes
         meshes.state_shardings(mesh, state),
     )
     return optimizer, state
-
-
-def flops(compiled: jax.stages.Compiled) -> float | None:
-    """The compiler's count of one step's floating-point operations on one device."""
-    cost: PyTree = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
-    return (cost or {}).get("flops")

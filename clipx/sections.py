@@ -25,7 +25,7 @@ class TrainConfig:
     total_steps: int | None = None
     total_epochs: float | None = None
     total_examples: int | None = None
-    microbatches: int = 1
+    microbatches: int | Literal["auto"] = 1  # auto: the fewest that fit the devices' memory
     log_every_steps: int = 10
     save_every_steps: int = 1000
     eval_every_steps: int | None = None  # None: at the end alone
@@ -269,16 +269,17 @@ def check_train(
         "max_skipped_steps",
     ):
         value = getattr(train, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ConfigError(f"{where}.{name}", str(value), "at least 1")
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = devices * train.microbatches
+    slices = 1 if train.microbatches == "auto" else train.microbatches
+    unit = devices * slices
     if train.batch_size % unit:
         up, down = -(-train.batch_size // unit) * unit, train.batch_size // unit * unit
         raise ConfigError(
             f"{where}.batch_size",
             str(train.batch_size),
-            f"a multiple of {devices} device(s) x {train.microbatches} micro-batch(es) = {unit}",
+            f"a multiple of {devices} device(s) x {slices} micro-batch(es) = {unit}",
             f"{where}.batch_size={down or up}",
         )
     if rows is not None and rows < train.batch_size:

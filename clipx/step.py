@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from clipx.objectives.base import Objective, caption_ids, tower_keys
 from clipx.optimizer import updates_done
-from clipx.types import Batch, Features, Metrics, PyTree, TrainState, constrain_rows
+from clipx.types import Batch, Features, Loss, Metrics, PyTree, TrainState, constrain_rows
 
 
 def row_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
@@ -165,6 +166,32 @@ def _shared_captions(batch: Batch) -> Float[Array, ""]:
     return jnp.mean(equal[1:] | equal[:-1], dtype=jnp.float32)
 
 
+def batch_loss(
+    objective: Objective,
+    params: PyTree,
+    *,
+    state: TrainState,
+    batch: Batch,
+    seed: int,
+    microbatches: int = 1,
+) -> tuple[Float[Array, ""], tuple[Loss, PyTree]]:
+    """The loss of a batch at `params`, and beside it all that `loss` returns and the running
+    statistics; `state` gives the rest."""
+    keys = row_keys(seed, state.step, batch.row.shape[0])
+    features, stats = embed_rows(
+        objective, params, state.batch_stats, batch, keys, microbatches=microbatches
+    )
+    loss, changed = objective.apply(
+        {"params": params, "batch_stats": stats},
+        features,
+        state.memory,
+        train=True,
+        method="loss",
+        mutable=["batch_stats"],
+    )
+    return loss.value, (loss, changed.get("batch_stats", stats))
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -180,22 +207,9 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = row_keys(seed, state.step, batch.row.shape[0])
-
-        def loss_fn(params):
-            features, stats = embed_rows(
-                objective, params, state.batch_stats, batch, keys, microbatches=microbatches
-            )
-            loss, changed = objective.apply(
-                {"params": params, "batch_stats": stats},
-                features,
-                state.memory,
-                train=True,
-                method="loss",
-                mutable=["batch_stats"],
-            )
-            return loss.value, (loss, changed.get("batch_stats", stats))
-
+        loss_fn = functools.partial(
+            batch_loss, objective, state=state, batch=batch, seed=seed, microbatches=microbatches
+        )
         grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss.value)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, distributed, episodes, report
+from clipx import cli, distributed, episodes, predict, report
 from clipx import mesh as meshes
 from clipx.checkpoint import (
     Checkpoints,
@@ -34,8 +34,7 @@ from clipx.data.quarantine import Quarantine
 from clipx.encode import Interrupted
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.metrics import Clock, Metrics
-from clipx.run import Run, assemble, flops
-from clipx.topology import peak_flops
+from clipx.run import Run, assemble
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
@@ -101,6 +100,7 @@ class Trainer:
     quarantine: Quarantine
     fingerprint: str
     stop: Stop
+    predicted: predict.Prediction | None  # None: no step is left to take
     _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
     _read: int = 0
     _bad: int = 0
@@ -220,10 +220,10 @@ class Trainer:
         metrics = dict(metrics) | speed
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
-        peak, work = peak_flops(self.run.mesh.devices.flat[0]), flops(self.run.train_step)
-        if peak and work:
-            rate = speed["images_per_second"] / self.run.batch_size
-            metrics["mfu"] = work * rate / peak
+        metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
+        metrics |= predict.predicted(self.predicted) | predict.measured(
+            self.run.mesh.local_devices[0], self.predicted, metrics["step_seconds"]
+        )
         self.metrics.log(step, metrics)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
@@ -260,6 +260,7 @@ class Trainer:
                 "rows": self.run.rows,
                 "fingerprint": self.fingerprint,
                 "seconds": self.clock.totals,
+                "mesh": _mesh(self.run),
             }
             self.checkpoints.save(step, state, extra, results)
 
@@ -323,6 +324,47 @@ def _refuse_other_data(saved: dict[str, Any], rows: int, digest: str) -> None:
     )
 
 
+def _too_large(found: predict.Prediction) -> str:
+    return (
+        f"the step does not fit: {predict.describe_memory(found)}, {found.microbatches} "
+        "micro-batch(es). config.train.microbatches=auto finds how many do"
+    )
+
+
+def _mesh(run: Run) -> dict[str, Any]:
+    """What `train.microbatches=auto` was resolved for."""
+    return {"axes": dict(run.mesh.shape), "device": run.mesh.devices.flat[0].device_kind}
+
+
+def _fitted(run: Run, saved: dict[str, Any] | None) -> Run:
+    """The run with a number of micro-batches: that of its checkpoint on the same mesh, where the
+    config says "auto"; on another mesh it is found again, and told."""
+    if run.config.train.microbatches != "auto":
+        return run
+    main, before = jax.process_index() == 0, saved and saved["config"]["train"]["microbatches"]
+    if saved and saved.get("mesh") == _mesh(run):
+        if main:
+            print(f"train.microbatches=auto: {before}, as before", flush=True)
+        return run.with_microbatches(before)
+
+    def agreed(fits: bool) -> bool:
+        if jax.process_count() == 1:
+            return fits
+        return bool(np.all(multihost_utils.process_allgather(np.array(fits))))
+
+    def tell(found: predict.Prediction) -> None:
+        if main:
+            print(f"  {found.microbatches}: {predict.describe_memory(found)}", flush=True)
+
+    if main:
+        print("train.microbatches=auto: compiling for the fewest that fit", flush=True)
+    run = predict.fitted(run, agreed=agreed, tell=tell)
+    if main:
+        said = f" ({before} before, on another mesh)" if before else ""
+        print(f"train.microbatches=auto: {run.microbatches}{said}", flush=True)
+    return run
+
+
 def _quarantine() -> str:
     """The file that this process names its bad rows in."""
     return f"quarantine{f'-{jax.process_index()}' if jax.process_count() > 1 else ''}.jsonl"
@@ -338,7 +380,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     if start is not None:
         refuse_other_config(folder, run.complete)
     source, evaluators, teacher = run.open_source(), run.evaluators(), run.open_teacher()
-    digest = fingerprint(source)
+    digest, saved = fingerprint(source), None
     if start is not None:
         saved = checkpoints.restore_run(start)
         _refuse_other_data(saved, len(source), digest)
@@ -347,8 +389,10 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     run.loader(source, np.arange(0))  # says now what cannot be loaded, not after compiling
     main = jax.process_index() == 0
     if main:
-        write_json(folder / "config.json", run.complete)
         print("\n".join(describe(run, digest)), flush=True)
+    run = _fitted(run, saved)
+    if main:
+        write_json(folder / "config.json", run.complete)
     if start is None:
         start, state, seconds = 0, run.init(), None
     else:
@@ -356,11 +400,15 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         seconds = saved["seconds"]
         if main:
             print(f"going on from step {start:,} in {folder}", flush=True)
+    predicted = None
     if start < run.steps:
         compiling = time.perf_counter()
-        run.train_step  # noqa: B018 - compiles, so that the first step's time is a step's
+        predicted = predict.predict(run)  # compiles, so that the first step's time is a step's
+        if predicted.refused:
+            raise RunError(_too_large(predicted))
         if main:
             print(f"compiled in {time.perf_counter() - compiling:.0f} s", flush=True)
+            print("\n".join(predict.short(predicted)), flush=True)
     metrics = Metrics(
         folder,
         total_steps=run.steps,
@@ -382,6 +430,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
             Quarantine(folder / _quarantine()),
             digest,
             stop,
+            predicted,
         )
         state, finished = trainer.train(state, start)
     checkpoints.close()

@@ -17,15 +17,18 @@ SOURCES = FILES + sorted(
     for p in (tiny.ROOT / folder).rglob("*.py")
 )
 FLOORS = (
-    ("types", "config", "hlo"),
+    ("types", "config", "flops", "hlo"),
     ("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
-    ("run", "sections", "encode", "checkpoint", "metrics", "episodes", "cluster", "distributed"),
+    (
+        *("run", "sections", "encode", "checkpoint", "metrics", "episodes"),
+        *("cluster", "distributed", "predict", "analytic"),
+    ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
         *("report", "compare", "teacher", "doctor", "bench"),
-        *("figures", "sheets"),
+        *("figures", "sheets", "plan_losses"),
     ),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,102 @@
+"""What a training step needs and takes on GPUs, by arithmetic: nothing is compiled.
+
+- Memory: the state and a gradient where they lie, the batch, what autodiff keeps of a row between
+  the forward and the backward pass (as traced; a GPU's compiler keeps less), times the rows of a
+  micro-batch on one GPU, and every row's features, gathered.
+- Time: each matrix product and convolution of the step as traced, recomputation included, takes
+  its FLOPs at 60 % of the published peak or its operands and result at 80 % of the published
+  bandwidth, whichever is longer; what stands between them is taken to be fused. Then the optimizer
+  reads and writes its state once, and gradients are summed over the slowest network, at 80 % of it,
+  with nothing hidden behind the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from clipx import flops
+from clipx.predict import Prediction, held
+from clipx.run import Run
+from clipx.step import embed_rows, row_keys
+from clipx.topology import Topology
+from clipx.types import PyTree
+
+PEAK, BANDWIDTH = 0.6, 0.8  # of what is published
+SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
+
+
+def predict(run: Run, where: Topology) -> Prediction:
+    """What the run's step would need and take on a topology of GPUs; the run is assembled on as
+    many devices of any kind."""
+    chip, devices = where.chip, where.size
+    rows = run.batch_size // math.prod(run.mesh.shape[a] for a in ("data", "fsdp"))
+    kept, features = _row(run)
+    memory = held(run)
+    memory["gradients"] = memory["parameters"]
+    memory["activations"] = kept * rows // run.microbatches // run.mesh.shape["tensor"]
+    memory["features"] = 2 * features * run.batch_size
+    step = list(flops.products(run.traced.jaxpr))
+    rates = PEAK * chip.tflops * 1e12, BANDWIDTH * chip.bandwidth * 1e9
+    seconds = sum(p.times * max(p.flops / rates[0], p.bytes / rates[1]) for p in step) / devices
+    seconds += 2 * (memory["parameters"] + memory["optimizer state"]) / rates[1]
+    joined = {"data": memory["parameters"], "fsdp": bytes_held_whole(run.state.params)}
+    traffic = []
+    for axis, size in joined.items():
+        group = run.mesh.shape[axis]
+        if group > 1:
+            kind, times = ("all-reduce", 1) if axis == "data" else ("all-gather and -scatter", 3)
+            traffic.append((kind, group, times, times * size))
+            nodes, gpus = map(int, where.layout.split("x"))  # all of a node's adapters work at once
+            wire = min(chip.link, chip.network * gpus) if nodes > 1 else chip.link
+            factor = 2 * (group - 1) / group if axis == "data" else 3 * (group - 1) / group
+            seconds += factor * size / (BANDWIDTH * wire * 1e9)
+    return Prediction(
+        devices=devices,
+        device_kind=where.device_kind,
+        batch=run.batch_size,
+        microbatches=run.microbatches,
+        memory=memory,
+        peak=sum(memory.values()),
+        limit=int(SHARE * chip.memory * 2**30),
+        flops=run.model_flops,
+        step_flops=flops.total(step),
+        seconds=seconds,
+        collectives=tuple(traffic),
+        analytic=True,
+        notes=(
+            f"of {chip.memory:g} GiB JAX takes {SHARE:.0%} unless told otherwise",
+            f"products at {PEAK:.0%} of peak or {BANDWIDTH:.0%} of bandwidth; not validated",
+        ),
+    )
+
+
+def bytes_held_whole(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _row(run: Run) -> tuple[int, int]:
+    """Bytes that autodiff keeps of one row of a batch, and those of its features."""
+
+    def kept(rows: int) -> tuple[int, int]:
+        batch, state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.batch, run.state)
+        )
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+
+        def residuals(state, batch):
+            def embed(params):
+                keys = row_keys(run.config.seed, state.step, rows)
+                found, _ = embed_rows(
+                    run.objective, params, state.batch_stats, batch, keys, microbatches=1
+                )
+                return found
+
+            return jax.vjp(embed, state.params)
+
+        features, pullback = jax.eval_shape(residuals, state, batch)
+        return bytes_held_whole(pullback), bytes_held_whole(features)
+
+    two, four = kept(2), kept(4)
+    return (four[0] - two[0]) // 2, (four[1] - two[1]) // 2

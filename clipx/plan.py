@@ -1,0 +1,224 @@
+"""`python -m clipx.plan --config=configs/declip.py --topology=v5e:16x16`: does a run fit hardware
+that is not here, what does a step cost there, and how long will it take?
+
+TPUs (v4, v5e, v5p, v6e; `2xv5e:16x16` is two slices): the very step that training runs is compiled
+for them, which takes minutes and no TPU. GPUs (`h100:8x8` is 8 nodes of 8; h200, a100): an analytic
+model. Several configs and topologies, with commas, make a table. Exits 0 if all fit, 1 if one does
+not. `--losses` prints what the losses alone need.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags
+
+from clipx import analytic, cli, predict, topology
+from clipx.config import ConfigError
+from clipx.predict import Prediction, gib, scaled
+from clipx.run import Run, assemble
+from clipx.topology import Topology
+
+COMPILED = "compiled ahead of time, not run"
+MODELLED = "analytic model, not compiled, not run"
+
+
+def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
+    """The run of a config on a topology, and what is predicted of its step. A config that leaves
+    the micro-batches to what fits gets the fewest that do; as many as there can be if none do."""
+    devices = jax.devices("cpu")[: where.size] if where.gpu else where.devices()
+    run = assemble(config, devices)
+    if run.config.train.microbatches == "auto":
+        found = predict.fewest(run, _fits, _tell, _estimator(where))
+        if found is not None:
+            return found
+        run = run.with_microbatches(predict.counts(run)[-1])
+    return run, _estimator(where)(run)
+
+
+def _estimator(where: Topology) -> Callable[[Run], Prediction]:
+    return functools.partial(analytic.predict, where=where) if where.gpu else predict.predict
+
+
+def _fits(found: Prediction) -> bool:
+    return found.fits is True
+
+
+def _tell(found: Prediction) -> None:
+    said = "fits" if found.fits else "does not fit"
+    sizes = f"batch {found.batch:,}, {found.microbatches} micro-batch(es)"
+    print(f"  tried {sizes}: {said}, {gib(found.need)}", file=sys.stderr, flush=True)
+
+
+def search(config: dict[str, Any], where: Topology, run: Run, found: Prediction) -> str:
+    """The fewest micro-batches that fit, of a step that does not; of one that does, the largest
+    batch, by doubling, that does too."""
+    if not found.fits:
+        fewest = predict.fewest(run, _fits, _tell, _estimator(where))
+        if fewest is None:
+            return f"no number of micro-batches fits, {predict.counts(run)[-1]} neither"
+        return f"fewest micro-batches that fit: {fewest[1].microbatches}, {gib(fewest[1].need)}"
+    largest, slices = found, found.microbatches
+    while True:
+        sizes = {"batch_size": 2 * largest.batch, "microbatches": slices}
+        _, larger = plan({**config, "train": {**config["train"], **sizes}}, where)
+        _tell(larger)
+        if not larger.fits:
+            said = f"{largest.batch:,} at {slices} micro-batch(es), {gib(largest.need)}"
+            return f"largest batch that fits, by doubling: {said}"
+        largest = larger
+
+
+def describe(name: str, where: Topology, run: Run, found: Prediction, price: float) -> list[str]:
+    """The report of one plan, in lines."""
+    how = MODELLED if found.analytic else COMPILED
+    axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+    numbers = sum(x.size for x in jax.tree.leaves(run.state.params))
+    title = f"{run.complete['objective']['name']}, {numbers:,} parameters"
+    lines = [
+        f"{how}: {name} on {where.name}, {found.devices} x {where.device_kind} ({axes or 'one'})",
+        f"{title}, batch {found.batch:,}, {found.microbatches} micro-batch(es)",
+        _verdict(found),
+        *(f"  {kind:<24}{gib(size):>12}" for kind, size in found.memory.items() if size),
+    ]
+    if not found.refused:
+        lines.append(f"  {'peak, program included':<24}{gib(found.need):>12}")
+    lines += [f"  {note}" for note in found.notes]
+    share = scaled(found.flops / found.devices, "FLOP")
+    lines.append(
+        f"a step: {scaled(found.flops, 'FLOP')} useful (3 x forward; recomputation not counted), "
+        f"{share} a chip; {scaled(found.step_flops, 'FLOP')} as traced, recomputation included"
+    )
+    if found.bytes:
+        lines.append(
+            f"  {scaled(found.bytes, 'B')} moved a chip (the compiler's count, loops once)"
+        )
+    for kind, group, times, size in found.collectives or ():
+        each = f"{size / 2**20:,.1f} MiB in all"
+        lines.append(f"  {kind} of {group} chips: {times:,} times, {each}")
+    if found.collectives == ():
+        lines.append("  no collectives")
+    if found.seconds:
+        lines += _time(found)
+        lines.append(_length(run, found, price))
+    return lines
+
+
+def _verdict(found: Prediction) -> str:
+    if found.fits:
+        return f"fits: {gib(found.need)} of {gib(found.limit)} a chip"
+    beside = "; --search finds the fewest micro-batches that do" if not found.analytic else ""
+    return f"does not fit: {gib(found.need)} of {gib(found.limit)} a chip{beside}"
+
+
+def _time(found: Prediction) -> list[str]:
+    rate = f"{found.images_per_second:,.0f} images/s"
+    mfu = f"MFU {found.mfu:.1%} of {found.chip.tflops:,.0f} TFLOP/s"
+    lines = [f"time: {found.seconds:.3g} s a step, {rate}, {mfu}"]
+    if not found.analytic:
+        cycles = (
+            f"{found.cycles / 1e6:,.1f} M estimated cycles at an assumed {found.chip.clock} GHz"
+        )
+        lines.append(
+            f"  = the compiler's {cycles}, and {found.kernels:.3g} s that kernels are charged "
+            "(FLOPs at half of peak or bytes); not validated, collectives not included"
+        )
+    if found.open_loops:
+        lines.append(f"  {found.open_loops} loop(s) of unknown length count once")
+    return lines
+
+
+def hours(run: Run, found: Prediction) -> float | None:
+    """Of all steps; None while the length is in epochs."""
+    return run.steps * found.seconds / 3600 if run.steps and found.seconds else None
+
+
+def _length(run: Run, found: Prediction, price: float) -> str:
+    spent = hours(run, found)
+    if spent is None:
+        return "the run: its length is in epochs of data that is not open"
+    chips = spent * found.devices
+    cost = f", {chips * price:,.0f} at {price:g} a chip-hour" if price else ""
+    return f"the run: {run.steps:,} steps, {spent:,.1f} h, {chips:,.0f} chip-hours{cost}"
+
+
+def table(rows: list[tuple[str, Topology, Run, Prediction]], price: float) -> list[str]:
+    """Plans as a table in Markdown."""
+    head = ["config", "topology", "batch", "micro-batches", "GiB a chip", "s a step", "images/s"]
+    head += ["MFU", "chip-hours"] + (["cost"] if price else [])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, where, run, found in rows:
+        verdict = "" if found.fits else ", does not fit"
+        said = [name, where.name, f"{found.batch:,}", str(found.microbatches)]
+        size = "?" if found.need is None else f"{found.need / 2**30:.2f}"
+        said.append(f"{size} of {found.limit / 2**30:.2f}{verdict}")
+        if found.seconds:
+            spent = hours(run, found)
+            chips = None if spent is None else spent * found.devices
+            said += [f"{found.seconds:.3f}", f"{found.images_per_second:,.0f}", f"{found.mfu:.1%}"]
+            said.append("?" if chips is None else f"{chips:,.0f}")
+            if price:
+                said.append("?" if chips is None else f"{chips * price:,.0f}")
+        else:
+            said += [""] * (len(head) - len(said))
+        lines.append("| " + " | ".join(said) + " |")
+    return lines
+
+
+def _names(flag: str) -> list[str]:
+    text = flags.FLAGS[flag].value
+    if not text:
+        raise ConfigError(f"--{flag}", "nothing", f"--{flag}=...")
+    return [name for name in text.split(",") if name]
+
+
+def main(overrides: list[tuple[str, str]]) -> int:
+    jax.config.update("jax_platforms", "cpu")  # what is here has no part in it
+    if flags.FLAGS.losses:
+        from clipx import plan_losses
+
+        return plan_losses.main()
+    topologies = [topology.parse(name) for name in _names("topology")]
+    configs = [(name, cli.load_config(name, overrides)) for name in _names("config")]
+    gpus = max((where.size for where in topologies if where.gpu), default=0)
+    if gpus > 1:
+        jax.config.update("jax_num_cpu_devices", gpus)
+    rows, told = [], []
+    for name, config in configs:
+        for where in topologies:
+            started = time.perf_counter()
+            run, found = plan(config, where)
+            lines = describe(name, where, run, found, flags.FLAGS.price)
+            if flags.FLAGS.search:
+                lines.append(search(config, where, run, found))
+            seconds = time.perf_counter() - started
+            print("\n".join([*lines, f"({seconds:.0f} s)", ""]), flush=True)
+            rows.append((name, where, run, found))
+            told.append({"config": name, "topology": where.name, **found.as_dict()})
+            told[-1] |= {"steps": run.steps, "hours": hours(run, found), "report": lines}
+            run.__dict__.pop("train_step", None)  # its program is large
+    if len(rows) > 1:
+        print("\n".join(table(rows, flags.FLAGS.price)))
+    if flags.FLAGS.json:
+        try:
+            pathlib.Path(flags.FLAGS.json).write_text(json.dumps(told, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError("--json", f"{flags.FLAGS.json}: {error.strerror}", "a file") from None
+    return int(not all(found.fits for *_, found in rows))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "Config files, path.py or path.py:variant, with commas.")
+    flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5p:4x4x4, h100:8x8; with commas.")
+    flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency.", lower_bound=0)
+    flags.DEFINE_bool("search", False, "Compile for the fewest micro-batches or largest batch.")
+    flags.DEFINE_string("json", None, "File for all numbers.")
+    flags.DEFINE_bool("losses", False, "What the losses alone need, beside plain formulations.")
+    cli.run(main, required=())

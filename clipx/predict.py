@@ -1,0 +1,344 @@
+"""What a training step needs and takes, from its compiled program: before it runs, or instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from clipx import hlo, topology
+from clipx.config import ConfigError
+from clipx.run import Run
+from clipx.types import PyTree
+
+_WAITING = 2  # batches on the devices beside the step's own
+_MARGIN = 0.95  # of a device's memory: evals and fragments have the rest
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# "Used 27.77G of 15.75G hbm", or "(512.00G) exceeds available HBM (30.75G)"
+_SIZE = r"([\d.]+)([KMGT]?)"
+_USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+
+
+class OutOfMemory(Exception):
+    """The compiler says that a program does not fit: bytes that it would need, bytes there are."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        found = _USED.search(message)
+        sizes = [group for group in found.groups() if group is not None] if found else []
+        pairs = zip(sizes[::2], sizes[1::2])
+        self.used, self.limit = [
+            int(float(number) * _UNITS.get(unit, 1)) for number, unit in pairs
+        ] or (None, None)
+
+
+def compiled(run: Run) -> jax.stages.Compiled:
+    """The run's step, compiled; `OutOfMemory` where its compiler has no room for it."""
+    try:
+        return run.train_step
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What is known of a step on one mesh. Memory is in bytes on one device; None: not known."""
+
+    devices: int
+    device_kind: str
+    batch: int
+    microbatches: int
+    memory: dict[str, int]  # by kind; what the compiler adds is missing where it found no room
+    peak: int | None  # of all kinds but the program
+    limit: int | None
+    flops: int | None = None  # `Run.model_flops`
+    step_flops: int | None = None  # `Run.step_flops`
+    bytes: float | None = None  # that one device reads and writes, as the compiler counts them
+    cycles: int | None = None  # the compiler's estimates of one device, loops multiplied out
+    kernels: float | None = None  # seconds that kernels are charged beside them
+    seconds: float | None = None  # without collectives
+    collectives: tuple[tuple[str, int, int, int], ...] | None = None  # kind, group, times, bytes
+    open_loops: int = 0  # that count once, for their length is not known
+    analytic: bool = False  # no compiler was asked
+    notes: tuple[str, ...] = ()
+
+    @property
+    def need(self) -> int | None:
+        """Bytes that have to be there: the step's and its program's."""
+        return None if self.peak is None else self.peak + self.memory.get("program", 0)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the compiler found no room for it."""
+        return "program" not in self.memory and not self.analytic
+
+    @property
+    def fits(self) -> bool | None:
+        if self.refused:
+            return False
+        return None if self.limit is None or self.need is None else self.need <= self.limit
+
+    @property
+    def chip(self) -> topology.Chip | None:
+        return topology.chip(self.device_kind)
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.batch / self.seconds if self.seconds else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Useful FLOPs over what the devices could do in that time."""
+        if not (self.seconds and self.flops and self.chip):
+            return None
+        return self.flops / (self.seconds * self.devices * self.chip.tflops * 1e12)
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = ("fits", "need", "images_per_second", "mfu")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def bytes_held(tree: PyTree) -> int:
+    """Bytes of an abstract tree's arrays on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def held(run: Run) -> dict[str, int]:
+    """Bytes on one device of what a step is given, by kind."""
+    state = run.state
+    return {
+        "parameters": bytes_held(state.params),
+        "optimizer state": bytes_held(state.opt_state),
+        "memory and statistics": bytes_held((state.memory, state.batch_stats, state.step)),
+        "batch": bytes_held(run.batch),
+    }
+
+
+def predict(run: Run, *, limit: int | None = None) -> Prediction:
+    """What the run's step needs and takes; compiles it if it is not compiled yet. Does not raise
+    where the compiler finds no room: such a prediction does not fit."""
+    device = run.mesh.devices.flat[0]
+    chip = topology.chip(device.device_kind)
+    limit = memory_limit(device) if limit is None else limit
+    known = held(run)
+    base = Prediction(
+        devices=run.mesh.devices.size,
+        device_kind=device.device_kind,
+        batch=run.batch_size,
+        microbatches=run.microbatches,
+        memory=known,
+        peak=None,
+        limit=limit,
+        flops=run.model_flops if chip else None,  # traced again, for what knows no MFU
+        step_flops=run.step_flops,
+    )
+    try:
+        step = compiled(run)
+    except OutOfMemory as error:
+        return dataclasses.replace(base, peak=error.used, limit=error.limit or limit)
+    sizes = step.memory_analysis()
+    given = sizes.argument_size_in_bytes
+    made = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    tpu = device.platform == "tpu"  # others do not count temporaries in their peak
+    peak = sizes.peak_memory_in_bytes if tpu else given + made + sizes.temp_size_in_bytes
+    memory = known | {
+        "padding": max(given - sum(known.values()), 0),
+        "results and temporaries": max(peak - given, 0),
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    return dataclasses.replace(
+        base,
+        memory=memory,
+        peak=peak,
+        bytes=_cost(step).get("bytes accessed"),
+        **(_estimate(step, chip) if tpu and chip else {}),
+    )
+
+
+def _cost(step: jax.stages.Compiled) -> dict[str, float]:
+    cost = step.cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost) or {}
+
+
+def _estimate(step: jax.stages.Compiled, chip: topology.Chip) -> dict[str, Any]:
+    """The compiler's time, and the collectives, from the program's text."""
+    program = hlo.read(step.as_text())
+    rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
+    return {
+        "cycles": program.compiler_cycles,
+        "kernels": program.charged_seconds(**rates),
+        "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
+        "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
+        "open_loops": len(program.open_loops),
+    }
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes that a program may use of a device: what the device says, or the table of chips; of a
+    CPU, its share of the machine's."""
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages // jax.local_device_count()
+    try:
+        told = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device to compile for, which is not here
+        told = None
+    chip = topology.chip(device.device_kind)
+    return told or (int(chip.memory * 2**30) if chip and chip.memory else None)
+
+
+def counts(run: Run) -> list[int]:
+    """The numbers of micro-batches that the batch divides into, ascending."""
+    rows = run.batch_size // math.prod(run.mesh.shape[a] for a in ("data", "fsdp"))
+    return [n for n in range(1, rows + 1) if rows % n == 0]
+
+
+def fewest(
+    run: Run,
+    fits: Callable[[Prediction], bool],
+    tell: Callable[[Prediction], None] = lambda _: None,
+    estimate: Callable[[Run], Prediction] | None = None,
+) -> tuple[Run, Prediction] | None:
+    """The run with the fewest micro-batches that fit, its step compiled, and what is predicted of
+    it; None where no number does. Every prediction made on the way is told.
+
+    A step's temporaries are about inversely as many, which says where to look; from there it goes
+    on number by number until one that fits has one below that does not.
+    """
+    numbers, tried = counts(run), {}
+
+    def trial(place: int) -> bool:
+        if place not in tried:
+            other = run.with_microbatches(numbers[place])
+            tried[place] = other, (estimate or predict)(other)
+            tell(tried[place][1])
+        return fits(tried[place][1])
+
+    if trial(0):
+        return tried[0]
+    first = tried[0][1]
+    place = min(1, len(numbers) - 1)
+    if first.peak and first.limit:
+        fixed = sum(held(run).values())
+        wanted = (first.peak - fixed) / max(first.limit - fixed, 1)
+        place = next((i for i, n in enumerate(numbers) if i and n >= wanted), len(numbers) - 1)
+    if len(numbers) == 1:
+        return None
+    if trial(place):
+        while place > 1 and trial(place - 1):
+            place -= 1
+        return tried[place]
+    while place + 1 < len(numbers):
+        place += 1
+        if trial(place):
+            return tried[place]
+    return None
+
+
+def fitted(
+    run: Run,
+    *,
+    agreed: Callable[[bool], bool] = bool,
+    tell: Callable[[Prediction], None] = lambda _: None,
+) -> Run:
+    """The run, with a number in place of `train.microbatches=auto`: the smallest whose step, the
+    batches that wait for it and a margin of 5 % fit the devices' memory, from compiled figures; 1
+    where that memory is not known. `agreed` makes one answer of all processes'.
+
+    Raises `ConfigError` where no number fits, and for towers with BatchNorm, whose statistics would
+    be another slice's, unless one micro-batch fits.
+    """
+    if run.config.train.microbatches != "auto":
+        return run
+    waiting = _WAITING * bytes_held(run.batch)
+
+    def fits(found: Prediction) -> bool:
+        if found.peak is None or found.fits is False:
+            return agreed(False)
+        return agreed(found.limit is None or found.need + waiting <= _MARGIN * found.limit)
+
+    where, exact = "config.train.microbatches", not {"image", "text"} & set(run.state.batch_stats)
+    if not exact:
+        one = run.with_microbatches(1)
+        if fits(predict(one)):
+            return one
+        raise ConfigError(
+            where,
+            "'auto', towers with BatchNorm, and a batch that does not fit at once",
+            "a number: their statistics are those of a micro-batch, so it changes the run",
+            f"{where}=2, or a smaller batch",
+        )
+    found = fewest(run, fits, tell)
+    if found is None:
+        raise ConfigError(
+            where,
+            f"'auto', and not even {counts(run)[-1]} fit: {describe_memory(predict(run))}",
+            "a state and a batch that fit",
+            "config.mesh.fsdp spreads the state, image.remat and text.remat recompute more",
+        )
+    return found[0]
+
+
+def gib(size: float | None) -> str:
+    return "?" if size is None else f"{size / 2**30:,.2f} GiB"
+
+
+def describe_memory(found: Prediction) -> str:
+    """`3.84 GiB of 15.75 GiB a device (parameters 0.56, ...)`."""
+    parts = [
+        f"{name} {size / 2**30:.2f}" for name, size in found.memory.items() if size >= 5 * 2**20
+    ]
+    limit = f" of {gib(found.limit)}" if found.limit else ""
+    inside = f" ({', '.join(parts)})" if parts else ""
+    return f"{gib(found.need if found.need is not None else found.peak)}{limit} a device{inside}"
+
+
+def short(found: Prediction) -> list[str]:
+    """What a run says of its step before it takes the first."""
+    work, slices = scaled(found.flops or found.step_flops, "FLOP"), found.microbatches
+    lines = [f"a step: {work}, {describe_memory(found)}, {slices} micro-batch(es)"]
+    if found.seconds:
+        mfu = f", {found.mfu:.1%} MFU" if found.mfu else ""
+        rate = f"{found.images_per_second:,.0f} images/s{mfu}"
+        lines.append(
+            f"predicted: {found.seconds:.3g} s a step, {rate} (the compiler's estimate at an "
+            "assumed clock, without collectives; not validated)"
+        )
+    return lines
+
+
+def scaled(number: float, unit: str) -> str:
+    """`4.04 PFLOP`: a number, the prefix of its unit, the unit."""
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}{unit}"
+    return f"{number:.3g} {unit}"
+
+
+def predicted(found: Prediction) -> dict[str, float]:
+    """What metrics.jsonl has beside what is measured."""
+    known = {
+        "predicted/step_seconds": found.seconds,
+        "predicted/memory_gib": None if found.need is None else found.need / 2**30,
+        "predicted/mfu": found.mfu,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def measured(device: jax.Device, found: Prediction, step_seconds: float) -> dict[str, float]:
+    """What stands beside it: MFU by the same count, where the device's peak is known, and the most
+    memory that the device has had in use, where it tells."""
+    known = {}
+    if found.flops and found.chip:
+        known["mfu"] = dataclasses.replace(found, seconds=step_seconds).mfu
+    if told := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+        known["memory_gib"] = told / 2**30
+    return known
