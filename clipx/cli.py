@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from clipx.metrics import MetricsError
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
 EXIT_PREEMPTED = 42  # told to stop, and saved: start again as it is
+EXIT_LOST = 134  # another process has ended first: JAX's own code where it notices before us
+_LEAVE_SECONDS = 10.0
 
 
 class RunError(Exception):
@@ -100,8 +103,17 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
             known = ", ".join(f"--{name}" for name in required)
             raise ConfigError("command line", str(error), f"{known}, --config.x.y=...") from None
 
-    def fail(error: Exception, code: int):
+    def fail(error: Exception | str, code: int):
         print(f"\n{error}", file=sys.stderr, flush=True)
+        leave(code)
+
+    def leave(code: int):
+        if distributed.hosts():  # JAX's own end would wait minutes for those that never come
+            if code != EXIT_LOST:
+                with contextlib.suppress(HostsError):  # all with one error: together
+                    distributed.barrier("leave", _LEAVE_SECONDS)
+            sys.stdout.flush()
+            os._exit(code)
         sys.exit(code)
 
     try:
@@ -111,5 +123,14 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         if getattr(error, "where", "").startswith("config.") and "config" in flags.FLAGS:
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
-    except (RunError, CheckpointError, HostsError, MetricsError) as error:
+    except (RunError, CheckpointError, MetricsError) as error:
         fail(error, EXIT_FAILED)
+    except HostsError as error:  # before they have met, or of one that came and has gone
+        fail(error, EXIT_LOST if distributed.hosts() else EXIT_FAILED)
+    except Exception as error:
+        if not distributed.hosts():
+            raise
+        if said := distributed.lost(error):
+            fail(said, EXIT_LOST)
+        traceback.print_exc()
+        leave(EXIT_FAILED)

@@ -30,6 +30,10 @@ _PACKAGES = (
     *("flax", "optax", "orbax-checkpoint", "grain", "numpy"),
 )
 _names: list[str] = []  # of every process, once they have met
+# what a collective says when another process has left it
+_LEFT = re.compile(
+    r"Gloo|gloo|NCCL|nccl|UNAVAILABLE|CoordinationService|[Cc]onnection (reset|closed)"
+)
 
 
 class HostsError(Exception):
@@ -200,8 +204,8 @@ def start(cluster: Cluster, config: Mapping[str, Any] | None = None, **command: 
         cluster_detection_method="deactivate",
         initialization_timeout=int(max(seconds(), 30)),
     )
-    _names[:] = [word["host"] for word in table]
     refuse_uneven([device.process_index for device in jax.devices()], table)
+    _names[:] = [word["host"] for word in table]
 
 
 def hosts() -> list[str]:
@@ -218,15 +222,16 @@ def refuse_uneven(owners: list[int], table: list[Mapping[str, Any]]) -> None:
         raise HostsError(f"the devices that each process has are not as many:\n{said}")
 
 
-def barrier(name: str) -> None:
-    """Returns when every process is here; `HostsError` naming the missing after `seconds()`.
+def barrier(name: str, wait: float | None = None) -> None:
+    """Returns when every process is here; `HostsError` naming the missing after `wait` seconds
+    (default: `seconds()`).
 
     It needs no device: a process that still loads or compiles is waited for."""
     if jax.process_count() == 1:
         return
     from orbax.checkpoint import multihost  # public, and timed; JAX's own barrier waits for ever
 
-    wait = seconds()
+    wait = seconds() if wait is None else wait
     try:
         multihost.get_barrier_sync_fn()(key=f"clipx/{name}", timeout_ms=int(wait * 1000))
     except jax.errors.JaxRuntimeError as error:
@@ -238,3 +243,20 @@ def barrier(name: str) -> None:
             f"{', '.join(_who(int(i), table) for i in late)} did not come to {name!r} within "
             f"{wait:.0f} s: look at the log there"
         ) from None
+
+
+def lost(error: Exception, wait: float = 10.0) -> str:
+    """What a collective's error means where another process has left it: who does not answer. ""
+    for any other error. The processes that are left come here together."""
+    if not _names or not _LEFT.search(str(error)):
+        return ""
+    try:
+        barrier("lost", wait)
+        who = "all of them still answer: a connection broke"
+    except HostsError as missing:
+        who = str(missing)
+    line = " ".join(str(error).split())[:200]
+    return (
+        f"the other processes are gone from this run: {who}.\nAll have to be started again; the "
+        f"last checkpoint is whole, and they go on from there. ({line})"
+    )

@@ -409,6 +409,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         if main:
             print(f"compiled in {time.perf_counter() - compiling:.0f} s", flush=True)
             print("\n".join(predict.short(predicted)), flush=True)
+        distributed.barrier("compiled")  # on CPUs the first collective waits 30 s for all, no more
     metrics = Metrics(
         folder,
         total_steps=run.steps,

@@ -2,20 +2,23 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from orbax.checkpoint import multihost
 from test_processes import free_port
-from test_train import ROOT, SMALL
+from test_train import ROOT, SMALL, rows, wait_for
 
 from clipx import cli, distributed
 from clipx import cluster as clusters
+from clipx.checkpoint import Checkpoints
 from clipx.cluster import Cluster, find_cluster
 from clipx.config import ConfigError
 from clipx.distributed import HostsError, meet, refuse_skew, refuse_uneven
@@ -261,18 +264,32 @@ def environment(**more):
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
 
 
-def started(commands, **options):
-    """What the commands, run at once, said and returned."""
-    running = [
-        subprocess.Popen(c, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         env=e, **options)
-        for c, e in commands
-    ]  # fmt: skip
+@contextlib.contextmanager
+def running(commands):
+    """The processes of the commands, run at once, ended with the block."""
     with contextlib.ExitStack() as stack:
-        for process in running:
-            stack.callback(process.kill)
-        said = [process.communicate(timeout=900)[0] for process in running]
-    return said, [process.returncode for process in running]
+        processes = []
+        for words, environment in commands:
+            processes.append(
+                subprocess.Popen(
+                    words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, env=environment,
+                )
+            )  # fmt: skip
+            stack.callback(processes[-1].kill)
+        yield processes
+
+
+def ended(processes, seconds=900):
+    """What they said and returned."""
+    said = [process.communicate(timeout=seconds)[0] for process in processes]
+    return said, [process.returncode for process in processes]
+
+
+def started(commands):
+    """What the commands, run at once, said and returned."""
+    with running(commands) as processes:
+        return ended(processes)
 
 
 @pytest.mark.slow  # two starts of JAX
@@ -328,11 +345,84 @@ def test_the_command_refuses_another_config(tmp_path):
     assert all("config.seed: 0 -> 1" in text for text in said), said
 
 
+LONG = [("train.total_steps", "60"), ("train.save_every_steps", "5")]
+
+
+def pair(workdir, *more):
+    """Two processes of one run."""
+    address = f"127.0.0.1:{free_port()}"
+    return running(
+        [(command(workdir, *LONG, *more), environment(**place(i, 2, address))) for i in range(2)]
+    )
+
+
+def after(step, workdir, processes):
+    """Returns when the run has logged `step`."""
+    log = workdir / "metrics.jsonl"
+    wait_for(lambda: log.exists() and any(r["step"] >= step for r in rows(workdir)), processes[0])
+
+
+@pytest.mark.slow  # four starts
+def test_told_to_stop_then_killed_they_go_on(tmp_path):
+    """One of two is told to stop: both save, at one step. Then one is killed: the other says who,
+    and soon. Started again, they end where an undisturbed run of one process ends."""
+    from test_train import small
+
+    from clipx.train import train
+
+    workdir = tmp_path / "two"
+    with pair(workdir) as processes:
+        after(3, workdir, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        said, codes = ended(processes, 60)
+    assert codes == [cli.EXIT_PREEMPTED] * 2, said
+    saved = Checkpoints(workdir).latest
+    assert 3 < saved < 60 and f"saved step {saved}" in said[0]
+    assert "saved step" not in said[1]  # process 0 alone speaks
+
+    with pair(workdir) as processes:
+        after(saved + 6, workdir, processes)
+        processes[1].kill()
+        said, codes = ended(processes, 60)
+    assert codes == [cli.EXIT_LOST, -signal.SIGKILL], said
+    assert f"going on from step {saved}" in said[0]
+    assert f"process 1 ({socket.gethostname()}) did not come" in said[0], said[0]
+    assert "Traceback" not in said[0]
+
+    with pair(workdir) as processes:
+        said, codes = ended(processes)
+    assert codes == [0, 0], said
+    assert train(small(*LONG), str(tmp_path / "one")) == 0
+    two, one = ([r["loss"] for r in rows(tmp_path / n) if "loss" in r] for n in ("two", "one"))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+@pytest.mark.slow  # two whole starts
+def test_an_error_of_one_ends_the_other(tmp_path):
+    """Data that one host lacks: its own error and code there; the other says who is missing."""
+    from test_failures import pairs, shard
+
+    shard(tmp_path / "a.tar")
+    (tmp_path / "config.py").write_text(
+        f"def get_config(variant):\n    return {pairs('$PAIRS/a.tar')!r}\n"
+    )
+    words = [sys.executable, "-m", "clipx.train", f"--config={tmp_path / 'config.py'}",
+             f"--workdir={tmp_path / 'run'}"]  # fmt: skip
+    address, more = f"127.0.0.1:{free_port()}", {"CLIPX_WAIT_SECONDS": "15"}
+    said, codes = started(
+        [(words, environment(**place(i, 2, address), **more, PAIRS=str(tmp_path / where)))
+         for i, where in enumerate((".", "elsewhere"))]
+    )  # fmt: skip
+    assert codes == [cli.EXIT_LOST, cli.EXIT_CONFIG], said
+    assert f"{tmp_path}/elsewhere/a.tar" in said[1] and "Traceback" not in said[1]
+    assert f"process 1 ({socket.gethostname()}) did not come to 'tokenizer'" in said[0], said
+    assert "Traceback" not in said[0]
+
+
 @pytest.mark.slow  # about a minute
 def test_four_processes_are_one(tmp_path):
     """Law 1 across four processes of two devices."""
-    import numpy as np
-    from test_train import parameters, rows, small
+    from test_train import parameters, small
 
     from clipx.train import train
 
