@@ -1,24 +1,26 @@
 """`python -m clipx.evaluate --workdir=DIR`: runs the evals of a run, its own, a config's, or those
-named: `--evals=zero_shot,linear_probe --data=source=folder,path=DIR`."""
+named: `--evals=zero_shot,linear_probe --data=source=folder,path=DIR`. With `--init_from=PATH` those
+of a model that open_clip or transformers keep."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
-from clipx import cli
+from clipx import cli, pretrained
 from clipx import config as configs
 from clipx.checkpoint import prepare_workdir, read_json, write_json
 from clipx.config import ConfigError, find
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.run import Run, restore
+from clipx.run import Run, assemble, open_model, restore
 from clipx.sections import EvalSpec
+from clipx.types import TrainState
 
 # CLIP_benchmark's names of tasks and, by an evaluator's file, of its metrics; what is not here
 # keeps its own. Its retrieval of pictures is by a text.
@@ -84,7 +86,9 @@ def dataset(spec: EvalSpec) -> str:
     return "-".join(filter(None, slugs))
 
 
-def results(run: Run, workdir: pathlib.Path, step: int, found: Mapping[str, float]) -> dict:
+def results(
+    run: Run, workdir: pathlib.Path, step: int | None, found: Mapping[str, float]
+) -> dict[str, Any]:
     """What was found, one entry for each eval, by the name of its file: the layout of LAION's
     CLIP_benchmark, whose `build` command makes one table of many, and beside it the eval's own
     section."""
@@ -97,7 +101,7 @@ def results(run: Run, workdir: pathlib.Path, step: int, found: Mapping[str, floa
         entries[f"{dataset(spec)}_{spec.name}.json"] = {
             "dataset": dataset(spec),
             "model": model,
-            "pretrained": f"{workdir.name}_{step}",
+            "pretrained": workdir.name + ("" if step is None else f"_{step}"),
             "task": _TASKS.get(evaluator, evaluator),
             "metrics": {renamed.get(key, key): value for key, value in own.items()},
             "language": "en",
@@ -116,24 +120,64 @@ def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, f
     """The metrics of every eval of `config`, by `<eval>/<metric>`, at the step of a workdir; also
     written to a file for each eval in its folder `evaluation_<step>`."""
     run, state = restore(workdir, step, config=config)
+    found, at = _found(run, state), int(state.step)
+    if jax.process_index() == 0:
+        folder = prepare_workdir(workdir).absolute()
+        print(f"step {at:,} of {workdir}")
+        _write(folder / f"evaluation_{at}", results(run, folder, at, found), found)
+    return found
+
+
+def _found(run: Run, state: TrainState) -> dict[str, float]:
     if not run.evals:
         raise ConfigError(
             "config.evals", "nothing", "at least one eval", "--evals, or --config=FILE with evals"
         )
-    found = evaluate_all(run.evaluators(), run.encode(state))
+    return evaluate_all(run.evaluators(), run.encode(state))
+
+
+def _write(folder: pathlib.Path, entries: Mapping[str, Any], found: Mapping[str, float]) -> None:
+    print("\n".join(table(found)))
+    into = prepare_workdir(folder)
+    for name, entry in entries.items():
+        write_json(into / name, entry)
+        print(f"written to {into / name}")
+
+
+def evaluate_file(path: str, evals: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict:
+    """The metrics of every eval, by `<eval>/<metric>`, of the model that open_clip or transformers
+    keep at `path`; also written to a file for each eval in `evaluation` beside its weights. What
+    differs from clipx's evaluation, such as "preprocessing", must be in `ignore`."""
+    model, tokenizer = open_model(path)
+    devices = len(jax.devices())
+    config = pretrained.sections(path, model, tokenizer) | {
+        "data": {"source": "shapes"},  # not opened: nothing is trained
+        "train": {"batch_size": devices, "total_steps": 1},
+        "optimizer": {"freeze": [""]},  # all of it, so that it has no moments
+        "evals": evals,
+        "init_from": path,
+        "init_ignore": list(ignore),
+    }
+    run = assemble(config).with_data(devices, tokenizer)
+    file = pathlib.Path(path).expanduser().absolute()
+    folder = file if file.is_dir() else file.parent
+    found = _found(run, run.init())
     if jax.process_index() == 0:
-        at, folder = int(state.step), prepare_workdir(workdir).absolute()
-        print(f"step {at:,} of {workdir}")
-        print("\n".join(table(found)))
-        into = prepare_workdir(folder / f"evaluation_{at}")
-        for name, entry in results(run, folder, at, found).items():
-            write_json(into / name, entry)
-            print(f"written to {into / name}")
+        print(path)
+        _write(folder / "evaluation", results(run, file, None, found), found)
     return found
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
-    config = read_json(pathlib.Path(flags.FLAGS.workdir).expanduser() / "config.json")
+    path, workdir, config = flags.FLAGS.init_from, flags.FLAGS.workdir, {"evals": {}}
+    step = flags.FLAGS.step
+    if bool(path) == bool(workdir):
+        found = "both" if path else "none"
+        raise ConfigError("--workdir, --init_from", found, "a run, or a model from elsewhere")
+    if path and (run := pretrained.workdir(path)):
+        path, workdir, step = "", str(run[0]), run[1] or step
+    if workdir:
+        config = read_json(pathlib.Path(workdir).expanduser() / "config.json")
     if flags.FLAGS.config:
         config["evals"] = configs.load(flags.FLAGS.config).get("evals", {})
     config["evals"] = chosen(
@@ -142,20 +186,25 @@ def main(overrides: list[tuple[str, str]]) -> None:
         data=flags.FLAGS.data,
         train_data=flags.FLAGS.train_data,
     )
-    for path, text in overrides:
-        if path.split(".")[0] != "evals":
+    for key, text in overrides:
+        if key.split(".")[0] != "evals":
             raise ConfigError(
-                f"--config.{path}", text, "config.evals alone: the model is trained", "drop it"
+                f"--config.{key}", text, "config.evals alone: the model is trained", "drop it"
             )
-        configs.override(config, path, text)
-    evaluate(flags.FLAGS.workdir, flags.FLAGS.step, config)
+        configs.override(config, key, text)
+    if workdir:
+        evaluate(workdir, step, config)
+    else:
+        evaluate_file(path, config["evals"], flags.FLAGS.init_ignore)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("init_from", None, "Instead: a folder or file as config.init_from has it.")
+    flags.DEFINE_list("init_ignore", [], "What of it may differ from clipx, with commas.")
     flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
     flags.DEFINE_string("evals", "", "Those of the evals, or new ones by evaluator, with commas.")
     flags.DEFINE_string("data", "", "The evals' data instead of their own: source=...,path=...")
     flags.DEFINE_string("train_data", "", "The same for what probes are trained on.")
     flags.DEFINE_string("step", "latest", "Which checkpoint: a step, latest or best.")
-    cli.run(main, required=("workdir",))
+    cli.run(main, required=())

@@ -7,36 +7,32 @@ import base64
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import os
 import pathlib
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from flax import traverse_util
 from safetensors.numpy import save_file
 
-from clipx import cli, metrics
+from clipx import cli, metrics, pretrained
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.cli import RunError
 from clipx.config import ConfigError
 from clipx.data import vocabulary
 from clipx.interop import base, card, guests, huggingface, open_clip, proof, tokenizer
-from clipx.interop.base import Model, NotExpressible, Words
+from clipx.interop.base import Model, NotExpressible
 from clipx.models.bert import BERT
 from clipx.objectives.base import Objective
 from clipx.run import Run, restore
 from clipx.types import TrainState
 
 FORMATS = ("open_clip", "huggingface")
-_SCALARS = ("logit_scale", "logit_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ def export(workdir: str | os.PathLike, options: Options) -> proof.Proof | None:
     folder = pathlib.Path(workdir).expanduser().absolute()
     best = read_json(folder / "config.json")["train"]["best"]
     run, state = restore(folder, options.step or ("best" if best else "latest"))
-    model, heads = split(run, state)
+    model, heads = pretrained.split(run.objective, run.tokenizer, state)
     try:
         with _aside(out) as aside:
             found, why = _write(run, state, model, heads, folder, aside, out, options)
@@ -99,56 +95,6 @@ def _aside(out: pathlib.Path) -> Iterator[pathlib.Path]:
         raise RunError(f"{out} cannot be written ({error.strerror}); nothing was kept") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def split(run: Run, state: TrainState) -> tuple[Model, dict[str, np.ndarray]]:
-    """The part of a state that is exported, and every other array that was learned or kept: heads,
-    queues, prototypes and the mask's embedding."""
-    objective, tokenizer_ = run.objective, run.tokenizer
-    params = jax.tree.map(np.asarray, state.params)
-    scale = params.get("logit_scale", _critics_scale(params))
-    cap = getattr(objective, "logit_scale_cap", None)
-    scale = scale if cap is None else min(scale, np.log(cap))
-    config = tokenizer_.config
-    model = base.make_model(
-        objective.image,
-        objective.text,
-        {"params": params, "batch_stats": jax.tree.map(np.asarray, state.batch_stats)},
-        logit_scale=np.float32(scale),
-        logit_bias=np.float32(params["logit_bias"]) if "logit_bias" in params else None,
-        mean=tuple(objective.mean),
-        std=tuple(objective.std),
-        words=Words(
-            kind=config.name,
-            vocab_size=config.vocab_size,
-            context=config.context,
-            pad_id=config.pad_id,
-            sot_id=config.sot_id,
-            eot_id=config.eot_id,
-            mask_id=config.mask_id,
-            plain=config.name == "clip_bpe"
-            and config.cleaning == "clip"
-            and _is_openai(tokenizer_.save()),
-        ),
-    )
-    rest = {
-        "params": {k: v for k, v in params.items() if k not in ("image", "text", *_SCALARS)},
-        "batch_stats": {k: v for k, v in state.batch_stats.items() if k not in ("image", "text")},
-        "memory": state.memory,
-    }
-    heads = traverse_util.flatten_dict({k: v for k, v in rest.items() if v}, sep="/")
-    heads = {name: np.asarray(x) for name, x in heads.items()}
-    gone = model.words.dropped
-    if gone is not None:
-        heads["params/mask_embedding"] = model.params["text"]["token_embedding"][gone]
-    return model, heads
-
-
-def _critics_scale(params: Mapping[str, Any]) -> np.ndarray:
-    """The scale inside a head, where the objective has none itself; the logarithm of 1 if none."""
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    found = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
-    return found[0] if found else np.float32(0)
 
 
 def _tops(heads: Mapping[str, Any]) -> list[str]:
@@ -204,8 +150,10 @@ def _write_model(run: Run, model: Model, aside, folder: str, options: Options) -
         _dump(aside / huggingface.CONFIG, config)
         _dump(aside / huggingface.PREPROCESSOR, preprocessor)
     _write_config(model, aside, folder, options)
-    for name, text in _tokenizer_files(run, model, options.format).items():
-        (aside / name).write_text(text, encoding="utf-8")
+    if files := _tokenizer_files(run, model, options.format):
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        _dump(aside / tokenizer.CLIPX, pretrained.without_mask(run.tokenizer.save()))
     if options.pt:
         torch = proof.library("torch")
         names = {"open_clip": "open_clip_pytorch_model.bin", "huggingface": "pytorch_model.bin"}
@@ -237,28 +185,17 @@ def _tokenizer_files(run: Run, model: Model, format_: str) -> dict[str, str]:
         if config.cleaning == "clip":
             return tokenizer.clip_files(merges, core.get_vocab(), words.context)
     elif words.kind == "wordpiece":
-        core = vocabulary.word_pieces(_unpacked(saved))
+        core = vocabulary.word_pieces(tokenizer.unpacked(saved))
     else:
         core = tokenizer.sentencepiece(base64.b64decode(saved["payload"]))
     siglip = format_ == "huggingface" and model.image.pool == "attention"
     return tokenizer.files(core, words, config.cleaning, attention_mask=not siglip)
 
 
-def _unpacked(saved: Mapping[str, Any]) -> str:
-    return zlib.decompress(base64.b64decode(saved["payload"])).decode("utf-8")
-
-
-def _is_openai(saved: Mapping[str, Any]) -> bool:
-    """Whether a CLIP tokenizer has OpenAI's merges; one without a payload does."""
-    if not saved["payload"]:
-        return True
-    return hashlib.sha256(_unpacked(saved).encode()).hexdigest() == tokenizer.OPENAI_MERGES
-
-
 def _merges(saved: Mapping[str, Any]) -> str:
     """The merges of a CLIP tokenizer: its own, or OpenAI's from open_clip, which carries them."""
     if saved["payload"]:
-        return _unpacked(saved)
+        return tokenizer.unpacked(saved)
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
         raise ConfigError(

@@ -82,6 +82,10 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    # what step 0 starts from: a workdir, one of its checkpoints, or a folder or file of open_clip's
+    # or transformers'; where it differs from the config it is refused, but for what is named
+    init_from: str = ""
+    init_ignore: tuple[str, ...] = ()  # such as ("image.activation", "text.*", "logit_bias")
 
 
 def named(package: str, base: type, section: Mapping, where: str, default: str = ""):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,10 @@ def init_state(
     pretrained: PyTree | None = None,
 ) -> TrainState:
     """The state of step 0; call it under `jax.eval_shape` for an abstract state, under `jax.jit`
-    with output shardings for arrays created in place. `pretrained` holds, by tower, the entries of
-    its parameters that are not random."""
-    variables = init_variables(objective, batch, seed=seed)
-    params = dict(variables["params"])
-    for tower, entries in (pretrained or {}).items():
-        params[tower] = {**params[tower], **entries}
+    with output shardings for arrays created in place. `pretrained` holds those parts of `params`
+    and `batch_stats` that are not those of a new model."""
+    variables = _replaced(init_variables(objective, batch, seed=seed), pretrained or {})
+    params = variables["params"]
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -50,6 +48,13 @@ def init_state(
         batch_stats=variables.get("batch_stats", {}),
         memory=objective.init_memory(),
     )
+
+
+def _replaced(tree: PyTree, given: PyTree) -> PyTree:
+    """`tree` with the parts that `given` has in their places."""
+    if not isinstance(given, Mapping):
+        return given
+    return {**tree, **{key: _replaced(tree[key], part) for key, part in given.items()}}
 
 
 def _slices(tree: PyTree, count: int) -> PyTree:

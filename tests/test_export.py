@@ -17,7 +17,7 @@ from clipx.cli import RunError
 from clipx.config import ConfigError
 from clipx.data import tokenizers
 from clipx.export import Options, export
-from clipx.interop import card, load, open_clip, proof
+from clipx.interop import card, load, open_clip, proof, tokenizer
 from clipx.run import assemble, restore
 
 CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown fox"] * 40
@@ -56,6 +56,7 @@ def save(folder: pathlib.Path, config, seed: int = 0) -> pathlib.Path:
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", run.complete)
+    write_json(folder / "tokenizer.json", run.tokenizer.save())
     return folder
 
 
@@ -76,7 +77,7 @@ def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {
         *("README.md", open_clip.CONFIG, open_clip.WEIGHTS),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", tokenizer.CLIPX),
     }
     text = (tmp_path / "a" / "README.md").read_text()
     assert "Not verified: torch is not installed." in text

@@ -22,7 +22,7 @@ FLOORS = (
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
     (
-        *("run", "sections", "encode", "checkpoint", "metrics", "episodes"),
+        *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
         *("cluster", "distributed", "predict", "analytic"),
     ),
     (

@@ -303,7 +303,7 @@ def test_other_towers_are_listed_and_refused():
     for line in ("image.activation", "text.projection: (32, 24), and (32, 8)"):
         assert line in str(caught.value)
     allowed = ("image.activation", "text.projection")
-    found = load.fit(given, image, text, fresh=allowed)["params"]
+    found = load.fit(given, image, text, ignore=allowed)["params"]
     assert "projection" not in found["text"]
     assert found["image"]["positional_embedding"].shape == (10, 32)
     assert found["text"]["positional_embedding"].shape == (12, 32)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from clipx.config import ConfigError
 from clipx.models.layers import Tower, unstack_blocks
 from clipx.models.resnet import PLAIN, ResNet
-from clipx.models.vit import ViT
+from clipx.models.vit import SIZES, ViT
 from clipx.types import PyTree
 
 Arrays = dict[str, np.ndarray]
@@ -80,6 +80,8 @@ class Model:
     mean: tuple[float, float, float]  # of RGB in 0..1
     std: tuple[float, float, float]
     words: Words
+    resize: Literal["shortest", "squash"] = "shortest"  # how a picture becomes a square
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     @property
     def flat(self) -> Arrays:
@@ -112,6 +114,22 @@ def make_model(image: Tower, text: Tower, variables: Mapping[str, PyTree], **res
         batch_stats=towers(variables.get("batch_stats", {})),
         **rest,
     )
+
+
+def vit_shape(shape: tuple[int, int, int, int], patch: int) -> dict[str, Any]:
+    """The fields of a `ViT` of this width, depth, heads and MLP width: a variant where there is
+    one of that shape, else its sizes."""
+    for name, known in SIZES.items():
+        if known == shape:
+            return {"variant": f"ViT-{name}/{patch}"}
+    width, depth, heads, mlp_width = shape
+    return {
+        "variant": f"ViT-B/{patch}",
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_ratio": mlp_width / width,
+    }
 
 
 def tower_width(tower: Tower) -> int:
@@ -181,6 +199,7 @@ def write(rules: Iterable[Rule], arrays: Arrays) -> Arrays:
 
 # what libraries have stored at one time or other, and compute themselves
 _NOT_LEARNED = ("num_batches_tracked", "position_ids", "attn_mask")
+_NOT_LEARNED += ("input_resolution", "context_length", "vocab_size")  # in OpenAI's scripts
 
 
 def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) -> PyTree:

@@ -8,10 +8,13 @@ neither is told from where open_clip was loaded.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from clipx.config import ConfigError
 from clipx.interop import base
 from clipx.interop.base import Model, NotExpressible, Rule
 from clipx.models.bert import BERT
@@ -100,6 +103,75 @@ def config(model: Model) -> dict[str, Any]:
     return found
 
 
+# of timm's names of SigLIP's ViTs, and ours
+_SIGLIP = re.compile(r"vit_(base|large|so400m)_patch(\d+)_siglip(_gap)?_\d+$")
+_SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
+
+
+def image_tower(
+    section: Mapping[str, Any], embed_dim: int, size: int, guest: Mapping[str, Any], where: str
+) -> ViT | ResNet:
+    """The tower that timm makes from open_clip's section and, where that names a folder, `guest`,
+    its config. Raises `ConfigError` for another model of timm's."""
+    where, name = f"{where}: vision_cfg", section["timm_model_name"]
+    projections = {"linear": embed_dim, "none": 0}
+    _only(f"{where}.timm_proj", section.get("timm_proj", "linear"), *projections)
+    _only(f"{where}.timm_proj_bias", section.get("timm_proj_bias", False), False)
+    common = {"image_size": size, "embed_dim": projections[section.get("timm_proj", "linear")]}
+    if name in PLAIN:
+        _only(f"{where}.timm_pool", section.get("timm_pool", "avg"), "avg")
+        return ResNet(variant=name, **common)
+    pool = {"map": "attention", "avg": "mean"}
+    _only(f"{where}.timm_pool", section.get("timm_pool"), *pool)
+    common |= {"pool": pool[section["timm_pool"]], "norm_eps": _TIMM_EPS}
+    if found := _SIGLIP.match(name):
+        variant = f"ViT-{_SIGLIP_SIZES[found[1]]}/{found[2]}"
+        return ViT(variant=variant, pre_norm=False, **common)
+    args = guest.get("model_args", {})
+    if not name.startswith("local-dir:") or args.get("class_token", True):
+        known = f"{', '.join(PLAIN)}, a ViT of SigLIP's or one that clipx wrote"
+        raise ConfigError(f"{where}.timm_model_name", repr(name), known)
+    width = args["embed_dim"]
+    shape = (width, args["depth"], args["num_heads"], int(width * args["mlp_ratio"]))
+    return ViT(
+        **base.vit_shape(shape, args["patch_size"]),
+        pre_norm=args["pre_norm"],
+        activation=args["act_layer"],
+        **common,
+    )
+
+
+def text_tower(
+    section: Mapping[str, Any], embed_dim: int, guest: Mapping[str, Any], where: str
+) -> BERT:
+    """The BERT that transformers makes from open_clip's section and `guest`, the config of the
+    folder that it names. Raises `ConfigError` for another model."""
+    where = f"{where}: text_cfg"
+    if guest.get("model_type") != "bert":
+        found = f"{section['hf_model_name']!r}, and no config.json of a BERT beside it"
+        raise ConfigError(f"{where}.hf_model_name", found, "a BERT whose config lies in the folder")
+    _only(f"{where}.hf_pooler_type", section.get("hf_pooler_type"), "cls_pooler")
+    _only(f"{where}.hf_proj_type", section.get("hf_proj_type"), "linear")
+    _only("config.json: hidden_act", guest.get("hidden_act", "gelu"), "gelu")
+    _only("config.json: layer_norm_eps", guest.get("layer_norm_eps", 1e-12), 1e-12)
+    width = guest["hidden_size"]
+    return BERT(
+        vocab_size=guest["vocab_size"],
+        context=section.get("context_length", 77),
+        positions=guest["max_position_embeddings"],
+        width=width,
+        depth=guest["num_hidden_layers"],
+        heads=guest["num_attention_heads"],
+        mlp_ratio=guest["intermediate_size"] / width,
+        embed_dim=embed_dim,
+    )
+
+
+def _only(where: str, found: Any, *known: Any) -> None:
+    if found not in known:
+        raise ConfigError(where, repr(found), " or ".join(map(repr, known)))
+
+
 def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
     if tower.embed_dim:
         return base.scaled(base.dense(ours, theirs, bias=False), factor)
@@ -115,12 +187,7 @@ def vit_rules(image: ViT, width: int) -> list[Rule]:
     a, b = "params/image", "visual.trunk"
     rules = [
         base.conv(f"{a}/patch_embedding", f"{b}.patch_embed.proj"),
-        base.Rule(
-            (f"{a}/positional_embedding",),
-            (f"{b}.pos_embed",),
-            lambda x: (x[None],),
-            lambda x: (x[0],),
-        ),
+        _positions(image, channels, f"{a}/positional_embedding", b),
         *(base.norm(f"{a}/ln_pre", f"{b}.norm_pre") if image.pre_norm else ()),
     ]
     for i in range(depth):
@@ -137,9 +204,6 @@ def vit_rules(image: ViT, width: int) -> list[Rule]:
             *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
         ]
     rules += base.norm(f"{a}/ln_post", f"{b}.norm")
-    if not image.pre_norm:
-        zeros = base.constant(f"{b}.patch_embed.proj.bias", lambda: np.zeros(channels, np.float32))
-        rules.append(zeros)
     head = (image, width, f"{a}/projection", "visual.head.proj")
     if image.pool == "mean":
         return rules + _head(*head)
@@ -157,6 +221,20 @@ def vit_rules(image: ViT, width: int) -> list[Rule]:
         *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
         *_head(*head, 1 / scale),
     ]
+
+
+def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
+    """Positions and, without a norm after them, the bias of all patches alike, which is part of
+    every position."""
+    position, bias = f"{trunk}.pos_embed", f"{trunk}.patch_embed.proj.bias"
+    if image.pre_norm:
+        return base.Rule((ours,), (position,), lambda x: (x[None],), lambda x: (x[0],))
+    return base.Rule(
+        (ours,),
+        (position, bias),
+        lambda x: (x[None], np.zeros(channels, np.float32)),
+        lambda x, bias: (x[0] + bias,),
+    )
 
 
 def resnet_rules(image: ResNet, width: int) -> list[Rule]:

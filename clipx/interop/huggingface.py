@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from clipx import augment
 from clipx.config import ConfigError
 from clipx.interop import base
 from clipx.interop.base import Arrays, Model, NotExpressible, Rule
-from clipx.interop.open_clip import vit_shape
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 _ELSE = "; --format=open_clip can"
 
 
@@ -84,24 +86,25 @@ def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower) -> dict[st
         "intermediate_size": mlp_width,
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
-        "hidden_act": tower.activation,
+        "hidden_act": _ACTIVATIONS[tower.activation],
         "layer_norm_eps": tower.norm_eps,
         "attention_dropout": 0.0,
     }
 
 
 def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
-    """The shorter side to the model's size, then the centre, as in evaluation."""
+    """The shorter side to the model's size, then the centre, as in evaluation; or both sides."""
     size = model.image.image_size
+    whole, centre = {"height": size, "width": size}, model.resize == "shortest"
     return {
         "image_processor_type": f"{kind}ImageProcessor",
         "processor_class": f"{kind}Processor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "size": {"shortest_edge": size} if centre else whole,
+        "resample": _RESAMPLE[model.interpolation],
+        "do_center_crop": centre,
+        **({"crop_size": whole} if centre else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -259,7 +262,16 @@ def from_huggingface(
         for name, x in arrays.items()
     }
     scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
-    standard = (0.5,) * 3
+    seen = preprocessor or {}
+    mean, std = ((0.5,) * 3,) * 2 if siglip else (augment.OPENAI_MEAN, augment.OPENAI_STD)
+    resample = {number: name for name, number in _RESAMPLE.items()}
+    pictures = {
+        "mean": tuple(seen.get("image_mean", mean)),
+        "std": tuple(seen.get("image_std", std)),
+        # SigLIP's processor has both sides resized, CLIP's cuts the centre
+        "resize": "shortest" if seen.get("do_center_crop", not siglip) else "squash",
+        "interpolation": resample.get(seen.get("resample", 3), "bicubic"),
+    }
     shell = Model(
         image=image,
         text=text,
@@ -267,8 +279,7 @@ def from_huggingface(
         batch_stats={},
         logit_scale=np.float32(scalars.get("logit_scale", 0)).reshape(()),
         logit_bias=np.float32(scalars["logit_bias"]).reshape(()) if siglip else None,
-        mean=tuple((preprocessor or {}).get("image_mean", standard)),
-        std=tuple((preprocessor or {}).get("image_std", standard)),
+        **pictures,
         words=base.Words(
             kind="sentencepiece" if siglip else "clip_bpe",
             vocab_size=text.vocab_size,
@@ -280,21 +291,22 @@ def from_huggingface(
         ),
     )
     variables = base.read(_rules(shell, siglip), arrays, WEIGHTS)
-    rest = {k: getattr(shell, k) for k in ("logit_scale", "logit_bias", "mean", "std", "words")}
+    rest = {k: getattr(shell, k) for k in ("logit_scale", "logit_bias", "words")} | pictures
     return base.same_everywhere(base.make_model(image, text, variables, **rest), WEIGHTS)
 
 
 def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
     """Both towers by their configs; what a config leaves out is the class's default."""
     act, eps = ("gelu_pytorch_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
+    known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
     for name, section in (("vision_config", vision), ("text_config", words)):
         found = section.get("hidden_act", act)
-        if found not in ("gelu", "quick_gelu"):
-            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(found), "'gelu' or 'quick_gelu'")
+        if found not in known:
+            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(found), ", ".join(known))
 
     def common(section):
         return {
-            "activation": section.get("hidden_act", act),
+            "activation": known[section.get("hidden_act", act)],
             "norm_eps": section.get("layer_norm_eps", eps),
         }
 
@@ -306,7 +318,7 @@ def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
         vision.get("intermediate_size", 3072),
     )
     image = ViT(
-        **vit_shape(shape, vision.get("patch_size", 16 if siglip else 32)),
+        **base.vit_shape(shape, vision.get("patch_size", 16 if siglip else 32)),
         image_size=vision.get("image_size", 224),
         embed_dim=0 if siglip else config.get("projection_dim", 512),
         pool="attention" if siglip else "class",

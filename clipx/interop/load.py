@@ -3,9 +3,11 @@ file of either, and how they fit the towers of a config."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,19 +16,27 @@ import numpy as np
 from jaxtyping import Float
 
 from clipx.config import ConfigError
-from clipx.interop import base, huggingface, open_clip
+from clipx.interop import base, huggingface, open_clip, proof
 from clipx.interop.base import Model
 from clipx.models.layers import Tower, stack_blocks
+from clipx.models.vit import ViT
 from clipx.types import PyTree
 
-_OPEN_CLIP_WEIGHTS = (open_clip.WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
+_OPEN_CLIP_WEIGHTS = (
+    *(open_clip.WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_model.pt", "model.pt"),
+)
+_HUGGINGFACE_WEIGHTS = (huggingface.WEIGHTS, huggingface.WEIGHTS + ".index.json")
+_HUGGINGFACE_WEIGHTS += ("pytorch_model.bin",)
+_TORCH = (".pt", ".pth", ".bin")
 # of a tower, what changes what it says; sizes show in the arrays
 _MEANING = ("activation", "norm_eps", "heads", "pool", "pre_norm", "causal", "mask_padding")
 
 
 def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
-    """The model at `path`: a folder as open_clip or transformers writes it, or a safetensors file,
+    """The model at `path`: a folder as open_clip or transformers writes it, or a file of weights,
     whose config stands beside it or, in open_clip's names, is read off the arrays as for OpenAI's.
+    The files are safetensors, or torch's where torch is installed.
 
     Raises `ConfigError` for what is not there, is no such file, was cut short, or is of another
     architecture.
@@ -34,11 +44,11 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     file = pathlib.Path(path).expanduser()
     folder = file if file.is_dir() else file.parent
     if not file.exists():
-        raise ConfigError(where, f"nothing at {file}", "a folder or a safetensors file")
+        raise ConfigError(where, f"nothing at {file}", "a folder or a file of weights")
     own = _json(folder / open_clip.CONFIG, where)
     other = _json(folder / huggingface.CONFIG, where) or {}
     if file.is_dir():
-        names = _OPEN_CLIP_WEIGHTS if own else (huggingface.WEIGHTS,)
+        names = _OPEN_CLIP_WEIGHTS if own else _HUGGINGFACE_WEIGHTS
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None or (own is None and "model_type" not in other):
             raise ConfigError(
@@ -52,9 +62,10 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         if "text_model.final_layer_norm.weight" in arrays:
             preprocessor = _json(folder / huggingface.PREPROCESSOR, where)
             return huggingface.from_huggingface(arrays, other, preprocessor)
-        return open_clip.from_open_clip(arrays, own or _read_off(arrays, file, where))
+        return open_clip.from_open_clip(arrays, own or _read_off(arrays, file, where), other)
     except ConfigError as error:
         error.file = error.file or str(file)
+        error.where = error.where if error.where == where else f"{where}: {error.where}"
         raise
 
 
@@ -73,16 +84,55 @@ def _listed(folder: pathlib.Path) -> str:
 
 
 def _arrays(file: pathlib.Path, where: str) -> base.Arrays:
+    """Every array of a file, or of the files that an index names."""
+    if file.suffix in _TORCH:
+        return _torch_arrays(file, where)
+    if file.suffix == ".json":
+        index = (_json(file, where) or {}).get("weight_map", {})
+        parts = [_arrays(file.parent / name, where) for name in sorted(set(index.values()))]
+        return {name: x for part in parts for name, x in part.items()}
     import safetensors
-    from safetensors.numpy import load_file
+    from safetensors.flax import load_file  # which knows bfloat16, as NumPy's does not
 
     try:
-        return load_file(file)
+        with jax.default_device(proof.cpu()):
+            return {name: np.asarray(x) for name, x in load_file(file).items()}
     except (OSError, safetensors.SafetensorError) as error:
         found = f"{file} ({' '.join(str(error).split())})"
         raise ConfigError(where, found, "a whole safetensors file") from None
-    except TypeError:  # bfloat16, which NumPy has not
-        raise ConfigError(where, f"{file} with bfloat16 arrays", "float32 or float16") from None
+
+
+def _torch_arrays(file: pathlib.Path, where: str) -> base.Arrays:
+    """Every array of a file of torch's: a state, a checkpoint of open_clip's training, or a whole
+    model as OpenAI's are. Nothing else in it is run."""
+    try:
+        torch = proof.library("torch")
+    except proof.MissingLibrary as error:
+        expected = "safetensors, or torch to read this with"
+        raise ConfigError(where, f"{file}, and {error}", expected, "pip install torch") from None
+    try:
+        with proof.quiet():
+            if _is_script(file):
+                found = torch.jit.load(file, map_location="cpu").state_dict()
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        found = found.get("state_dict", found)
+        return {
+            name.removeprefix("module."): x.float().numpy()
+            for name, x in found.items()
+            if torch.is_tensor(x)
+        }
+    except Exception as error:
+        found = f"{file} ({' '.join(str(error).split())[:200]})"
+        raise ConfigError(where, found, "a whole file of torch's with arrays alone") from None
+
+
+def _is_script(file: pathlib.Path) -> bool:
+    """Whether torch wrote a whole model, code included: an archive that has such."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 def _read_off(arrays: Mapping[str, np.ndarray], file, where: str) -> dict[str, Any]:
@@ -129,46 +179,60 @@ def fit(
     text: Tower,
     *,
     mask_id: int | None = None,
-    fresh: Collection[str] = (),
+    ignore: Collection[str] = (),
+    faults: Collection[str] = (),
     where: str = "config.init_from",
 ) -> dict[str, PyTree]:
     """{"params": {"image": ..., "text": ...}, "batch_stats": ...} of `model` for these towers, in
     their layouts: positions resized where sizes differ (pictures' bicubic, texts' linear, as
     open_clip), and a row for `mask_id`, the mean of all, where the model's words have none.
 
-    fresh: what may differ, as "image.activation" for a field, or "text.projection" for arrays,
-    which are then left out. Every other difference is listed in one `ConfigError`.
+    ignore: what may differ, by patterns as file names have them: "image.activation" for a field;
+    "text.projection" for arrays, which are then left out; "text" for a whole tower. Every other
+    difference, and what the caller has found (`faults`, "name: what"), is listed in one
+    `ConfigError`.
     """
-    found: dict[str, PyTree] = {"params": {}, "batch_stats": {}}
-    faults = []
+    found: dict[str, PyTree] = {"params": {}}
+    faults = list(faults)
     for name, tower in (("image", image), ("text", text)):
+        if ignored(name, ignore):
+            continue
         given = getattr(model, name)
         if type(given) is not type(tower):
             kinds = f"{type(given).__name__}, and {type(tower).__name__} in the config"
-            raise ConfigError(where, f"config.{name}: {kinds}", "towers of one kind")
+            faults.append(f"{name}: {kinds}")
+            continue
         faults += [
             f"{name}.{field}: {_field(given, field)!r}, and {_field(tower, field)!r} in the config"
             for field in _MEANING
             if hasattr(tower, field) and _field(given, field) != _field(tower, field)
         ]
         params = dict(model.params[name])
-        _resize(params, given, tower, mask_id if name == "text" else None)
+        _resize(params, tower)
+        if name == "text":
+            _mask(params, tower, model.words.dropped, mask_id)
         _compare(name, params, tower, faults)
-        kept = {k: x for k, x in params.items() if f"{name}.{k}" not in fresh}
+        kept = {k: x for k, x in params.items() if not ignored(f"{name}.{k}", ignore)}
         stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
         found["params"][name] = jax.tree.map(np.asarray, stacked)
         if name in model.batch_stats:
-            found["batch_stats"][name] = model.batch_stats[name]
-    faults = [fault for fault in faults if fault.split(":")[0] not in fresh]
-    if faults:
+            found.setdefault("batch_stats", {})[name] = model.batch_stats[name]
+    names = [fault.split(":")[0] for fault in faults]
+    left = [fault for name, fault in zip(names, faults) if not ignored(name, ignore)]
+    if left:
+        wanted = ", ".join(dict.fromkeys(repr(fault.split(":")[0]) for fault in left))
         raise ConfigError(
             where,
-            "other towers than the config's:\n    " + "\n    ".join(faults),
-            "the same towers",
-            "change the config, or name what may differ: "
-            + ", ".join(dict.fromkeys(fault.split(":")[0] for fault in faults)),
+            "another model than the config's:\n    " + "\n    ".join(left),
+            "the same model",
+            f"change the config, or name what may differ: config.init_ignore=({wanted},)",
         )
     return found
+
+
+def ignored(name: str, patterns: Collection[str]) -> bool:
+    """Whether a pattern names it, or the tower that it belongs to."""
+    return any(fnmatch.fnmatch(n, p) for n in (name, name.partition(".")[0]) for p in patterns)
 
 
 def _field(tower: Tower, name: str) -> Any:
@@ -195,24 +259,38 @@ def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None
             faults.append(f"{name}.{key}: {shapes} in the config")
 
 
-def _resize(params: PyTree, given: Tower, tower: Tower, mask_id: int | None) -> None:
-    """Fits positions and words in place, where only their number differs."""
+def _resize(params: PyTree, tower: Tower) -> None:
+    """Fits positions in place, where only their number differs."""
     if hasattr(tower, "image_size"):
-        if "positional_embedding" in params and given.image_size != tower.image_size:
-            first = int(getattr(tower, "pool", "") == "class")
-            side = tower.image_size // tower.shape[-1] if hasattr(tower, "patch") else None
-            if side:
-                rows = params["positional_embedding"]
-                params["positional_embedding"] = resize_grid(rows, first, side)
+        _resize_picture(params, tower)
+    elif not hasattr(tower, "positions"):  # BERT's table, of which a text takes the first
+        rows = params["positional_embedding"]
+        if len(rows) != tower.context:
+            params["positional_embedding"] = resize_line(rows, tower.context)
+
+
+def _mask(params: PyTree, tower: Tower, given: int | None, wanted: int | None) -> None:
+    """Takes the row of the mask out of the table of words, or puts one in, the mean of all."""
+    table = params["token_embedding"]
+    if given is not None and wanted is None and len(table) == tower.vocab_size + 1:
+        params["token_embedding"] = np.delete(table, given, axis=0)
+    if given is None and wanted is not None and len(table) == tower.vocab_size - 1:
+        params["token_embedding"] = np.insert(table, wanted, table.mean(axis=0), axis=0)
+
+
+def _resize_picture(params: PyTree, tower: Tower) -> None:
+    """The positions of patches, or those of a modified ResNet's last map."""
+    if isinstance(tower, ViT):
+        first, side = int(tower.pool == "class"), tower.image_size // tower.shape[-1]
+    elif tower.modified:
+        params["pool"] = params = dict(params["pool"])
+        first, side = 1, tower.image_size // 2 ** (len(tower.shape[0]) + 1)
+    else:
         return
     rows = params["positional_embedding"]
-    if len(rows) != tower.context and not hasattr(tower, "positions"):
-        shape = (tower.context, rows.shape[1])
-        resized = jax.image.resize(rows, shape, "linear", antialias=False)
-        params["positional_embedding"] = np.asarray(resized)
-    words = params["token_embedding"]
-    if mask_id is not None and len(words) == tower.vocab_size - 1:
-        params["token_embedding"] = np.insert(words, mask_id, words.mean(axis=0), axis=0)
+    old = round((len(rows) - first) ** 0.5)
+    if old != side and len(rows) == first + old**2:
+        params["positional_embedding"] = resize_grid(rows, first, side)
 
 
 def resize_grid(rows: Float[np.ndarray, "n c"], first: int, side: int) -> Float[np.ndarray, "m c"]:
@@ -223,3 +301,9 @@ def resize_grid(rows: Float[np.ndarray, "n c"], first: int, side: int) -> Float[
     grid = grid.reshape(old, old, -1)
     grid = jax.image.resize(grid, (side, side, grid.shape[-1]), "cubic", antialias=True)
     return np.concatenate([kept, np.asarray(grid).reshape(side * side, -1)])
+
+
+def resize_line(rows: Float[np.ndarray, "n c"], length: int) -> Float[np.ndarray, "m c"]:
+    """Positions of a text for one of another length, linear (open_clip, resize_text_pos_embed)."""
+    shape = (length, rows.shape[1])
+    return np.asarray(jax.image.resize(rows, shape, "linear", antialias=False))

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from clipx import augment
 from clipx.config import ConfigError
 from clipx.interop import base, guests
 from clipx.interop.base import Arrays, Model, NotExpressible, Rule
 from clipx.models.bert import BERT
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
-from clipx.models.vit import SIZES, ViT
+from clipx.models.vit import ViT
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 _PADDED = "texts whose padding is not attended to, which its config has no word for"
@@ -53,8 +54,8 @@ def describe(model: Model, folder: str = "") -> dict[str, Any]:
             "mode": "RGB",
             "mean": list(model.mean),
             "std": list(model.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": model.interpolation,
+            "resize_mode": model.resize,
         },
     }
 
@@ -75,17 +76,23 @@ def _activation(model: Model) -> dict[str, bool]:
     towers = [t for t in (model.image, model.text) if hasattr(t, "activation")]
     if getattr(model.image, "pool", "class") != "class":
         towers.remove(model.image)  # timm's, whose file says its own
-    found = {tower.activation for tower in towers}
-    if len(found) > 1:
+    quick = {tower.activation == "quick_gelu" for tower in towers}
+    if len(quick) > 1:
         raise NotExpressible(
-            "open_clip has one activation for both towers, and these have GELU and QuickGELU; "
-            "--format=huggingface has one for each"
+            "open_clip has QuickGELU for both towers or for none, and here it is one's; "
+            "--format=huggingface has an activation for each"
         )
-    return {"quick_gelu": True} if found == {"quick_gelu"} else {}
+    return {"quick_gelu": True} if quick == {True} else {}
 
 
-def _norm_config(tower) -> dict[str, Any]:
-    return {} if tower.norm_eps == 1e-5 else {"norm_kwargs": {"eps": tower.norm_eps}}
+def _own_config(tower) -> dict[str, Any]:
+    """What a section says of one tower's norms and activation where they are not the usual."""
+    found: dict[str, Any] = {}
+    if tower.norm_eps != 1e-5:
+        found["norm_kwargs"] = {"eps": tower.norm_eps}
+    if tower.activation == "gelu_tanh":
+        found["act_kwargs"] = {"approximate": "tanh"}
+    return found
 
 
 def _vision_config(image, folder: str) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def _vision_config(image, folder: str) -> dict[str, Any]:
             "head_width": width // heads,
             "mlp_ratio": base.ratio(mlp_width, width),
             **({} if image.pre_norm else {"no_ln_pre": True}),
-            **_norm_config(image),
+            **_own_config(image),
         }
     if not isinstance(image, ResNet):
         raise NotExpressible(f"open_clip has no image tower like {type(image).__name__}")
@@ -144,7 +151,7 @@ def _text_config(model: Model, folder: str) -> dict[str, Any]:
         **({} if text.causal else {"no_causal_mask": True}),
         **({"proj_bias": True} if text.embed_dim and text.projection_bias else {}),
         **({} if words.plain else {"hf_tokenizer_name": "."}),  # in a folder: the folder itself
-        **_norm_config(text),
+        **_own_config(text),
     }
 
 
@@ -247,20 +254,22 @@ _ONLY = {
     "attentional_pool": False,
     "pos_embed_type": "learnable",
     "final_ln_after_pool": False,
-    "act_kwargs": None,
     "block_type": None,
     **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), False),
     **dict.fromkeys(("scale_attn", "scale_fc", "embed_cls"), False),
-    "timm_model_name": None,
-    "hf_model_name": None,
     "proj_type": "linear",
 }
 
 
-def from_open_clip(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Model:
+def from_open_clip(
+    arrays: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    guest: Mapping[str, Any] | None = None,
+) -> Model:
     """The model of an open_clip folder: its arrays, and its config as JSON has it.
 
-    Raises `ConfigError` for what our towers have not, and for arrays that do not fit the config.
+    guest: the `config.json` beside it, of towers that timm and transformers make. Raises
+    `ConfigError` for what our towers have not, and for arrays that do not fit the config.
     """
     model, preprocess = config.get("model_cfg", config), config.get("preprocess_cfg", {})
     where = CONFIG
@@ -273,24 +282,29 @@ def from_open_clip(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) 
                 )
     if "multimodal_cfg" in model:
         raise ConfigError(f"{where}: multimodal_cfg", "a CoCa model", "two towers alone")
-    arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
     try:
-        image, text = _vision_tower(model, arrays), _text_tower(model, arrays)
+        image, text = _vision_tower(model, guest or {}), _text_tower(model, guest or {})
+        width = model["embed_dim"]
     except KeyError as error:
         raise ConfigError(where, f"no {error}", "a config as open_clip writes it") from None
-    rules = _rules(image, text, model["embed_dim"], None)
+    arrays = dict(arrays)
+    if isinstance(text, TextTransformer):
+        arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
+    rules = _rules(image, text, width, None)
+    if model["vision_cfg"].get("timm_proj") == "none":
+        rules = [rule for rule in rules if rule.theirs != ("visual.head.proj.weight",)]
     rest = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
     variables = base.read(rules, arrays, WEIGHTS)
+    plain = not model["text_cfg"].get("hf_tokenizer_name")
     words = base.Words(
-        kind="clip_bpe",
+        kind="wordpiece" if isinstance(text, BERT) else "clip_bpe" if plain else "sentencepiece",
         vocab_size=text.vocab_size,
         context=text.context,
         pad_id=text.pad_id,
         sot_id=text.eot_id - 1,
         eot_id=text.eot_id,
-        plain=not model["text_cfg"].get("hf_tokenizer_name"),
+        plain=plain,
     )
-    openai = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     return base.same_everywhere(
         base.make_model(
             image,
@@ -298,26 +312,35 @@ def from_open_clip(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) 
             variables,
             logit_scale=np.float32(rest["logit_scale"]).reshape(()),
             logit_bias=np.float32(rest["logit_bias"]).reshape(()) if "logit_bias" in rest else None,
-            mean=tuple(preprocess.get("mean", openai[0])),
-            std=tuple(preprocess.get("std", openai[1])),
+            mean=tuple(preprocess.get("mean", augment.OPENAI_MEAN)),
+            std=tuple(preprocess.get("std", augment.OPENAI_STD)),
             words=words,
+            resize=preprocess.get("resize_mode", "shortest"),
+            interpolation=preprocess.get("interpolation", "bicubic"),
         ),
         WEIGHTS,
     )
 
 
 def _common(model, cfg) -> dict[str, Any]:
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    if kwargs := cfg.get("act_kwargs"):
+        if kwargs != {"approximate": "tanh"} or model.get("quick_gelu"):
+            raise ConfigError(f"{CONFIG}: act_kwargs", repr(kwargs), "{'approximate': 'tanh'}")
+        activation = "gelu_tanh"
     return {
         "embed_dim": model["embed_dim"],
-        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "activation": activation,
         "norm_eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
 
 
-def _vision_tower(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]):
+def _vision_tower(model: Mapping[str, Any], guest: Mapping[str, Any]) -> ViT | ResNet:
     cfg = model["vision_cfg"]
     size = cfg.get("image_size", 224)
     size = size if isinstance(size, int) else size[0]
+    if cfg.get("timm_model_name"):
+        return guests.image_tower(cfg, model["embed_dim"], size, guest, CONFIG)
     layers, width = cfg.get("layers", 12), cfg.get("width", 768)
     if not isinstance(layers, int):
         known = {v: k for k, v in MODIFIED.items()}
@@ -332,31 +355,17 @@ def _vision_tower(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]):
     heads = width // cfg.get("head_width", 64)
     shape = (width, layers, heads, int(width * cfg.get("mlp_ratio", 4.0)))
     return ViT(
-        **vit_shape(shape, cfg.get("patch_size", 16)),
+        **base.vit_shape(shape, cfg.get("patch_size", 16)),
         image_size=size,
         pre_norm=not cfg.get("no_ln_pre", False),
         **_common(model, cfg),
     )
 
 
-def vit_shape(shape: tuple[int, int, int, int], patch: int) -> dict[str, Any]:
-    """The fields of a `ViT` of this width, depth, heads and MLP width: a variant where there is
-    one of that shape, else its sizes."""
-    for name, known in SIZES.items():
-        if known == shape:
-            return {"variant": f"ViT-{name}/{patch}"}
-    width, depth, heads, mlp_width = shape
-    return {
-        "variant": f"ViT-B/{patch}",
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "mlp_ratio": mlp_width / width,
-    }
-
-
-def _text_tower(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TextTransformer:
+def _text_tower(model: Mapping[str, Any], guest: Mapping[str, Any]) -> TextTransformer | BERT:
     cfg = model["text_cfg"]
+    if cfg.get("hf_model_name"):
+        return guests.text_tower(cfg, model["embed_dim"], guest, CONFIG)
     words, pool = cfg.get("vocab_size", 49408), cfg.get("pool_type", "argmax")
     if pool not in ("argmax", "eos", "last"):
         raise ConfigError(f"{CONFIG}: text_cfg.pool_type", repr(pool), "'argmax', 'eos' or 'last'")

@@ -148,13 +148,13 @@ def ours(
         raw = np.asarray(jax.jit(tower.apply)(variables, x).raw, np.float32)
         return np.pad(raw, ((0, 0), (0, model.width - raw.shape[1])))
 
-    with jax.default_device(_cpu()), jax.default_matmul_precision("highest"):
+    with jax.default_device(cpu()), jax.default_matmul_precision("highest"):
         image = rows("image", augment.normalize(np.stack(images), model.mean, model.std))
         text = rows("text", np.asarray(ids, np.int32))
     return Said(image, text, logits(image, text, model.logit_scale, model.logit_bias))
 
 
-def _cpu() -> jax.Device:
+def cpu() -> jax.Device:
     """The host; where JAX was told to leave it alone, the first device."""
     try:
         return jax.devices("cpu")[0]

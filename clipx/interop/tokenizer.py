@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clipx.interop.base import NotExpressible, Words
@@ -10,6 +14,7 @@ from clipx.interop.base import NotExpressible, Words
 if TYPE_CHECKING:
     import tokenizers
 
+CLIPX = "clipx_tokenizer.json"  # all of a clipx tokenizer, which no library reads
 # of OpenAI's 48,894 merges, one a line
 OPENAI_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 _MARKS = {
@@ -43,6 +48,18 @@ def cleaning(rule: str, lower: bool) -> list[Any]:
         "none": [],
     }[rule]
     return [*first, *collapse, *case]
+
+
+def unpacked(saved: Mapping[str, Any]) -> str:
+    """The merges or word pieces that a clipx tokenizer saved."""
+    return zlib.decompress(base64.b64decode(saved["payload"])).decode("utf-8")
+
+
+def is_openai(saved: Mapping[str, Any]) -> bool:
+    """Whether a CLIP tokenizer of clipx has OpenAI's merges; one without a payload does."""
+    if not saved["payload"]:
+        return True
+    return hashlib.sha256(unpacked(saved).encode()).hexdigest() == OPENAI_MERGES
 
 
 def clip_files(merges: str, vocabulary: dict[str, int], context: int) -> dict[str, str]:

@@ -1,0 +1,226 @@
+"""What `config.init_from` is, and how it fits a run: a workdir of clipx, or a model as open_clip or
+transformers keep it, with the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from clipx import config as configs
+from clipx.checkpoint import read_json
+from clipx.config import ConfigError
+from clipx.data import tokenizers
+from clipx.data.tokenizers import Tokenizer, TokenizerConfig
+from clipx.interop import base, load, proof
+from clipx.interop import tokenizer as formats
+from clipx.interop.base import Model, Words
+from clipx.models.bert import BERT
+from clipx.models.text import TextTransformer
+from clipx.objectives.base import Objective
+from clipx.types import PyTree, TrainState
+
+WHERE = "config.init_from"
+_SCALARS = ("logit_scale", "logit_bias")
+
+
+def workdir(path: str) -> tuple[pathlib.Path, str] | None:
+    """The workdir that `path` is, or whose checkpoint it is, and the step, "" for none; None where
+    it is something else."""
+    folder = pathlib.Path(path).expanduser().absolute()
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return folder.parents[1], folder.name
+    return (folder, "") if (folder / "checkpoints").is_dir() else None
+
+
+def split(
+    objective: Objective, tokenizer: Tokenizer, state: TrainState
+) -> tuple[Model, dict[str, np.ndarray]]:
+    """The two towers of a run's state, with what a score needs beside them, and every other array
+    that was learned or kept: heads, queues, prototypes and the mask's embedding."""
+    params = jax.tree.map(np.asarray, state.params)
+    scale = params.get("logit_scale", _critics_scale(params))
+    cap = getattr(objective, "logit_scale_cap", None)
+    scale = scale if cap is None else min(scale, np.log(cap))
+    model = base.make_model(
+        objective.image,
+        objective.text,
+        {"params": params, "batch_stats": jax.tree.map(np.asarray, state.batch_stats)},
+        logit_scale=np.float32(scale),
+        logit_bias=np.float32(params["logit_bias"]) if "logit_bias" in params else None,
+        mean=tuple(objective.mean),
+        std=tuple(objective.std),
+        words=words(tokenizer),
+    )
+    rest = {
+        "params": {k: v for k, v in params.items() if k not in ("image", "text", *_SCALARS)},
+        "batch_stats": {k: v for k, v in state.batch_stats.items() if k not in ("image", "text")},
+        "memory": state.memory,
+    }
+    heads = traverse_util.flatten_dict({k: v for k, v in rest.items() if v}, sep="/")
+    heads = {name: np.asarray(x) for name, x in heads.items()}
+    gone = model.words.dropped
+    if gone is not None:
+        heads["params/mask_embedding"] = model.params["text"]["token_embedding"][gone]
+    return model, heads
+
+
+def _critics_scale(params: Mapping[str, Any]) -> np.ndarray:
+    """The scale inside a head, where the objective has none itself; the logarithm of 1 if none."""
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    found = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
+    return found[0] if found else np.float32(0)
+
+
+def words(tokenizer: Tokenizer) -> Words:
+    """A tokenizer's ids, as the formats know them."""
+    config = tokenizer.config
+    ids = ("vocab_size", "context", "pad_id", "sot_id", "eot_id", "mask_id")
+    plain = config.name == "clip_bpe" and config.cleaning == "clip"
+    return Words(
+        kind=config.name,
+        **{name: getattr(config, name) for name in ids},
+        plain=plain and formats.is_openai(tokenizer.save()),
+    )
+
+
+def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tokenizer saved, without the mask's id, which no text gives."""
+    config = dict(saved["config"])
+    if config["mask"] and config["name"] != "wordpiece":
+        config["vocab_size"] -= 1
+    return {**saved, "config": {**config, "mask": False}}
+
+
+def open_tokenizer(path: str) -> Tokenizer | None:
+    """The tokenizer of the model at `path`; None where it is none of ours. No weight is read."""
+    file = pathlib.Path(path).expanduser()
+    if found := workdir(path):
+        saved = found[0] / "tokenizer.json"
+    else:
+        saved = (file if file.is_dir() else file.parent) / formats.CLIPX
+        if not saved.is_file():
+            return None
+    try:
+        return tokenizers.load(read_json(saved))
+    except ConfigError as error:
+        error.where = WHERE
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(WHERE, f"{saved} ({error})", "a tokenizer that clipx wrote") from None
+
+
+def openai_tokenizer(model: Model) -> Tokenizer | None:
+    """CLIP's own, where a model of another library has its words."""
+    if not model.words.plain or model.words.vocab_size != TokenizerConfig("clip_bpe").vocab_size:
+        return None
+    return tokenizers.build(TokenizerConfig("clip_bpe", context=model.words.context))
+
+
+def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer | None:
+    """The given tokenizer under `config`, where that would train a SentencePiece model of its own
+    and has room for this one; else None."""
+    own = config.name == "sentencepiece" and not config.path
+    if given is None or given.config.name != config.name or not own:
+        return None
+    if config.vocab_size - config.mask != given.config.vocab_size - given.config.mask:
+        return None
+    return tokenizers.load(given.save() | {"config": dataclasses.asdict(config)})
+
+
+def fit(
+    objective: Objective,
+    params: PyTree,
+    config: TokenizerConfig,
+    tokenizer: Tokenizer | None,
+    model: Model,
+    given: Tokenizer | None,
+    ignore: Collection[str],
+) -> dict[str, PyTree]:
+    """The entries of a run's `params` and `batch_stats` that come from `model`: both towers and the
+    scalars of the score. Heads are not among them.
+
+    params: the run's, abstract. tokenizer, given: the run's and the model's, where they are known.
+    Raises `ConfigError` with all that differs and is not named in `ignore` (`load.fit`).
+    """
+    faults = []
+    for name in ("mean", "std"):
+        a, b = getattr(model, name), getattr(objective, name)
+        if not np.allclose(a, b, rtol=0, atol=1e-6):
+            faults.append(f"{name}: {tuple(a)}, and {tuple(b)} in the config's objective")
+    if (model.resize, model.interpolation) != ("shortest", "bicubic"):
+        found = f"{model.resize}, {model.interpolation}"
+        faults.append(f"preprocessing: {found}, and shortest, bicubic here")
+    for name in _SCALARS:
+        a, b = getattr(model, name) is not None, name in params
+        if a != b:
+            faults.append(f"{name}: {'one' if a else 'none'}, and {'one' if b else 'none'} here")
+    if not load.ignored("text", ignore):
+        faults += _other_words(model, config, tokenizer, given)
+    mask_id = config.mask_id if config.name != "wordpiece" else None
+    found = load.fit(
+        model, objective.image, objective.text, mask_id=mask_id, ignore=ignore, faults=faults
+    )
+    for name in _SCALARS:
+        value = getattr(model, name)
+        if name in params and value is not None and not load.ignored(name, ignore):
+            found["params"][name] = np.asarray(value, np.float32)
+    return found
+
+
+def _other_words(model, config: TokenizerConfig, tokenizer, given) -> list[str]:
+    """A line for all that a text's ids differ in."""
+    theirs, faults = model.words.without_mask(), []
+    if theirs.kind != config.name:
+        return [f"tokenizer.name: {theirs.kind!r}, and {config.name!r} in the config"]
+    moved = config.name != "wordpiece" and config.mask
+    end = config.eot_id - (moved and config.mask_id < config.eot_id)
+    if theirs.eot_id != end:
+        faults.append(f"tokenizer.eot_id: {theirs.eot_id}, and {end} in the config")
+    if given is None or tokenizer is None:
+        return faults
+    if given.config.cleaning != config.cleaning:
+        a, b = given.config.cleaning, config.cleaning
+        faults.append(f"tokenizer.cleaning: {a!r}, and {b!r} in the config")
+    elif any(given.body(text) != tokenizer.body(text) for text in proof.CAPTIONS):
+        faults.append("tokenizer: the same captions are cut into other tokens")
+    return faults
+
+
+def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A config's objective, towers and tokenizer that are those of a model. Raises `ConfigError`
+    where its tokenizer is none of ours."""
+    if tokenizer is None:
+        raise ConfigError(
+            "--init_from",
+            f"{path}, whose texts are cut by a tokenizer that clipx has not",
+            f"CLIP's own words, or {formats.CLIPX} in the folder, which clipx.export writes",
+        )
+    config = dataclasses.replace(tokenizer.config, context=model.text.context)
+    given = ("vocab_size", "context", "eot_id", "pad_id")
+    for name in ("vocab_size", "eot_id"):
+        if getattr(config, name) != getattr(model.text, name):
+            found = f"{getattr(config, name)}, and {getattr(model.text, name)} in {path}"
+            raise ConfigError(f"{formats.CLIPX}: {name}", found, "the tokenizer of this model")
+
+    def tower(module) -> dict[str, Any]:
+        name = type(module).__module__.rpartition(".")[2]
+        return {"name": name} | configs.dump(
+            module, given if isinstance(module, (TextTransformer, BERT)) else ()
+        )
+
+    return {
+        "objective": {
+            "name": "clip" if model.logit_bias is None else "siglip",
+            "mean": list(model.mean),
+            "std": list(model.std),
+        },
+        "image": tower(model.image),
+        "text": tower(model.text),
+        "tokenizer": dataclasses.asdict(config) | {"path": ""},
+    }
