@@ -28,9 +28,14 @@ from clipx.models.vit import ViT
 
 NO_TRANSFORMERS = missing("torch", "transformers")
 with_transformers = pytest.mark.skipif(bool(NO_TRANSFORMERS), reason=NO_TRANSFORMERS or "-")
-SIGLIP = (
-    ViT(**VIT | {"pool": "attention", "pre_norm": False}, dtype="float32", embed_dim=0),
-    {"causal": False, "pool": "last", "embed_dim": 32, "dtype": "float32"},
+SIGLIP = (  # Google's: GELU by tanh
+    ViT(
+        **VIT | {"pool": "attention", "pre_norm": False, "activation": "gelu_tanh"},
+        dtype="float32",
+        embed_dim=0,
+    ),
+    {"causal": False, "pool": "last", "embed_dim": 32, "dtype": "float32"}
+    | {"activation": "gelu_tanh"},
 )
 
 
