@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipx import config as configs
-from clipx import flops
+from clipx import flops, pretrained
 from clipx import mesh as meshes
-from clipx import pretrained
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import ConfigError, bind, duration
 from clipx.data import pipeline, tokenizers
