@@ -7,26 +7,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from clipx.losses.contrastive import (
-    _NEVER,
-    _check,
-    _first_row,
-    _gather,
-    _spread,
-    _stranger,
-    _tiles,
+from clipx.losses.tiles import (
+    NEVER,
+    check_pairs,
+    first_row,
+    gather,
+    spread,
+    stranger,
+    tiles,
+    wide,
 )
 
 
 def _scores(a, b, a_mask, b_mask):
     """Of every row of a with every row of b: the mean, over a's tokens that count, of the largest
     product with one of b's that counts."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
     products = jnp.einsum(
-        "ind,tmd->intm", a, b, preferred_element_type=wide, precision=lax.Precision.HIGHEST
+        "ind,tmd->intm", a, b, preferred_element_type=wide(a), precision=lax.Precision.HIGHEST
     )
     if b_mask is not None:
-        products = jnp.where(b_mask, products, _NEVER)
+        products = jnp.where(b_mask, products, NEVER)
     best = jnp.max(products, axis=3)
     if a_mask is None:
         return jnp.mean(best, axis=1)
@@ -39,11 +39,12 @@ def _select(a, b, a_mask, b_mask, top_k):
     the same row's tokens of b. That sum is one product, with the sum of b's tokens."""
     if top_k is None or top_k >= a.shape[1]:
         return a, a_mask
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    b = b.astype(wide) if b_mask is None else jnp.where(b_mask[..., None], b, 0).astype(wide)
-    score = jnp.sum(lax.stop_gradient(a.astype(wide) * jnp.sum(b, axis=1, keepdims=True)), axis=2)
+    b = b.astype(wide(a)) if b_mask is None else jnp.where(b_mask[..., None], b, 0).astype(wide(a))
+    score = jnp.sum(
+        lax.stop_gradient(a.astype(wide(a)) * jnp.sum(b, axis=1, keepdims=True)), axis=2
+    )
     if a_mask is not None:
-        score = jnp.where(a_mask, score, _NEVER)
+        score = jnp.where(a_mask, score, NEVER)
     index = lax.top_k(score, top_k)[1]
     kept = jnp.take_along_axis(a, index[..., None], axis=1)
     return kept, None if a_mask is None else jnp.take_along_axis(a_mask, index, axis=1)
@@ -68,7 +69,7 @@ def token_similarity(
         a, a_mask = rows
         return carry, _scores(a, b, a_mask, b_mask)
 
-    return _tiles(tile, (), (a, a_mask), chunk, a.shape[1] * b.shape[0] * b.shape[1], ())[1]
+    return tiles(tile, (), (a, a_mask), chunk, a.shape[1] * b.shape[0] * b.shape[1], ())[1]
 
 
 def late_interaction(
@@ -92,32 +93,32 @@ def late_interaction(
     that counts. `scale` is positive; `groups` and `chunk` as in `info_nce`. Source: FILIP
     (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
     """
-    _check(a[:, 0], b[:, 0], groups)
+    check_pairs(a[:, 0], b[:, 0], groups)
     total = a.shape[0]
+    size = total // groups if groups > 1 else None
 
     def local(axes, rows, scalars):
         a, b, a_mask, b_mask = rows
         (scale,) = scalars
-        index = _first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
 
         def toward(x, x_mask, y, y_mask):
-            y, y_mask = _gather(y, axes), _gather(y_mask, axes)
+            y, y_mask = gather(y, axes), gather(y_mask, axes)
 
             def tile(carry, rows, valid):
                 x, x_mask, index = rows
                 logits = scale * _scores(x, y, x_mask, y_mask)
                 if groups > 1:
-                    foreign = _stranger(index, None, total, None, groups)
-                    logits = jnp.where(foreign, _NEVER, logits)
+                    foreign = stranger(index, None, jnp.arange(total), None, size)
+                    logits = jnp.where(foreign, NEVER, logits)
                 match = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
                 return carry, jax.nn.logsumexp(logits, axis=1) - match
 
             each = x.shape[1] * y.shape[0] * y.shape[1]
-            return _tiles(tile, (), (x, x_mask, index), chunk, each, axes)[1]
+            return tiles(tile, (), (x, x_mask, index), chunk, each, axes)[1]
 
         a_kept = _select(a, b, a_mask, b_mask, top_k)
         b_kept = _select(b, a, b_mask, a_mask, top_k)
         return 0.5 * toward(a, a_mask, *b_kept) + 0.5 * toward(b, b_mask, *a_kept)
 
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return _spread(local, (a, b, a_mask, b_mask), (jnp.asarray(scale, wide),))
+    return spread(local, (a, b, a_mask, b_mask), (jnp.asarray(scale, wide(a)),))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
-from clipx.losses.contrastive import _spread
+from clipx.losses.tiles import spread
 
 _TILE = 2**24  # logits of one tile when `chunk` is None: 64 MiB of float32
 
@@ -181,4 +181,4 @@ def masked_lm(
         return jnp.sum(loss.reshape(b, n), axis=1), jnp.sum(selected, axis=1, dtype=jnp.int32)
 
     rows, shared = jax.tree.map(jnp.asarray, ((states, targets, selected), (kernel, bias)))
-    return _spread(local, rows, shared)
+    return spread(local, rows, shared)

@@ -1,0 +1,71 @@
+"""Neighbours of rows in a queue of earlier ones."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from clipx.losses.tiles import first_row, product, spread, tiles, wide
+from clipx.types import batch_axes
+
+
+def nearest(
+    query: Float[Array, "b d"], bank: Float[Array, "*g k d"], *, chunk: int | None = None
+) -> Float[Array, "b d"]:
+    """The bank's row of largest cosine with each row of `query`, as it is stored; ties: the first.
+
+    No gradient flows. The bank is whole on every device and searched in tiles of `chunk` rows of
+    `query`. A bank [g k d] holds one for each of g groups of b/g rows, as g devices that share
+    nothing would. Source: DeCLIP (arXiv 2110.05208), section 3.2.
+    """
+    groups = bank.shape[0] if bank.ndim == 3 else 1
+    if query.shape[0] % groups:
+        raise ValueError(f"{query.shape[0]} rows do not divide into {groups} banks")
+    size = query.shape[0] // groups
+
+    def search(axes, query, bank):
+        norm = jnp.sqrt(jnp.sum(jnp.square(bank.astype(wide(bank))), axis=-1))
+        inverse = 1 / jnp.maximum(norm, 1e-12)
+
+        def tile(carry, query, valid):
+            return carry, jnp.argmax(product(query, bank) * inverse, axis=1)
+
+        return bank[tiles(tile, (), query, chunk, bank.shape[0], axes)[1]]
+
+    def local(axes, rows, scalars):
+        (query,), (bank,) = rows, scalars
+        if bank.ndim == 2:
+            return search(axes, query, bank)
+        block = math.gcd(query.shape[0], size)  # rows of one device and of one group
+        blocks = query.reshape(-1, block, query.shape[1])
+        first = first_row(axes, query.shape[0]) + block * jnp.arange(blocks.shape[0])
+        found = lax.map(lambda x: search(axes, x[0], bank[x[1]]), (blocks, first // size))
+        return found.reshape(query.shape[0], -1)
+
+    return spread(local, (lax.stop_gradient(query),), (lax.stop_gradient(bank),))
+
+
+def enqueue(
+    queue: Float[Array, "*g k d"], pointer: Int[Array, ""], rows: Float[Array, "b d"]
+) -> tuple[Float[Array, "*g k d"], Int[Array, ""]]:
+    """The queue with `rows` written from `pointer` on, and the next pointer.
+
+    Rows that reach or pass the end put the pointer back to 0, and those beyond it are dropped, as
+    DeCLIP's memory bank has it (memory_bank.py): nothing wraps. Call `nearest` first: a batch is
+    not to find itself. A queue [g k d] has one for each of g groups of b/g rows. No gradient flows.
+    """
+    rows = lax.stop_gradient(rows).astype(queue.dtype)
+    if batch_axes():  # the queue is whole on every device
+        rows = lax.with_sharding_constraint(rows, P())
+    groups = queue.shape[0] if queue.ndim == 3 else 1
+    if rows.shape[0] % groups:
+        raise ValueError(f"{rows.shape[0]} rows do not divide into {groups} queues")
+    rows = rows.reshape(*queue.shape[:-2], -1, rows.shape[-1])
+    end = pointer + rows.shape[-2]
+    places = pointer + jnp.arange(rows.shape[-2])
+    queue = jnp.asarray(queue).at[..., places, :].set(rows, mode="drop", unique_indices=True)
+    return queue, jnp.where(end >= queue.shape[-2], 0, end).astype(pointer.dtype)
