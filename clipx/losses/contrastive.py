@@ -27,6 +27,8 @@ from clipx.losses.tiles import (
     first_row,
     gather,
     matches,
+    narrow,
+    narrow_product,
     product,
     spread,
     stranger,
@@ -263,11 +265,11 @@ def _rows(values, ids, masked):
 def _score(like, size, *, itself=True):
     """scale·a·b [c, t] of rows like these, plus a bias if there is one; `NEVER` for strangers and,
     unless `itself`, for a row and the one of its own number."""
-    dtype = ring.narrow(like)
+    dtype = narrow(like)
 
     def score(rows, visitors, scalars):
         scale, *bias = scalars
-        logits = scale * ring.product(rows.values, visitors.values, dtype)
+        logits = scale * narrow_product(rows.values, visitors.values, dtype)
         logits = logits + bias[0] if bias else logits
         if rows.constants is None:
             return logits

@@ -92,8 +92,38 @@ def tiles(fn, carry, rows, chunk, total, axes):
 
 def product(a, b):
     """a @ b.T, accumulated in float32 at least and never rounded below the inputs' own dtype."""
+    if a.dtype == b.dtype == jnp.bfloat16:
+        return narrow_product(a.astype(jnp.float32), b.astype(jnp.float32), jnp.bfloat16)
     highest = lax.Precision.HIGHEST
     return jnp.einsum("id,jd->ij", a, b, preferred_element_type=wide(a), precision=highest)
+
+
+def narrow(x):
+    """The dtype in which rows of x are multiplied: theirs where a gradient fits its range."""
+    return jnp.bfloat16 if x.dtype == jnp.bfloat16 else wide(x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def narrow_product(a, b, dtype):
+    """a @ b.T of wide rows that were of `dtype` before, at that dtype's speed in both passes: three
+    products of bfloat16 instead of one, and twice six of float32."""
+    return _einsum("id,jd->ij", a, b, dtype)
+
+
+def _einsum(how, a, b, dtype):
+    a, b, out = a.astype(dtype), b.astype(dtype), wide(a)
+    highest = lax.Precision.HIGHEST
+    return jnp.einsum(how, a, b, preferred_element_type=out, precision=highest)
+
+
+def _narrow_backward(dtype, rows, slopes):
+    a, b = rows
+    return _einsum("ij,jd->id", slopes, b, dtype), _einsum("ij,id->jd", slopes, a, dtype)
+
+
+narrow_product.defvjp(
+    lambda a, b, dtype: (_einsum("id,jd->ij", a, b, dtype), (a, b)), _narrow_backward
+)
 
 
 def matches(a, b):
