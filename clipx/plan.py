@@ -181,6 +181,7 @@ def _names(flag: str) -> list[str]:
 
 def main(overrides: list[tuple[str, str]]) -> int:
     jax.config.update("jax_platforms", "cpu")  # what is here has no part in it
+    jax.config.update("jax_enable_compilation_cache", False)  # what is not here reads none
     if flags.FLAGS.losses:
         from clipx import plan_losses
 

@@ -95,11 +95,13 @@ class Run:
     def with_microbatches(self, count: int) -> Run:
         """The same run with so many micro-batches, as config.json will have it."""
         train = dataclasses.replace(self.config.train, microbatches=count)
-        return dataclasses.replace(
+        run = dataclasses.replace(
             self,
             config=dataclasses.replace(self.config, train=train),
             complete={**self.complete, "train": configs.dump(train)},
         )
+        run.__dict__.update({k: v for k, v in self.__dict__.items() if k == "model_flops"})
+        return run
 
     def with_data(self, rows: int, tokenizer: tokenizers.Tokenizer) -> Run:
         """The same run over a data set of so many rows: lengths in epochs become steps."""

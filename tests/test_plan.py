@@ -1,0 +1,230 @@
+"""What is predicted of a step: counted FLOPs, memory that is there or not, micro-batches that fit,
+and the same beside what a run measures."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_topology import libtpu
+from test_train import ROOT, SMALL, rows, small
+
+from clipx import analytic, flops, plan, predict, topology
+from clipx import train as training
+from clipx.checkpoint import Checkpoints
+from clipx.config import ConfigError
+from clipx.run import assemble
+
+GIB = 2**30
+
+
+def assembled(*overrides, devices=1):
+    return assemble(small(*overrides), jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def one():
+    return assembled()
+
+
+def found(**changes):
+    """A prediction of a step that fits."""
+    memory = {"parameters": GIB, "program": GIB // 4}
+    values = dict(devices=2, device_kind="TPU v5 lite", batch=64, microbatches=1, memory=memory)
+    values |= dict(peak=2 * GIB, limit=16 * GIB, flops=10**12, step_flops=10**12, seconds=0.1)
+    return predict.Prediction(**values | changes)
+
+
+def count(f, *args):
+    return flops.total(flops.products(jax.make_jaxpr(f)(*args)))
+
+
+def test_products_are_counted():
+    a, b = jnp.ones((2, 3, 5)), jnp.ones((2, 5, 7))
+    product = 2 * 2 * 3 * 5 * 7
+    assert count(jnp.matmul, a, b) == product
+    assert count(jax.jit(jax.checkpoint(jnp.matmul)), a, b) == product
+    assert count(lambda a, b: jax.lax.map(lambda _: a @ b, jnp.arange(4)), a, b) == 4 * product
+    both = [lambda a: (a @ b) @ b.mT, lambda a: a]
+    assert count(lambda i, a: jax.lax.switch(i, both, a), 0, a) == 2 * product
+    picture, kernel = jnp.ones((2, 8, 8, 6)), jnp.ones((3, 3, 2, 9))
+    convolution = jax.lax.conv_general_dilated(
+        *(picture, kernel, (1, 1), "SAME"), None, None, ("NHWC", "HWIO", "NHWC"), 3
+    )
+    assert (
+        count(
+            lambda x, k: jax.lax.conv_general_dilated(
+                *(x, k, (1, 1), "SAME"), None, None, ("NHWC", "HWIO", "NHWC"), 3
+            ),
+            *(picture, kernel),
+        )
+        == 2 * convolution.size * 3 * 3 * 2
+    )
+
+
+def test_useful_flops_do_not_depend_on_how(one):
+    """Layers in a loop, recomputed ones and micro-batches are the same model; more is computed."""
+    how = [(f"{tower}.{key}", value) for tower in ("image", "text")
+           for key, value in (("scan", "True"), ("remat", "full"))]  # fmt: skip
+    other = assembled(*how, ("train.microbatches", "2"))
+    assert other.model_flops == one.model_flops
+    assert 0.8 * one.model_flops < one.step_flops < 1.1 * one.model_flops
+    assert other.step_flops > 1.2 * one.step_flops
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 27.5G of 15.75G hbm. "
+        "Exceeded hbm capacity by 11.75G.",
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (27.50G) exceeds available HBM (15.75G). HLO module: x.",
+    ],
+)
+def test_out_of_memory_is_read(one, message, monkeypatch):
+    def refuse(run):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(type(one), "train_step", property(refuse))
+    refused = predict.predict(one)
+    assert (refused.fits, refused.refused) == (False, True)
+    assert (refused.peak, refused.limit) == (27.5 * GIB, 15.75 * GIB)
+    assert "27.50 GiB of 15.75 GiB" in predict.describe_memory(refused)
+
+
+def test_other_errors_are_not_memory(one, monkeypatch):
+    def fail(run):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no luck")
+
+    monkeypatch.setattr(type(one), "train_step", property(fail))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        predict.predict(one)
+
+
+@pytest.mark.parametrize(
+    "most, trials", [(40, [1]), (16, [1, 4, 2]), (9, [1, 4, 2]), (3, [1, 16, 8])]
+)
+def test_fewest_micro_batches(one, most, trials):
+    """Of a step that needs 32 GiB for all rows at once, 2 GiB for 16 micro-batches."""
+    tried = []
+
+    def estimate(run):
+        tried.append(run.microbatches)
+        return found(peak=32 * GIB // run.microbatches, limit=most * GIB)
+
+    run, _ = predict.fewest(one, plan._fits, estimate=estimate)
+    assert run.microbatches == run.complete["train"]["microbatches"]
+    assert run.microbatches == next(n for n in predict.counts(one) if 32 / n + 0.25 <= most)
+    assert tried == trials
+
+
+def test_no_number_fits(one):
+    assert predict.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
+
+
+def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
+    """On devices whose memory holds a quarter of the temporaries, and then on larger ones."""
+    monkeypatch.setattr(
+        predict, "predict", lambda run: found(peak=16 * GIB // run.microbatches, limit=5 * GIB)
+    )
+    config = small(("train.microbatches", "auto"), ("train.total_steps", "2"))
+    assert training.train(config, str(tmp_path), jax.devices()[:1]) == 0
+    said = capsys.readouterr().out
+    assert "train.microbatches=auto: 4\n" in said and "a step: 1 TFLOP, 4.25 GiB of 5.00" in said
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["microbatches"] == 4
+    logged = [row for row in rows(tmp_path) if "loss" in row]
+    assert logged[0]["predicted/memory_gib"] == 4.25 and logged[0]["predicted/step_seconds"] == 0.1
+    assert logged[0]["step_seconds"] > 0 and logged[0]["mfu"] > 0
+    monkeypatch.setattr(predict, "predict", lambda run: found())
+    saved = Checkpoints(tmp_path).restore_run(2)
+    for devices, number in ((1, "4, as before"), (2, "1 (4 before, on another mesh)")):
+        assert training._fitted(assemble(config, jax.devices()[:devices]), saved)
+        assert f"train.microbatches=auto: {number}\n" in capsys.readouterr().out
+
+
+def test_a_step_of_this_machine(one):
+    """Compiled here, its memory is known, and its time is not."""
+    told = predict.predict(one)
+    assert told.fits and told.need > sum(predict.held(one).values())
+    assert told.seconds is None and told.mfu is None and told.collectives is None
+    assert predict.predicted(told).keys() == {"predicted/memory_gib"}
+    assert len(predict.short(told)) == 1
+
+
+def test_batch_norm_is_not_cut(monkeypatch):
+    """Its statistics would be those of a micro-batch: another run, from another memory."""
+    resnet = {"name": "resnet", "variant": "resnet18", "blocks": [1, 1], "width": 4}
+    config = small(("train.microbatches", "auto"))
+    config["image"] = {**resnet, "image_size": 16, "embed_dim": 16, "dtype": "float32"}
+    run = assemble(config, jax.devices()[:1])
+    monkeypatch.setattr(predict, "predict", lambda run: found(peak=20 * GIB))
+    with pytest.raises(ConfigError, match="config.train.microbatches"):
+        predict.fitted(run)
+    monkeypatch.setattr(predict, "predict", lambda run: found())
+    assert predict.fitted(run).config.train.microbatches == 1
+
+
+def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
+    monkeypatch.setattr(predict, "predict", lambda run: found())
+    run = assembled(("train.microbatches", "auto"))
+    assert predict.fitted(run).config.train.microbatches == 1
+    with pytest.raises(ConfigError, match="not even"):
+        predict.fitted(run, agreed=lambda fits: False)
+
+
+@libtpu
+def test_a_step_compiled_for_a_tpu(monkeypatch):
+    where = topology.parse("v5e:2x2")
+    run, told = plan.plan(small(), where)
+    assert told.fits and told.devices == 4 and 0 < told.mfu < 1
+    assert told.peak >= sum(predict.held(run).values()) > 0
+    assert any(kind == "all-reduce" for kind, *_ in told.collectives)
+    report = "\n".join(plan.describe("quickstart", where, run, told, price=1.5))
+    for part in (plan.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated"):
+        assert part in report, report
+
+
+def test_gpus_are_modelled():
+    """Memory follows the rows of one GPU and of one micro-batch, which are computed again."""
+    four, eight = (topology.parse(name) for name in ("h100:1x4", "h100:1x8"))
+    runs = [assemble(small(), jax.devices()[: where.size]) for where in (four, eight)]
+    less, more = (analytic.predict(run, where) for run, where in zip(runs, (four, eight)))
+    assert less.analytic and less.fits and less.flops == more.flops
+    assert less.memory["activations"] == 2 * more.memory["activations"] > 0
+    cut = analytic.predict(runs[1].with_microbatches(4), eight)
+    assert cut.memory["activations"] == more.memory["activations"] // 4
+    assert cut.step_flops > more.step_flops
+
+
+def test_the_command(tmp_path):
+    """Two topologies make a table and a file; what does not fit makes the exit code."""
+    sizes = [*SMALL, ("train.batch_size", str(2**23))]
+    done = subprocess.run(
+        [sys.executable, "-m", "clipx.plan", "--config=configs/quickstart.py", "--price=2",
+         "--topology=h100:1x1,h200:4x8", f"--json={tmp_path / 'plan.json'}",
+         *(f"--config.{path}={text}" for path, text in sizes)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert plan.MODELLED in done.stdout and plan.COMPILED not in done.stdout
+    assert "does not fit" in done.stdout and "fits: " in done.stdout
+    assert "| configs/quickstart.py | h200:4x8 | 8,388,608 |" in done.stdout
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert [row["fits"] for row in told] == [False, True]
+
+
+def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch):
+    where = topology.parse("h100:1x1")
+
+    def estimate(run, where):
+        sizes = {"batch": run.batch_size, "microbatches": run.microbatches}
+        return found(**sizes, peak=run.batch_size * GIB // run.microbatches)
+
+    monkeypatch.setattr(analytic, "predict", estimate)
+    for batch, expected in ((64, "fit: 8, 8.25"), (4, "doubling: 8 at 1 micro-batch(es), 8.25")):
+        config = small(("train.batch_size", str(batch)))
+        run, told = plan.plan(config, where)
+        assert expected in plan.search(config, where, run, told)
