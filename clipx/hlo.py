@@ -28,6 +28,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+_CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -75,6 +76,7 @@ class Operation:
     flops: int = 0  # of a kernel, one execution
     bytes: int = 0  # of a kernel or collective, one execution
     group: int = 1  # devices that a collective joins
+    chain: str = ""  # of fusions that carry one collective along, each with a copy of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _walk(
     computations: dict[str, Computation], name: str, times: int, open_loops: dict[str, None]
 ) -> Iterator[Operation]:
     """Every operation of a computation and of what it calls, `times` over."""
-    computation = computations[name]
+    computation, chains = computations[name], set()
     for i in computation.values():
         called, kind = i.called(), i.opcode.removesuffix("-start")
         source = (_SOURCE.search(i.rest) or ["", ""])[1]
@@ -204,7 +206,8 @@ def _walk(
             yield from max(branches, key=_weight, default=())
         elif kind in COLLECTIVES:
             whole, group = _joined(computation, i)
-            yield Operation(i.name, kind, source, times, cycles, bytes=whole, group=group)
+            chain = (_CHAIN.search(i.rest) or ["", ""])[1]
+            yield Operation(i.name, kind, source, times, cycles, 0, whole, group, chain)
         elif i.opcode == "custom-call":
             yield _custom_call(computation, i, source, times, cycles)
         elif i.opcode == "fusion":
@@ -214,6 +217,9 @@ def _walk(
                 yield Operation(i.name, kind, source, times, own)
             for o in inside:  # an estimate covers all but what has none of its own
                 if o.kind in COLLECTIVES or o.kind == "kernel":
+                    if (o.kind, o.chain) in chains:
+                        continue
+                    chains |= {(o.kind, o.chain)} if o.chain else set()
                     scatter = called["calls"].startswith("all-reduce-scatter")
                     kind = "reduce-scatter" if scatter and o.kind == "all-reduce" else o.kind
                     yield dataclasses.replace(o, kind=kind, cycles=0)

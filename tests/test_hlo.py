@@ -197,6 +197,25 @@ def test_collectives_in_loops_and_fusions():
     assert found.compiler_cycles == 70
 
 
+def test_a_collective_that_fusions_carry_along_is_one():
+    """Each of them holds a copy of it, and an estimate of its own."""
+    gather = "all-gather(%q), replica_groups={{0,1}}, channel_id=1"
+    chain = 'frontend_attributes={chain_id="%d"}'
+    called, lines = "", []
+    for i, place in enumerate((0, 0, 1, 0)):
+        called += f"""
+%part.{i} (q: f32[8,128]) -> f32[16,128] {{
+  %q = f32[8,128] parameter(0)
+  ROOT %g = f32[16,128] {gather}, {chain % place}
+}}
+"""
+        fusion = f"fusion(%x), kind=kCustom, calls=%part.{i}"
+        lines.append(f"%f.{i} = f32[16,128] {fusion}, {CONFIG % 10}")
+    found = program("\n".join(lines), called)
+    assert found.traffic() == {("all-gather", 2): (2, 2 * 16 * 128 * 4)}
+    assert found.compiler_cycles == 40
+
+
 def test_no_program():
     with pytest.raises(hlo.HloError, match="no ENTRY"):
         hlo.read("nothing of the kind")
