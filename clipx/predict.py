@@ -125,7 +125,7 @@ def held(run: Run) -> dict[str, int]:
 def predict(run: Run, *, limit: int | None = None) -> Prediction:
     """What the run's step needs and takes; compiles it if it is not compiled yet. Does not raise
     where the compiler finds no room: such a prediction does not fit."""
-    device = run.mesh.devices.flat[0]
+    device = next(iter(run.mesh.local_devices), run.mesh.devices.flat[0])
     chip = topology.chip(device.device_kind)
     limit = memory_limit(device) if limit is None else limit
     known = held(run)
@@ -159,7 +159,7 @@ def predict(run: Run, *, limit: int | None = None) -> Prediction:
         memory=memory,
         peak=peak,
         bytes=_cost(step).get("bytes accessed"),
-        **(_estimate(step, chip) if tpu and chip else {}),
+        **(_estimate(step, chip) if tpu and chip and chip.clock else {}),
     )
 
 
@@ -169,16 +169,20 @@ def _cost(step: jax.stages.Compiled) -> dict[str, float]:
 
 
 def _estimate(step: jax.stages.Compiled, chip: topology.Chip) -> dict[str, Any]:
-    """The compiler's time, and the collectives, from the program's text."""
-    program = hlo.read(step.as_text())
+    """The compiler's time, and the collectives, from the program's text. A text that cannot be read
+    says so and stops nothing."""
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
-    return {
-        "cycles": program.compiler_cycles,
-        "kernels": program.charged_seconds(**rates),
-        "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
-        "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
-        "open_loops": len(program.open_loops),
-    }
+    try:
+        program = hlo.read(step.as_text())
+        return {
+            "cycles": program.compiler_cycles,
+            "kernels": program.charged_seconds(**rates),
+            "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
+            "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
+            "open_loops": len(program.open_loops),
+        }
+    except (LookupError, ValueError) as error:
+        return {"notes": (f"no estimate of time: {type(error).__name__}: {error}",)}
 
 
 def memory_limit(device: jax.Device) -> int | None:
@@ -312,7 +316,7 @@ def short(found: Prediction) -> list[str]:
             f"predicted: {found.seconds:.3g} s a step, {rate} (the compiler's estimate at an "
             "assumed clock, without collectives; not validated)"
         )
-    return lines
+    return [*lines, *found.notes]
 
 
 def scaled(number: float, unit: str) -> str:

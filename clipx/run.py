@@ -388,7 +388,9 @@ def restore(
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     own = read_json(folder / "config.json")
-    run = assemble({**(own if config is None else config), "mesh": {}}, devices)
+    base = own if config is None else config
+    train = {**base["train"], "microbatches": 1}  # no step is taken
+    run = assemble({**base, "mesh": {}, "train": train}, devices)
     checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=own["train"]["best"])
     found = checkpoints.step(step)
     saved = checkpoints.restore_run(found)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,12 @@ def test_out_of_memory_is_read(one, message, monkeypatch):
     assert (refused.fits, refused.refused) == (False, True)
     assert (refused.peak, refused.limit) == (27.5 * GIB, 15.75 * GIB)
     assert "27.50 GiB of 15.75 GiB" in predict.describe_memory(refused)
+
+
+def test_a_text_that_cannot_be_read_stops_nothing():
+    told = predict._estimate(SimpleNamespace(as_text=lambda: "HloModule m"), found().chip)
+    assert list(told) == ["notes"] and "no estimate of time" in told["notes"][0]
+    assert predict.short(found(seconds=None, **told))[-1] == told["notes"][0]
 
 
 def test_other_errors_are_not_memory(one, monkeypatch):
