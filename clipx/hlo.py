@@ -32,7 +32,7 @@ _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
-    *("ragged-all-to-all", "reduce-scatter"),
+    *("ragged-all-to-all", "reduce-scatter", "send"),  # a send goes to another slice
 )
 
 

@@ -101,8 +101,8 @@ def describe(name: str, where: Topology, run: Run, found: Prediction, price: flo
             f"  {scaled(found.bytes, 'B')} moved a chip (the compiler's count, loops once)"
         )
     for kind, group, times, size in found.collectives or ():
-        each = f"{size / 2**20:,.1f} MiB in all"
-        lines.append(f"  {kind} of {group} chips: {times:,} times, {each}")
+        joined = "to another slice" if kind == "send" else f"of {group} chips"
+        lines.append(f"  {kind} {joined}: {times:,} times, {size / 2**20:,.1f} MiB in all")
     if found.collectives == ():
         lines.append("  no collectives")
     if found.seconds:

@@ -175,6 +175,7 @@ def test_size_pads_tiles(type_, expected):
             "source_target_pairs={{0,1},{1,0}}",
             *("collective-permute", 2, 4096),
         ),
+        ("(f32[8,128], u32[], token[]) send(%x), channel_id=2", "send", 1, 4096),
     ],
 )
 def test_collectives(line, kind, group, size):
