@@ -9,6 +9,7 @@ not. `--losses` prints what the losses alone need.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -21,6 +22,7 @@ import jax
 from absl import flags
 
 from clipx import analytic, cli, predict, topology
+from clipx.cli import RunError
 from clipx.config import ConfigError
 from clipx.predict import Prediction, gib, scaled
 from clipx.run import Run, assemble
@@ -40,7 +42,10 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
         if found is not None:
             return found
         run = run.with_microbatches(predict.counts(run)[-1])
-    return run, _estimator(where)(run)
+    try:
+        return run, _estimator(where)(run)
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(f"{where.name}: the compiler fails: {error}") from None
 
 
 def _estimator(where: Topology) -> Callable[[Run], Prediction]:
@@ -112,10 +117,10 @@ def describe(name: str, where: Topology, run: Run, found: Prediction, price: flo
 
 
 def _verdict(found: Prediction) -> str:
+    sizes = f"{gib(found.need)} of {gib(found.limit)} a chip"
     if found.fits:
-        return f"fits: {gib(found.need)} of {gib(found.limit)} a chip"
-    beside = "; --search finds the fewest micro-batches that do" if not found.analytic else ""
-    return f"does not fit: {gib(found.need)} of {gib(found.limit)} a chip{beside}"
+        return f"fits: {sizes}"
+    return f"does not fit: {sizes}; --search finds the fewest micro-batches that do"
 
 
 def _time(found: Prediction) -> list[str]:
@@ -149,27 +154,39 @@ def _length(run: Run, found: Prediction, price: float) -> str:
     return f"the run: {run.steps:,} steps, {spent:,.1f} h, {chips:,.0f} chip-hours{cost}"
 
 
-def table(rows: list[tuple[str, Topology, Run, Prediction]], price: float) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A config on a topology."""
+
+    name: str
+    where: Topology
+    run: Run
+    found: Prediction
+    price: float  # of a chip-hour; 0: none was given
+
+    def cells(self) -> list[str]:
+        found, spent = self.found, hours(self.run, self.found)
+        how, verdict = " (model)" * found.analytic, "" if found.fits else ", does not fit"
+        cells = [self.name, self.where.name + how, f"{found.batch:,}", str(found.microbatches)]
+        need = gib(found.need).removesuffix(" GiB")
+        cells.append(f"{need} of {gib(found.limit).removesuffix(' GiB')}{verdict}")
+        if not found.seconds:
+            return cells + [""] * 5
+        cells += [f"{found.seconds:.3f}", f"{found.images_per_second:,.0f}", f"{found.mfu:.1%}"]
+        chips = None if spent is None else spent * found.devices
+        cells.append("?" if chips is None else f"{chips:,.0f}")
+        cells.append("" if chips is None or not self.price else f"{chips * self.price:,.0f}")
+        return cells
+
+
+def table(rows: list[Row]) -> list[str]:
     """Plans as a table in Markdown."""
     head = ["config", "topology", "batch", "micro-batches", "GiB a chip", "s a step", "images/s"]
-    head += ["MFU", "chip-hours"] + (["cost"] if price else [])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, where, run, found in rows:
-        verdict = "" if found.fits else ", does not fit"
-        said = [name, where.name, f"{found.batch:,}", str(found.microbatches)]
-        size = "?" if found.need is None else f"{found.need / 2**30:.2f}"
-        said.append(f"{size} of {found.limit / 2**30:.2f}{verdict}")
-        if found.seconds:
-            spent = hours(run, found)
-            chips = None if spent is None else spent * found.devices
-            said += [f"{found.seconds:.3f}", f"{found.images_per_second:,.0f}", f"{found.mfu:.1%}"]
-            said.append("?" if chips is None else f"{chips:,.0f}")
-            if price:
-                said.append("?" if chips is None else f"{chips * price:,.0f}")
-        else:
-            said += [""] * (len(head) - len(said))
-        lines.append("| " + " | ".join(said) + " |")
-    return lines
+    head += ["MFU", "chip-hours", "cost"]
+    lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]
+    width = len(head) if any(row.price for row in rows) else len(head) - 1
+    how = " / ".join(sorted({MODELLED if row.found.analytic else COMPILED for row in rows}))
+    return [how, "", *("| " + " | ".join(cells[:width]) + " |" for cells in lines)]
 
 
 def _names(flag: str) -> list[str]:
@@ -191,34 +208,53 @@ def main(overrides: list[tuple[str, str]]) -> int:
     gpus = max((where.size for where in topologies if where.gpu), default=0)
     if gpus > 1:
         jax.config.update("jax_num_cpu_devices", gpus)
+    prices = _prices(len(topologies))
     rows, told = [], []
     for name, config in configs:
-        for where in topologies:
+        for where, price in zip(topologies, prices):
             started = time.perf_counter()
             run, found = plan(config, where)
-            lines = describe(name, where, run, found, flags.FLAGS.price)
+            lines = describe(name, where, run, found, price)
             if flags.FLAGS.search:
                 lines.append(search(config, where, run, found))
             seconds = time.perf_counter() - started
             print("\n".join([*lines, f"({seconds:.0f} s)", ""]), flush=True)
-            rows.append((name, where, run, found))
+            run.__dict__.pop("train_step", None)  # its program is large
+            rows.append(Row(name, where, run, found, price))
             told.append({"config": name, "topology": where.name, **found.as_dict()})
             told[-1] |= {"steps": run.steps, "hours": hours(run, found), "report": lines}
-            run.__dict__.pop("train_step", None)  # its program is large
+            _write(told)
     if len(rows) > 1:
-        print("\n".join(table(rows, flags.FLAGS.price)))
+        print("\n".join(table(rows)))
+    return int(not all(row.found.fits for row in rows))
+
+
+def _prices(count: int) -> list[float]:
+    """One for each topology."""
+    texts = [text for text in flags.FLAGS.price.split(",") if text]
+    try:
+        prices = [float(text) for text in texts] or [0.0]
+    except ValueError:
+        prices = [-1.0]
+    if min(prices) < 0 or len(prices) not in (1, count):
+        raise ConfigError(
+            "--price", repr(flags.FLAGS.price), f"a number, or one for each of {count} topologies"
+        )
+    return prices if len(prices) == count else prices * count
+
+
+def _write(told: list[dict[str, Any]]) -> None:
     if flags.FLAGS.json:
         try:
             pathlib.Path(flags.FLAGS.json).write_text(json.dumps(told, indent=2) + "\n")
         except OSError as error:
             raise ConfigError("--json", f"{flags.FLAGS.json}: {error.strerror}", "a file") from None
-    return int(not all(found.fits for *_, found in rows))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config files, path.py or path.py:variant, with commas.")
     flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5p:4x4x4, h100:8x8; with commas.")
-    flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency.", lower_bound=0)
+    flags.DEFINE_string("price", "", "Of a chip-hour, in any currency; or one for each topology.")
     flags.DEFINE_bool("search", False, "Compile for the fewest micro-batches or largest batch.")
     flags.DEFINE_string("json", None, "File for all numbers.")
     flags.DEFINE_bool("losses", False, "What the losses alone need, beside plain formulations.")

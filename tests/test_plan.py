@@ -210,7 +210,7 @@ def test_the_command(tmp_path):
     """Two topologies make a table and a file; what does not fit makes the exit code."""
     sizes = [*SMALL, ("train.batch_size", str(2**23))]
     done = subprocess.run(
-        [sys.executable, "-m", "clipx.plan", "--config=configs/quickstart.py", "--price=2",
+        [sys.executable, "-m", "clipx.plan", "--config=configs/quickstart.py", "--price=2,3",
          "--topology=h100:1x1,h200:4x8", f"--json={tmp_path / 'plan.json'}",
          *(f"--config.{path}={text}" for path, text in sizes)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
@@ -218,7 +218,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 1, done.stderr
     assert plan.MODELLED in done.stdout and plan.COMPILED not in done.stdout
     assert "does not fit" in done.stdout and "fits: " in done.stdout
-    assert "| configs/quickstart.py | h200:4x8 | 8,388,608 |" in done.stdout
+    assert "| configs/quickstart.py | h200:4x8 (model) | 8,388,608 |" in done.stdout
     told = json.loads((tmp_path / "plan.json").read_text())
     assert [row["fits"] for row in told] == [False, True]
 
