@@ -30,6 +30,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
+_FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter", "send"),  # a send goes to another slice
@@ -313,7 +314,7 @@ def _custom_call(
     target = (_TARGET.search(i.rest) or ["", "?"])[1]
     moved = size(i.type) + sum(size(computation[name].type) for name in i.operands)
     if target != KERNEL:
-        moved = 0 if cycles or target == "AllocateBuffer" else moved
+        moved = 0 if cycles or target in _FREE else moved
         return Operation(i.name, "custom-call", source, times, cycles, bytes=moved)
     estimate = _ESTIMATE.search(i.rest)
     declared = dict(re.findall(r'"(\w+)":"(\d+)"', estimate[1])) if estimate else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.config import ConfigError
+from clipx.models.attention import attention, has_kernel, on_tpu, packed_attention
 from clipx.types import Encoded, PyTree, constrain_rows
 
 # exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
@@ -180,49 +182,6 @@ class BatchNorm(nn.Module):
         return ((wide - mean) * gain + bias).astype(self.dtype)
 
 
-@functools.cache
-def _has_cudnn_attention() -> bool:
-    device = jax.devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
-
-
-def attention(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    *,
-    causal: bool = False,
-    lengths: Int[Array, " b"] | None = None,
-) -> Float[Array, "b t h d"]:
-    """Scaled dot-product attention; of row i only the first `lengths[i]` keys are seen.
-
-    Softmax in float32, or float64 for float64 inputs. cuDNN's fused kernel where the device, the
-    dtype and the shapes have one.
-    """
-    if q.dtype == jnp.float64:  # jax.nn's softmax is float32 whatever the inputs
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-        seen = jnp.ones(logits.shape[-2:], bool)
-        seen = jnp.tril(seen) if causal else seen
-        if lengths is not None:
-            seen = seen & (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=seen), v)
-    fused = (
-        q.dtype == jnp.bfloat16
-        and q.shape == k.shape
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and _has_cudnn_attention()
-    )
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=causal,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn" if fused else None,
-    )
-
-
 def drop(
     x: Float[Array, "b n c"], rate: float, keys: Key[Array, " b"] | None, index
 ) -> Float[Array, "b n c"]:
@@ -257,10 +216,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         def dense(name, x, width, kernel_init):
-            bias_init = torch_bias(x.shape[-1])
-            return nn.Dense(
-                width, dtype=self.dtype, kernel_init=kernel_init, bias_init=bias_init, name=name
-            )(x)
+            return Affine((width,), self.dtype, kernel_init, torch_bias(x.shape[-1]), name=name)(x)
 
         y = dense("fc", x, self.width, self.kernel_inits[0])
         if self.activation == "quick_gelu":
@@ -268,6 +224,64 @@ class MLP(nn.Module):
         else:
             y = jax.nn.gelu(y, approximate=self.activation == "gelu_tanh")
         return dense("proj", y, x.shape[-1], self.kernel_inits[1])
+
+
+@jax.custom_vjp
+def _add_bias(x: Float[Array, "r w"], bias: Float[Array, " w"]) -> Float[Array, "r w"]:
+    return x + bias
+
+
+def _add_bias_backward(_, dy):
+    # a product with ones is the matrix unit's work, and sums in float32; a sum over so many rows
+    # takes the vector unit three to five times as long as reading them does
+    ones = jnp.ones((8, dy.shape[0]), dy.dtype)
+    return dy, jnp.dot(ones, dy, preferred_element_type=reduction_dtype(dy.dtype))[0].astype(
+        dy.dtype
+    )
+
+
+_add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+
+
+class Affine(nn.Module):
+    """A linear layer from the last axes of its input to `shape`, its parameters those of a
+    DenseGeneral: `kernel` [*inputs, *shape] and `bias` [*shape].
+
+    On TPUs rows are flattened, for the layout that attention's kernel takes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    kernel_init: Any
+    bias_init: Any = initializers.zeros
+    inputs: int = 1  # axes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, ...], *, order: tuple[int, ...] | None = None):
+        """With `order`, the axes of `shape` in that order and flattened."""
+        lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
+        fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
+
+        def kernel_init(key, shape, dtype):
+            return self.kernel_init(key, (fan_in, fan_out), dtype).reshape(shape)
+
+        def bias_init(key, shape, dtype):
+            return self.bias_init(key, (fan_out,), dtype).reshape(shape)
+
+        kernel = self.param("kernel", kernel_init, (*inputs, *self.shape), jnp.float32)
+        bias = self.param("bias", bias_init, self.shape, jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if not on_tpu():
+            return jnp.tensordot(x, kernel, self.inputs) + bias
+        kernel = kernel.reshape(fan_in, *self.shape)
+        if order is not None:
+            kernel = kernel.transpose(0, *(i + 1 for i in order))
+            bias = bias.transpose(order)
+        # behind a barrier, or the compiler gives x the layout that suits the kernel's many axes
+        kernel = jax.lax.optimization_barrier(kernel.reshape(fan_in, fan_out))
+        y = jnp.dot(x.reshape(-1, fan_in), kernel)
+        y = _add_bias(y, bias.reshape(-1))
+        return y.reshape(*lead, *(self.shape if order is None else (fan_out,)))
 
 
 class SelfAttention(nn.Module):
@@ -278,22 +292,25 @@ class SelfAttention(nn.Module):
     causal: bool
     dtype: str
     kernel_inits: tuple[Any, Any]
+    tokens: int = 0  # of a row, where rows come flattened for the TPU's kernel
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n c"], lengths: Int[Array, " b"] | None
-    ) -> Float[Array, "b n c"]:
+        self, x: Float[Array, "*r c"], lengths: Int[Array, " b"] | None
+    ) -> Float[Array, "*r c"]:
         width = x.shape[-1]
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            dtype=self.dtype,
-            kernel_init=self.kernel_inits[0],
-            name="qkv",
-        )(x)
-        y = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=self.causal, lengths=lengths)
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.kernel_inits[1], name="out"
-        )(y)
+        shape = (3, self.heads, width // self.heads)
+        project = Affine(shape, self.dtype, self.kernel_inits[0], name="qkv")
+        if self.tokens:
+            # heads outermost, so that a mesh's tensor axis splits the flat axis too
+            qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
+            y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
+        else:
+            qkv = project(x)
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            y = attention(q, k, v, causal=self.causal, lengths=lengths)
+        y = y.reshape(*x.shape[:-1], *shape[1:])
+        return Affine((width,), self.dtype, self.kernel_inits[1], inputs=2, name="out")(y)
 
 
 class PoolAttention(nn.Module):
@@ -333,15 +350,16 @@ class Block(nn.Module):
     causal: bool
     block_init: Literal["clip", "torch"]
     dtype: str
+    tokens: int = 0  # of a row, where rows come flattened: [b n, c]
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b n c"],
+        x: Float[Array, "*r c"],
         index: int | Int[Array, ""],
         lengths: Int[Array, " b"] | None,
         keys: Key[Array, " b"] | None,
-    ) -> Float[Array, "b n c"]:
+    ) -> Float[Array, "*r c"]:
         width = x.shape[-1]
         if self.block_init == "clip":
             narrow = initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
@@ -351,14 +369,18 @@ class Block(nn.Module):
             attention_inits = (initializers.glorot_uniform(), torch_uniform)
             mlp_inits = (torch_uniform, torch_uniform)
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        y = norm(name="ln_1")(x)
-        y = SelfAttention(self.heads, self.causal, self.dtype, attention_inits, name="attn")(
-            y, lengths
+        attend = SelfAttention(
+            self.heads, self.causal, self.dtype, attention_inits, self.tokens, name="attn"
         )
-        x = x + drop(y, self.dropout, keys, 2 * index)
+
+        def dropped(y, index):
+            rows = y.reshape(-1, self.tokens, width) if self.tokens else y
+            return drop(rows, self.dropout, keys, index).reshape(y.shape)
+
+        x = x + dropped(attend(norm(name="ln_1")(x), lengths), 2 * index)
         y = norm(name="ln_2")(x)
         y = MLP(self.mlp_width, self.activation, self.dtype, mlp_inits, name="mlp")(y)
-        return constrain_rows(x + drop(y, self.dropout, keys, 2 * index + 1))
+        return constrain_rows(x + dropped(y, 2 * index + 1))
 
 
 class Transformer(nn.Module):
@@ -390,6 +412,14 @@ class Transformer(nn.Module):
         lengths: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b n c"]:
+        rows, tokens, width = x.shape
+        flat = on_tpu() and has_kernel(rows, tokens, self.heads, width // self.heads, self.dtype)
+        if flat:
+            # whole tiles of memory, so that one layout serves the products and the kernel; nobody
+            # looks at the tokens that fill the last tile
+            lengths = jnp.full(rows, tokens) if lengths is None else lengths
+            x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
+            whole, x = x.shape[1], constrain_rows(x.reshape(-1, width))
         cls = Block
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -408,19 +438,20 @@ class Transformer(nn.Module):
             causal=self.causal,
             block_init=self.block_init,
             dtype=self.dtype,
+            tokens=whole if flat else 0,
         )
         if not self.scan:
             for i in range(self.depth):
                 x = make(name=f"block_{i}")(x, i, lengths, keys)
-            return x
-        over_layers = nn.scan(
-            lambda block, x, i: (block(x, i, lengths, keys), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-        )
-        x, _ = over_layers(make(name="blocks"), x, jnp.arange(self.depth))
-        return x
+        else:
+            over_layers = nn.scan(
+                lambda block, x, i: (block(x, i, lengths, keys), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+            )
+            x, _ = over_layers(make(name="blocks"), x, jnp.arange(self.depth))
+        return x.reshape(rows, -1, width)[:, :tokens] if flat else x
 
 
 def stack_blocks(params: PyTree) -> PyTree:
