@@ -73,12 +73,15 @@ while ((${#pids[@]})); do
     fi
     ended=0
     wait "$pid" || ended=$?
-    ((code)) || code=$ended
+    # 134: it only says that another has ended
+    if ((ended && (code == 0 || code == 134))); then
+      code=$ended
+    fi
   done
   pids=(${left[@]+"${left[@]}"})
   # what failed will not come back: the others would wait for it
   if ((code && code != 42 && ${#pids[@]})) && [[ ! $killed ]]; then
-    sleep "${GRACE_SECONDS:-5}"
+    sleep "${GRACE_SECONDS:-15}"
     kill -KILL "${pids[@]}" 2>/dev/null || true
     killed=1
   fi

@@ -29,7 +29,11 @@ def call(*command, **environment):
 
 
 def test_the_exit_codes_are_the_commands():
-    assert (cli.EXIT_PREEMPTED, cli.EXIT_CONFIG) == (42, 2)  # as all of launch/ writes them
+    assert (cli.EXIT_PREEMPTED, cli.EXIT_CONFIG, cli.EXIT_LOST) == (
+        42,
+        2,
+        134,
+    )  # as all of launch/ writes them
 
 
 def test_shellcheck():
@@ -55,9 +59,11 @@ def test_local_runs_one_process_a_place():
                                      r"--workdir=/runs/a\ b")  # fmt: skip
 
 
-@pytest.mark.parametrize("codes, expected", [("0 0", 0), ("42 42", 42), ("0 1", 1), ("9 -", 9)])
+@pytest.mark.parametrize(
+    "codes, expected", [("0 0", 0), ("42 42", 42), ("0 1", 1), ("9 -", 9), ("134 2", 2)]
+)
 def test_local_ends_with_the_first_failure(codes, expected, tmp_path):
-    """A `-` never ends by itself: it is ended when another has failed."""
+    """A `-` never ends by itself: it is ended when another has failed. 134 is another's echo."""
     python = tmp_path / "python"
     python.write_text(
         f"#!/bin/bash\ncodes=({codes})\ncode=${{codes[$JAX_PROCESS_ID]}}\n"
@@ -188,18 +194,12 @@ GCLOUD = r"""#!/bin/bash
 echo "$*" >>"$FAKE/calls"
 argument() { for a in "${all[@]}"; do [[ $a == --$1=* ]] && echo "${a#*=}"; done; }
 all=("$@")
-next() { # the first line of a file, which it loses unless it is the last
-  local line
-  line=$(head -1 "$FAKE/$1")
-  [[ $(wc -l <"$FAKE/$1") -gt 1 ]] && sed -i 1d "$FAKE/$1"
-  echo "$line"
-}
 case "$*" in
   'storage buckets describe'*) cat "$FAKE/location" ;;
   *' describe '*networkEndpoints*) echo 2 ;;
   *' describe '*)
     [[ -e $FAKE/state ]] || { echo 'ERROR: NOT_FOUND: no such node' >&2; exit 1; }
-    next state
+    cat "$FAKE/state"
     ;;
   *' create '*)
     if [[ -s $FAKE/refusals ]]; then
@@ -209,7 +209,12 @@ case "$*" in
     fi
     echo READY >"$FAKE/state"
     ;;
-  *' delete '*) rm "$FAKE/state" ;;
+  *' delete '*)
+    rm "$FAKE/state"
+    for pid in "$FAKE"/w?/clipx-run/pid; do # no process of a machine outlives it
+      [[ ! -e $pid ]] || tail --pid="$(cat "$pid")" --follow /dev/null
+    done
+    ;;
   *' scp '*) for i in 0 1; do cp "$5" "$FAKE/w$i/${6#*:}"; done ;;
   *' ssh '*)
     worker=$(argument worker) failed=0
@@ -234,11 +239,12 @@ ON_WORKERS = {
     "fuser": '#!/bin/bash\ncat "$HOME/owner" 2>/dev/null\n',
     "python3": "#!/bin/bash\nmkdir -p $HOME/clipx-env/bin\ncp $FAKE/python $HOME/clipx-env/bin/\n",
 }
-# each start ends with the next of the worker's codes
+# each start ends with the next of the worker's codes; "134 PREEMPTED": and the TPU is that
 PYTHON = r"""#!/bin/bash
 echo "$*; secret $SECRET"
-code=$(head -1 "$HOME/codes")
+read -r code state <"$HOME/codes"
 [[ $(wc -l <"$HOME/codes") -gt 1 ]] && sed -i 1d "$HOME/codes"
+[[ ! $state ]] || echo "$state" >"$FAKE/state"
 exit "$code"
 """
 
@@ -289,17 +295,17 @@ def test_tpu_runs_and_is_torn_down(cloud, tmp_path):
     assert "delete n" in calls and not (tmp_path / "state").exists()
 
 
-@pytest.mark.slow  # its cloud answers by how often it was asked, which changes with the load
 def test_tpu_goes_on_after_preemptions(cloud, tmp_path):
     """Told to stop and saved on a TPU that is still there; then the TPU itself is gone."""
-    for i in range(2):
-        (tmp_path / f"w{i}" / "codes").write_text("42\n134\n0\n")
-    # up; after the first end; up; after the second end: gone; up: made anew
-    (tmp_path / "state").write_text("READY\nREADY\nREADY\nPREEMPTED\n")
+    for i, gone in enumerate((" PREEMPTED", "")):
+        (tmp_path / f"w{i}" / "codes").write_text(f"42\n134{gone}\n0\n")
+    (tmp_path / "state").write_text("READY\n")
     code, said, calls = cloud()
     assert code == 0, said
-    assert "preempted (42)" in said and "preempted (preempted)" in said
+    assert "preempted (42); restart 1 of 100" in said
+    assert "preempted (preempted); restart 2 of 100" in said and "is PREEMPTED" in said
     assert calls.count(" delete n") == 1 and calls.count(" create n") == 1
+    assert calls.count("worker start") == 3
 
 
 def test_tpu_preempted_for_good_says_so(cloud, tmp_path):
