@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -164,8 +165,12 @@ def _whole(sizes: dict[str, int], axis: str, params: PyTree) -> dict[str, Any]:
 
 
 def _listed(leaves: dict[str, Any], most: int = 4) -> str:
-    first = [f"{path} {list(x.shape)}" for path, x in list(leaves.items())[:most]]
-    return ", ".join(first) + ("" if len(leaves) <= most else ", ...")
+    """The first of them and their shapes; blocks that are alike as one."""
+    alike = collections.Counter(
+        f"{re.sub(r'block_[0-9]+', 'block_*', path)} {list(x.shape)}" for path, x in leaves.items()
+    )
+    first = [f"{n} x {name}" if n > 1 else name for name, n in list(alike.items())[:most]]
+    return ", ".join(first) + ("" if len(alike) <= most else ", ...")
 
 
 def describe_whole(mesh: Mesh, params: PyTree) -> list[str]:

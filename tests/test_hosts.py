@@ -419,14 +419,25 @@ def test_an_error_of_one_ends_the_other(tmp_path):
     assert "Traceback" not in said[0]
 
 
-@pytest.mark.slow  # about a minute
-def test_four_processes_are_one(tmp_path):
-    """Law 1 across four processes of two devices."""
+DECLIP = [
+    ("objective.name", "declip"),
+    ("objective.queue_size", "64"),
+    ("objective.simsiam_width", "32"),
+    ("tokenizer.mask", "true"),
+    ("data.text_augment.operations", "('swap', 'delete')"),
+]
+
+
+@pytest.mark.slow  # about a minute each
+@pytest.mark.parametrize("more", [[("mesh.fsdp", "4")], DECLIP], ids=["clip", "declip"])
+def test_four_processes_are_one(tmp_path, more):
+    """Law 1 across four processes of two devices: parameters and optimizer state split over two of
+    them; and a queue that all share, hidden words and a head with BatchNorm."""
     from test_train import parameters, small
 
     from clipx.train import train
 
-    shorter = [("train.total_steps", "4"), ("train.save_every_steps", "2")]
+    shorter = [("train.total_steps", "8"), ("train.save_every_steps", "4"), *more]
     address = f"127.0.0.1:{free_port()}"
     said, codes = started(
         [(command(tmp_path / "four", *shorter), environment(**place(i, 4, address)))

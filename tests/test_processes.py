@@ -19,9 +19,11 @@ def free_port():
 
 
 def test_two_processes_are_one(tmp_path):
-    """Law 1 across processes, dropout on, through the command itself."""
+    """Law 1 across processes, dropout on, through the command itself: there, parameters are split
+    over all devices; here, rows alone."""
     shorter = [*SMALL, ("train.total_steps", "4"), ("train.save_every_steps", "2")]
-    arguments = [f"--config.{path}={text}" for path, text in shorter]
+    mesh = [("mesh.data", "1"), ("mesh.fsdp", "4"), ("mesh.tensor", "2")]
+    arguments = [f"--config.{path}={text}" for path, text in [*shorter, *mesh]]
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
         "PYTHONPATH": str(ROOT),
@@ -39,6 +41,7 @@ def test_two_processes_are_one(tmp_path):
     ]  # fmt: skip
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+    assert "fsdp 4 splits" in said[0] and "tensor 2 splits" in said[0]
     assert "2 process(es)" in said[0] and "2 process(es)" not in said[1]
     assert train(small(*shorter[len(SMALL) :]), str(tmp_path / "one")) == 0
     for x, y in zip(
