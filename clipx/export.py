@@ -155,7 +155,11 @@ def _write_model(run: Run, model: Model, aside, folder: str, options: Options) -
             (aside / name).write_text(text, encoding="utf-8")
         _dump(aside / tokenizer.CLIPX, pretrained.without_mask(run.tokenizer.save()))
     if options.pt:
-        torch = proof.library("torch")
+        try:
+            torch = proof.library("torch")
+        except proof.MissingLibrary as error:
+            expected = "torch, which writes its own file"
+            raise ConfigError("--pt", str(error), expected, "pip install torch") from None
         names = {"open_clip": "open_clip_pytorch_model.bin", "huggingface": "pytorch_model.bin"}
         tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
         torch.save(tensors, aside / names[options.format])

@@ -3,16 +3,18 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 from test_interop_huggingface import with_transformers
 from test_interop_open_clip import with_open_clip
 from test_train import small
 
-from clipx.checkpoint import Checkpoints, write_json
+from clipx.checkpoint import CheckpointError, Checkpoints, write_json
 from clipx.cli import RunError
 from clipx.config import ConfigError
 from clipx.data import tokenizers
@@ -24,10 +26,12 @@ CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown f
 CLASS = ("image.pool", "class")
 
 
-def save(folder: pathlib.Path, config, seed: int = 0) -> pathlib.Path:
-    """A workdir whose run stands at step 3 with random weights: nothing is compiled but their
-    creation."""
-    run = assemble(config)
+def save(
+    folder: pathlib.Path, config, *, seed: int = 0, steps: int = 0, devices=None
+) -> pathlib.Path:
+    """A workdir whose run stands at step 3, and as many steps later as it is trained from there,
+    with random weights: nothing else is compiled."""
+    run = assemble(config, devices)
     run = run.with_data(256, tokenizers.build(run.config.tokenizer, CAPTIONS))
     rng = np.random.default_rng(seed)
 
@@ -50,9 +54,15 @@ def save(folder: pathlib.Path, config, seed: int = 0) -> pathlib.Path:
         memory=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.state.memory),
     )
     state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, run.state)
+    if steps:
+        batch = tiny.batch(run.objective, run.batch_size)
+        batch = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, run.batch)
+    for _ in range(steps):
+        state, said = run.train_step(state, batch)
+        assert not said["skipped"]
     checkpoints = Checkpoints(folder)
     extra = {"config": run.complete, "tokenizer": run.tokenizer.save(), "rows": 256}
-    checkpoints.save(3, state, extra | {"fingerprint": "0123456789ab"}, {})
+    checkpoints.save(3 + steps, state, extra | {"fingerprint": "0123456789ab"}, {})
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", run.complete)
@@ -91,6 +101,8 @@ def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(ConfigError, match="interop"):
         export(workdir, Options("open_clip", tmp_path / "b", verify=True))
+    with pytest.raises(ConfigError, match="--pt.*\n.*torch is not installed"):
+        export(workdir, Options("open_clip", tmp_path / "b", pt=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
@@ -124,6 +136,12 @@ def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "prove", full)
     with pytest.raises(RunError, match="No space left"):
         export(workdir, options())
+    cut = shutil.copytree(workdir, tmp_path / "there" / "cut")
+    for file in (cut / "checkpoints" / "3" / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="cannot read checkpoint 3"):
+        export(cut, options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
 
@@ -144,6 +162,31 @@ def test_huggingface_proves_a_run(workdir, tmp_path):
     assert "Loaded by torch" in (tmp_path / "a" / "README.md").read_text()
 
 
+def recipe(folder: pathlib.Path, monkeypatch) -> dict:
+    """What the card's own code defines, run where the card lies."""
+    text = (folder / "README.md").read_text()
+    code, found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], {}
+    monkeypatch.chdir(folder)
+    exec(code, found)
+    return found
+
+
+def test_the_cards_recipe_projects_as_protoclip_does(tmp_path, monkeypatch):
+    config = small(CLASS, ("train.best", ""), ("objective.name", "protoclip"))
+    config["objective"] = {"name": "protoclip", "augmentation": "none", "k": 5, "episode_size": 64}
+    config["objective"] |= {"projection_dim": 6, "projection_hidden": 12}
+    folder = save(tmp_path / "run", config)
+    export(folder, Options("open_clip", tmp_path / "a", verify=False, with_heads=True))
+    found = recipe(tmp_path / "a", monkeypatch)
+    run, state = restore(folder, devices=jax.devices()[:1])
+    rows = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    own = run.objective.apply(variables, *rows, method=lambda m, a, b: m.heads(a, b))
+    for side in (0, 1):
+        np.testing.assert_allclose(found["project"](side, rows[side]), own[side], atol=1e-5)
+    assert found["heads"]["memory/centroids/image"].shape == (5, 6)
+
+
 BARE = [CLASS, ("image.embed_dim", "0"), ("text.embed_dim", "0"), ("train.best", "")]
 
 
@@ -162,16 +205,13 @@ def test_the_cards_recipe_scores_as_the_run_does(critic, tmp_path, monkeypatch):
     export(folder, Options("open_clip", tmp_path / "a", verify=verify, with_heads=True))
     text = (tmp_path / "a" / "README.md").read_text()
     assert "by a head of its own" in text and "zeros fill them up to 32" in text
-    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path / "a")
-    recipe = {}
-    exec(code, recipe)
+    score = recipe(tmp_path / "a", monkeypatch)["score"]
     run, state = restore(folder)
     pictures, captions = np.stack(proof.pictures(16)), CAPTIONS[:3]
     encode = run.encode(state)
     images, texts = encode.image(pictures), encode.text(captions)
     said = proof.ours(load.load(tmp_path / "a"), pictures, run.tokenizer(captions))
-    scores = recipe["score"](said.image, said.text)
+    scores = score(said.image, said.text)
     own = encode.similarity(images, texts)
     if critic == "dot":
         own = own * np.exp(load_file(card.HEADS)["params/image_text/logit_scale"])

@@ -13,6 +13,7 @@ from test_interop_open_clip import (
     RESNET,
     TEXT,
     VIT,
+    asked,
     few_words,
     missing,
     model,
@@ -27,7 +28,7 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 NO_TRANSFORMERS = missing("torch", "transformers")
-with_transformers = pytest.mark.skipif(bool(NO_TRANSFORMERS), reason=NO_TRANSFORMERS or "-")
+with_transformers = asked(NO_TRANSFORMERS)
 SIGLIP = (  # Google's: GELU by tanh
     ViT(
         **VIT | {"pool": "attention", "pre_norm": False, "activation": "gelu_tanh"},

@@ -38,8 +38,14 @@ def missing(*names) -> str:
     return ""
 
 
+def asked(reason: str):
+    """A mark of tests that ask a library, which are skipped for a reason where it is missing."""
+    skip = pytest.mark.skipif(bool(reason), reason=reason or "-")
+    return lambda test: pytest.mark.interop(skip(test))
+
+
 NO_OPEN_CLIP = missing("torch", "open_clip", "transformers")
-with_open_clip = pytest.mark.skipif(bool(NO_OPEN_CLIP), reason=NO_OPEN_CLIP or "-")
+with_open_clip = asked(NO_OPEN_CLIP)
 
 
 def variables(tower, seed):

@@ -96,6 +96,14 @@ def score(image, text):
     text = text[:, : len(heads["params/image_text/right/kernel"])]
     pairs = dense("image_text/left", image)[:, None] + dense("image_text/right", text)
     return dense("image_text/top/out", relu(dense("image_text/top/fc", relu(pairs))))[..., 0]''',
+    "params/heads/mlp/fc_0/kernel": '''def project(side, x):
+    """Unit rows among prototypes, of features before normalisation: of pictures with side 0, of
+    texts with 1. Those of an episode's clusters are `memory/centroids/...`, where it kept them."""
+    both = {name: x for name, x in heads.items() if "/heads/mlp/" in name}
+    heads.update({name: x[side] for name, x in both.items()})
+    x = unit(mlp("heads/mlp", x))
+    heads.update(both)
+    return x''',
     "params/late_interaction/image/fc/kernel": '''def image_tokens(x):
     """Of a picture's tokens, before any norm or projection after the last block."""
     return unit(dense("late_interaction/image/fc", x))
