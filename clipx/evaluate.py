@@ -144,10 +144,13 @@ def _write(folder: pathlib.Path, entries: Mapping[str, Any], found: Mapping[str,
         print(f"written to {into / name}")
 
 
-def evaluate_file(path: str, evals: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict:
+def evaluate_file(
+    path: str, evals: Mapping[str, Any], ignore: Sequence[str] = (), out: str = ""
+) -> dict[str, float]:
     """The metrics of every eval, by `<eval>/<metric>`, of the model that open_clip or transformers
-    keep at `path`; also written to a file for each eval in `evaluation` beside its weights. What
-    differs from clipx's evaluation, such as "preprocessing", must be in `ignore`."""
+    keep at `path`; also written to a file for each eval in `out`, by default `evaluation` beside
+    its weights. What differs from clipx's evaluation, such as "preprocessing", must be in `ignore`.
+    """
     model, tokenizer = open_model(path)
     devices = len(jax.devices())
     config = pretrained.sections(path, model, tokenizer) | {
@@ -160,11 +163,11 @@ def evaluate_file(path: str, evals: Mapping[str, Any], ignore: Sequence[str] = (
     }
     run = assemble(config).with_data(devices, tokenizer)
     file = pathlib.Path(path).expanduser().absolute()
-    folder = file if file.is_dir() else file.parent
+    folder = prepare_workdir(out or (file if file.is_dir() else file.parent) / "evaluation")
     found = _found(run, run.init())
     if jax.process_index() == 0:
         print(path)
-        _write(folder / "evaluation", results(run, file, None, found), found)
+        _write(folder, results(run, file, None, found), found)
     return found
 
 
@@ -195,13 +198,14 @@ def main(overrides: list[tuple[str, str]]) -> None:
     if workdir:
         evaluate(workdir, step, config)
     else:
-        evaluate_file(path, config["evals"], flags.FLAGS.init_ignore)
+        evaluate_file(path, config["evals"], flags.FLAGS.init_ignore, flags.FLAGS.out)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("init_from", None, "Instead: a folder or file as config.init_from has it.")
     flags.DEFINE_list("init_ignore", [], "What of it may differ from clipx, with commas.")
+    flags.DEFINE_string("out", "", "Folder of its results; default: `evaluation` beside it.")
     flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
     flags.DEFINE_string("evals", "", "Those of the evals, or new ones by evaluator, with commas.")
     flags.DEFINE_string("data", "", "The evals' data instead of their own: source=...,path=...")

@@ -1,5 +1,6 @@
 """The command: what a folder holds, what is proven of it, and what is refused in one line."""
 
+import functools
 import json
 import pathlib
 import re
@@ -181,7 +182,8 @@ def test_the_cards_recipe_projects_as_protoclip_does(tmp_path, monkeypatch):
     run, state = restore(folder, devices=jax.devices()[:1])
     rows = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    own = run.objective.apply(variables, *rows, method=lambda m, a, b: m.heads(a, b))
+    heads = functools.partial(run.objective.apply, method=lambda m, a, b: m.heads(a, b))
+    own = jax.jit(heads)(variables, *rows)
     for side in (0, 1):
         np.testing.assert_allclose(found["project"](side, rows[side]), own[side], atol=1e-5)
     assert found["heads"]["memory/centroids/image"].shape == (5, 6)

@@ -143,7 +143,9 @@ def card(facts: Facts) -> str:
         f"# {facts.name}\n\nTrained with clipx by {facts.method}, and exported to "
         f"{_LIBRARY[facts.format]}'s format.",
         _list({"Towers": facts.towers, "Data": facts.data, "Samples seen": facts.seen}),
-        "## Load it\n\n" + _code(_LOAD[facts.format].format(folder=facts.folder)),
+        "## Load it\n\n" + _code(_LOAD[facts.format].format(folder=facts.folder)) + "\n\n"
+        f"clipx trains it on with `--config.init_from={facts.folder}`, and evaluates it with "
+        f"`python -m clipx.evaluate --init_from={facts.folder}`.",
         *(["## To know\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
         "## Metrics\n\n" + _metrics(facts.metrics),
         "## The proof of the export\n\n" + _proof(facts),

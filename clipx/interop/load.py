@@ -282,7 +282,7 @@ def _resize_picture(params: PyTree, tower: Tower) -> None:
     """The positions of patches, or those of a modified ResNet's last map."""
     if isinstance(tower, ViT):
         first, side = int(tower.pool == "class"), tower.image_size // tower.shape[-1]
-    elif tower.modified:
+    elif tower.modified and "pool" in params:
         params["pool"] = params = dict(params["pool"])
         first, side = 1, tower.image_size // 2 ** (len(tower.shape[0]) + 1)
     else:
