@@ -4,6 +4,7 @@ of a model that open_clip or transformers keep."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -59,7 +60,7 @@ def section(text: str, where: str) -> dict[str, Any]:
 def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, Any]:
     """The sections of the evals that are named, of all where none is: those of `evals`, or new ones
     by their evaluators' names. `data` and `train_data`, where given, are the sources of all of them
-    that read such a one. Raises `ConfigError` for a name that is neither."""
+    that read such a one. Raises `ConfigError` for a name that is neither, and for no source."""
     found = {}
     for name in names.split(",") if names else evals:
         own = dict(evals.get(name, {}))
@@ -69,8 +70,12 @@ def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, An
             error.where = "--evals"
             raise
         for key, text in sources.items():
-            if text and _SOURCE_FLAGS[key] in configs.fields(evaluator):
+            field = configs.fields(evaluator).get(_SOURCE_FLAGS[key])
+            if field and text:
                 own[key] = section(text, f"--{key}")
+            elif field and field.default is dataclasses.MISSING and not own.get(key):
+                fix = f"--{key}=source=folder,path=DIR"
+                raise ConfigError(f"--{key}", "nothing", f"the source that {name} reads", fix)
         found[name] = own
     return found
 
@@ -89,7 +94,7 @@ def dataset(spec: EvalSpec) -> str:
 def results(
     run: Run, workdir: pathlib.Path, step: int | None, found: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What was found, one entry for each eval, by the name of its file: the layout of LAION's
+    """What was found, one entry for each eval of it, by the name of its file: the layout of LAION's
     CLIP_benchmark, whose `build` command makes one table of many, and beside it the eval's own
     section."""
     names = (run.complete[part]["name"] for part in ("objective", "image", "text"))
@@ -97,6 +102,8 @@ def results(
     for spec in run.evals:
         evaluator, start = spec.config.evaluator or spec.name, f"{spec.name}/"
         own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+        if not own:
+            continue
         renamed = _METRICS.get(evaluator, {})
         entries[f"{dataset(spec)}_{spec.name}.json"] = {
             "dataset": dataset(spec),
@@ -119,29 +126,42 @@ def table(found: Mapping[str, float]) -> list[str]:
 def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, float]:
     """The metrics of every eval of `config`, by `<eval>/<metric>`, at the step of a workdir; also
     written to a file for each eval in its folder `evaluation_<step>`."""
+    # which eval chose the best step is the workdir's to know, whatever is evaluated now
+    config = config | {"train": config["train"] | {"best": ""}}
     run, state = restore(workdir, step, config=config)
-    found, at = _found(run, state), int(state.step)
-    if jax.process_index() == 0:
-        folder = prepare_workdir(workdir).absolute()
-        print(f"step {at:,} of {workdir}")
-        _write(folder / f"evaluation_{at}", results(run, folder, at, found), found)
-    return found
+    at, folder = int(state.step), pathlib.Path(workdir).expanduser().absolute()
+    return _evaluate(
+        run, state, folder, at, folder / f"evaluation_{at}", f"step {at:,} of {workdir}"
+    )
 
 
-def _found(run: Run, state: TrainState) -> dict[str, float]:
+def _evaluate(
+    run: Run,
+    state: TrainState,
+    name: pathlib.Path,
+    step: int | None,
+    into: pathlib.Path,
+    title: str,
+) -> dict[str, float]:
+    """What every eval finds; printed and written as it comes, as a later one may find that its data
+    is not for it."""
     if not run.evals:
         raise ConfigError(
             "config.evals", "nothing", "at least one eval", "--evals, or --config=FILE with evals"
         )
-    return evaluate_all(run.evaluators(), run.encode(state))
-
-
-def _write(folder: pathlib.Path, entries: Mapping[str, Any], found: Mapping[str, float]) -> None:
-    print("\n".join(table(found)))
-    into = prepare_workdir(folder)
-    for name, entry in entries.items():
-        write_json(into / name, entry)
-        print(f"written to {into / name}")
+    encode, found, first = run.encode(state), {}, jax.process_index() == 0
+    if first:
+        prepare_workdir(into)
+        print(title, flush=True)
+    for key, evaluator in run.evaluators().items():
+        own = evaluate_all({key: evaluator}, encode)
+        found |= own
+        if first:
+            print("\n".join(table(own)))
+            for file, entry in results(run, name, step, own).items():
+                write_json(into / file, entry)
+                print(f"written to {into / file}", flush=True)
+    return found
 
 
 def evaluate_file(
@@ -163,12 +183,8 @@ def evaluate_file(
     }
     run = assemble(config).with_data(devices, tokenizer)
     file = pathlib.Path(path).expanduser().absolute()
-    folder = prepare_workdir(out or (file if file.is_dir() else file.parent) / "evaluation")
-    found = _found(run, run.init())
-    if jax.process_index() == 0:
-        print(path)
-        _write(folder, results(run, file, None, found), found)
-    return found
+    into = out or (file if file.is_dir() else file.parent) / "evaluation"
+    return _evaluate(run, run.init(), file, None, into, path)
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
@@ -183,18 +199,18 @@ def main(overrides: list[tuple[str, str]]) -> None:
         config = read_json(pathlib.Path(workdir).expanduser() / "config.json")
     if flags.FLAGS.config:
         config["evals"] = configs.load(flags.FLAGS.config).get("evals", {})
-    config["evals"] = chosen(
-        config["evals"],
-        flags.FLAGS.evals,
-        data=flags.FLAGS.data,
-        train_data=flags.FLAGS.train_data,
-    )
     for key, text in overrides:
         if key.split(".")[0] != "evals":
             raise ConfigError(
                 f"--config.{key}", text, "config.evals alone: the model is trained", "drop it"
             )
         configs.override(config, key, text)
+    config["evals"] = chosen(
+        config["evals"],
+        flags.FLAGS.evals,
+        data=flags.FLAGS.data,
+        train_data=flags.FLAGS.train_data,
+    )
     if workdir:
         evaluate(workdir, step, config)
     else:

@@ -50,6 +50,16 @@ def test_an_eval_that_is_none():
     assert "did you mean 'zero_shot'?" in str(error.value)
 
 
+def test_what_an_eval_reads_is_asked_for():
+    tfds = "source=tfds,name=cifar10"
+    with pytest.raises(
+        ConfigError, match="--train_data(.*\n)+.*that knn reads(.*\n)+.*path="
+    ):
+        chosen(EVALS, "zero_shot,knn", data=tfds, train_data="")
+    with pytest.raises(ConfigError, match="--data"):
+        chosen(EVALS, "knn", data="", train_data=tfds)
+
+
 @pytest.mark.parametrize(
     "source, name",
     [

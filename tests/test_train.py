@@ -168,9 +168,10 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     assert set(found) == {"shapes-test_zero_shot.json", "shapes-test_retrieval.json"}
     metrics = found["shapes-test_zero_shot.json"]["metrics"]
     assert metrics["acc1"] == results["zero_shot/top1"]
-    config["evals"] = {"zero_shot": config["evals"]["zero_shot"] | {"templates": ["the {}"]}}
+    other = config["evals"]["zero_shot"] | {"evaluator": "zero_shot", "templates": ["the {}"]}
+    config["evals"] = {"other": other}  # which is not the one that `best` is of
     assert evaluate(str(whole), "8", config).keys() == {
-        "zero_shot/top1", "zero_shot/top5", "zero_shot/mean_per_class"
+        "other/top1", "other/top5", "other/mean_per_class"
     }  # fmt: skip
     with pytest.raises(ConfigError, match="one of"):
         evaluate(str(whole), "5", config)
