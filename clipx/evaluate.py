@@ -183,7 +183,7 @@ def evaluate_file(
     }
     run = assemble(config).with_data(devices, tokenizer)
     file = pathlib.Path(path).expanduser().absolute()
-    into = out or (file if file.is_dir() else file.parent) / "evaluation"
+    into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
     return _evaluate(run, run.init(), file, None, into, path)
 
 

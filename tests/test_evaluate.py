@@ -52,9 +52,7 @@ def test_an_eval_that_is_none():
 
 def test_what_an_eval_reads_is_asked_for():
     tfds = "source=tfds,name=cifar10"
-    with pytest.raises(
-        ConfigError, match="--train_data(.*\n)+.*that knn reads(.*\n)+.*path="
-    ):
+    with pytest.raises(ConfigError, match="--train_data(.*\n)+.*that knn reads(.*\n)+.*path="):
         chosen(EVALS, "zero_shot,knn", data=tfds, train_data="")
     with pytest.raises(ConfigError, match="--data"):
         chosen(EVALS, "knn", data="", train_data=tfds)
