@@ -11,7 +11,8 @@ import pytest
 from clipx import hlo
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.models import layers
-from clipx.models.attention import attention, has_kernel, on_tpu, packed_attention
+from clipx.models.attention import attention, has_kernel, packed_attention
+from clipx.models.tpu import on_tpu
 from clipx.topology import parse
 
 libtpu = pytest.mark.skipif(
@@ -137,10 +138,33 @@ def test_an_affine_layer_is_the_same_on_tpus(monkeypatch):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_norm_is_the_same_on_tpus(monkeypatch):
+    """In values and gradients, for rows far from zero and rows without variance too."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16)) + jnp.array([0, 100, 0])[:, None, None]
+    x = x.at[2].set(0.5)
+    module = layers.LayerNorm(dtype="float32")
+    variables = {"params": {"scale": jnp.linspace(0.5, 2, 16), "bias": jnp.linspace(-1, 1, 16)}}
+
+    def run():
+        def fn(variables, x):
+            y = module.apply(variables, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(fn, (0, 1), has_aux=True))(variables, x)
+
+    usual = run()
+    monkeypatch.setattr(layers, "on_tpu", lambda: True)
+    for mine, theirs in zip(jax.tree.leaves(run()), jax.tree.leaves(usual), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert jax.tree.map(jnp.shape, module.init(jax.random.key(0), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+
+
 def test_a_transformer_is_the_same_on_tpus(monkeypatch):
     """Flattened and padded, with the kernel: values, gradients and dropout."""
     module = layers.Transformer(
-        depth=2, heads=2, mlp_width=32, causal=True, dropout=0.2, scan=True, remat="dots"
+        depth=2, heads=2, mlp_width=32, causal=True, dropout=0.2, scan=True, remat="full"
     )
     x = jax.random.normal(jax.random.key(0), (3, 7, 16))
     keys, lengths = jax.random.split(jax.random.key(1), 3), jnp.array([7, 3, 5])

@@ -20,7 +20,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.config import ConfigError
-from clipx.models.attention import attention, has_kernel, on_tpu, packed_attention
+from clipx.models.attention import attention, has_kernel, packed_attention
+from clipx.models.tpu import STATISTICS, add_bias, layer_norm, on_tpu
 from clipx.types import Encoded, PyTree, constrain_rows
 
 # exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
@@ -145,6 +146,14 @@ class LayerNorm(nn.LayerNorm):
     epsilon: float = 1e-5
     use_fast_variance: bool = False
 
+    @nn.compact
+    def __call__(self, x: Float[Array, "*r c"]) -> Float[Array, "*r c"]:
+        if not on_tpu():
+            return super().__call__(x)
+        scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", self.bias_init, x.shape[-1:], jnp.float32)
+        return layer_norm(x, scale, bias, self.epsilon, self.dtype)
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last, as torch's BatchNorm.
@@ -226,23 +235,6 @@ class MLP(nn.Module):
         return dense("proj", y, x.shape[-1], self.kernel_inits[1])
 
 
-@jax.custom_vjp
-def _add_bias(x: Float[Array, "r w"], bias: Float[Array, " w"]) -> Float[Array, "r w"]:
-    return x + bias
-
-
-def _add_bias_backward(_, dy):
-    # a product with ones is the matrix unit's work, and sums in float32; a sum over so many rows
-    # takes the vector unit three to five times as long as reading them does
-    ones = jnp.ones((8, dy.shape[0]), dy.dtype)
-    return dy, jnp.dot(ones, dy, preferred_element_type=reduction_dtype(dy.dtype))[0].astype(
-        dy.dtype
-    )
-
-
-_add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
-
-
 class Affine(nn.Module):
     """A linear layer from the last axes of its input to `shape`, its parameters those of a
     DenseGeneral: `kernel` [*inputs, *shape] and `bias` [*shape].
@@ -280,7 +272,7 @@ class Affine(nn.Module):
         # behind a barrier, or the compiler gives x the layout that suits the kernel's many axes
         kernel = jax.lax.optimization_barrier(kernel.reshape(fan_in, fan_out))
         y = jnp.dot(x.reshape(-1, fan_in), kernel)
-        y = _add_bias(y, bias.reshape(-1))
+        y = add_bias(y, bias.reshape(-1))
         return y.reshape(*lead, *(self.shape if order is None else (fan_out,)))
 
 
@@ -423,9 +415,11 @@ class Transformer(nn.Module):
         cls = Block
         if self.remat != "none":
             policies = jax.checkpoint_policies
-            policy = policies.nothing_saveable
+            policy = policies.save_only_these_names(STATISTICS)
             if self.remat == "dots":
-                policy = policies.dots_with_no_batch_dims_saveable
+                policy = policies.save_from_both_policies(
+                    policies.dots_with_no_batch_dims_saveable, policy
+                )
             cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         make = functools.partial(
             cls,
