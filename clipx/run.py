@@ -48,9 +48,10 @@ from clipx.step import (
     make_refresh,
     make_survey_step,
     make_train_step,
+    new_state,
     put_features,
 )
-from clipx.types import Batch, Features, TrainState
+from clipx.types import Batch, Features, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
@@ -105,7 +106,8 @@ class Run:
 
     def with_data(self, rows: int, tokenizer: tokenizers.Tokenizer) -> Run:
         """The same run over a data set of so many rows: lengths in epochs become steps."""
-        run = _assemble(self.config, self.mesh, rows)
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        run = _assemble(self.config, self.mesh, rows, variables)
         return dataclasses.replace(run, tokenizer=tokenizer)
 
     def init(self) -> TrainState:
@@ -443,7 +445,8 @@ def assemble(config: Mapping, devices=None) -> Run:
     return _assemble(bound, meshes.make_mesh(bound.mesh, devices), None)
 
 
-def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
+def _assemble(config: Config, mesh: Mesh, rows: int | None, variables: PyTree | None = None) -> Run:
+    """A run over so many rows. `variables`: what is known of its `params` and `batch_stats`."""
     train = config.train
     image_cls, image_name, image_section = named("models", Tower, config.image, "config.image")
     text_cls, text_name, text_section = named("models", Tower, config.text, "config.text")
@@ -482,7 +485,7 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None) -> Run:
     )
     batch = _abstract_batch(objective, train.batch_size, mesh)
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
-    optimizer, state = _abstract_state(objective, config, schedule, batch, mesh)
+    optimizer, state = _abstract_state(objective, config, schedule, batch, mesh, variables)
     meshes.refuse_whole(config.mesh, mesh, state.params)
     objective = objective.clone(locked=locked(config.optimizer.freeze, state.params))
     given = _TOWERS | words | sizes | {"locked"}
@@ -525,16 +528,19 @@ def _abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:
     )
 
 
-def _abstract_state(objective, config: Config, schedule, batch: Batch, mesh: Mesh):
+def _abstract_state(objective, config: Config, schedule, batch: Batch, mesh: Mesh, variables):
     """The optimizer, whose rules need the parameters' paths, and the state it makes, abstract."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+    def plain(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     with jax.set_mesh(mesh):
-        variables = functools.partial(init_variables, objective, seed=config.seed)
-        params = jax.eval_shape(variables, shapes)["params"]
-        optimizer = make_optimizer(config.optimizer, schedule, params)
-        init = functools.partial(init_state, objective, optimizer, seed=config.seed)
-        state = jax.eval_shape(init, shapes)
+        if variables is None:
+            init = functools.partial(init_variables, objective, seed=config.seed)
+            variables = jax.eval_shape(init, plain(batch))
+        optimizer = make_optimizer(config.optimizer, schedule, variables["params"])
+        new = functools.partial(new_state, objective, optimizer)
+        state = jax.eval_shape(new, plain(variables))
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,

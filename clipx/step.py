@@ -40,11 +40,17 @@ def init_state(
     with output shardings for arrays created in place. `pretrained` holds those parts of `params`
     and `batch_stats` that are not those of a new model."""
     variables = _replaced(init_variables(objective, batch, seed=seed), pretrained or {})
-    params = variables["params"]
+    return new_state(objective, optimizer, variables)
+
+
+def new_state(
+    objective: Objective, optimizer: optax.GradientTransformation, variables: PyTree
+) -> TrainState:
+    """The state of step 0 at these `params` and `batch_stats`."""
     return TrainState(
         step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
+        params=variables["params"],
+        opt_state=optimizer.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
         memory=objective.init_memory(),
     )
