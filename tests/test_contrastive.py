@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
+from clipx.losses.ring import pick_form
 from clipx.mesh import MeshConfig, make_mesh
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
@@ -76,54 +78,116 @@ CASES = [
     (None, 7, {"ids": IDS, "groups": 2}),
     ((8, 1), 1, {"groups": 3}),
 ]
+RING = [
+    (None, None, {}),
+    (None, 7, {"ids": IDS, "groups": 2}),
+    ((1, 2), 5, {}),
+    ((8, 1), 2, {"groups": 3}),
+    ((4, 2), None, {"ids": IDS}),
+]
+
+
+def grads(fn, shape=None, dtype=np.float64, **options):
+    weights = np.random.default_rng(1).normal(size=24)
+
+    def total(a, b, scale, bias):
+        return jnp.sum(weights * fn(a, b, scale, bias, **options))
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))
+    devices = jax.devices()[: np.prod(shape or 1)]
+    with jax.set_mesh(make_mesh(MeshConfig(*shape or (1,)), devices)):
+        return step(*jax.tree.map(dtype, (*rows(), 14.0, -3.0)))
+
+
+@pytest.mark.parametrize("form", ["gather", "ring"])
+@pytest.mark.parametrize("tiled, dense", PAIRS, ids=NAMES)
+def test_value_and_gradients_equal_the_dense_twin(tiled, dense, form):
+    gathered, expected = CASES[-4:] if tiled is nt_xent else CASES, {}
+    with jax.enable_x64(True):
+        for shape, chunk, options in RING if form == "ring" else gathered:
+            got, key = grads(tiled, shape, chunk=chunk, form=form, **options), str(options)
+            expected[key] = expected.get(key) or grads(dense, **options)
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected[key])):
+                np.testing.assert_allclose(x, y, rtol=0, atol=1e-12, err_msg=f"{shape} {chunk}")
 
 
 @pytest.mark.parametrize("tiled, dense", PAIRS, ids=NAMES)
-def test_value_and_gradients_equal_the_dense_twin(tiled, dense):
-    weights = np.random.default_rng(1).normal(size=24)
-
-    def grads(fn, **options):
-        def total(a, b, scale, bias):
-            return jnp.sum(weights * fn(a, b, scale, bias, **options))
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*rows(), 14.0, -3.0)
-
+def test_a_ring_of_float32_equals_the_twin_of_float64(tiled, dense):
+    got = grads(tiled, (2, 2), np.float32, chunk=4, form="ring")
     with jax.enable_x64(True):
-        for shape, chunk, options in CASES[-4:] if tiled is nt_xent else CASES:
-            expected = grads(dense, **options)
-            if shape is None:
-                got = grads(tiled, chunk=chunk, **options)
-            else:
-                devices = jax.devices()[: shape[0] * shape[1]]
-                with jax.set_mesh(make_mesh(MeshConfig(*shape), devices)):
-                    got = grads(tiled, chunk=chunk, **options)
-            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-                np.testing.assert_allclose(x, y, rtol=0, atol=1e-12, err_msg=f"{shape} {chunk}")
+        expected = grads(dense)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        assert x.dtype == np.float32
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def arrays(jaxpr):
+    """The size of everything that a program computes, and the names of what computes it."""
+    for equation in jaxpr.eqns:
+        yield from ((equation.primitive.name, v.aval.size) for v in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays(inner)
+
+
+@pytest.mark.parametrize("loss", [info_nce, sigmoid, nt_xent], ids=NAMES)
+def test_a_ring_gathers_nothing_and_holds_no_block(loss):
+    """512 rows of 4 on 8 devices, in tiles of 16 x 16: rows and their gradients are the largest."""
+    a, found = jnp.ones((512, 4)), {}
+    with jax.set_mesh(make_mesh(MeshConfig(4, 2), jax.devices())):
+        for form in ("gather", "ring"):
+            met = partial(loss, scale=9.0, bias=0.0, chunk=16, form=form)
+            slope = jax.make_jaxpr(jax.grad(lambda a, met=met: met(a, a).sum()))(a)
+            found[form] = list(arrays(slope.jaxpr))
+    names, sizes = zip(*found["ring"])
+    assert "all_gather" in dict(found["gather"]) and "all_gather" not in names
+    assert "ppermute" in names and max(sizes) <= 2 * a.size
+
+
+def test_the_form_suits_the_rows():
+    """And one that there is not is refused."""
+
+    def picked(b, devices, form=None):
+        rows = jax.ShapeDtypeStruct((b, 512), np.float32)
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:devices])):
+            return pick_form(form, rows)
+
+    assert [picked(b, 1) for b in (512, 16384, 32768)] == ["gather", "gather", "ring"]
+    assert [picked(b, 8) for b in (16384, 32768, 2**20)] == ["gather", "ring", "ring"]
+    assert picked(64, 1, "ring") == "ring"
+    with pytest.raises(ValueError, match="form='rings': expected 'gather', 'ring'"):
+        losses.info_nce(*rows(), scale=1.0, form="rings")
 
 
 def test_one_direction_alone():
     a, b = (jnp.asarray(x, jnp.float32) for x in rows())
     logits = 5.0 * a @ b.T
     expected = jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits)
-    got = losses.info_nce(a, b, scale=5.0, symmetric=False)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    for form in ("gather", "ring"):
+        got = losses.info_nce(a, b, scale=5.0, symmetric=False, form=form)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_recall_at_1_counts_ties_as_misses():
+@pytest.mark.parametrize("form", ["gather", "ring"])
+def test_recall_at_1_counts_ties_as_misses(form):
     a = np.eye(4, dtype=np.float32)
-    b = a[[0, 1, 3, 2]]
-    np.testing.assert_array_equal(losses.recall_at_1(a, b), [1, 1, 0, 0])
-    np.testing.assert_array_equal(losses.recall_at_1(np.ones_like(a), np.ones_like(a)), np.zeros(4))
+    b, same = a[[0, 1, 3, 2]], np.ones_like(a)
+    recall = jax.jit(partial(losses.recall_at_1, form=form, chunk=3), static_argnames="groups")
+    np.testing.assert_array_equal(recall(a, b), [1, 1, 0, 0])
+    np.testing.assert_array_equal(recall(same, same), np.zeros(4))
+    np.testing.assert_array_equal(recall(same, same, groups=4), np.ones(4))
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:4])):
-        np.testing.assert_array_equal(losses.recall_at_1(a, b), [1, 1, 0, 0])
+        np.testing.assert_array_equal(recall(a, b), [1, 1, 0, 0])
 
 
+@pytest.mark.parametrize("form", ["gather", "ring"])
 @pytest.mark.parametrize("loss", [info_nce, sigmoid, nt_xent], ids=NAMES)
-def test_finite_in_bfloat16_at_scale_100(loss):
+def test_finite_in_bfloat16_at_scale_100(loss, form):
     a, b = (jnp.asarray(x, jnp.bfloat16) for x in rows())
     same = jnp.broadcast_to(a[:1], a.shape)
     for x, y in ((a, b), (same, same), (a, -a), (a[:1], b[:1])):
-        total = jax.value_and_grad(lambda x, y: loss(x, y, 100.0, -10.0).mean(), (0, 1))
+        total = jax.value_and_grad(lambda x, y: loss(x, y, 100.0, -10.0, form=form).mean(), (0, 1))
         for leaf in jax.tree.leaves(jax.jit(total)(x, y)):
             assert jnp.all(jnp.isfinite(leaf))
     assert loss(a, b, 100.0, -10.0).dtype == jnp.float32

@@ -91,11 +91,11 @@ def dense(a, b, scale, top_k, a_mask=None, b_mask=None, groups=1):
 
 
 MASKS = {"a_mask": A_MASK, "b_mask": B_MASK}
-CASES = [  # what is computed, then the meshes and tile sizes on which it is
-    ({"top_k": 2}, [(None, 3), ((8, 1), 1), ((2, 2), 3)]),
+CASES = [  # what is computed, then the meshes and tile sizes on which it is; "ring": also so
+    ({"top_k": 2}, [(None, 3), ((8, 1), 1), ((2, 2), 3, "ring")]),
     ({"top_k": None}, [((8, 1), None)]),
-    ({"top_k": 3, **MASKS}, [(None, 5), ((4, 2), None)]),
-    ({"top_k": 2, "b_mask": B_MASK, "groups": 2}, [(None, None), ((8, 1), None)]),
+    ({"top_k": 3, **MASKS}, [(None, 5), ((4, 2), None, "ring")]),
+    ({"top_k": 2, "b_mask": B_MASK, "groups": 2}, [(None, 3, "ring"), ((8, 1), None)]),
 ]
 
 
@@ -111,13 +111,12 @@ def test_value_and_gradients_equal_the_dense_twin(options, layouts):
 
     with jax.enable_x64(True):
         expected = grads(dense)
-        for shape, chunk in layouts:
-            if shape is None:
-                got = grads(losses.late_interaction, chunk=chunk)
-            else:
-                devices = jax.devices()[: shape[0] * shape[1]]
-                with jax.set_mesh(make_mesh(MeshConfig(*shape), devices)):
-                    got = grads(losses.late_interaction, chunk=chunk)
+        for shape, chunk, form in [
+            (shape, chunk, form) for shape, chunk, *other in layouts for form in ("gather", *other)
+        ]:
+            devices = jax.devices()[: np.prod(shape or 1)]
+            with jax.set_mesh(make_mesh(MeshConfig(*shape or (1,)), devices)):
+                got = grads(losses.late_interaction, chunk=chunk, form=form)
             for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
                 np.testing.assert_allclose(x, y, rtol=0, atol=1e-12, err_msg=f"{shape} {chunk}")
 

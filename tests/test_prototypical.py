@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clipx import losses
+from clipx.losses import ring
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, put
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())
@@ -108,6 +109,35 @@ def test_the_same_on_a_mesh():
     wanted = softmax(np.asarray(table)[labels] @ np.asarray(table).T / 0.2)
     plain = -np.sum(wanted * np.log(softmax(product)), axis=1)
     np.testing.assert_allclose(each, plain, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 2)], ids=str)
+@pytest.mark.parametrize("hard", [True, False], ids=["labels", "soft"])
+def test_a_table_that_goes_round(shape, hard, monkeypatch):
+    """Value and gradients are those of the whole table, of a number of prototypes that no device
+    count divides, in tiles; a label of nobody costs nothing."""
+    monkeypatch.setattr(ring, "_TILES", (16, 16))
+    rng = np.random.default_rng(0)
+    rows, table, teacher = (unit(rng.normal(size=(n, 6))) for n in (16, 11, 11))
+    labels = rng.integers(0, 11, 16).astype(np.int32)
+    labels[3] = -1 if hard else 3
+
+    def loss(rows, scale, form):
+        soft = losses.targets(teacher, labels, temperature=0.2)
+        one_hot = losses.targets(table, labels, temperature=0)
+        target = (labels if form == "ring" else one_hot) if hard else soft
+        each = losses.prototypical(rows, table, target, scale=scale, form=form)
+        return jnp.sum(jnp.arange(16) * each), each
+
+    with (
+        jax.enable_x64(True),
+        jax.set_mesh(make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])),
+    ):
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnames="form")
+        got, expected = (step(rows, 5.0, form=form) for form in ("ring", "gather"))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+    assert (np.asarray(got[0][1])[3] == 0) == hard
 
 
 def test_labels_of_nobody_and_values_that_are_not_finite():

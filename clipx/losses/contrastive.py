@@ -60,7 +60,7 @@ def info_nce(
     size = total // groups if groups > 1 else None
     masked = ids is not None or groups > 1
     scale = jnp.asarray(scale, wide(a))
-    if pick_form(form, a, b) == "ring":
+    if pick_form(form, b) == "ring":
         row_lse, column_lse = ring.meet(
             _score(a, size),
             ring.LOG_SUM_EXP,
@@ -128,7 +128,7 @@ def sigmoid(
     size = total // groups if groups > 1 else None
     masked = ids is not None or groups > 1
     scale, bias = jnp.asarray(scale, wide(a)), jnp.asarray(bias, wide(a))
-    if pick_form(form, a, b) == "ring":
+    if pick_form(form, b) == "ring":
         pairs, _ = ring.meet(
             _score(a, size),
             ring.SUM_SOFTPLUS,
@@ -178,7 +178,7 @@ def nt_xent(
     total = a.shape[0]
     size = total // groups if groups > 1 else None
     scale = jnp.asarray(1 / temperature, wide(a))
-    if pick_form(form, a, b) == "ring":  # all views meet all views: rows 2i and 2i + 1 are row i's
+    if pick_form(form, b) == "ring":  # all views meet all views: rows 2i and 2i + 1 are row i's
         views = _rows(jnp.stack([a, b], axis=1).reshape(2 * total, -1), None, True)
         score = _score(a, size and 2 * size, itself=False)
         lse, _ = ring.meet(score, ring.LOG_SUM_EXP, views, views, (scale,), chunk=chunk)
@@ -225,7 +225,7 @@ def recall_at_1(
     a, b = lax.stop_gradient(a), lax.stop_gradient(b)
     total = a.shape[0]
     size = total // groups if groups > 1 else None
-    if pick_form(form, a, b) == "ring":
+    if pick_form(form, b) == "ring":
         score, one = _score(a, size, itself=False), jnp.ones((), wide(a))
 
         def nearer(rows, visitors, scalars):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from clipx.losses import ring
+from clipx.losses.ring import Form, Rows, pick_form
 from clipx.losses.tiles import (
     NEVER,
     check_pairs,
     first_row,
     gather,
+    narrow,
+    narrow_product,
+    product,
     spread,
     stranger,
     tiles,
@@ -19,12 +26,11 @@ from clipx.losses.tiles import (
 )
 
 
-def _scores(a, b, a_mask, b_mask):
+def _scores(a, b, a_mask, b_mask, multiply=product):
     """Of every row of a with every row of b: the mean, over a's tokens that count, of the largest
     product with one of b's that counts."""
-    products = jnp.einsum(
-        "ind,tmd->intm", a, b, preferred_element_type=wide(a), precision=lax.Precision.HIGHEST
-    )
+    (i, n, d), (t, m, _) = a.shape, b.shape
+    products = multiply(a.reshape(-1, d), b.reshape(-1, d)).reshape(i, n, t, m)
     if b_mask is not None:
         products = jnp.where(b_mask, products, NEVER)
     best = jnp.max(products, axis=3)
@@ -82,6 +88,7 @@ def late_interaction(
     b_mask: Bool[Array, "b m"] | None = None,
     groups: int = 1,
     chunk: int | None = None,
+    form: Form | None = None,
 ) -> Float[Array, " b"]:
     """Cross-entropy of each row's match among all rows, in nats: half a→b and half b→a, where two
     rows' score is `token_similarity`, which is not symmetric. Tokens come unit-normalised.
@@ -90,12 +97,20 @@ def late_interaction(
     the largest sum of products with their own pair's tokens; None keeps all. Selection has no
     gradient, the selected have. Masks are True where a token counts; without one all do, padding
     too, as in DeCLIP's code, whose published runs may have had `top_k` off. Each row needs a token
-    that counts. `scale` is positive; `groups` and `chunk` as in `info_nce`. Source: FILIP
-    (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
+    that counts. `scale` is positive; `groups`, `chunk` and `form` as in `info_nce`. Source:
+    FILIP (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
     """
     check_pairs(a[:, 0], b[:, 0], groups)
     total = a.shape[0]
     size = total // groups if groups > 1 else None
+
+    scale = jnp.asarray(scale, wide(a))
+    if pick_form(form, a if a.size > b.size else b) == "ring":
+        kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
+        return sum(
+            0.5 * _toward(*x, *y, scale, size, chunk)
+            for x, y in zip(((a, a_mask), (b, b_mask)), kept)
+        )
 
     def local(axes, rows, scalars):
         a, b, a_mask, b_mask = rows
@@ -121,4 +136,34 @@ def late_interaction(
         b_kept = _select(b, a, b_mask, a_mask, top_k)
         return 0.5 * toward(a, a_mask, *b_kept) + 0.5 * toward(b, b_mask, *a_kept)
 
-    return spread(local, (a, b, a_mask, b_mask), (jnp.asarray(scale, wide(a)),))
+    return spread(local, (a, b, a_mask, b_mask), (scale,))
+
+
+def _toward(x, x_mask, y, y_mask, scale, size, chunk):
+    """One half of the ring: rows of x stay, the kept tokens of y go round."""
+    dtype = narrow(x)
+    index = None if size is None else jnp.arange(x.shape[0])
+
+    def score(rows, visitors, scalars):
+        (index, x_mask), (columns, y_mask) = rows.constants, visitors.constants
+        multiply = partial(narrow_product, dtype=dtype)
+        logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, multiply)
+        if size is None:
+            return logits
+        return jnp.where(stranger(index, None, columns, None, size), NEVER, logits)
+
+    rows, visitors = Rows(x, (index, x_mask)), Rows(y, (index, y_mask))
+    elements = x.shape[1] * y.shape[1]
+    options = {"chunk": chunk, "elements": elements}
+    lse, _ = ring.meet(score, ring.LOG_SUM_EXP, rows, visitors, (scale,), **options)
+
+    def own(axes, rows, scalars):
+        def pair(row):
+            return _scores(*jax.tree.map(lambda x: x[None], row))[0, 0]
+
+        def tile(carry, rows, valid):
+            return carry, jax.vmap(pair)(rows)
+
+        return tiles(tile, (), rows, chunk, elements, axes)[1]
+
+    return lse - scale * spread(own, (x, y, x_mask, y_mask), ())

@@ -14,6 +14,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from clipx.losses import ring
+from clipx.losses.ring import Form, Rows, pick_form
+from clipx.losses.tiles import NEVER, product, size
 from clipx.types import batch_axes, constrain_rows
 
 
@@ -83,18 +86,56 @@ def targets(
 def prototypical(
     student: Float[Array, "b d"],
     prototypes: Float[Array, "k d"],
-    targets: Float[Array, "b k"],
+    targets: Float[Array, "b k"] | Int[Array, " b"],
     *,
     scale: Float[Array, ""] | float,
+    form: Form | None = None,
 ) -> Float[Array, " b"]:
     """Cross-entropy, in nats, of each row's choice among the prototypes against its target.
 
-    The logits are `scale` times the products with the prototypes as they are: those of a tight
-    cluster are longer, and one of zeros has a logit of 0. Source: ProtoCLIP (arXiv 2206.10996),
+    Targets are distributions, or labels alone, which stand for their one-hot. The logits are
+    `scale` times the products with the prototypes as they are: those of a tight cluster are longer,
+    and one of zeros has a logit of 0. With `form="gather"` the table is whole on every device, and
+    so are a row's logits; with "ring" the table is spread and goes round, and logits come in tiles;
+    None: the ring where a device's logits are 2**25 or more. Source: ProtoCLIP (arXiv 2206.10996),
     training/loss.py, `ProtoLoss`, whose value is the mean over rows.
     """
-    logits = scale * _products(student, lax.stop_gradient(prototypes))
-    return -jnp.sum(lax.stop_gradient(targets) * jax.nn.log_softmax(logits, axis=1), axis=1)
+    (b, _), k = student.shape, len(prototypes)
+    prototypes, targets = lax.stop_gradient((prototypes, targets))
+    hard = targets.ndim == 1
+    if form is None:
+        form = "ring" if b // size(batch_axes()) * k >= 2**25 else "gather"
+    if pick_form(form, prototypes) == "ring":
+        return _ring(student, prototypes, targets, scale, hard)
+    if hard:
+        targets = constrain_rows(jax.nn.one_hot(targets, k, dtype=_wide(prototypes)))
+    logits = scale * _products(student, prototypes)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1)
+
+
+def _ring(student, table, targets, scale, hard):
+    """-Σ t·(l - lse) = lse·Σ t - scale·student·(Σ t·prototype), whose last sum is a constant."""
+    k, dtype = len(table), _wide(student, table)
+    student, table = student.astype(dtype), table.astype(dtype)
+    pad = -k % size(batch_axes())  # the same number on each device
+    table, columns = jnp.pad(table, ((0, pad), (0, 0))), jnp.arange(k + pad)
+
+    def score(rows, visitors, scalars):
+        table, columns = visitors.constants
+        logits = scalars[0] * product(rows.values, table)
+        return jnp.where(columns < k, logits, NEVER)
+
+    def weigh(rows, visitors):
+        if hard:
+            return (rows.constants[:, None] == visitors.constants).astype(dtype)
+        columns = visitors.constants
+        return jnp.take(rows.constants, columns, axis=1, mode="fill", fill_value=0).astype(dtype)
+
+    visitors, scale = Rows((), (table, columns)), jnp.asarray(scale, dtype)
+    lse, _ = ring.meet(score, ring.LOG_SUM_EXP, Rows(student), visitors, (scale,))
+    meant = ring.mix(weigh, Rows((), targets), Rows(table, columns))
+    within = (targets >= 0) & (targets < k) if hard else jnp.sum(targets, axis=1)
+    return within * lse - scale * jnp.sum(student * meant, axis=1)
 
 
 def prototype_accuracy(

@@ -287,8 +287,9 @@ class ProtoCLIP(Objective):
             labels = jnp.asarray(memory["labels"][b])[features.position]
             prototypes = tables["translated"].get(name, tables["centroids"].get(b))
             temperature = self.target_temperature if term == "prototype" else 0.0
-            teachers = tables["centroids"][b] if temperature else prototypes
-            target = losses.targets(teachers, labels, temperature=temperature)
+            target = labels  # which stand for their one-hot
+            if temperature:
+                target = losses.targets(tables["centroids"][b], labels, temperature=temperature)
             each = losses.prototypical(student, prototypes, target, scale=scale)
             terms[term] = terms.get(term, 0) + jnp.mean(each) / 2
             accuracy = losses.prototype_accuracy(student, prototypes, labels)

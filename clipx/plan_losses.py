@@ -1,0 +1,101 @@
+"""What the losses alone need, for `python -m clipx.plan --losses`: value and gradient, compiled for
+TPUs that are not here, beside the formulations that one would write first.
+
+Memory is the peak of one device, rows and gradients included. Cycles are the compiler's own
+estimates with loops multiplied out; collectives are not in them. Compiled ahead of time, not run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from clipx import hlo, losses, mesh
+from clipx.types import constrain_rows
+
+TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")
+BATCHES = (32_768, 1_048_576)
+WIDTH = 512
+
+
+def _logits(a, b, scale):
+    return scale * jnp.einsum("id,jd->ij", a, b, preferred_element_type=jnp.float32)
+
+
+def _cross_entropy(logits, match):
+    return jax.nn.logsumexp(logits, axis=1) - match
+
+
+def naive_info_nce(a, b, scale, bias):
+    logits = _logits(a, b, scale)
+    match = jnp.diagonal(logits)
+    return 0.5 * (_cross_entropy(logits, match) + _cross_entropy(logits.T, match))
+
+
+def naive_sigmoid(a, b, scale, bias):
+    labels = 2 * jnp.eye(len(a)) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(labels * (_logits(a, b, scale) + bias)), axis=1)
+
+
+def gathered_info_nce(a, b, scale, bias):
+    """Each device's rows of either tower with all of the other, as open_clip's `local_loss`."""
+    match = scale * jnp.sum(a.astype(jnp.float32) * b, axis=1)
+    return 0.5 * sum(
+        _cross_entropy(
+            constrain_rows(_logits(x, jax.lax.with_sharding_constraint(y, P()), scale)), match
+        )
+        for x, y in ((a, b), (b, a))
+    )
+
+
+def gathered_sigmoid(a, b, scale, bias):
+    every = jax.lax.with_sharding_constraint(b, P())
+    logits = constrain_rows(_logits(a, every, scale) + bias)
+    labels = constrain_rows(2 * jnp.eye(len(a)) - 1)
+    return -jnp.sum(jax.nn.log_sigmoid(labels * logits), axis=1)
+
+
+def _ours(name: str, form: str):
+    if name == "InfoNCE":
+        return lambda a, b, scale, bias: losses.info_nce(a, b, scale=scale, form=form)
+    return lambda a, b, scale, bias: losses.sigmoid(a, b, scale=scale, bias=bias, form=form)
+
+
+FORMS: dict[str, dict[str, Callable]] = {
+    "InfoNCE": {"naive": naive_info_nce, "all-gather": gathered_info_nce},
+    "SigLIP": {"naive": naive_sigmoid, "all-gather": gathered_sigmoid},
+}
+for _name, _forms in FORMS.items():
+    _forms |= {form: _ours(_name, form) for form in ("gather", "ring")}
+
+
+class Need(NamedTuple):
+    """Of one device."""
+
+    gib: float  # of memory
+    fits: bool
+    cycles: int | None = None
+
+
+def need(loss: Callable, devices: Iterable[jax.Device], batch: int) -> Need:
+    """Of the mean of `loss` over rows of bfloat16, and its gradients for rows, scale and bias."""
+    on = mesh.make_mesh(mesh.MeshConfig(), devices)
+    shape = (batch, WIDTH)
+    rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.batch_sharding(on))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=mesh.replicated(on))
+    step = jax.jit(jax.value_and_grad(lambda *xs: jnp.mean(loss(*xs)), (0, 1, 2, 3)))
+    with jax.set_mesh(on):
+        try:
+            compiled = step.lower(rows, rows, scalar, scalar).compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = re.search(r"Used ([\d.]+)([GMT]) of", str(error))
+            if not used:
+                raise
+            return Need(float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]], False)
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    return Need(peak / 2**30, True, hlo.read(compiled.as_text()).compiler_cycles)
