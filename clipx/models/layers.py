@@ -16,12 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.config import ConfigError
 from clipx.models.attention import attention, has_kernel, packed_attention
-from clipx.models.tpu import STATISTICS, add_bias, layer_norm, on_tpu
+from clipx.models.tpu import ATTENDED, STATISTICS, add_bias, layer_norm, on_tpu
 from clipx.types import Encoded, PyTree, constrain_rows
 
 # exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
@@ -297,6 +298,7 @@ class SelfAttention(nn.Module):
             # heads outermost, so that a mesh's tensor axis splits the flat axis too
             qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
             y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
+            y = checkpoint_name(y, ATTENDED)
         else:
             qkv = project(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -418,7 +420,8 @@ class Transformer(nn.Module):
             policy = policies.save_only_these_names(STATISTICS)
             if self.remat == "dots":
                 policy = policies.save_from_both_policies(
-                    policies.dots_with_no_batch_dims_saveable, policy
+                    policies.dots_with_no_batch_dims_saveable,
+                    policies.save_only_these_names(STATISTICS, ATTENDED),
                 )
             cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         make = functools.partial(

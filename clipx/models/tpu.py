@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-STATISTICS = "statistics"  # two numbers per token, by name for remat policies: not worth remaking
+# Names that remat policies know: a norm's two numbers per token, which no policy makes again, and
+# what a kernel of attention makes, which is to them as a product of weights is.
+STATISTICS, ATTENDED = "statistics", "attended"
 
 
 def on_tpu() -> bool:
