@@ -1,0 +1,71 @@
+"""The notebook runs as it is saved, and is saved with what it shows."""
+
+import json
+import math
+import pathlib
+import re
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from test_export import CLASS, save
+from test_train import small
+
+NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "losses.ipynb"
+PICTURES = 4
+DEFAULT = 'WORKDIR = ""'
+
+
+def cells():
+    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == "code"]
+
+
+def execute(workdir: str = "") -> dict:
+    """The names that its cells leave, executed in this process, drawing into nothing."""
+    shown, names = 0, {}
+    sources = ["".join(cell["source"]) for cell in cells()]
+    assert DEFAULT in sources[0]
+    sources[0] = sources[0].replace(DEFAULT, f"WORKDIR = {workdir!r}")
+    with matplotlib.rc_context({"backend": "agg"}):
+        for number, source in enumerate(sources):
+            exec(compile(source, f"{NOTEBOOK.name}:{number}", "exec"), names)
+            shown += len(plt.get_fignums())
+            plt.close("all")
+    assert shown == PICTURES
+    values, rows = names["values"], names["run"].batch_size
+    assert len(values) == 8
+    assert all(np.isfinite(each).all() and each.shape == (rows,) for each in values.values())
+    assert len(names["captions"]) == names["clusters"].counts.sum() == 8 * rows
+    assert (names["out"] / "open_clip_model.safetensors").is_file()
+    names["scratch"].cleanup()
+    return names
+
+
+def test_its_cells_run_on_a_workdir(tmp_path):
+    execute(str(save(tmp_path / "run", small(CLASS, ("train.best", "")))))
+
+
+@pytest.mark.slow  # half a minute, most of it to compile the training step
+def test_it_trains_without_one():
+    names = execute()
+    losses = [row["loss"] for row in names["rows"]]
+    assert len(losses) == 10 and losses[-1] < 0.9 * math.log(64)
+    assert names["values"]["InfoNCE"].mean() < math.log(64)
+    assert names["values"]["SimSiam"].mean() < -0.5
+
+
+def test_it_is_saved_with_its_pictures_and_nobodys_paths():
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert len(text) < 700_000
+    outputs = [output for cell in cells() for output in cell["outputs"]]
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
+    for output in outputs:
+        assert output.get("name", "stdout") == "stdout"
+        said = "".join(output.get("text", ""))
+        assert not re.search(r"(^|[\s'\"(=])(/[\w.-]+){2,}|site-packages|[A-Z]:\\|\x1b", said), (
+            said
+        )
