@@ -66,6 +66,4 @@ def test_it_is_saved_with_its_pictures_and_nobodys_paths():
     for output in outputs:
         assert output.get("name", "stdout") == "stdout"
         said = "".join(output.get("text", ""))
-        assert not re.search(r"(^|[\s'\"(=])(/[\w.-]+){2,}|site-packages|[A-Z]:\\|\x1b", said), (
-            said
-        )
+        assert not re.search(r"(^|[\s'\"(=])(/[\w.-]+){2,}|site-packages|[A-Z]:\\|\x1b", said), said
