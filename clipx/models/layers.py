@@ -250,7 +250,9 @@ class Affine(nn.Module):
     inputs: int = 1  # axes
 
     @nn.compact
-    def __call__(self, x: Float[Array, ...], *, order: tuple[int, ...] | None = None):
+    def __call__(
+        self, x: Float[Array, "*b"], *, order: tuple[int, ...] | None = None
+    ) -> Float[Array, "*b"]:
         """With `order`, the axes of `shape` in that order and flattened."""
         lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
         fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
@@ -380,7 +382,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks: parameters `block_0`, `block_1`, ..., or, with `scan`, one `blocks` with a
     leading layer axis (compiled once). `remat`: what the backward pass computes again: nothing, all
-    but the weight products, or whole blocks.
+    but the weight products (and, on TPUs, what attention's kernel makes), or whole blocks (on TPUs,
+    all but the statistics of norms).
 
     `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the
     layers as torch makes them, as CLIP's code does for pictures (clip/model.py,
