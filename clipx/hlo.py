@@ -30,6 +30,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
+_FIRST = 'custom_call_target="AsyncCollectiveStart"'
 _FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -78,6 +79,7 @@ class Operation:
     bytes: int = 0  # of a kernel or collective, one execution
     group: int = 1  # devices that a collective joins
     chain: str = ""  # of fusions that carry one collective along, each with a copy of it
+    begins: bool = False  # whether it is the first of a chain that overlaps with other work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,11 @@ def read(text: str) -> Program:
     """The costs in a compiled program's text. Raises `HloError` for a kernel that declares none."""
     computations, entry = _parse(text)
     open_loops: dict[str, None] = {}
-    operations = tuple(_walk(computations, entry, 1, open_loops))
-    return Program(operations, tuple(open_loops))
+    operations = list(_walk(computations, entry, 1, open_loops))
+    # a chain may begin before a loop and go on inside
+    begun = {(o.kind, o.chain) for o in operations if o.begins}
+    kept = (o for o in operations if o.begins or (o.kind, o.chain) not in begun)
+    return Program(tuple(kept), tuple(open_loops))
 
 
 def size(type_: str) -> int:
@@ -216,6 +221,7 @@ def _walk(
             own = cycles or sum(o.cycles for o in inside)
             if own:
                 yield Operation(i.name, kind, source, times, own)
+            first = any(_FIRST in x.rest for x in computations[called["calls"]].values())
             for o in inside:  # an estimate covers all but what has none of its own
                 if o.kind in COLLECTIVES or o.kind == "kernel":
                     if (o.kind, o.chain) in chains:
@@ -223,7 +229,8 @@ def _walk(
                     chains |= {(o.kind, o.chain)} if o.chain else set()
                     scatter = called["calls"].startswith("all-reduce-scatter")
                     kind = "reduce-scatter" if scatter and o.kind == "all-reduce" else o.kind
-                    yield dataclasses.replace(o, kind=kind, cycles=0)
+                    begins = bool(o.chain) and (first or o.begins)
+                    yield dataclasses.replace(o, kind=kind, cycles=0, begins=begins)
         else:
             if cycles:
                 yield Operation(i.name, kind, source, times, cycles)

@@ -217,6 +217,26 @@ def test_a_collective_that_fusions_carry_along_is_one():
     assert found.compiler_cycles == 40
 
 
+def test_a_collective_that_overlaps_with_a_loop_is_one():
+    """It begins before the loop, goes on in a fusion of the loop's body, and ends after it."""
+    gather = "%g = f32[16,128] all-gather(%q), replica_groups={{0,1}}, channel_id=1, "
+    gather += 'frontend_attributes={chain_id="0"}'
+    parts = "".join(
+        f"%{name} (q: f32[8,128]) -> f32[16,128] {{\n  %q = f32[8,128] parameter(0)\n  {gather}\n"
+        f'  ROOT %r = f32[16,128] custom-call(%g), custom_call_target="{target}"\n}}\n\n'
+        for name, target in (
+            *(("first", "AsyncCollectiveStart"), ("among", "Other")),
+            ("last", "AsyncCollectiveDone"),
+        )
+    )
+    body = "%z = f32[8,128] fusion(%y), kind=kCustom, calls=%among, " + CONFIG % 10
+    entry = "%a = f32[16,128] fusion(%x), kind=kCustom, calls=%first" + WHILE.format(0, "")
+    entry += "%b = f32[16,128] fusion(%x), kind=kCustom, calls=%last"
+    found = program(entry, parts + loop(0, "constant(7)", body=body))
+    assert found.traffic() == {("all-gather", 2): (1, 2 * 4096)}
+    assert found.compiler_cycles == 70
+
+
 def test_no_program():
     with pytest.raises(hlo.HloError, match="no ENTRY"):
         hlo.read("nothing of the kind")
