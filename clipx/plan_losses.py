@@ -2,20 +2,21 @@
 TPUs that are not here, beside the formulations that one would write first.
 
 Memory is the peak of one device, rows and gradients included. Cycles are the compiler's own
-estimates with loops multiplied out; collectives are not in them. Compiled ahead of time, not run.
+estimates with loops multiplied out; collectives are not in them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from clipx import hlo, losses, mesh
+from clipx import hlo, losses, mesh, topology
+from clipx.losses.ring import Form, pick_form
 from clipx.types import constrain_rows
 
 TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")
@@ -71,7 +72,7 @@ FORMS: dict[str, dict[str, Callable]] = {
     "SigLIP": {"naive": naive_sigmoid, "all-gather": gathered_sigmoid},
 }
 for _name, _forms in FORMS.items():
-    _forms |= {form: _ours(_name, form) for form in ("gather", "ring")}
+    _forms |= {form: _ours(_name, form) for form in get_args(Form)}
 
 
 class Need(NamedTuple):
@@ -79,12 +80,40 @@ class Need(NamedTuple):
 
     gib: float  # of memory
     fits: bool
-    cycles: int | None = None
+    cycles: int = 0
+
+    def __str__(self):
+        size = f"{self.gib:,.1f} GiB" if self.gib >= 1 else f"{self.gib * 1024:,.0f} MiB"
+        return f"{size}, {self.cycles / 1e6:,.1f} M" if self.fits else f"does not fit: {size}"
 
 
-def need(loss: Callable, devices: Iterable[jax.Device], batch: int) -> Need:
-    """Of the mean of `loss` over rows of bfloat16, and its gradients for rows, scale and bias."""
-    on = mesh.make_mesh(mesh.MeshConfig(), devices)
+def main(
+    topologies: Sequence[str] = TOPOLOGIES, batches: Sequence[int] = BATCHES, names=tuple(FORMS)
+) -> int:
+    """Prints the table, a row when its programs are compiled; in bold the form that is chosen."""
+    columns = list(next(iter(FORMS.values())))
+    print(
+        f"Losses of {WIDTH}-d bfloat16 rows, value and gradient, peak of a device and cycles "
+        f"(jax {jax.__version__}): compiled ahead of time, not run"
+    )
+    print("| loss | topology | batch | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (3 + len(columns)), flush=True)
+    for where in map(topology.parse, topologies):
+        on = mesh.make_mesh(mesh.MeshConfig(), where.devices())
+        for batch in batches:
+            with jax.set_mesh(on):
+                chosen = pick_form(None, jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16))
+            for name in names:
+                told = {form: str(need(loss, on, batch)) for form, loss in FORMS[name].items()}
+                told[chosen] = f"**{told[chosen]}**"
+                row = (name, where.name, f"{batch:,}", *told.values())
+                print("| " + " | ".join(row) + " |", flush=True)
+    return 0
+
+
+def need(loss: Callable, on, batch: int) -> Need:
+    """What the compiler says, for the mesh `on`, of a loss's mean and its gradients for rows, scale
+    and bias."""
     shape = (batch, WIDTH)
     rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.batch_sharding(on))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=mesh.replicated(on))

@@ -26,7 +26,7 @@ FLOORS = (
         *("cluster", "distributed", "predict", "analytic"),
     ),
     (
-        *("cli", "train", "evaluate", "export", "plan", "plan_losses", "dataset"),
+        *("cli", "train", "evaluate", "export", "plan", "dataset"),
         *("report", "compare", "teacher", "doctor", "bench"),
         *("figures", "sheets", "plan_losses"),
     ),

@@ -2,10 +2,11 @@
 
 Each returns a value per row; the mean is the caller's. Rows come unit-normalised. Called inside
 `jax.set_mesh(...)`, rows are spread over the batch axes; without a mesh the same code runs on one
-device, and the numbers agree. Two forms compute the same, and neither holds a b x B block:
+device, and the numbers agree. Three forms compute the same, and none keeps a b x B block:
 
     gather: one tower is gathered, the other stays where it is and meets it tile by tile; a tile is
       recomputed in the backward pass.
+    assembly: the same with gradients written by hand: fewer passes over each tile.
     ring: nothing is gathered. One tower goes round the devices, in the backward pass once more with
       its gradients; memory does not grow with the rows of other devices (`clipx.losses.ring`).
 
@@ -60,7 +61,8 @@ def info_nce(
     size = total // groups if groups > 1 else None
     masked = ids is not None or groups > 1
     scale = jnp.asarray(scale, wide(a))
-    if pick_form(form, b) == "ring":
+    form = pick_form(form, b)
+    if form != "gather":
         row_lse, column_lse = ring.meet(
             _score(a, size),
             ring.LOG_SUM_EXP,
@@ -69,6 +71,7 @@ def info_nce(
             (scale,),
             chunk=chunk,
             columns=symmetric,
+            together=form == "assembly",
         )
         match = scale * matches(a, b)
         if not symmetric:
@@ -128,7 +131,8 @@ def sigmoid(
     size = total // groups if groups > 1 else None
     masked = ids is not None or groups > 1
     scale, bias = jnp.asarray(scale, wide(a)), jnp.asarray(bias, wide(a))
-    if pick_form(form, b) == "ring":
+    form = pick_form(form, b)
+    if form != "gather":
         pairs, _ = ring.meet(
             _score(a, size),
             ring.SUM_SOFTPLUS,
@@ -136,6 +140,7 @@ def sigmoid(
             _rows(b, ids, masked),
             (scale, bias),
             chunk=chunk,
+            together=form == "assembly",
         )
         return pairs - (scale * matches(a, b) + bias)
 
@@ -178,10 +183,12 @@ def nt_xent(
     total = a.shape[0]
     size = total // groups if groups > 1 else None
     scale = jnp.asarray(1 / temperature, wide(a))
-    if pick_form(form, b) == "ring":  # all views meet all views: rows 2i and 2i + 1 are row i's
+    form = pick_form(form, b)
+    if form != "gather":  # all views meet all views: rows 2i and 2i + 1 are row i's
         views = _rows(jnp.stack([a, b], axis=1).reshape(2 * total, -1), None, True)
         score = _score(a, size and 2 * size, itself=False)
-        lse, _ = ring.meet(score, ring.LOG_SUM_EXP, views, views, (scale,), chunk=chunk)
+        how = {"chunk": chunk, "together": form == "assembly"}
+        lse, _ = ring.meet(score, ring.LOG_SUM_EXP, views, views, (scale,), **how)
         return jnp.mean(lse.reshape(total, 2), axis=1) - scale * matches(a, b)
 
     def local(axes, rows, scalars):
@@ -225,7 +232,8 @@ def recall_at_1(
     a, b = lax.stop_gradient(a), lax.stop_gradient(b)
     total = a.shape[0]
     size = total // groups if groups > 1 else None
-    if pick_form(form, b) == "ring":
+    form = pick_form(form, b)
+    if form != "gather":
         score, one = _score(a, size, itself=False), jnp.ones((), wide(a))
 
         def nearer(rows, visitors, scalars):
@@ -235,7 +243,8 @@ def recall_at_1(
 
         rows, match = _rows(a, None, True), ring.matches(a, b, chunk=chunk)
         rows = rows._replace(constants=(rows.constants, match))
-        found = ring.meet(nearer, ring.LARGEST, rows, _rows(b, None, True), (one,), chunk=chunk)[0]
+        how = {"chunk": chunk, "together": form == "assembly"}
+        found, _ = ring.meet(nearer, ring.LARGEST, rows, _rows(b, None, True), (one,), **how)
         return (found < 1).astype(found.dtype)
 
     def local(axes, rows, scalars):

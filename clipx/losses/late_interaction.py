@@ -105,10 +105,11 @@ def late_interaction(
     size = total // groups if groups > 1 else None
 
     scale = jnp.asarray(scale, wide(a))
-    if pick_form(form, a if a.size > b.size else b) == "ring":
+    form = pick_form(form, a if a.size > b.size else b)
+    if form != "gather":
         kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
         return sum(
-            0.5 * _toward(*x, *y, scale, size, chunk)
+            0.5 * _toward(*x, *y, scale, size, chunk, form)
             for x, y in zip(((a, a_mask), (b, b_mask)), kept)
         )
 
@@ -139,7 +140,7 @@ def late_interaction(
     return spread(local, (a, b, a_mask, b_mask), (scale,))
 
 
-def _toward(x, x_mask, y, y_mask, scale, size, chunk):
+def _toward(x, x_mask, y, y_mask, scale, size, chunk, form):
     """One half of the ring: rows of x stay, the kept tokens of y go round."""
     dtype = narrow(x)
     index = None if size is None else jnp.arange(x.shape[0])
@@ -154,8 +155,8 @@ def _toward(x, x_mask, y, y_mask, scale, size, chunk):
 
     rows, visitors = Rows(x, (index, x_mask)), Rows(y, (index, y_mask))
     elements = x.shape[1] * y.shape[1]
-    options = {"chunk": chunk, "elements": elements}
-    lse, _ = ring.meet(score, ring.LOG_SUM_EXP, rows, visitors, (scale,), **options)
+    how = {"chunk": chunk, "elements": elements, "together": form == "assembly"}
+    lse, _ = ring.meet(score, ring.LOG_SUM_EXP, rows, visitors, (scale,), **how)
 
     def own(axes, rows, scalars):
         def pair(row):

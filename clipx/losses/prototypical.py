@@ -7,6 +7,7 @@ result is float32, or float64 for float64 inputs.
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clipx.losses import ring
-from clipx.losses.ring import Form, Rows, pick_form
+from clipx.losses.ring import Rows, pick_form
 from clipx.losses.tiles import NEVER, product, size
 from clipx.types import batch_axes, constrain_rows
 
@@ -89,7 +90,7 @@ def prototypical(
     targets: Float[Array, "b k"] | Int[Array, " b"],
     *,
     scale: Float[Array, ""] | float,
-    form: Form | None = None,
+    form: Literal["gather", "ring"] | None = None,
 ) -> Float[Array, " b"]:
     """Cross-entropy, in nats, of each row's choice among the prototypes against its target.
 

@@ -4,7 +4,8 @@ Each device keeps its rows. Its visitors, as many rows of the other tower, go ro
 at each stop every row meets every visitor in square tiles. What a row has seen is summed up in one
 number, which visitors can carry too. Nothing of a tile is kept: the backward pass sends the
 visitors round again, with their numbers and their gradients so far, and computes each tile anew.
-With one device nothing travels, and the tiles are the same.
+With one device nothing travels, and the tiles are the same. In an assembly all visitors are at each
+device at a time, which costs memory, and their gradients are summed and spread again.
 """
 
 from __future__ import annotations
@@ -12,35 +13,55 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from clipx.losses.tiles import NEVER, check_spread, narrow, narrow_product, size, split, wide
+from clipx.losses.tiles import (
+    NEVER,
+    check_spread,
+    gather,
+    narrow,
+    narrow_product,
+    size,
+    split,
+    wide,
+)
 from clipx.types import PyTree, batch_axes
 
 _TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
 
 
-Form = Literal["gather", "ring"]
+Form = Literal["gather", "assembly", "ring"]
 
 
 def pick_form(form: Form | None, visitors) -> Form:
-    """`form`, or what suits these rows on the mesh that is set: the ring for more than 2**25
-    elements, and from 2**24 on where a device holds 1,024 rows or more; else gather.
+    """`form`, or what suits these rows on the mesh that is set.
 
-    Peaks and cycles of InfoNCE (SigLIP) by the TPU's compiler, v5e, width 512, bfloat16, gather and
-    ring: 32,768 rows on 256 chips 81 and 2 MiB, 0.6 (0.4) and 6.1 M; 32,768 on 16 chips 127 and
-    37 MiB, 9.9 (4.7) and 7.5 (5.3) M; 16,384 on 16 chips 71 and 19 MiB, 2.2 and 3.0 M. So a ring of
-    few rows has many short stops, and what is gathered is small where gathering is faster.
+    The TPU's compiler says of InfoNCE on v5e chips, width 512, bfloat16, in MiB a chip and millions
+    of cycles:
+
+        rows on chips      gather       assembly     ring
+         16,384 on  16      71, 2.2     104, 1.0     19, 3.0
+         32,768 on  16     127, 9.9                  37, 7.5
+         32,768 on 256      81, 0.6     113, 0.3      2, 6.1
+      1,048,576 on 256                               67, 370
+
+    So a ring of few rows has many short stops, and where memory is no matter an assembly is
+    fastest. Small batches are gathered: their numbers are, to the bit, what they have always been.
     """
-    if form not in (None, "gather", "ring"):
-        raise ValueError(f"form={form!r}: expected 'gather', 'ring' or None, which chooses")
-    few = visitors.shape[0] // size(batch_axes()) < 1024
-    return form or ("gather" if visitors.size < 2**24 * (1 + few) else "ring")
+    if form is not None:
+        if form not in get_args(Form):
+            raise ValueError(f"form={form!r}: expected one of {get_args(Form)}, or None")
+        return form
+    devices, elements = size(batch_axes()), visitors.size
+    if elements < 2**23 or (devices == 1 and elements <= 2**24):
+        return "gather"
+    few = visitors.shape[0] // devices < 1024
+    return "assembly" if elements < (2**26 if few else 2**24) and devices > 1 else "ring"
 
 
 class Reduction(NamedTuple):
@@ -50,10 +71,22 @@ class Reduction(NamedTuple):
     of: Callable  # (logits, axis)
     join: Callable  # of the numbers of two pieces
     slope: Callable | None  # (logits, the whole row's number): derivative by each logit
+    share: Callable | None = None  # (numbers of pieces [B], axes): a device's of the joined ones
+
+
+def _share_log_sum_exp(pieces, axes):
+    peak = lax.pmax(pieces, axes)
+    total = lax.psum_scatter(jnp.exp(pieces - peak), axes, tiled=True)
+    own = lax.axis_index(axes) * total.shape[0]
+    return jnp.log(total) + lax.dynamic_slice_in_dim(peak, own, total.shape[0])
 
 
 LOG_SUM_EXP = Reduction(
-    NEVER, jax.nn.logsumexp, jnp.logaddexp, lambda logits, whole: jnp.exp(logits - whole)
+    NEVER,
+    jax.nn.logsumexp,
+    jnp.logaddexp,
+    lambda logits, whole: jnp.exp(logits - whole),
+    _share_log_sum_exp,
 )
 SUM_SOFTPLUS = Reduction(
     0.0,
@@ -81,18 +114,21 @@ def meet(
     chunk: int | None = None,
     elements: int = 1,
     columns: bool = False,
+    together: bool = False,
 ):
     """(a number for each row, one for each visitor or None without `columns`): the `reduction` of
     `score(rows, visitors, scalars)` [c, t] over everybody met.
 
     `score` sees a tile of each: `values` as float32 at least, `constants` as they are. It holds
-    `elements` numbers for each pair, and masks by `NEVER`. Called in the global view.
+    `elements` numbers for each pair, and masks by `NEVER`. With `together` all visitors are
+    gathered instead of going round. Called in the global view.
     """
     axes = batch_axes()
     for one in (rows, visitors):
         if axes:
             check_spread(len(jax.tree.leaves(one)[0]), axes)
-    ring = _Ring(score, reduction, axes, size(axes), chunk, elements, columns)
+    together = together and bool(axes)
+    ring = _Ring(score, reduction, axes, size(axes), chunk, elements, columns, together)
     return _meet(ring, rows, visitors, scalars)
 
 
@@ -171,9 +207,11 @@ class _Ring:
     chunk: int | None
     elements: int
     columns: bool
+    together: bool = False  # all visitors stop once, everywhere at a time
 
     def meetings(self, rows, visitors, scalars):
         """What `meet` returns, of each device's rows."""
+        visitors = self.arrive(visitors)
         sides = self.sides(rows, visitors)
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
         scalars, of, join = self.vary(scalars), self.reduction.of, self.reduction.join
@@ -203,12 +241,16 @@ class _Ring:
 
         start = y, nothing(x), nothing(y) if self.columns else None
         _, seen, columns = self.round(stop, start)
-        return _rows(seen, rows), _rows(self.send(columns), visitors)
+        columns = _rows(self.send(columns), visitors)
+        if self.together and self.columns:  # of each device's own rows
+            columns = self.reduction.share(columns, self.axes)
+        return _rows(seen, rows), columns
 
     def slopes(self, rows, visitors, scalars):
         """Gradients for the values of each device's rows, of its visitors, and for the scalars.
 
         Both come as (rows, their numbers, these numbers' slopes)."""
+        visitors = self.arrive(visitors)
         sides = self.sides(rows[0], visitors[0])
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
         scalars = self.vary(scalars)
@@ -240,6 +282,8 @@ class _Ring:
         start = y, nothing(x[0].values), nothing(y[0].values), nothing(scalars)
         _, dx, dy, ds = self.round(stop, start)
         dx, dy = (_rows(d, one) for d, one in ((dx, rows), (self.send(dy), visitors)))
+        if self.together:
+            dy = jax.tree.map(lambda x: lax.psum_scatter(x, self.axes, tiled=True), dy)
         dx, dy = (
             jax.tree.map(lambda d, x: d.astype(x.dtype), d, one[0].values)
             for d, one in ((dx, rows), (dy, visitors))
@@ -280,9 +324,12 @@ class _Ring:
         if self.chunk:
             return self.chunk, self.chunk
         least, most = _TILES
-        held = sum(x.size for x in jax.tree.leaves(rows.values)) // 2
+        held = (
+            max(sum(x.size for x in jax.tree.leaves(one.values)) for one in (rows, visitors)) // 2
+        )
         pairs = max(1, min(max(held, least), most) // self.elements)
         side = 2 ** (pairs.bit_length() // 2 - (pairs.bit_length() % 2 == 0))
+        side = min(side, len(jax.tree.leaves(rows)[0]))
         return side, max(1, 2 ** (pairs.bit_length() - 1) // side)
 
     def cut(self, tree, side):
@@ -294,15 +341,20 @@ class _Ring:
         cut = jax.tree.map(partial(split, count=count, chunk=chunk), tree)
         return cut, None if count * chunk == b else split(jnp.ones(b, bool), count, chunk)
 
+    def arrive(self, visitors):
+        return (
+            jax.tree.map(partial(gather, axes=self.axes), visitors) if self.together else visitors
+        )
+
     def round(self, stop, carry):
         """Every visitor stops at every device, and is then one before its own."""
-        if not self.axes:
+        if not self.axes or self.together:
             return stop(carry, None)[0]
         return lax.scan(stop, carry, length=self.devices)[0]
 
     def send(self, tree):
         """From each device to the next."""
-        if not self.axes:
+        if not self.axes or self.together:
             return tree
         turn = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, turn), tree)
