@@ -1,6 +1,7 @@
 """Where arrays lie: sizes of the mesh, rows, and the shardings of a state."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -265,3 +266,23 @@ def test_the_optimizer_follows_its_parameters(mesh):
         for path, spec in params.items():
             ((_, own),) = [x for x in opt_state.items() if x[0].endswith(f"/{copy}/{path}")]
             assert own == spec
+
+
+def test_fsdp_gathers_weights_and_no_rows():
+    """Activations larger than a weight stay where their rows are, as do the rows looked up in a
+    table that lies split over its vocabulary."""
+    text = TextTransformer(vocab_size=256, context=8, eot_id=3, width=32, depth=1, heads=2,
+                           embed_dim=8, dtype="float32")  # fmt: skip
+    mesh, ids = make_mesh(MeshConfig(fsdp=8, data=1)), jnp.zeros((64, 8), jnp.int32)
+    params = jax.eval_shape(text.init, jax.random.key(0), ids)["params"]
+    lying = state_shardings(mesh, abstract_state().replace(params=params, opt_state=())).params
+    assert lying["token_embedding"].spec == P("fsdp", None)
+
+    def pooled(params, ids):
+        return text.apply({"params": params}, ids).raw
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(pooled, in_shardings=(lying, batch_sharding(mesh))).lower(params, ids)
+        moved = re.findall(r"= (\S+) (?:all-gather|all-reduce)\(", compiled.compile().as_text())
+    assert any("[256,32]" in kind for kind in moved)
+    assert not [kind for kind in moved if "[64,8" in kind], moved
