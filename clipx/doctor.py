@@ -88,10 +88,10 @@ def check_drivers() -> Iterator[Finding]:
         yield Finding("tpu", f"{jax.local_device_count()} chip(s) on this host")
     elif on_tpu_vm and wanted != "cpu":
         yield Finding("tpu", "this host has chips; JAX sees none", "pip install 'clipx[tpu]'")
-    if os.path.exists(_LOCK) and used != "tpu":
+    if os.path.exists(_LOCK) and used != "tpu" and on_tpu_vm:
         held = _said("fuser", _LOCK)
         mend = f"end process {held}" if held else f"no process has it: sudo rm {_LOCK}"
-        yield Finding("tpu lock", f"{_LOCK} is there", mend, fatal=on_tpu_vm)
+        yield Finding("tpu lock", f"{_LOCK} is there", mend)
     if not chips and gpus is None:
         yield Finding("accelerator", "none: the CPU computes")
 

@@ -68,8 +68,10 @@ def pods(size: str) -> dict:
     raise SizeError(f"--size={size}: expected a kind and its shape, such as {known}")
 
 
-def render(name: str, size: str, image: str, arguments: list[str], slices=1, restarts=10) -> str:
-    """The JobSet's YAML; `arguments` are clipx.train's."""
+def render(
+    name: str, size: str, image: str, arguments: list[str], slices=1, restarts=10, doctor=False
+) -> str:
+    """The JobSet's YAML; `arguments` are clipx.train's, or clipx.doctor's."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise SizeError(f"--name={name}: expected at most 40 of a-z, 0-9 and -, from a letter")
     told = pods(size)
@@ -78,6 +80,7 @@ def render(name: str, size: str, image: str, arguments: list[str], slices=1, res
     values = {
         "name": name,
         "image": image,
+        "module": "clipx.doctor" if doctor else "clipx.train",
         "slices": slices,
         "hosts": told["hosts"],
         "processes": told["hosts"] * slices,
@@ -102,12 +105,19 @@ def main(argv: list[str]) -> int:
     about.add_argument("--slices", type=int, default=1, help="how many of that size")
     about.add_argument("--restarts", type=int, default=10, help="after failures; preempted: free")
     about.add_argument("--build", action="store_true", help="build and push the image first")
+    about.add_argument("--doctor", action="store_true", help="clipx.doctor in place of training")
     about.add_argument("--dry_run", action="store_true", help="print every command, run none")
     about.add_argument("arguments", nargs="+", help="after --: the arguments of clipx.train")
     asked = about.parse_args(argv)
     try:
         text = render(
-            asked.name, asked.size, asked.image, asked.arguments, asked.slices, asked.restarts
+            asked.name,
+            asked.size,
+            asked.image,
+            asked.arguments,
+            asked.slices,
+            asked.restarts,
+            asked.doctor,
         )
     except SizeError as error:
         print(error, file=sys.stderr)

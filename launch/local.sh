@@ -2,10 +2,12 @@
 # Trains with several processes on this machine, as several hosts would: one for each GPU, or two
 # that share the CPU.
 #
-#   launch/local.sh [--processes=N] [--devices=D] [--dry_run] -- --config=FILE --workdir=DIR ...
+#   launch/local.sh [--processes=N] [--devices=D] [--doctor] [--dry_run] -- \
+#     --config=FILE --workdir=DIR ...
 #
 #   --processes=N  how many
 #   --devices=D    devices of each on the CPU (1)
+#   --doctor       python -m clipx.doctor in place of training
 #   --dry_run      prints every command and runs none
 #
 # It ends with 0, or with the code of the first process that failed; 42: told to stop, and saved.
@@ -22,11 +24,12 @@ gpus=0
 if command -v nvidia-smi >/dev/null && [[ ${JAX_PLATFORMS:-} != cpu ]]; then
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 fi
-processes=$((gpus > 0 ? gpus : 2)) devices=1 dry_run=''
+processes=$((gpus > 0 ? gpus : 2)) devices=1 module=clipx.train dry_run=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --processes=*) processes=${1#*=} ;;
     --devices=*) devices=${1#*=} ;;
+    --doctor) module=clipx.doctor ;;
     --dry_run) dry_run=1 ;;
     --) shift && break ;;
     *) usage "not known before --: $1" ;;
@@ -52,7 +55,7 @@ for ((i = 0; i < processes; i++)); do
     flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
     environment+=("JAX_PLATFORMS=cpu" "XLA_FLAGS=$flags")
   fi
-  command=(env "${environment[@]}" "$python" -m clipx.train "$@")
+  command=(env "${environment[@]}" "$python" -m "$module" "$@")
   if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}" && echo
   else

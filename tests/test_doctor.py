@@ -59,6 +59,9 @@ def test_a_stale_lock_file(path, monkeypatch, tmp_path):
     lock = tmp_path / "lock"
     lock.touch()
     monkeypatch.setattr(doctor, "_LOCK", str(lock))
+    assert "tpu lock" not in found(doctor.check_drivers())  # it hinders nobody where no TPU is
+    monkeypatch.setattr(doctor.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     path("fuser", "exit 1")
     assert f"sudo rm {lock}" in found(doctor.check_drivers())["tpu lock"].mend
     path("fuser", "echo 4242")

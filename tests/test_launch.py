@@ -74,6 +74,16 @@ def test_local_ends_with_the_first_failure(codes, expected, tmp_path):
     assert call("bash", LAUNCH / "local.sh", "--", *TRAIN, **options)[0] == expected
 
 
+def test_every_launcher_starts_the_doctor(cloud):
+    said = [
+        call("bash", LAUNCH / "local.sh", "--doctor", "--dry_run", "--", *TRAIN)[1],
+        call("bash", LAUNCH / "slurm.sbatch", "--doctor", "--dry_run", *TRAIN)[1],
+        str(jobset("--size=cpu:2", "--doctor")[0]),
+    ]
+    assert all("clipx.doctor" in text and "clipx.train" not in text for text in said), said
+    assert "worker\\ doctor" in cloud("--dry_run", verb="doctor")[1]
+
+
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_vm.sh"])
 def test_no_arguments_is_the_usage(script):
     code, said = call("bash", LAUNCH / script)
