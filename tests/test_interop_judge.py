@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_export import CAPTIONS, CLASS, save
-from test_interop_open_clip import missing
+from test_interop_open_clip import asked, missing
 from test_train import small
 
 from clipx.data.shapes import Shapes
@@ -58,7 +58,7 @@ def sets(tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(bool(NO_JUDGE), reason=NO_JUDGE or "-")
+@asked(NO_JUDGE)
 def test_open_clips_evaluation_says_what_ours_says(sets, tmp_path):
     pairs = {"source": "webdataset", "path": f"{sets}/test-*.tar"}
     classes = {"source": "folder", "path": f"{sets}/classes.tar"}
