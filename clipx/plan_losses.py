@@ -7,7 +7,6 @@ estimates with loops multiplied out; collectives are not in them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_args
 
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipx import hlo, losses, mesh, topology
 from clipx.losses.ring import Form, pick_form
+from clipx.predict import OutOfMemory
 from clipx.types import constrain_rows
 
 TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")
@@ -122,9 +122,9 @@ def need(loss: Callable, on, batch: int) -> Need:
         try:
             compiled = step.lower(rows, rows, scalar, scalar).compile()
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([GMT]) of", str(error))
-            if not used:
+            used = OutOfMemory(str(error)).used
+            if used is None:
                 raise
-            return Need(float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]], False)
+            return Need(used / 2**30, False)
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return Need(peak / 2**30, True, hlo.read(compiled.as_text()).compiler_cycles)
