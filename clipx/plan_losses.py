@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from clipx import hlo, losses, mesh, topology
-from clipx.losses.ring import Form, pick_form
+from clipx.losses.forms import Form, pick_form
 from clipx.predict import OutOfMemory
 from clipx.types import constrain_rows
 

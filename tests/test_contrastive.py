@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
-from clipx.losses.ring import pick_form
+from clipx.losses.forms import pick_form
 from clipx.mesh import MeshConfig, make_mesh
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"

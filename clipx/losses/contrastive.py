@@ -21,7 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from clipx.losses import ring
-from clipx.losses.ring import Form, Rows, pick_form
+from clipx.losses.forms import Form, pick_form
+from clipx.losses.reductions import LARGEST, LOG_SUM_EXP, SUM_SOFTPLUS
+from clipx.losses.ring import Rows
 from clipx.losses.tiles import (
     NEVER,
     check_pairs,
@@ -65,7 +67,7 @@ def info_nce(
     if form != "gather":
         row_lse, column_lse = ring.meet(
             _score(a, size),
-            ring.LOG_SUM_EXP,
+            LOG_SUM_EXP,
             _rows(a, ids, masked),
             _rows(b, ids, masked),
             (scale,),
@@ -135,7 +137,7 @@ def sigmoid(
     if form != "gather":
         pairs, _ = ring.meet(
             _score(a, size),
-            ring.SUM_SOFTPLUS,
+            SUM_SOFTPLUS,
             _rows(a, ids, masked),
             _rows(b, ids, masked),
             (scale, bias),
@@ -188,7 +190,7 @@ def nt_xent(
         views = _rows(jnp.stack([a, b], axis=1).reshape(2 * total, -1), None, True)
         score = _score(a, size and 2 * size, itself=False)
         how = {"chunk": chunk, "together": form == "assembly"}
-        lse, _ = ring.meet(score, ring.LOG_SUM_EXP, views, views, (scale,), **how)
+        lse, _ = ring.meet(score, LOG_SUM_EXP, views, views, (scale,), **how)
         return jnp.mean(lse.reshape(total, 2), axis=1) - scale * matches(a, b)
 
     def local(axes, rows, scalars):
@@ -244,7 +246,7 @@ def recall_at_1(
         rows, match = _rows(a, None, True), ring.matches(a, b, chunk=chunk)
         rows = rows._replace(constants=(rows.constants, match))
         how = {"chunk": chunk, "together": form == "assembly"}
-        found, _ = ring.meet(nearer, ring.LARGEST, rows, _rows(b, None, True), (one,), **how)
+        found, _ = ring.meet(nearer, LARGEST, rows, _rows(b, None, True), (one,), **how)
         return (found < 1).astype(found.dtype)
 
     def local(axes, rows, scalars):

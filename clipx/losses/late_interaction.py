@@ -10,7 +10,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from clipx.losses import ring
-from clipx.losses.ring import Form, Rows, pick_form
+from clipx.losses.forms import Form, pick_form
+from clipx.losses.reductions import LOG_SUM_EXP
+from clipx.losses.ring import Rows
 from clipx.losses.tiles import (
     NEVER,
     check_pairs,
@@ -156,7 +158,7 @@ def _toward(x, x_mask, y, y_mask, scale, size, chunk, form):
     rows, visitors = Rows(x, (index, x_mask)), Rows(y, (index, y_mask))
     elements = x.shape[1] * y.shape[1]
     how = {"chunk": chunk, "elements": elements, "together": form == "assembly"}
-    lse, _ = ring.meet(score, ring.LOG_SUM_EXP, rows, visitors, (scale,), **how)
+    lse, _ = ring.meet(score, LOG_SUM_EXP, rows, visitors, (scale,), **how)
 
     def own(axes, rows, scalars):
         def pair(row):

@@ -1,7 +1,7 @@
 """Rows that meet all others without being gathered.
 
 Each device keeps its rows. Its visitors, as many rows of the other tower, go round the devices, and
-at each stop every row meets every visitor in square tiles. What a row has seen is summed up in one
+at each stop every row meets every visitor in tiles. What a row has seen is summed up in one
 number, which visitors can carry too. Nothing of a tile is kept: the backward pass sends the
 visitors round again, with their numbers and their gradients so far, and computes each tile anew.
 With one device nothing travels, and the tiles are the same. In an assembly all visitors are at each
@@ -13,19 +13,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from clipx.losses.reductions import LARGEST, Reduction
 from clipx.losses.tiles import (
     NEVER,
     check_spread,
     gather,
     narrow,
     narrow_product,
+    scan,
     size,
     split,
     wide,
@@ -33,68 +35,6 @@ from clipx.losses.tiles import (
 from clipx.types import PyTree, batch_axes
 
 _TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
-
-
-Form = Literal["gather", "assembly", "ring"]
-
-
-def pick_form(form: Form | None, visitors) -> Form:
-    """`form`, or what suits these rows on the mesh that is set.
-
-    The TPU's compiler says of InfoNCE on v5e chips, width 512, bfloat16, in MiB a chip and millions
-    of cycles:
-
-        rows on chips      gather       assembly     ring
-         16,384 on  16      71, 2.2     104, 1.0     19, 3.0
-         32,768 on  16     127, 9.9                  37, 7.5
-         32,768 on 256      81, 0.6     113, 0.3      2, 6.1
-      1,048,576 on 256                               67, 370
-
-    So a ring of few rows has many short stops, and where memory is no matter an assembly is
-    fastest. Small batches are gathered: their numbers are, to the bit, what they have always been.
-    """
-    if form is not None:
-        if form not in get_args(Form):
-            raise ValueError(f"form={form!r}: expected one of {get_args(Form)}, or None")
-        return form
-    devices, elements = size(batch_axes()), visitors.size
-    if elements < 2**23 or (devices == 1 and elements <= 2**24):
-        return "gather"
-    few = visitors.shape[0] // devices < 1024
-    return "assembly" if elements < (2**26 if few else 2**24) and devices > 1 else "ring"
-
-
-class Reduction(NamedTuple):
-    """How logits become one number for each row, piece by piece."""
-
-    start: float  # of no logits
-    of: Callable  # (logits, axis)
-    join: Callable  # of the numbers of two pieces
-    slope: Callable | None  # (logits, the whole row's number): derivative by each logit
-    share: Callable | None = None  # (numbers of pieces [B], axes): a device's of the joined ones
-
-
-def _share_log_sum_exp(pieces, axes):
-    peak = lax.pmax(pieces, axes)
-    total = lax.psum_scatter(jnp.exp(pieces - peak), axes, tiled=True)
-    own = lax.axis_index(axes) * total.shape[0]
-    return jnp.log(total) + lax.dynamic_slice_in_dim(peak, own, total.shape[0])
-
-
-LOG_SUM_EXP = Reduction(
-    NEVER,
-    jax.nn.logsumexp,
-    jnp.logaddexp,
-    lambda logits, whole: jnp.exp(logits - whole),
-    _share_log_sum_exp,
-)
-SUM_SOFTPLUS = Reduction(
-    0.0,
-    lambda logits, axis: jnp.sum(jax.nn.softplus(logits), axis=axis),
-    jnp.add,
-    lambda logits, whole: jax.nn.sigmoid(logits),
-)
-LARGEST = Reduction(NEVER, jnp.max, jnp.maximum, None)
 
 
 class Rows(NamedTuple):
@@ -151,11 +91,11 @@ def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None
                 weights, table = weigh(x, y), y.values.astype(wide(values))
                 return None, total + jnp.einsum("ct,td->cd", weights, table, precision=highest)
 
-            return _scan(tile, None, (x, total))[1], None
+            return scan(tile, None, (x, total))[1], None
 
         def stop(carry, _):
             y, total = carry
-            return (ring.send(y), _scan(visit, total, y)[0]), None
+            return (ring.send(y), scan(visit, total, y)[0]), None
 
         total = ring.vary(jnp.zeros((count, c, values.shape[1]), wide(values)))
         return _rows(ring.round(stop, (y, total))[1], rows)
@@ -229,14 +169,14 @@ class _Ring:
                 column = join(column, of(logits, axis=0)) if self.columns else None
                 return column, join(row, of(logits, axis=1))
 
-            column, seen = _scan(tile, column, (x, x_real, seen))
+            column, seen = scan(tile, column, (x, x_real, seen))
             return seen, column
 
         def stop(carry, _):
             y, seen, columns = carry
             away, columns = self.send(y), self.send(columns)
             here = nothing(y) if self.columns else None
-            seen, here = _scan(visit, seen, (y, y_real, here))
+            seen, here = scan(visit, seen, (y, y_real, here))
             return (away, seen, join(columns, here) if self.columns else None), None
 
         start = y, nothing(x), nothing(y) if self.columns else None
@@ -270,13 +210,13 @@ class _Ring:
 
             (dx, ds), dy = carry, nothing(y[0].values)
             places = jnp.arange(len(jax.tree.leaves(x)[0]))
-            (dx, dy, ds), _ = _scan(tile, (dx, dy, ds), (places, x, x_real))
+            (dx, dy, ds), _ = scan(tile, (dx, dy, ds), (places, x, x_real))
             return (dx, ds), dy
 
         def stop(carry, _):
             y, dx, dy, ds = carry
             away, dy = self.send(y), self.send(dy)  # while this stop's gradients are computed
-            (dx, ds), here = _scan(visit, (dx, ds), (y, y_real))
+            (dx, ds), here = scan(visit, (dx, ds), (y, y_real))
             return (away, dx, _sum(dy, here), ds), None
 
         start = y, nothing(x[0].values), nothing(y[0].values), nothing(scalars)
@@ -375,14 +315,6 @@ class _Ring:
             if self.axes
             else tree
         )
-
-
-def _scan(fn, carry, xs):
-    """`lax.scan`, without a loop where it would run once."""
-    if len(jax.tree.leaves(xs)[0]) > 1:
-        return lax.scan(fn, carry, xs)
-    carry, ys = fn(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda y: y[None], ys)
 
 
 def _rows(tree, like):

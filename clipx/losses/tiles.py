@@ -90,6 +90,14 @@ def tiles(fn, carry, rows, chunk, total, axes):
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], out)
 
 
+def scan(fn, carry, xs):
+    """`lax.scan`, without a loop where it would run once."""
+    if len(jax.tree.leaves(xs)[0]) > 1:
+        return lax.scan(fn, carry, xs)
+    carry, ys = fn(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)
+
+
 def product(a, b):
     """a @ b.T, accumulated in float32 at least and never rounded below the inputs' own dtype."""
     if a.dtype == b.dtype == jnp.bfloat16:
