@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +18,6 @@ from clipx.losses.tiles import (
     gather,
     narrow,
     narrow_product,
-    product,
     spread,
     stranger,
     tiles,
@@ -28,11 +25,16 @@ from clipx.losses.tiles import (
 )
 
 
-def _scores(a, b, a_mask, b_mask, multiply=product):
+def _scores(a, b, a_mask, b_mask, narrow_to=None):
     """Of every row of a with every row of b: the mean, over a's tokens that count, of the largest
     product with one of b's that counts."""
-    (i, n, d), (t, m, _) = a.shape, b.shape
-    products = multiply(a.reshape(-1, d), b.reshape(-1, d)).reshape(i, n, t, m)
+    if narrow_to is None:
+        highest, out = lax.Precision.HIGHEST, wide(a)
+        products = jnp.einsum("ind,tmd->intm", a, b, preferred_element_type=out, precision=highest)
+    else:  # of rows in a ring
+        (i, n, d), (t, m, _) = a.shape, b.shape
+        products = narrow_product(a.reshape(-1, d), b.reshape(-1, d), narrow_to)
+        products = products.reshape(i, n, t, m)
     if b_mask is not None:
         products = jnp.where(b_mask, products, NEVER)
     best = jnp.max(products, axis=3)
@@ -149,8 +151,7 @@ def _toward(x, x_mask, y, y_mask, scale, size, chunk, form):
 
     def score(rows, visitors, scalars):
         (index, x_mask), (columns, y_mask) = rows.constants, visitors.constants
-        multiply = partial(narrow_product, dtype=dtype)
-        logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, multiply)
+        logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, dtype)
         if size is None:
             return logits
         return jnp.where(stranger(index, None, columns, None, size), NEVER, logits)
