@@ -123,7 +123,10 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         if getattr(error, "where", "").startswith("config.") and "config" in flags.FLAGS:
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
-    except (RunError, CheckpointError, MetricsError) as error:
+    except CheckpointError as error:  # all of them write one: it can be where a lost one shows
+        said = distributed.lost(error)
+        fail(said or error, EXIT_LOST if said else EXIT_FAILED)
+    except (RunError, MetricsError) as error:
         fail(error, EXIT_FAILED)
     except HostsError as error:  # before they have met, or of one that came and has gone
         fail(error, EXIT_LOST if distributed.hosts() else EXIT_FAILED)

@@ -254,7 +254,7 @@ def lost(error: Exception, wait: float = 10.0) -> str:
         barrier("lost", wait)
         who = "all of them still answer: a connection broke"
     except HostsError as missing:
-        who = str(missing)
+        who = str(missing).replace("did not come to 'lost' within", "did not answer within")
     line = " ".join(str(error).split())[:200]
     return (
         f"the other processes are gone from this run: {who}.\nAll have to be started again; the "

@@ -59,10 +59,11 @@ def describe(run: Run, digest: str) -> list[str]:
 
 class Stop:
     """Whether the run was told to stop: SIGTERM or SIGINT, or, with several processes, JAX's word
-    that one of them is preempted, which makes all of them stop at one step."""
+    that one of them was, which all of them hear at one call: they all ask at the same places."""
 
     def __init__(self):
         self.asked = False
+        self._calls = 0
         self._old = {}
 
     def __enter__(self) -> Stop:
@@ -79,9 +80,10 @@ class Stop:
         self.asked = True
         signal.signal(number, self._old[number])  # a second one acts at once
 
-    def at(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def __call__(self) -> bool:
+        if jax.process_count() > 1 and not self.asked:
+            self._calls += 1
+            self.asked = multihost_utils.reached_preemption_sync_point(self._calls)
         return self.asked
 
 
@@ -119,7 +121,7 @@ class Trainer:
             feed = stack.enter_context(contextlib.closing(self.run.feed(self.source, start=start)))
             survey = stack.enter_context(contextlib.closing(self._survey(start)))
             for step in range(start, self.run.steps + 1):
-                last, stopping = step == self.run.steps, self.stop.at(step)
+                last, stopping = step == self.run.steps, self.stop()
                 evaluate = last or _due(step, train.eval_every_steps)
                 save = last or (_due(step, train.save_every_steps) and step > start)
                 refresh = episode is not None and step % episode == 0 and not last
@@ -163,7 +165,7 @@ class Trainer:
         stop meanwhile."""
 
         def batch() -> Batch:
-            if self.stop.asked and jax.process_count() == 1:
+            if self.stop():
                 raise Interrupted
             return next(survey)
 
@@ -228,7 +230,7 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """What every eval finds, logged; None if the run was told to stop meanwhile."""
-        encode = self.run.encode(state, interrupted=lambda: self.stop.asked)
+        encode = self.run.encode(state, interrupted=self.stop)
         with self.clock.time("evaluate"):
             try:
                 results = evaluate_all(self.evaluators, encode)
