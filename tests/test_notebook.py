@@ -43,6 +43,7 @@ def execute(workdir: str = "") -> dict:
     return names
 
 
+@pytest.mark.interop  # its last cell asks open_clip where that is installed
 def test_its_cells_run_on_a_workdir(tmp_path):
     execute(str(save(tmp_path / "run", small(CLASS, ("train.best", "")))))
 
