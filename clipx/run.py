@@ -25,7 +25,7 @@ from clipx.data.base import Source, fingerprint
 from clipx.data.text_augment import TextAugment
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
-from clipx.interop import load
+from clipx.interop import load, proof
 from clipx.interop.base import Model
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
@@ -414,8 +414,8 @@ def open_model(path: str) -> tuple[Model, tokenizers.Tokenizer | None]:
     try:
         own = read_json(folder / "config.json")
         bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        # one device has room for what each of many holds whole
-        devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
+        # beside what the run itself holds on its devices, where the host can take it
+        devices = jax.devices() if jax.process_count() > 1 else [proof.cpu()]
         step = step or ("best" if own["train"]["best"] else "latest")
         run, state = restore(folder, step, config=bare, devices=devices)
     except ConfigError as error:
