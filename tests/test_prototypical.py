@@ -122,7 +122,7 @@ def test_a_table_that_goes_round(shape, hard, monkeypatch):
     labels = rng.integers(0, 11, 16).astype(np.int32)
     labels[3] = -1 if hard else 3
 
-    def loss(rows, scale, form):
+    def loss(rows, scale, table, teacher, labels, form):
         soft = losses.targets(teacher, labels, temperature=0.2)
         one_hot = losses.targets(table, labels, temperature=0)
         target = (labels if form == "ring" else one_hot) if hard else soft
@@ -134,7 +134,8 @@ def test_a_table_that_goes_round(shape, hard, monkeypatch):
         jax.set_mesh(make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])),
     ):
         step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnames="form")
-        got, expected = (step(rows, 5.0, form=form) for form in ("ring", "gather"))
+        given = rows, 5.0, table, teacher, labels
+        got, expected = (step(*given, form=form) for form in ("ring", "gather"))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
     assert (np.asarray(got[0][1])[3] == 0) == hard
