@@ -32,7 +32,7 @@ _PACKAGES = (
 _names: list[str] = []  # of every process, once they have met
 # what a collective says when another process has left it
 _LEFT = re.compile(
-    r"gloo|nccl|unavailable|deadline_exceeded|barrier|coordinationservice|connection (reset|closed)",
+    r"gloo|nccl|unavailable|deadline_exceeded|barrier|coordination|connection (reset|closed)",
     re.IGNORECASE,
 )
 
