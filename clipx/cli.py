@@ -16,11 +16,11 @@ from absl import app, flags, logging
 from clipx import config as configs
 from clipx import distributed
 from clipx.checkpoint import CheckpointError
-from clipx.cluster import find_cluster
 from clipx.config import ConfigError
 from clipx.data.base import BadSample, DataError
 from clipx.distributed import HostsError
 from clipx.metrics import MetricsError
+from clipx.place import find_place
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
@@ -63,15 +63,15 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, An
 def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
     """Joins the other processes of a run of several, once all of them are there with the same
     versions, config and command; a single process is the default and needs nothing."""
-    cluster = find_cluster(os.environ)
-    if cluster is None:
+    place = find_place(os.environ)
+    if place is None:
         return
     values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
     config = {}
     if values.get("config"):
         with contextlib.suppress(ConfigError):  # the command's own to tell
             config = load_config(values["config"], overrides)
-    distributed.start(cluster, config, workdir=values.get("workdir"), overrides=dict(overrides))
+    distributed.start(place, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:

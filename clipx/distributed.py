@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 
-from clipx.cluster import Cluster
 from clipx.config import ConfigError, difference, to_lists
+from clipx.place import Place
 
 _PACKAGES = (
     *("clipx", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
@@ -85,37 +85,37 @@ def _who(process: int, table: list[Mapping[str, Any] | None]) -> str:
     return f"process {process} ({known['host']})" if known else f"process {process}"
 
 
-def meet(cluster: Cluster, told: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
+def meet(place: Place, told: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
     """What every process said of itself, in their order; `HostsError` after `wait` seconds without
     all of them, naming those that did not come."""
-    own = {"process": cluster.process, "processes": cluster.processes}
+    own = {"process": place.process, "processes": place.processes}
     own |= {"host": socket.gethostname(), "facts": dict(told)}
     deadline = time.monotonic() + wait
-    if cluster.process == 0:
-        reply = _receive(cluster, own, deadline, wait)
+    if place.process == 0:
+        reply = _receive(place, own, deadline, wait)
     else:
-        reply = _report(cluster, own, deadline, wait)
+        reply = _report(place, own, deadline, wait)
     if "error" in reply:
         raise HostsError(reply["error"])
     return reply["table"]
 
 
-def _receive(cluster: Cluster, own: dict, deadline: float, wait: float) -> dict[str, Any]:
+def _receive(place: Place, own: dict, deadline: float, wait: float) -> dict[str, Any]:
     """Process 0's part: takes in the others' words, then answers all of them alike."""
     try:
         dual = socket.has_dualstack_ipv6()
         listener = socket.create_server(
-            ("", cluster.port),
+            ("", place.port),
             family=socket.AF_INET6 if dual else socket.AF_INET,
             dualstack_ipv6=dual,
-            backlog=min(cluster.processes, 1024),
+            backlog=min(place.processes, 1024),
         )
     except OSError as error:
         raise HostsError(
-            f"process 0 ({own['host']}) cannot listen at port {cluster.port} ({error.strerror}): "
+            f"process 0 ({own['host']}) cannot listen at port {place.port} ({error.strerror}): "
             "an earlier run may still be there; end it, or choose another port"
         ) from None
-    table: list[dict | None] = [own] + [None] * (cluster.processes - 1)
+    table: list[dict | None] = [own] + [None] * (place.processes - 1)
     peers: dict[int, socket.socket] = {}
     with listener, contextlib.ExitStack() as stack:
         fault = ""
@@ -131,17 +131,15 @@ def _receive(cluster: Cluster, own: dict, deadline: float, wait: float) -> dict[
             if number in peers and _alive(peers[number]):
                 hosts = f"{table[number]['host']} and {word['host']}"
                 fault = f"process {number} came twice, from {hosts}: each needs a number of its own"
-            elif word["processes"] != cluster.processes:
-                said = f"{word['processes']} on {word['host']} and {cluster.processes} on "
+            elif word["processes"] != place.processes:
+                said = f"{word['processes']} on {word['host']} and {place.processes} on "
                 fault = f"the number of processes is {said}{own['host']}"
             peers[number], table[number % len(table)] = peer, word
         if None in table and not fault:
             missing = [f"process {i}" for i, word in enumerate(table) if word is None]
             came = ", ".join(_who(i, table) for i, word in enumerate(table) if word)
-            fault = f"{', '.join(missing)} of {cluster.processes} did not come to "
-            fault += (
-                f"{cluster.address} within {wait:.0f} s; there: {came}.\nLook at the log of the "
-            )
+            fault = f"{', '.join(missing)} of {place.processes} did not come to "
+            fault += f"{place.address} within {wait:.0f} s; there: {came}.\nLook at the log of the "
             fault += "missing: it may have failed before, or cannot reach that address"
         reply = {"error": fault} if fault else {"table": table}
         line = json.dumps(reply).encode() + b"\n"
@@ -166,9 +164,9 @@ def _alive(peer: socket.socket) -> bool:
         peer.settimeout(5)
 
 
-def _report(cluster: Cluster, own: dict, deadline: float, wait: float) -> dict[str, Any]:
+def _report(place: Place, own: dict, deadline: float, wait: float) -> dict[str, Any]:
     """The part of the others: says who this is until process 0 answers."""
-    host, _, port = cluster.address.rpartition(":")
+    host, _, port = place.address.rpartition(":")
     line, reason = json.dumps(own).encode() + b"\n", "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -188,20 +186,20 @@ def _report(cluster: Cluster, own: dict, deadline: float, wait: float) -> dict[s
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise HostsError(
-        f"process {cluster.process} ({own['host']}) did not reach process 0 at {cluster.address} "
+        f"process {place.process} ({own['host']}) did not reach process 0 at {place.address} "
         f"within {wait:.0f} s ({reason}). Process 0 is missing, or that address is not its own"
     )
 
 
-def start(cluster: Cluster, config: Mapping[str, Any] | None = None, **command: Any) -> None:
+def start(place: Place, config: Mapping[str, Any] | None = None, **command: Any) -> None:
     """Joins the other processes of the run, once all are there and run the same."""
-    table = meet(cluster, facts(config, **command), seconds())
+    table = meet(place, facts(config, **command), seconds())
     refuse_skew(table)
     jax.distributed.initialize(
-        cluster.address,
-        cluster.processes,
-        cluster.process,
-        local_device_ids=cluster.devices,
+        place.address,
+        place.processes,
+        place.process,
+        local_device_ids=place.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(max(seconds(), 30)),
     )

@@ -27,9 +27,9 @@ from clipx import cli, distributed
 from clipx import config as configs
 from clipx import mesh as meshes
 from clipx.checkpoint import prepare_workdir
-from clipx.cluster import read_metadata
 from clipx.config import ConfigError
 from clipx.data.base import BadSample, DataError, Source
+from clipx.place import read_metadata
 from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
 
 _LOCK = "/tmp/libtpu_lockfile"

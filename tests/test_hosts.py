@@ -18,11 +18,11 @@ from test_processes import free_port
 from test_train import ROOT, SMALL, parameters, rows, small, wait_for
 
 from clipx import cli, distributed
-from clipx import cluster as clusters
+from clipx import place as places
 from clipx.checkpoint import Checkpoints
-from clipx.cluster import Cluster, find_cluster
 from clipx.config import ConfigError
 from clipx.distributed import HostsError, meet, refuse_skew, refuse_uneven
+from clipx.place import Place, find_place
 from clipx.train import Stop, train
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
@@ -79,7 +79,7 @@ SLICES["attributes/tpu-env"] += "MEGASCALE_COORDINATOR_ADDRESS: '10.1.0.1:8080'\
 )  # fmt: skip
 def test_the_environment_tells_who_we_are(environment, metadata, expected):
     environment = dict(environment) if metadata else environment | NO_TPU
-    found = find_cluster(environment, lambda key: metadata.get(key, ""))
+    found = find_place(environment, lambda key: metadata.get(key, ""))
     assert expected == (found and (found.address, found.processes, found.process, found.devices))
 
 
@@ -94,7 +94,7 @@ def test_the_environment_tells_who_we_are(environment, metadata, expected):
 )
 def test_half_an_environment_is_an_error(environment, said):
     with pytest.raises(ConfigError, match=".*") as error:
-        find_cluster(environment | NO_TPU)
+        find_place(environment | NO_TPU)
     assert said in str(error.value)
 
 
@@ -105,7 +105,7 @@ def gather(number, facts, wait=20.0, address=None):
 
     def one(process):
         try:
-            place = Cluster(address, number, process, None, "a test")
+            place = Place(address, number, process, None, "a test")
             results[process] = meet(place, facts[process], wait)
         except HostsError as error:
             results[process] = str(error)
@@ -218,8 +218,8 @@ def test_the_wait_is_a_number(text, monkeypatch):
 
 
 def test_metadata_without_a_server_is_empty(monkeypatch):
-    monkeypatch.setattr(clusters, "_METADATA", f"http://127.0.0.1:{free_port()}/")
-    assert clusters.read_metadata("x") == ""
+    monkeypatch.setattr(places, "_METADATA", f"http://127.0.0.1:{free_port()}/")
+    assert places.read_metadata("x") == ""
 
 
 def test_processes_stop_at_one_call(monkeypatch):
@@ -275,11 +275,11 @@ def test_a_barrier_says_whom_it_waited_for(monkeypatch):
 
 LATE = """
 import sys, time
-from clipx import cluster, distributed
-place = cluster.Cluster(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
-distributed.start(place)
+from clipx import distributed, place
+here = place.Place(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
+distributed.start(here)
 distributed.barrier("first")
-if place.process == 1:
+if here.process == 1:
     time.sleep(6)
 try:
     distributed.barrier("second")
@@ -355,12 +355,12 @@ def test_a_command_tells_its_config(monkeypatch):
     values.mark_as_parsed()
     told = []
     monkeypatch.setattr(cli.flags, "FLAGS", values)
-    monkeypatch.setattr(cli, "find_cluster", lambda environment: "a cluster")
+    monkeypatch.setattr(cli, "find_place", lambda environment: "a place")
     monkeypatch.setattr(distributed, "start", lambda *args, **more: told.append((*args, more)))
     monkeypatch.chdir(ROOT)
     cli.start_processes([("seed", "7")])
     [(place, config, command)] = told
-    assert place == "a cluster" and config["seed"] == 7 and "data" in config
+    assert place == "a place" and config["seed"] == 7 and "data" in config
     assert command == {"workdir": "w", "overrides": {"seed": "7"}}
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("step",),
     (
         *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
-        *("cluster", "distributed", "predict", "analytic"),
+        *("place", "distributed", "predict", "analytic"),
     ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),

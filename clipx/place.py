@@ -16,7 +16,7 @@ _TPU_PORT = 8482
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
+class Place:
     """The place of this process among those of a run."""
 
     address: str  # host:port of process 0
@@ -30,7 +30,7 @@ class Cluster:
         return int(self.address.rpartition(":")[2])
 
 
-def find_cluster(environment: Mapping[str, str], metadata=None) -> Cluster | None:
+def find_place(environment: Mapping[str, str], metadata=None) -> Place | None:
     """What the environment says of other processes; None for a single one, which needs nothing.
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID go before what Open MPI, SLURM
@@ -60,7 +60,7 @@ def find_cluster(environment: Mapping[str, str], metadata=None) -> Cluster | Non
         raise ConfigError(
             "JAX_PROCESS_ID", str(process), f"less than JAX_NUM_PROCESSES={number}, from 0"
         )
-    return Cluster(address, number, process, devices, where)
+    return Place(address, number, process, devices, where)
 
 
 def _one_device(environment: Mapping[str, str], local: str, several: bool):
