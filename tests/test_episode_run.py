@@ -120,21 +120,26 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
 @pytest.fixture(scope="module")
 def stopped(config, tmp_path_factory):
     """A run that was told to stop while it looked at the second episode, and again in its midst."""
-    workdir, seen, survey = tmp_path_factory.mktemp("stopped"), [], commands.Run.survey
+    workdir, seen, drawn = tmp_path_factory.mktemp("stopped"), [], []
+    survey, feed = commands.Run.survey, commands.Run.feed
 
     def watched(self, source, rows, *, start):
         for batch in survey(self, source, rows, start=start):
             seen.append(batch)
             yield batch
 
-    class Told(commands.Stop):
-        asked = property(lambda self: len(seen) == EPISODE + 2, lambda self, value: None)
+    def counted(self, source, *, start):
+        for batch in feed(self, source, start=start):
+            drawn.append(batch)
+            yield batch
 
-        def at(self, step):
-            return step == 6
+    class Told(commands.Stop):
+        def __call__(self):
+            return len(seen) == EPISODE + 2 or len(drawn) == 6
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands.Run, "survey", watched)
+        patch.setattr(commands.Run, "feed", counted)
         patch.setattr(commands, "Stop", Told)
         for step, episode in ((EPISODE, 0), (6, 1)):
             assert train(config, str(workdir)) == cli.EXIT_PREEMPTED

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import types
 
 import jax.numpy as jnp
 import numpy as np
