@@ -96,8 +96,13 @@ def test_out_of_memory_is_read(one, message, monkeypatch):
     assert "27.50 GiB of 15.75 GiB" in predict.describe_memory(refused)
 
 
-def test_a_text_that_cannot_be_read_stops_nothing():
-    told = predict._estimate(SimpleNamespace(as_text=lambda: "HloModule m"), found().chip)
+def _refuses():
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)")
+
+
+@pytest.mark.parametrize("text", [lambda: "HloModule m", _refuses], ids=["ours", "the compiler"])
+def test_a_text_that_cannot_be_read_stops_nothing(text):
+    told = predict._estimate(SimpleNamespace(as_text=text), found().chip)
     assert list(told) == ["notes"] and "no estimate of time" in told["notes"][0]
     assert predict.short(found(seconds=None, **told))[-1] == told["notes"][0]
 
