@@ -20,8 +20,8 @@ from clipx.types import Encoded
 LN2 = math.log(2)
 VARIANTS = [  # beside the default, which the laws find by themselves
     "critic=concat,image_terms=True,prior=adversarial,false_negatives=mask",
-    "critic=condot,text_terms=True,prior=off",
-    "critic=dotcon,image_terms=True,groups=2",
+    pytest.param("critic=condot,text_terms=True,prior=off", marks=pytest.mark.slow),
+    pytest.param("critic=dotcon,image_terms=True,groups=2", marks=pytest.mark.slow),
 ]
 ROWS, WIDTH = 8, 6
 _rng = np.random.default_rng(0)

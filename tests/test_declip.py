@@ -173,7 +173,10 @@ def test_published_size_and_what_decays():
 @pytest.mark.parametrize(
     "variant, laws",
     [
-        ("late_interaction_weight=0.2,neighbour_direction=both,groups=2", "all"),
+        pytest.param(
+            *("late_interaction_weight=0.2,neighbour_direction=both,groups=2", "all"),
+            marks=pytest.mark.slow,
+        ),
         ("contrast_clean_caption=True,false_negatives=mask,simsiam_weight=0", "rows"),
         ("masked_lm_weight=0,neighbour_weight=0,late_interaction_weight=1,top_k=1", "rows"),
     ],
@@ -348,6 +351,7 @@ def test_a_tokenizer_without_an_id_for_hidden_words_and_a_tower_without_a_width(
         DeCLIP(image=tiny.Linear(), text=tiny.Linear(embed_dim=0), mask_id=2)
 
 
+@pytest.mark.slow  # ProtoCLIP's run holds a memory to it too
 def test_a_run_that_goes_on_ends_in_the_same_bits(tmp_path):
     """Law 7, queue and hidden words included: saved after the second of four steps."""
     module, optimizer = tiny.objective("declip"), optax.adam(1e-2)

@@ -58,6 +58,7 @@ def test_evaluation_is_declips(wide):
         )
 
 
+@pytest.mark.slow
 def test_laws_of_options():
     name = "filip:mask_padding=False,top_k=None,contrast_clean_caption=True,groups=2"
     test_laws.test_topology_and_slices(name, "float64", 1e-11)

@@ -46,6 +46,7 @@ def test_topology_and_slices(name, dtype, tolerance):
             assert_same(got, expected, tolerance)
 
 
+@pytest.mark.slow  # law 3 holds every policy to its rows
 @pytest.mark.parametrize("name", POLICIES)
 def test_topology_and_slices_of_policies(name):
     expected = tiny.value_and_grads(name)
