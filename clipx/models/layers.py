@@ -251,9 +251,9 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*b"], *, order: tuple[int, ...] | None = None
-    ) -> Float[Array, "*b"]:
-        """With `order`, the axes of `shape` in that order and flattened."""
+        self, x: Float[Array, "..."], *, order: tuple[int, ...] | None = None
+    ) -> Float[Array, "..."]:
+        """[..., *shape]; with `order`, the axes of `shape` in that order and flattened."""
         lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
         fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
 
