@@ -251,8 +251,8 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "..."], *, order: tuple[int, ...] | None = None
-    ) -> Float[Array, "..."]:
+        self, x: Float[Array, "*b"], *, order: tuple[int, ...] | None = None
+    ) -> Float[Array, "*rows"]:
         """[..., *shape]; with `order`, the axes of `shape` in that order and flattened."""
         lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
         fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
