@@ -31,6 +31,7 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 _FIRST = 'custom_call_target="AsyncCollectiveStart"'
+_SPARSE = 'async_execution_thread="sparsecore"'
 _FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -71,7 +72,8 @@ class Operation:
     """One operation that costs something, and how often a run of the program executes it."""
 
     name: str
-    kind: str  # its opcode; of a collective, without -start; "kernel" for a Pallas kernel
+    kind: str  # its opcode; of a collective, without -start; "kernel" for a Pallas kernel, and
+    #            "sparsecore" for what runs there, beside the rest
     source: str  # the path in the traced function, from metadata
     times: int
     cycles: int = 0  # the compiler's estimate of one execution
@@ -94,6 +96,11 @@ class Program:
     @property
     def collectives(self) -> tuple[Operation, ...]:
         return tuple(o for o in self.operations if o.kind in COLLECTIVES)
+
+    @property
+    def beside(self) -> tuple[Operation, ...]:
+        """What SparseCores do meanwhile, which no estimate covers."""
+        return tuple(o for o in self.operations if o.kind == "sparsecore")
 
     @property
     def compiler_cycles(self) -> int:
@@ -236,7 +243,11 @@ def _walk(
                 yield Operation(i.name, kind, source, times, cycles)
             if i.opcode in ("call", "async-start"):
                 inside = called.get("calls") or called["to_apply"]
-                yield from _walk(computations, inside, times, open_loops)
+                operations = _walk(computations, inside, times, open_loops)
+                if _SPARSE in i.rest:
+                    yield Operation(i.name, "sparsecore", source, times)
+                    operations = (o for o in operations if o.kind in COLLECTIVES)
+                yield from operations
 
 
 def _weight(operations: list[Operation]) -> tuple[int, int]:

@@ -49,7 +49,9 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
 
 
 def _estimator(where: Topology) -> Callable[[Run], Prediction]:
-    return functools.partial(analytic.predict, where=where) if where.gpu else predict.predict
+    if where.gpu:
+        return functools.partial(analytic.predict, where=where)
+    return functools.partial(predict.predict, ahead=True)
 
 
 def _fits(found: Prediction) -> bool:
@@ -219,7 +221,6 @@ def main(overrides: list[tuple[str, str]]) -> int:
                 lines.append(search(config, where, run, found))
             seconds = time.perf_counter() - started
             print("\n".join([*lines, f"({seconds:.0f} s)", ""]), flush=True)
-            run.__dict__.pop("train_step", None)  # its program is large
             rows.append(Row(name, where, run, found, price))
             told.append({"config": name, "topology": where.name, **found.as_dict()})
             told[-1] |= {"steps": run.steps, "hours": hours(run, found), "report": lines}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +39,25 @@ class OutOfMemory(Exception):
         ] or (None, None)
 
 
-def compiled(run: Run) -> jax.stages.Compiled:
-    """The run's step, compiled; `OutOfMemory` where its compiler has no room for it."""
+def _compiled(run: Run, ahead: bool) -> tuple[jax.stages.Compiled, str | None]:
+    """The run's step, compiled, and its program's text where that was asked for, and written;
+    `OutOfMemory` where its compiler has no room for it."""
     try:
-        return run.train_step
+        return _written(run.lower()) if ahead else (run.train_step, None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemory(str(error)) from None
+
+
+def _written(step: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str | None]:
+    """A step compiled, and the text that its compiler wrote to a file meanwhile: libtpu 0.0.52
+    cannot print (`as_text`) a program that has a SparseCore gather, as those for v5p and v6e do."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        made = step.compile(compiler_options=options)
+        texts = [path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt")]
+    return made, texts[0] if len(texts) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +135,10 @@ def held(run: Run) -> dict[str, int]:
     }
 
 
-def predict(run: Run, *, limit: int | None = None) -> Prediction:
-    """What the run's step needs and takes; compiles it if it is not compiled yet. Does not raise
-    where the compiler finds no room: such a prediction does not fit."""
+def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Prediction:
+    """What the run's step needs and takes; compiles it if it is not compiled yet. `ahead`: it is
+    compiled for devices that are not here, to be looked at and not kept. Does not raise where the
+    compiler finds no room: such a prediction does not fit."""
     device = next(iter(run.mesh.local_devices), run.mesh.devices.flat[0])
     chip = topology.chip(device.device_kind)
     limit = memory_limit(device) if limit is None else limit
@@ -141,7 +155,7 @@ def predict(run: Run, *, limit: int | None = None) -> Prediction:
         step_flops=run.step_flops,
     )
     try:
-        step = compiled(run)
+        step, text = _compiled(run, ahead)
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or limit)
     sizes = step.memory_analysis()
@@ -159,7 +173,7 @@ def predict(run: Run, *, limit: int | None = None) -> Prediction:
         memory=memory,
         peak=peak,
         bytes=_cost(step).get("bytes accessed"),
-        **(_estimate(step, chip) if tpu and chip and chip.clock else {}),
+        **(_estimate(lambda: text or step.as_text(), chip) if tpu and chip and chip.clock else {}),
     )
 
 
@@ -168,22 +182,23 @@ def _cost(step: jax.stages.Compiled) -> dict[str, float]:
     return (cost[0] if isinstance(cost, list) else cost) or {}
 
 
-def _estimate(step: jax.stages.Compiled, chip: topology.Chip) -> dict[str, Any]:
+def _estimate(text: Callable[[], str], chip: topology.Chip) -> dict[str, Any]:
     """The compiler's time, and the collectives, from the program's text. A text that cannot be read
     says so and stops nothing."""
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
     try:
-        program = hlo.read(step.as_text())
-        return {
-            "cycles": program.compiler_cycles,
-            "kernels": program.charged_seconds(**rates),
-            "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
-            "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
-            "open_loops": len(program.open_loops),
-        }
-    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:
-        # the last: libtpu 0.0.52 cannot read back its own text of some programs for v5p and v6e
+        program = hlo.read(text())
+    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: see _written
         return {"notes": (f"no estimate of time: {type(error).__name__}: {error}",)}
+    beside = f"{len(program.beside)} operation(s) that SparseCores do meanwhile are not timed"
+    return {
+        "cycles": program.compiler_cycles,
+        "kernels": program.charged_seconds(**rates),
+        "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
+        "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
+        "open_loops": len(program.open_loops),
+        "notes": (beside,) if program.beside else (),
+    }
 
 
 def memory_limit(device: jax.Device) -> int | None:

@@ -120,6 +120,14 @@ def test_calls(line, cycles):
     assert program(f"ROOT %y = f32[8,128] {line}", CALLED).compiler_cycles == cycles
 
 
+def test_what_sparse_cores_do_is_listed_and_not_timed():
+    start = 'async-start(%x), async_execution_thread="sparsecore", calls=%large'
+    found = program(
+        f"%a = ((f32[8,128]), f32[8,128]) {start}\nROOT %y = f32[8,128] copy(%x)", CALLED
+    )
+    assert [o.name for o in found.beside] == ["a"] and found.compiler_cycles == 0
+
+
 def test_kernels_are_charged_what_takes_longer():
     """At half of the peak, or at full bandwidth; never fewer bytes than go in and out."""
     chip = {"peak": 200.0, "bandwidth": 4.0}

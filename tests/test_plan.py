@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from clipx import analytic, flops, plan, predict, topology
 from clipx import train as training
 from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError
+from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.run import assemble
 
 GIB = 2**30
@@ -102,9 +102,24 @@ def _refuses():
 
 @pytest.mark.parametrize("text", [lambda: "HloModule m", _refuses], ids=["ours", "the compiler"])
 def test_a_text_that_cannot_be_read_stops_nothing(text):
-    told = predict._estimate(SimpleNamespace(as_text=text), found().chip)
+    told = predict._estimate(text, found().chip)
     assert list(told) == ["notes"] and "no estimate of time" in told["notes"][0]
     assert predict.short(found(seconds=None, **told))[-1] == told["notes"][0]
+
+
+@libtpu
+@pytest.mark.slow  # the compiler takes its time over a SparseCore
+def test_a_program_for_sparse_cores_is_read():
+    """`as_text` fails on it (libtpu 0.0.52); the compiler's own file does not."""
+    mesh = make_mesh(MeshConfig(), topology.parse("v5p:2x2x1").devices())
+    table = jax.ShapeDtypeStruct((49408, 512), jnp.float32, sharding=replicated(mesh))
+    ids = jax.ShapeDtypeStruct((2048, 77), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(lambda t, i: jnp.sum(t[i] ** 2))).lower(table, ids)
+    _, text = predict._written(lowered)
+    told = predict._estimate(lambda: text, topology.chip("TPU v5"))
+    assert told["cycles"] > 0 and told["seconds"] > 0
+    assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
 
 
 def test_other_errors_are_not_memory(one, monkeypatch):
