@@ -38,8 +38,11 @@ def with_gradient(fn, packed, dy):
     return y, pull(dy.astype(y.dtype))[0]
 
 
-def distance(found, exact):
-    return float(np.max(np.abs(np.asarray(found, np.float64) - exact)) / np.max(np.abs(exact)))
+def distances(found, exact):
+    """The root mean square of what is wrong, and the largest of it, relative."""
+    wrong = np.abs(np.asarray(found, np.float64) - exact)
+    norm = np.linalg.norm
+    return norm(wrong) / norm(exact), np.max(wrong) / np.max(np.abs(exact))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,8 @@ def distance(found, exact):
     ],
 )
 def test_values_and_gradients(rows, tokens, heads, d, causal, masked, dtype):
-    """As near to the truth as attention without the kernel is, or nearer than rounding."""
+    """As near to the truth as attention without the kernel is; single elements, whose rounding
+    depends on the processor, nearly so."""
     packed, dy = inputs(rows, tokens, heads, d, dtype)
     lengths = jnp.arange(1, rows + 1) * tokens // rows if masked else None
 
@@ -72,10 +76,10 @@ def test_values_and_gradients(rows, tokens, heads, d, causal, masked, dtype):
     with jax.enable_x64(True):
         wide = packed.astype("float64"), dy.astype("float64")
         exact = [np.asarray(x) for x in jax.jit(partial(with_gradient, plain))(*wide)]
-    near = 1e-6 if dtype == "float32" else 1e-2
     for mine, theirs, truth in zip(found, usual, exact, strict=True):
         assert mine.dtype == jnp.dtype(dtype)
-        assert distance(mine, truth) <= max(near, 1.5 * distance(theirs, truth))
+        (mean, most), (usual_mean, usual_most) = distances(mine, truth), distances(theirs, truth)
+        assert mean <= 1.5 * usual_mean and most <= 3 * usual_most
 
 
 def test_rows_are_alone():

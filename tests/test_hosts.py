@@ -482,6 +482,25 @@ def test_four_processes_are_one(tmp_path, more):
     np.testing.assert_allclose(four, one, rtol=1e-5)
 
 
+@pytest.mark.slow  # two starts
+def test_two_start_from_a_model(tmp_path):
+    """Each process reads what `init_from` names, and has its part of the parameters."""
+    assert train(small(("train.total_steps", "2")), str(tmp_path / "first")) == 0
+    more = [("init_from", str(tmp_path / "first")), ("seed", "1"), ("train.total_steps", "4"),
+            ("mesh.fsdp", "4")]  # fmt: skip
+    address = f"127.0.0.1:{free_port()}"
+    said, codes = started(
+        [(command(tmp_path / "two", *more), environment(**place(i, 2, address))) for i in range(2)]
+    )
+    assert codes == [0, 0], said
+    assert train(small(*more), str(tmp_path / "one")) == 0
+    two, one = ([r["loss"] for r in rows(tmp_path / n) if "loss" in r] for n in ("two", "one"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert train(small(*more, ("init_from", "")), str(tmp_path / "scratch")) == 0
+    scratch = [row["loss"] for row in rows(tmp_path / "scratch") if "loss" in row]
+    assert abs(one[0] - scratch[0]) > 1e-3
+
+
 @contextlib.contextmanager
 def network(number):
     """Names of `number` hosts with addresses of their own, 10.213.7.1 and up, on one bridge. Each
