@@ -17,11 +17,11 @@ import math
 import jax
 
 from clipx import flops
+from clipx.mesh import bytes_whole
 from clipx.predict import Prediction, held
 from clipx.run import Run
 from clipx.step import embed_rows, row_keys
 from clipx.topology import Topology
-from clipx.types import PyTree
 
 PEAK, BANDWIDTH = 0.6, 0.8  # of what is published
 SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
@@ -41,7 +41,7 @@ def predict(run: Run, where: Topology) -> Prediction:
     rates = PEAK * chip.tflops * 1e12, BANDWIDTH * chip.bandwidth * 1e9
     seconds = sum(p.times * max(p.flops / rates[0], p.bytes / rates[1]) for p in step) / devices
     seconds += 2 * (memory["parameters"] + memory["optimizer state"]) / rates[1]
-    joined = {"data": memory["parameters"], "fsdp": bytes_held_whole(run.state.params)}
+    joined = {"data": memory["parameters"], "fsdp": bytes_whole(run.state.params)}
     traffic = []
     for axis, size in joined.items():
         group = run.mesh.shape[axis]
@@ -72,10 +72,6 @@ def predict(run: Run, where: Topology) -> Prediction:
     )
 
 
-def bytes_held_whole(tree: PyTree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def _row(run: Run) -> tuple[int, int]:
     """Bytes that autodiff keeps of one row of a batch, and those of its features."""
 
@@ -96,7 +92,7 @@ def _row(run: Run) -> tuple[int, int]:
             return jax.vjp(embed, state.params)
 
         features, pullback = jax.eval_shape(residuals, state, batch)
-        return bytes_held_whole(pullback), bytes_held_whole(features)
+        return bytes_whole(pullback), bytes_whole(features)
 
     two, four = kept(2), kept(4)
     return (four[0] - two[0]) // 2, (four[1] - two[1]) // 2

@@ -153,15 +153,25 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     return whole.replace(**split)
 
 
-def _bytes(x) -> int:
-    return math.prod(x.shape) * x.dtype.itemsize
+def bytes_whole(tree: PyTree) -> int:
+    """Bytes of a tree's arrays, abstract ones too, wherever their parts lie."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_held(tree: PyTree) -> int:
+    """Bytes on one device of an abstract tree's arrays, which say how they are sharded."""
+
+    def part(x):
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+    return bytes_whole(jax.tree.map(part, tree))
 
 
 def _whole(sizes: dict[str, int], axis: str, params: PyTree) -> dict[str, Any]:
     """The parameters that `axis` does not split, by path, largest first."""
     named = [(path_name(path), x) for path, x in jax.tree.leaves_with_path(params)]
     found = [(path, x) for path, x in named if axis not in _spec(path, x.shape, sizes)]
-    return dict(sorted(found, key=lambda item: -_bytes(item[1])))
+    return dict(sorted(found, key=lambda item: -bytes_whole(item[1])))
 
 
 def _listed(leaves: dict[str, Any], most: int = 4) -> str:
@@ -176,11 +186,11 @@ def _listed(leaves: dict[str, Any], most: int = 4) -> str:
 def describe_whole(mesh: Mesh, params: PyTree) -> list[str]:
     """A line for `fsdp` and for `tensor`, where the mesh has them: how much of the parameters it
     splits, and what stays whole, the largest by name."""
-    total, lines = sum(map(_bytes, jax.tree.leaves(params))), []
+    total, lines = bytes_whole(params), []
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1:
             whole = _whole(dict(mesh.shape), axis, params)
-            size = sum(map(_bytes, whole.values()))
+            size = bytes_whole(whole)
             lines.append(
                 f"{axis} {mesh.shape[axis]} splits {1 - size / total:.1%} of {total / 1e6:,.1f} MB "
                 f"of parameters; whole stay {len(whole)} of them, {size / 1e6:,.1f} MB: "
@@ -209,12 +219,12 @@ def refuse_whole(config: MeshConfig, mesh: Mesh, params: PyTree) -> None:
                 f"config.mesh.tensor={fits if lengths else 1}",
             )
     if (fsdp := sizes["fsdp"]) > 1:
-        total = sum(map(_bytes, named.values()))
+        total = bytes_whole(named)
 
         def large(fsdp):
             whole = _whole(sizes | {"fsdp": fsdp}, "fsdp", params)
             whole = {path: x for path, x in whole.items() if math.prod(x.shape) >= _SMALL}
-            return whole, sum(map(_bytes, whole.values())) / max(total, 1)
+            return whole, bytes_whole(whole) / max(total, 1)
 
         whole, share = large(fsdp)
         if share > config.max_replicated:

@@ -15,8 +15,8 @@ import jax
 
 from clipx import hlo, topology
 from clipx.config import ConfigError
+from clipx.mesh import bytes_held
 from clipx.run import Run
-from clipx.types import PyTree
 
 _WAITING = 2  # batches on the devices beside the step's own
 _MARGIN = 0.95  # of a device's memory: evals and fragments have the rest
@@ -116,12 +116,6 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         derived = ("fits", "need", "images_per_second", "mfu")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-
-
-def bytes_held(tree: PyTree) -> int:
-    """Bytes of an abstract tree's arrays on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def held(run: Run) -> dict[str, int]:
