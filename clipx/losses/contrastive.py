@@ -26,13 +26,13 @@ from clipx.losses.reductions import LARGEST, LOG_SUM_EXP, SUM_SOFTPLUS
 from clipx.losses.ring import Rows
 from clipx.losses.tiles import (
     NEVER,
-    check_pairs,
-    first_row,
     gather,
+    group_size,
     matches,
     narrow,
     narrow_product,
     product,
+    row_numbers,
     spread,
     stranger,
     tiles,
@@ -58,9 +58,7 @@ def info_nce(
     `chunk` is the number of rows a tile holds; None picks it. Source: CLIP (arXiv 2103.00020),
     figure 3; the log-sum-exp runs in float32 for any input.
     """
-    check_pairs(a, b, groups)
-    total = a.shape[0]
-    size = total // groups if groups > 1 else None
+    size, total = group_size(a, b, groups), a.shape[0]
     masked = ids is not None or groups > 1
     scale = jnp.asarray(scale, wide(a))
     form = pick_form(form, b)
@@ -84,7 +82,7 @@ def info_nce(
         a, b, ids = rows
         (scale,) = scalars
         all_b, all_ids = gather(b, axes), gather(ids, axes)
-        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = row_numbers(axes, a.shape[0])
 
         def tile(columns, rows, valid):
             a, ids, index = rows
@@ -128,9 +126,7 @@ def sigmoid(
     over rows is the loss of arXiv 2303.15343, algorithm 1. No label matrix is built, since
     softplus(-x) = softplus(x) - x. `ids`, `groups` and `chunk` as in `info_nce`.
     """
-    check_pairs(a, b, groups)
-    total = a.shape[0]
-    size = total // groups if groups > 1 else None
+    size, total = group_size(a, b, groups), a.shape[0]
     masked = ids is not None or groups > 1
     scale, bias = jnp.asarray(scale, wide(a)), jnp.asarray(bias, wide(a))
     form = pick_form(form, b)
@@ -150,7 +146,7 @@ def sigmoid(
         a, b, ids = rows
         scale, bias = scalars
         all_b, all_ids = gather(b, axes), gather(ids, axes)
-        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = row_numbers(axes, a.shape[0])
 
         def tile(carry, rows, valid):
             a, ids, index = rows
@@ -181,9 +177,7 @@ def nt_xent(
     view never meets itself. The mean over rows is the loss of arXiv 2002.05709, algorithm 1, and of
     SLIP. `groups` and `chunk` as in `info_nce`.
     """
-    check_pairs(a, b, groups)
-    total = a.shape[0]
-    size = total // groups if groups > 1 else None
+    size, total = group_size(a, b, groups), a.shape[0]
     scale = jnp.asarray(1 / temperature, wide(a))
     form = pick_form(form, b)
     if form != "gather":  # all views meet all views: rows 2i and 2i + 1 are row i's
@@ -197,7 +191,7 @@ def nt_xent(
         a, b = rows
         (scale,) = scalars
         all_a, all_b = gather(a, axes), gather(b, axes)
-        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = row_numbers(axes, a.shape[0])
 
         def tile(carry, rows, valid):
             a, b, index = rows
@@ -230,10 +224,8 @@ def recall_at_1(
 
     No gradient flows. `groups` and `chunk` as in `info_nce`.
     """
-    check_pairs(a, b, groups)
+    size, total = group_size(a, b, groups), a.shape[0]
     a, b = lax.stop_gradient(a), lax.stop_gradient(b)
-    total = a.shape[0]
-    size = total // groups if groups > 1 else None
     form = pick_form(form, b)
     if form != "gather":
         score, one = _score(a, size, itself=False), jnp.ones((), wide(a))
@@ -252,7 +244,7 @@ def recall_at_1(
     def local(axes, rows, scalars):
         a, b = rows
         all_b = gather(b, axes)
-        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = row_numbers(axes, a.shape[0])
 
         def tile(carry, rows, valid):
             a, index = rows

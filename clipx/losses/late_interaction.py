@@ -13,11 +13,11 @@ from clipx.losses.reductions import LOG_SUM_EXP
 from clipx.losses.ring import Rows
 from clipx.losses.tiles import (
     NEVER,
-    check_pairs,
-    first_row,
     gather,
+    group_size,
     narrow,
     narrow_product,
+    row_numbers,
     spread,
     stranger,
     tiles,
@@ -104,10 +104,7 @@ def late_interaction(
     that counts. `scale` is positive; `groups`, `chunk` and `form` as in `info_nce`. Source:
     FILIP (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
     """
-    check_pairs(a[:, 0], b[:, 0], groups)
-    total = a.shape[0]
-    size = total // groups if groups > 1 else None
-
+    size, total = group_size(a[:, 0], b[:, 0], groups), a.shape[0]
     scale = jnp.asarray(scale, wide(a))
     form = pick_form(form, a if a.size > b.size else b)
     if form != "gather":
@@ -120,7 +117,7 @@ def late_interaction(
     def local(axes, rows, scalars):
         a, b, a_mask, b_mask = rows
         (scale,) = scalars
-        index = first_row(axes, a.shape[0]) + jnp.arange(a.shape[0])
+        index = row_numbers(axes, a.shape[0])
 
         def toward(x, x_mask, y, y_mask):
             y, y_mask = gather(y, axes), gather(y_mask, axes)

@@ -49,11 +49,14 @@ def check_spread(b, axes):
         )
 
 
-def check_pairs(a, b, groups):
+def group_size(a, b, groups: int) -> int | None:
+    """Rows of each of so many groups, None where there is one. Raises `ValueError` for towers whose
+    rows differ in shape, and for rows that do not divide into the groups."""
     if a.shape != b.shape:
         raise ValueError(f"the two towers' rows differ in shape: {a.shape} and {b.shape}")
     if groups < 1 or a.shape[0] % groups:
         raise ValueError(f"{a.shape[0]} rows do not divide into groups={groups}")
+    return a.shape[0] // groups if groups > 1 else None
 
 
 def gather(x, axes):
@@ -62,6 +65,11 @@ def gather(x, axes):
 
 def first_row(axes, b):
     return lax.axis_index(axes) * b if axes else 0
+
+
+def row_numbers(axes, b):
+    """The places of a device's rows among those of all devices."""
+    return first_row(axes, b) + jnp.arange(b)
 
 
 def split(x, count, chunk):
