@@ -41,17 +41,8 @@ from clipx.sections import (
     named,
     split,
 )
-from clipx.step import (
-    batch_loss,
-    init_state,
-    init_variables,
-    make_refresh,
-    make_survey_step,
-    make_train_step,
-    new_state,
-    put_features,
-)
-from clipx.types import Batch, Features, PyTree, TrainState
+from clipx.step import batch_loss, init_state, init_variables, make_train_step, new_state
+from clipx.types import Batch, PyTree, TrainState
 
 _TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
@@ -275,77 +266,6 @@ class Run:
         for arrays in self.loader(source, held).batches(start, self.steps):
             known = {name: arrays.pop(name) for name in ("key", "bad")} | {"row": arrays["row"]}
             yield Batch(**meshes.put_rows(arrays, sharding, held, self.batch_size)), known
-
-    def survey(self, source: Source, teacher: np.ndarray | None, *, start: int) -> Iterator[Batch]:
-        """The batches of whole episodes from step `start`, as the passes before them see them: the
-        rows that `feed` gives, under other crops, with the teacher's rows."""
-        sharding = meshes.batch_sharding(self.mesh)
-        held = meshes.local_rows(sharding, self.batch_size)
-        stop = -(-self.steps // self.objective.episode) * self.objective.episode
-        for arrays in self.loader(source, held, survey=True).batches(start, stop):
-            arrays = {name: x for name, x in arrays.items() if name not in ("key", "bad")}
-            extra = {} if teacher is None else {"teacher": teacher[arrays["row"]]}
-            arrays["extra"] = extra
-            yield Batch(**meshes.put_rows(arrays, sharding, held, self.batch_size))
-
-    @functools.cached_property
-    def refresh(
-        self,
-    ) -> Callable[[TrainState, Callable[[], Batch]], tuple[TrainState, Features]]:
-        """(state, a function that returns the episode's next batch) -> the state at whose step an
-        episode starts, with the memory of that episode, and what `refresh` was given, [b, episode,
-        ...]. Compiled at the first call. The state given to it is used up."""
-        options = {"seed": self.config.seed}
-        embed = make_survey_step(self.objective, microbatches=self.microbatches, **options)
-        extra, width = {}, self.objective.teacher
-        rows = meshes.batch_sharding(self.mesh)
-        if width is not None:
-            shape = (self.batch_size, width)
-            extra["teacher"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-        with jax.set_mesh(self.mesh):
-            features = jax.eval_shape(embed, self.state, self.batch.replace(extra=extra), 0)
-        episode = self.objective.episode
-
-        def zeros():
-            return jax.tree.map(
-                lambda x: jnp.zeros((x.shape[0], episode, *x.shape[1:]), x.dtype), features
-            )
-
-        def put(buffer, state, batch, step):
-            return put_features(buffer, embed(state, batch, step), step % episode)
-
-        buffers = jax.tree.map(lambda _: rows, features)
-        state = jax.tree.map(lambda x: x.sharding, self.state)
-        create = jax.jit(zeros, out_shardings=buffers)
-        put = jax.jit(put, donate_argnums=0, out_shardings=buffers)
-        renew = jax.jit(
-            make_refresh(self.objective, **options), donate_argnums=0, out_shardings=state
-        )
-
-        def refresh(state: TrainState, batch: Callable[[], Batch]) -> tuple[TrainState, Features]:
-            with jax.set_mesh(self.mesh):
-                buffer, first = create(), int(state.step)
-                for step in range(first, first + episode):
-                    buffer = put(buffer, state, batch(), step)
-                return renew(state, buffer), buffer
-
-        return refresh
-
-    @functools.cached_property
-    def gather(self) -> Callable[[Features, np.ndarray], dict[str, jax.Array]]:
-        """(what `refresh` was given, places in the episode) -> its features there, by name."""
-
-        def gather(features: Features, places: jax.Array) -> dict[str, jax.Array]:
-            whole = {"image": features.image, "text": features.text}
-            return {name: x.reshape(-1, *x.shape[2:])[places] for name, x in whole.items()}
-
-        gather = jax.jit(gather, out_shardings=meshes.replicated(self.mesh))
-
-        def of_mesh(features: Features, places: np.ndarray) -> dict[str, jax.Array]:
-            with jax.set_mesh(self.mesh):
-                return gather(features, places)
-
-        return of_mesh
 
     def encode(
         self,

@@ -35,6 +35,7 @@ from clipx.encode import Interrupted
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.metrics import Clock, Metrics
 from clipx.run import Run, assemble
+from clipx.survey import Survey
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
@@ -94,7 +95,7 @@ class Trainer:
     run: Run
     folder: pathlib.Path
     source: Source
-    teacher: np.ndarray | None
+    survey: Survey
     evaluators: dict[str, Evaluator]
     checkpoints: Checkpoints
     metrics: Metrics
@@ -119,7 +120,7 @@ class Trainer:
         self._logged = start
         with contextlib.ExitStack() as stack:
             feed = stack.enter_context(contextlib.closing(self.run.feed(self.source, start=start)))
-            survey = stack.enter_context(contextlib.closing(self._survey(start)))
+            surveyed = stack.enter_context(contextlib.closing(self.survey.batches(start=start)))
             for step in range(start, self.run.steps + 1):
                 last, stopping = step == self.run.steps, self.stop()
                 evaluate = last or _due(step, train.eval_every_steps)
@@ -136,7 +137,7 @@ class Trainer:
                     self._save(state, step, results)
                 if last or stopping:
                     break
-                if refresh and (renewed := self._refresh(state, step, survey)) is None:
+                if refresh and (renewed := self._refresh(state, step, surveyed)) is None:
                     stopping = True
                     if not save:
                         self._save(state, step, results)
@@ -153,26 +154,19 @@ class Trainer:
             self.checkpoints.wait()
         return state, last and not stopping
 
-    def _survey(self, start: int) -> Iterator[Batch]:
-        """The batches of the passes before episodes, from the first that starts at `start` or
-        later; nothing is loaded before the first is asked for."""
-        if (episode := self.run.objective.episode) is not None:
-            first = -(-start // episode) * episode
-            yield from self.run.survey(self.source, self.teacher, start=first)
-
-    def _refresh(self, state: TrainState, step: int, survey: Iterator[Batch]) -> TrainState | None:
+    def _refresh(self, state: TrainState, step: int, batches: Iterator[Batch]) -> TrainState | None:
         """The state with the memory of the episode that starts here; None if the run was told to
         stop meanwhile."""
 
         def batch() -> Batch:
             if self.stop():
                 raise Interrupted
-            return next(survey)
+            return next(batches)
 
         started = time.perf_counter()
         with self.clock.time("episode"):
             try:
-                state, features = jax.block_until_ready(self.run.refresh(state, batch))
+                state, features = jax.block_until_ready(self.survey.refresh(state, batch))
             except Interrupted:
                 return None
             if self.run.config.train.episode_pictures:
@@ -188,7 +182,7 @@ class Trainer:
         """Writes what the report shows of the episode that starts at `step`."""
         labels = jax.device_get(state.memory["labels"])
         places = episodes.sample(labels)
-        features = jax.device_get(self.run.gather(features, places))
+        features = jax.device_get(self.survey.gather(features, places))
         if jax.process_index() == 0:
             episodes.write(
                 self.folder,
@@ -425,7 +419,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
             run,
             folder,
             source,
-            teacher,
+            Survey(run, source, teacher),
             evaluators,
             checkpoints,
             metrics,

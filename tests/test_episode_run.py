@@ -13,7 +13,8 @@ from clipx import train as commands
 from clipx.config import ConfigError
 from clipx.data import teacher
 from clipx.data.base import DataError, fingerprint
-from clipx.run import assemble, restore
+from clipx.run import Run, assemble, restore
+from clipx.survey import Survey
 from clipx.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,7 +101,7 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
     source = run.open_source()
     run = run.with_data(len(source), run.open_tokenizer(source))
     rows = run.open_teacher()
-    survey = run.survey(source, rows, start=EPISODE)
+    survey = Survey(run, source, rows).batches(start=EPISODE)
     positions = []
     for (batch, _), seen in zip(run.feed(source, start=EPISODE), survey):
         for name in ("row", "position", "text"):
@@ -121,10 +122,10 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
 def stopped(config, tmp_path_factory):
     """A run that was told to stop while it looked at the second episode, and again in its midst."""
     workdir, seen, drawn = tmp_path_factory.mktemp("stopped"), [], []
-    survey, feed = commands.Run.survey, commands.Run.feed
+    survey, feed = Survey.batches, Run.feed
 
-    def watched(self, source, rows, *, start):
-        for batch in survey(self, source, rows, start=start):
+    def watched(self, *, start):
+        for batch in survey(self, start=start):
             seen.append(batch)
             yield batch
 
@@ -138,8 +139,8 @@ def stopped(config, tmp_path_factory):
             return len(seen) == EPISODE + 2 or len(drawn) == 6
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands.Run, "survey", watched)
-        patch.setattr(commands.Run, "feed", counted)
+        patch.setattr(Survey, "batches", watched)
+        patch.setattr(Run, "feed", counted)
         patch.setattr(commands, "Stop", Told)
         for step, episode in ((EPISODE, 0), (6, 1)):
             assert train(config, str(workdir)) == cli.EXIT_PREEMPTED
@@ -198,7 +199,7 @@ def test_an_episode_longer_than_the_data_is_several_epochs_of_it(config, tmp_pat
     )
     source = run.open_source()
     run = run.with_data(len(source), run.open_tokenizer(source))
-    survey = run.survey(source, run.open_teacher(), start=0)
+    survey = Survey(run, source, run.open_teacher()).batches(start=0)
     seen = [jax.device_get((batch.row, batch.position)) for batch in survey]
     rows, positions = (np.concatenate(x) for x in zip(*seen))
     assert (np.bincount(rows) == 2).all()

@@ -23,7 +23,7 @@ FLOORS = (
     ("step",),
     (
         *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
-        *("place", "distributed", "predict", "analytic"),
+        *("survey", "place", "distributed", "predict", "analytic"),
     ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
