@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from clipx import config as configs
 from clipx import flops, pretrained
 from clipx import mesh as meshes
+from clipx.abstract import TOWERS, abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import ConfigError, bind, duration
 from clipx.data import pipeline, tokenizers
@@ -27,9 +28,8 @@ from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.interop import load, proof
 from clipx.interop.base import Model
-from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
-from clipx.optimizer import locked, make_optimizer, make_schedule
+from clipx.optimizer import locked, make_schedule
 from clipx.sections import (
     Config,
     DataConfig,
@@ -38,16 +38,11 @@ from clipx.sections import (
     check_clusters,
     check_episodes,
     check_train,
-    named,
     split,
 )
-from clipx.step import batch_loss, init_state, init_variables, make_train_step, new_state
+from clipx.step import batch_loss, init_state, make_train_step
 from clipx.types import Batch, PyTree, TrainState
 
-_TOWERS = frozenset({"image", "text"})
-_TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
-_WORDS_GIVEN = frozenset({"mask_id", "special_ids"})  # to objectives that hide words
-_SIZES_GIVEN = frozenset({"batch_size"})  # to those with a memory of their rows
 _SAMPLES = 32  # pictures that the report shows
 
 
@@ -123,7 +118,7 @@ class Run:
         """The parts of `params` and `batch_stats` that come from files: of `config.init_from`, or
         of a tower's own."""
         path, ignore = self.config.init_from, self.config.init_ignore
-        towers = {name: getattr(self.objective, name).pretrained() for name in sorted(_TOWERS)}
+        towers = {name: getattr(self.objective, name).pretrained() for name in sorted(TOWERS)}
         towers = {name: entries for name, entries in towers.items() if entries}
         if not path:
             return {"params": towers}
@@ -368,51 +363,26 @@ def assemble(config: Mapping, devices=None) -> Run:
 def _assemble(config: Config, mesh: Mesh, rows: int | None, variables: PyTree | None = None) -> Run:
     """A run over so many rows. `variables`: what is known of its `params` and `batch_stats`."""
     train = config.train
-    image_cls, image_name, image_section = named("models", Tower, config.image, "config.image")
-    text_cls, text_name, text_section = named("models", Tower, config.text, "config.text")
-    objective_cls, objective_name, section = named(
-        "objectives", Objective, config.objective, "config.objective"
-    )
-    image = bind(image_cls, image_section, where="config.image")
-    text = bind(
-        text_cls,
-        text_section,
-        where="config.text",
-        **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
-    )
-    words = _WORDS_GIVEN & configs.fields(objective_cls).keys()
-    sizes = _SIZES_GIVEN & configs.fields(objective_cls).keys()
-    objective = bind(
-        objective_cls,
-        section,
-        where="config.objective",
-        image=image,
-        text=text,
-        **{name: getattr(config.tokenizer, name) for name in words},
-        **{name: getattr(train, name) for name in sizes},
-        locked=(),
-    )
+    objective, sections = bind_objective(config)
     data, rest = split(config.data, DataConfig, "config.data")
     check_clusters(
         data, train.batch_size, getattr(objective, "groups", 1), objective.with_replacement
     )
-    check_episodes(train, data, objective.episode, objective.teacher, objective_name)
+    check_episodes(train, data, objective.episode, objective.teacher, sections["objective"]["name"])
     source = SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
     evals = tuple(EvalSpec.check(name, section) for name, section in config.evals.items())
     check_train(train, mesh, evals, rows)
     steps = duration(dataclasses.asdict(train), "total", where="config.train").steps(
         batch_size=train.batch_size, rows=rows
     )
-    batch = _abstract_batch(objective, train.batch_size, mesh)
+    batch = abstract_batch(objective, train.batch_size, mesh)
     schedule = make_schedule(config.optimizer, steps=steps, batch_size=train.batch_size, rows=rows)
-    optimizer, state = _abstract_state(objective, config, schedule, batch, mesh, variables)
+    optimizer, state = abstract_state(objective, config, schedule, batch, mesh, variables)
     meshes.refuse_whole(config.mesh, mesh, state.params)
     objective = objective.clone(locked=locked(config.optimizer.freeze, state.params))
-    given = _TOWERS | words | sizes | {"locked"}
-    complete = configs.dump(config) | {
-        "objective": {"name": objective_name, **configs.dump(objective, given=given)},
-        "image": {"name": image_name, **configs.dump(image)},
-        "text": {"name": text_name, **configs.dump(text, given=_TEXT_GIVEN)},
+    complete = {
+        **configs.dump(config),
+        **sections,
         "data": {**configs.dump(data), **source.dump()},
         "evals": {spec.name: spec.dump() for spec in evals},
     }
@@ -431,39 +401,3 @@ def _assemble(config: Config, mesh: Mesh, rows: int | None, variables: PyTree | 
         batch=batch,
         state=state,
     )
-
-
-def _abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:
-    sharding = meshes.batch_sharding(mesh)
-    views, size = objective.views, objective.image.image_size
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    return Batch(
-        image=array(jnp.uint8, len(views.pictures), size, size, 3),
-        text=array(jnp.int32, len(views.texts), objective.text.context),
-        row=array(jnp.int32),
-        position=array(jnp.int32),
-    )
-
-
-def _abstract_state(objective, config: Config, schedule, batch: Batch, mesh: Mesh, variables):
-    """The optimizer, whose rules need the parameters' paths, and the state it makes, abstract."""
-
-    def plain(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-    with jax.set_mesh(mesh):
-        if variables is None:
-            init = functools.partial(init_variables, objective, seed=config.seed)
-            variables = jax.eval_shape(init, plain(batch))
-        optimizer = make_optimizer(config.optimizer, schedule, variables["params"])
-        new = functools.partial(new_state, objective, optimizer)
-        state = jax.eval_shape(new, plain(variables))
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        meshes.state_shardings(mesh, state),
-    )
-    return optimizer, state

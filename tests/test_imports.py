@@ -23,7 +23,7 @@ FLOORS = (
     ("step",),
     (
         *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
-        *("survey", "place", "distributed", "predict", "analytic"),
+        *("abstract", "survey", "place", "distributed", "predict", "analytic"),
     ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
