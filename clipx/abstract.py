@@ -22,7 +22,6 @@ from clipx.sections import Config, named
 from clipx.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
-TOWERS = frozenset({"image", "text"})
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
 _WORDS_GIVEN = frozenset({"mask_id", "special_ids"})  # to objectives that hide words
 _SIZES_GIVEN = frozenset({"batch_size"})  # to those with a memory of their rows
@@ -55,7 +54,7 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
         **{name: getattr(config.train, name) for name in sizes},
         locked=(),
     )
-    given = TOWERS | words | sizes | {"locked"}
+    given = {"image", "text", "locked"} | words | sizes
     return objective, {
         "objective": {"name": objective_name, **configs.dump(objective, given=given)},
         "image": {"name": image_name, **configs.dump(image)},

@@ -19,7 +19,7 @@ from clipx import config as configs
 from clipx.checkpoint import prepare_workdir, read_json, write_json
 from clipx.config import ConfigError, find
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.run import Run, assemble, open_model, restore
+from clipx.run import Run, assemble, restore
 from clipx.sections import EvalSpec
 from clipx.types import TrainState
 
@@ -171,7 +171,7 @@ def evaluate_file(
     keep at `path`; also written to a file for each eval in `out`, by default `evaluation` beside
     its weights. What differs from clipx's evaluation, such as "preprocessing", must be in `ignore`.
     """
-    model, tokenizer = open_model(path)
+    model, tokenizer = pretrained.open_model(path, restore)
     devices = len(jax.devices())
     config = pretrained.sections(path, model, tokenizer) | {
         "data": {"source": "shapes"},  # not opened: nothing is trained

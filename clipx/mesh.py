@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -254,6 +255,13 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(leaf, tree)
+
+
+def put_parts(tree: PyTree, shardings: PyTree) -> PyTree:
+    """`put` of the parts of a tree that are there, as the shardings of the whole one say."""
+    if isinstance(tree, Mapping):
+        return {key: put_parts(part, shardings[key]) for key, part in tree.items()}
+    return put(tree, shardings)
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:

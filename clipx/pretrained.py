@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,9 +23,11 @@ from clipx.interop.base import Model, Words
 from clipx.models.bert import BERT
 from clipx.models.text import TextTransformer
 from clipx.objectives.base import Objective
+from clipx.sections import Config
 from clipx.types import PyTree, TrainState
 
 WHERE = "config.init_from"
+Restore = Callable[..., tuple[Any, TrainState]]  # `run.restore`, whose file imports this one
 _SCALARS = ("logit_scale", "logit_bias")
 
 
@@ -131,6 +133,56 @@ def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer
     if config.vocab_size - config.mask != given.config.vocab_size - given.config.mask:
         return None
     return tokenizers.load(given.save() | {"config": dataclasses.asdict(config)})
+
+
+def open_model(path: str, restore: Restore) -> tuple[Model, Tokenizer | None]:
+    """The model that `config.init_from` names and its tokenizer, None where it is none of ours."""
+    found = workdir(path)
+    if found is None:
+        model, given = load.load(path), open_tokenizer(path)
+        if given is None:
+            return model, openai_tokenizer(model)
+        return dataclasses.replace(model, words=words(given)), given
+    folder, step = found
+    try:
+        own = read_json(folder / "config.json")
+        bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
+        # beside what the run itself holds on its devices, where the host can take it
+        devices = jax.devices() if jax.process_count() > 1 else [proof.cpu()]
+        step = step or ("best" if own["train"]["best"] else "latest")
+        run, state = restore(folder, step, config=bare, devices=devices)
+    except ConfigError as error:
+        error.where = WHERE
+        raise
+    return split(run.objective, run.tokenizer, state)[0], run.tokenizer
+
+
+def entries(
+    objective: Objective,
+    params: PyTree,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    restore: Restore,
+) -> dict[str, PyTree]:
+    """The parts of a run's `params` and `batch_stats` that come from files: of `config.init_from`,
+    or of a tower's own.
+
+    params: the run's, abstract. tokenizer: the run's, where it is known. Raises `ConfigError` for a
+    tower that has two files, and as `fit` does.
+    """
+    path, ignore = config.init_from, config.init_ignore
+    towers = {name: getattr(objective, name).pretrained() for name in ("image", "text")}
+    towers = {name: entries for name, entries in towers.items() if entries}
+    if not path:
+        return {"params": towers}
+    if twice := [name for name in towers if not load.ignored(name, ignore)]:
+        found = f"{path!r}, and one of config.{twice[0]} too"
+        fix = f"config.init_ignore=('{twice[0]}',)"
+        raise ConfigError(WHERE, found, "one file for each tower", fix)
+    model, given = open_model(path, restore)
+    found = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
+    found["params"] |= towers
+    return found
 
 
 def fit(

@@ -17,17 +17,16 @@ from jax.sharding import Mesh
 from clipx import config as configs
 from clipx import flops, pretrained
 from clipx import mesh as meshes
-from clipx.abstract import TOWERS, abstract_batch, abstract_state, bind_objective
+from clipx.abstract import abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
-from clipx.config import ConfigError, bind, duration
+from clipx.config import bind, duration
 from clipx.data import pipeline, tokenizers
 from clipx.data import teacher as teachers
 from clipx.data.base import Source, fingerprint
 from clipx.data.text_augment import TextAugment
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
-from clipx.interop import load, proof
-from clipx.interop.base import Model
+from clipx.interop import load
 from clipx.objectives.base import Objective
 from clipx.optimizer import locked, make_schedule
 from clipx.sections import (
@@ -98,7 +97,9 @@ class Run:
 
     def init(self) -> TrainState:
         """The state of step 0, created where it lies. What starts from files is read here."""
-        found = self._pretrained()
+        found = pretrained.entries(
+            self.objective, self.state.params, self.config, self.tokenizer, restore
+        )
 
         def init(pretrained):
             batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch)
@@ -111,31 +112,9 @@ class Run:
             )
 
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
         with jax.set_mesh(self.mesh):
-            return jax.jit(init, out_shardings=shardings)(_placed(found, shardings))
-
-    def _pretrained(self) -> dict[str, PyTree]:
-        """The parts of `params` and `batch_stats` that come from files: of `config.init_from`, or
-        of a tower's own."""
-        path, ignore = self.config.init_from, self.config.init_ignore
-        towers = {name: getattr(self.objective, name).pretrained() for name in sorted(TOWERS)}
-        towers = {name: entries for name, entries in towers.items() if entries}
-        if not path:
-            return {"params": towers}
-        if twice := [name for name in towers if not load.ignored(name, ignore)]:
-            found = f"{path!r}, and one of config.{twice[0]} too"
-            fix = f"config.init_ignore=('{twice[0]}',)"
-            raise ConfigError(pretrained.WHERE, found, "one file for each tower", fix)
-        found = pretrained.fit(
-            self.objective,
-            self.state.params,
-            self.config.tokenizer,
-            self.tokenizer,
-            *open_model(path),
-            ignore,
-        )
-        found["params"] |= towers
-        return found
+            return jax.jit(init, out_shardings=shardings)(meshes.put_parts(found, kinds))
 
     @functools.cached_property
     def traced(self) -> jax.stages.Traced:
@@ -315,39 +294,6 @@ def restore(
     state = checkpoints.restore(found, run.state)
     checkpoints.close()
     return run, state
-
-
-def open_model(path: str) -> tuple[Model, tokenizers.Tokenizer | None]:
-    """The model that `config.init_from` names and its tokenizer, None where it is none of ours."""
-    found = pretrained.workdir(path)
-    if found is None:
-        model, given = load.load(path), pretrained.open_tokenizer(path)
-        if given is None:
-            return model, pretrained.openai_tokenizer(model)
-        return dataclasses.replace(model, words=pretrained.words(given)), given
-    folder, step = found
-    try:
-        own = read_json(folder / "config.json")
-        bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        # beside what the run itself holds on its devices, where the host can take it
-        devices = jax.devices() if jax.process_count() > 1 else [proof.cpu()]
-        step = step or ("best" if own["train"]["best"] else "latest")
-        run, state = restore(folder, step, config=bare, devices=devices)
-    except ConfigError as error:
-        error.where = pretrained.WHERE
-        raise
-    return pretrained.split(run.objective, run.tokenizer, state)[0], run.tokenizer
-
-
-def _placed(tree: PyTree, state: TrainState) -> PyTree:
-    """Parts of `params` and `batch_stats` on the devices, as the shardings of `state` say."""
-
-    def part(given, shardings):
-        if isinstance(given, Mapping):
-            return {key: part(x, shardings[key]) for key, x in given.items()}
-        return meshes.put(given, shardings)
-
-    return {kind: part(given, getattr(state, kind)) for kind, given in tree.items()}
 
 
 def assemble(config: Mapping, devices=None) -> Run:
