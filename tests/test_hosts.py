@@ -23,7 +23,8 @@ from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError
 from clipx.distributed import HostsError, meet, refuse_skew, refuse_uneven
 from clipx.place import Place, find_place
-from clipx.train import Stop, train
+from clipx.train import train
+from clipx.trainer import Stop
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 EXPLICIT = {

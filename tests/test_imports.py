@@ -28,7 +28,7 @@ FLOORS = (
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
         *("report", "compare", "teacher", "doctor", "bench"),
-        *("figures", "sheets", "plan_losses"),
+        *("figures", "sheets", "plan_losses", "trainer"),
     ),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
