@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from clipx import hlo
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
-from clipx.models import layers
+from clipx.models import layers, transformer
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.tpu import on_tpu
 from clipx.topology import parse
@@ -168,7 +168,7 @@ def test_a_layer_norm_is_the_same_on_tpus(monkeypatch):
 
 def test_a_transformer_is_the_same_on_tpus(monkeypatch):
     """Flattened and padded, with the kernel: values, gradients and dropout."""
-    module = layers.Transformer(
+    module = transformer.Transformer(
         depth=2, heads=2, mlp_width=32, causal=True, dropout=0.2, scan=True, remat="full"
     )
     x = jax.random.normal(jax.random.key(0), (3, 7, 16))
@@ -183,8 +183,9 @@ def test_a_transformer_is_the_same_on_tpus(monkeypatch):
         return jax.jit(jax.grad(fn, (0, 1), has_aux=True))(variables, x)
 
     usual = run()
-    monkeypatch.setattr(layers, "on_tpu", lambda: True)
-    monkeypatch.setattr(layers, "packed_attention", partial(packed_attention, interpret=True))
+    for part in (layers, transformer):
+        monkeypatch.setattr(part, "on_tpu", lambda: True)
+    monkeypatch.setattr(transformer, "packed_attention", partial(packed_attention, interpret=True))
     for mine, theirs in zip(jax.tree.leaves(run()), jax.tree.leaves(usual), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
 
@@ -234,7 +235,7 @@ def test_compiled_for_tpu(sizes, causal):
     """A block's step has the kernel, forward and backward, and its work is charged in full."""
     mesh = make_mesh(MeshConfig(**sizes), parse("v5e:2x2").devices())
     rows, tokens, heads, width = 8, 50, 2, 128
-    module = layers.Transformer(
+    module = transformer.Transformer(
         depth=1, heads=heads, mlp_width=width, causal=causal, dtype="bfloat16"
     )
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from clipx.config import ConfigError
-from clipx.models.layers import drop, dropout_keys, stack_blocks, unit, unstack_blocks
+from clipx.models.layers import drop, dropout_keys, unit
+from clipx.models.transformer import stack_blocks, unstack_blocks
 from clipx.models.vit import ViT
 
 ORACLES = json.loads((pathlib.Path(__file__).parent / "oracles/declip.json").read_text())

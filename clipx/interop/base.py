@@ -17,8 +17,9 @@ from flax import traverse_util
 from jaxtyping import Float
 
 from clipx.config import ConfigError
-from clipx.models.layers import Tower, unstack_blocks
+from clipx.models.layers import Tower
 from clipx.models.resnet import PLAIN, ResNet
+from clipx.models.transformer import unstack_blocks
 from clipx.models.vit import SIZES, ViT
 from clipx.types import PyTree
 

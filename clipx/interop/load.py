@@ -18,7 +18,8 @@ from jaxtyping import Float
 from clipx.config import ConfigError
 from clipx.interop import base, huggingface, open_clip, proof
 from clipx.interop.base import Model
-from clipx.models.layers import Tower, stack_blocks
+from clipx.models.layers import Tower
+from clipx.models.transformer import stack_blocks
 from clipx.models.vit import ViT
 from clipx.types import PyTree
 

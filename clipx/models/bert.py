@@ -30,7 +30,7 @@ _Norm = functools.partial(LayerNorm, epsilon=_EPS)
 
 
 class BertAttention(nn.Module):
-    """Self-attention with dropout on its weights; kernels as in `layers.SelfAttention`."""
+    """Self-attention with dropout on its weights; kernels as in `transformer.SelfAttention`."""
 
     heads: int
     dropout: float

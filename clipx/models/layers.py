@@ -16,14 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.config import ConfigError
-from clipx.models.attention import attention, has_kernel, packed_attention
-from clipx.models.tpu import ATTENDED, STATISTICS, add_bias, layer_norm, on_tpu
-from clipx.types import Encoded, PyTree, constrain_rows
+from clipx.models.attention import attention
+from clipx.models.tpu import add_bias, layer_norm, on_tpu
+from clipx.types import Encoded, PyTree
 
 # exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
@@ -279,36 +278,6 @@ class Affine(nn.Module):
         return y.reshape(*lead, *(self.shape if order is None else (fan_out,)))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention. Kernels keep a `heads` axis, for tensor parallelism to split:
-    `qkv` [c, 3, heads, head width], `out` [heads, head width, c]."""
-
-    heads: int
-    causal: bool
-    dtype: str
-    kernel_inits: tuple[Any, Any]
-    tokens: int = 0  # of a row, where rows come flattened for the TPU's kernel
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*r c"], lengths: Int[Array, " b"] | None
-    ) -> Float[Array, "*r c"]:
-        width = x.shape[-1]
-        shape = (3, self.heads, width // self.heads)
-        project = Affine(shape, self.dtype, self.kernel_inits[0], name="qkv")
-        if self.tokens:
-            # heads outermost, so that a mesh's tensor axis splits the flat axis too
-            qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
-            y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
-            y = checkpoint_name(y, ATTENDED)
-        else:
-            qkv = project(x)
-            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-            y = attention(q, k, v, causal=self.causal, lengths=lengths)
-        y = y.reshape(*x.shape[:-1], *shape[1:])
-        return Affine((width,), self.dtype, self.kernel_inits[1], inputs=2, name="out")(y)
-
-
 class PoolAttention(nn.Module):
     """Attention of query tokens over all tokens, heads joined, before any output projection:
     `q` [c, heads, head width], `kv` [c, 2, heads, head width]."""
@@ -332,146 +301,3 @@ class PoolAttention(nn.Module):
         q = dense(shape, name="q")(queries)
         kv = dense((2, *shape), name="kv")(tokens)
         return attention(q, kv[:, :, 0], kv[:, :, 1]).reshape(queries.shape)
-
-
-class Block(nn.Module):
-    """One pre-LN transformer block (CLIP, clip/model.py, ResidualAttentionBlock)."""
-
-    heads: int
-    mlp_width: int
-    depth: int  # of the whole transformer: it scales the initialisation
-    activation: Activation
-    norm_eps: float
-    dropout: float
-    causal: bool
-    block_init: Literal["clip", "torch"]
-    dtype: str
-    tokens: int = 0  # of a row, where rows come flattened: [b n, c]
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*r c"],
-        index: int | Int[Array, ""],
-        lengths: Int[Array, " b"] | None,
-        keys: Key[Array, " b"] | None,
-    ) -> Float[Array, "*r c"]:
-        width = x.shape[-1]
-        if self.block_init == "clip":
-            narrow = initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
-            attention_inits = (initializers.normal(width**-0.5), narrow)
-            mlp_inits = (initializers.normal((2 * width) ** -0.5), narrow)
-        else:
-            attention_inits = (initializers.glorot_uniform(), torch_uniform)
-            mlp_inits = (torch_uniform, torch_uniform)
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        attend = SelfAttention(
-            self.heads, self.causal, self.dtype, attention_inits, self.tokens, name="attn"
-        )
-
-        def dropped(y, index):
-            rows = y.reshape(-1, self.tokens, width) if self.tokens else y
-            return drop(rows, self.dropout, keys, index).reshape(y.shape)
-
-        x = x + dropped(attend(norm(name="ln_1")(x), lengths), 2 * index)
-        y = norm(name="ln_2")(x)
-        y = MLP(self.mlp_width, self.activation, self.dtype, mlp_inits, name="mlp")(y)
-        return constrain_rows(x + dropped(y, 2 * index + 1))
-
-
-class Transformer(nn.Module):
-    """A stack of blocks: parameters `block_0`, `block_1`, ..., or, with `scan`, one `blocks` with a
-    leading layer axis (compiled once). `remat`: what the backward pass computes again: nothing, all
-    but the weight products (and, on TPUs, what attention's kernel makes), or whole blocks (on TPUs,
-    all but the statistics of norms).
-
-    `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the
-    layers as torch makes them, as CLIP's code does for pictures (clip/model.py,
-    initialize_parameters).
-    """
-
-    depth: int
-    heads: int
-    mlp_width: int
-    activation: Activation = "gelu"
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-    causal: bool = False
-    scan: bool = False
-    remat: Literal["none", "dots", "full"] = "none"
-    block_init: Literal["clip", "torch"] = "clip"
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n c"],
-        lengths: Int[Array, " b"] | None = None,
-        keys: Key[Array, " b"] | None = None,
-    ) -> Float[Array, "b n c"]:
-        rows, tokens, width = x.shape
-        flat = on_tpu() and has_kernel(rows, tokens, self.heads, width // self.heads, self.dtype)
-        if flat:
-            # whole tiles of memory, so that one layout serves the products and the kernel; nobody
-            # looks at the tokens that fill the last tile
-            lengths = jnp.full(rows, tokens) if lengths is None else lengths
-            x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
-            whole, x = x.shape[1], constrain_rows(x.reshape(-1, width))
-        cls = Block
-        if self.remat != "none":
-            policies = jax.checkpoint_policies
-            policy = policies.save_only_these_names(STATISTICS)
-            if self.remat == "dots":
-                policy = policies.save_from_both_policies(
-                    policies.dots_with_no_batch_dims_saveable,
-                    policies.save_only_these_names(STATISTICS, ATTENDED),
-                )
-            cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
-        make = functools.partial(
-            cls,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            depth=self.depth,
-            activation=self.activation,
-            norm_eps=self.norm_eps,
-            dropout=self.dropout,
-            causal=self.causal,
-            block_init=self.block_init,
-            dtype=self.dtype,
-            tokens=whole if flat else 0,
-        )
-        if not self.scan:
-            for i in range(self.depth):
-                x = make(name=f"block_{i}")(x, i, lengths, keys)
-        else:
-            over_layers = nn.scan(
-                lambda block, x, i: (block(x, i, lengths, keys), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=self.depth,
-            )
-            x, _ = over_layers(make(name="blocks"), x, jnp.arange(self.depth))
-        return x.reshape(rows, -1, width)[:, :tokens] if flat else x
-
-
-def stack_blocks(params: PyTree) -> PyTree:
-    """`params` with every `block_0`, `block_1`, ... as one `blocks`: the layout of `scan=True`."""
-    if not isinstance(params, dict):
-        return params
-    names = [f"block_{i}" for i in range(sum(k.startswith("block_") for k in params))]
-    rest = {k: stack_blocks(v) for k, v in params.items() if k not in names}
-    if names:
-        rest["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in names))
-    return rest
-
-
-def unstack_blocks(params: PyTree) -> PyTree:
-    """The opposite of `stack_blocks`: the layout of `scan=False`."""
-    if not isinstance(params, dict):
-        return params
-    rest = {k: unstack_blocks(v) for k, v in params.items() if k != "blocks"}
-    if "blocks" in params:
-        depth = len(jax.tree.leaves(params["blocks"])[0])
-        for i in range(depth):
-            rest[f"block_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
-    return rest

@@ -13,12 +13,12 @@ from clipx.models.layers import (
     Activation,
     LayerNorm,
     Tower,
-    Transformer,
     check,
     dropout_keys,
     mean_tokens,
     text_lengths,
 )
+from clipx.models.transformer import Transformer
 from clipx.types import Encoded
 
 

@@ -17,13 +17,13 @@ from clipx.models.layers import (
     LayerNorm,
     PoolAttention,
     Tower,
-    Transformer,
     check,
     check_name,
     dropout_keys,
     mean_tokens,
     torch_uniform,
 )
+from clipx.models.transformer import Transformer
 from clipx.types import Encoded
 
 # width, depth, heads, MLP width: Zhai et al. 2022 (arXiv:2106.04560), table 2; bigG is open_clip's
