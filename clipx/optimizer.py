@@ -1,9 +1,8 @@
-"""Optimizer chains, schedules and per-parameter rules, all from optax."""
+"""Optimizer chains and schedules, all from optax."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,36 +12,8 @@ import numpy as np
 import optax
 
 from clipx.config import ConfigError, duration
-from clipx.mesh import path_name
+from clipx.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree
-
-_WHERE = "config.optimizer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What holds for the parameters whose path matches `pattern` (a regex, searched)."""
-
-    pattern: str
-    learning_rate: float = 1.0  # times the schedule
-    weight_decay: float = 1.0  # times the optimizer's
-    clamp: tuple[float, float] | None = None  # the parameter stays within
-    horizon: float = 1.0  # share of the run's steps at which its decay has reached its end
-
-    def __post_init__(self):
-        if not 0 < self.horizon <= 1:
-            raise ConfigError("Rule.horizon", str(self.horizon), "a share in (0, 1]")
-        if self.clamp and not self.clamp[0] <= self.clamp[1]:
-            raise ConfigError("Rule.clamp", str(self.clamp), "(least, most)")
-
-
-# Weight decay is for matrices: gains, biases, embeddings of a single token and the two logit
-# scalars are left out, as in open_clip. The scale stays at most 100 (arXiv 2103.00020, 2.5).
-DEFAULT_RULES = (
-    Rule(r"(^|/)logit_scale$", weight_decay=0.0, clamp=(0.0, 4.6051702)),
-    Rule(r"(^|/)(bias|scale|logit_bias|class_embedding|probe)$", weight_decay=0.0),
-    Rule(r".*"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +93,14 @@ def make_schedule(
     With `steps` None (a length in epochs, data not open yet) the schedule is constant: such a run
     can be traced and planned, and is assembled anew before it trains.
     """
-    warmup = duration(dataclasses.asdict(config), "warmup", where=_WHERE, optional=True)
+    warmup = duration(dataclasses.asdict(config), "warmup", where=WHERE, optional=True)
     warm = warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
     if steps is None or warm is None:
         constant = optax.constant_schedule(config.learning_rate)
         return lambda count, horizon=1.0: constant(count)
     start = warm + config.hold_steps
     if start > steps:
-        where = warmup.where if warm > steps else f"{_WHERE}.hold_steps"
+        where = warmup.where if warm > steps else f"{WHERE}.hold_steps"
         in_steps = warm > steps and warmup.unit == "steps"
         raise ConfigError(
             where,
@@ -142,7 +113,7 @@ def make_schedule(
         ends[rule.horizon] = round(rule.horizon * steps)
         if start > ends[rule.horizon]:
             raise ConfigError(
-                f"{_WHERE}.rules[{i}].horizon",
+                f"{WHERE}.rules[{i}].horizon",
                 f"{rule.horizon}, which is step {ends[rule.horizon]}",
                 f"at least step {start}, where the decay begins",
             )
@@ -165,124 +136,6 @@ def _schedule(config: OptimizerConfig, warm: int, end: int) -> optax.Schedule:
     if config.hold_steps:
         parts, bounds = [*parts, optax.constant_schedule(peak)], [*bounds, start]
     return optax.join_schedules([*parts, decay], bounds) if parts else decay
-
-
-def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
-    """The index of the rule that claims each parameter, in the shape of `params`.
-
-    Raises `ConfigError` for a parameter that no rule claims and a rule that claims none.
-    """
-    compiled = []
-    for i, rule in enumerate(rules):
-        try:
-            compiled.append(re.compile(rule.pattern))
-        except re.error as error:
-            where = f"{_WHERE}.rules[{i}].pattern"
-            raise ConfigError(where, repr(rule.pattern), f"a regex: {error}") from None
-    paths = []
-
-    def first(path, _):
-        name = path_name(path)
-        paths.append(name)
-        for i, pattern in enumerate(compiled):
-            if pattern.search(name):
-                return i
-        raise ConfigError(
-            f"{_WHERE}.rules", f"no rule for {name}", "a rule for every parameter", "add '.*' last"
-        )
-
-    claims = jax.tree_util.tree_map_with_path(first, params)
-    unused = set(range(len(rules))) - set(jax.tree.leaves(claims))
-    for i in sorted(unused):
-        matched = [p for p in paths if compiled[i].search(p)]
-        found = (
-            f"{rules[i].pattern!r} matches only what earlier rules claim, {matched[0]} for one"
-            if matched
-            else f"{rules[i].pattern!r} matches no parameter"
-        )
-        raise ConfigError(
-            f"{_WHERE}.rules[{i}]",
-            found,
-            "each rule claims a parameter",
-            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
-        )
-    return claims
-
-
-def frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """Whether each parameter is frozen, in the shape of `params`. Raises `ConfigError` for a
-    pattern that is no regex or matches none."""
-    where, left = f"{_WHERE}.freeze", set(patterns)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(where, repr(pattern), f"a regex: {error}") from None
-    paths = []
-
-    def leaf(path, _):
-        paths.append(path_name(path))
-        found = [p for p in patterns if re.search(p, paths[-1])]
-        left.difference_update(found)
-        return bool(found)
-
-    found = jax.tree_util.tree_map_with_path(leaf, params)
-    if left:
-        raise ConfigError(
-            where,
-            f"{min(left)!r} matches no parameter",
-            "each pattern freezes a parameter",
-            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
-        )
-    return found
-
-
-def locked(patterns: tuple[str, ...], params: PyTree) -> tuple[str, ...]:
-    """The towers whose parameters are frozen, all of them."""
-    still = frozen(patterns, params)
-    towers = {name: jax.tree.leaves(still.get(name, {})) for name in ("image", "text")}
-    return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
-
-
-_BELOW = re.compile(
-    r"(_embedding|^ln_pre|^conv\d|^bn\d)$"
-)  # of a tower's entries: before its blocks
-
-
-def layer_factors(decay: float, params: PyTree) -> PyTree:
-    """What each parameter's learning rate is multiplied by: `decay` to the power of the blocks
-    above it and one, 1 above a tower's blocks and outside of towers. Of scanned blocks, an array
-    [layers, 1, ...]."""
-
-    def place(path: str) -> tuple[str, tuple[int, ...]] | None:
-        """A parameter's tower and its block's number; (-1,) before the blocks, None after them."""
-        tower, _, rest = path.partition("/")
-        if tower not in ("image", "text"):
-            return None
-        block = re.search(r"(?:^|/)(?:block|stage)_(\d+)(?:_(\d+))?/", rest)
-        if block:
-            return tower, tuple(int(n) for n in block.groups() if n)
-        return (tower, (-1,)) if _BELOW.search(rest.partition("/")[0]) else None
-
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = {path_name(path): x for path, x in leaves}
-    blocks = sorted({at for at in map(place, paths) if at and at[1] != (-1,)})
-    depth = {tower: sum(t == tower for t, _ in blocks) for tower in ("image", "text")}
-    scanned = re.compile(r"^(image|text)/.*(^|/)blocks/")
-    depth |= {m[1]: x.shape[0] for path, x in paths.items() if (m := scanned.search(path))}
-
-    def factor(path, x):
-        name = path_name(path)
-        if m := scanned.search(name):
-            layers = np.arange(depth[m[1]]).reshape(-1, *[1] * (len(x.shape) - 1))
-            return (decay ** (depth[m[1]] - layers)).astype(np.float32)
-        at = place(name)
-        if at is None:
-            return 1.0
-        below = [block for block in blocks if block[0] == at[0] and block < at]
-        return decay ** (depth[at[0]] + (at[1] == (-1,)) - len(below))
-
-    return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def _clamp(rules, claims) -> optax.GradientTransformation:

@@ -28,7 +28,8 @@ from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.interop import load
 from clipx.objectives.base import Objective
-from clipx.optimizer import locked, make_schedule
+from clipx.optimizer import make_schedule
+from clipx.parameter_rules import locked
 from clipx.sections import (
     Config,
     DataConfig,

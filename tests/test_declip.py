@@ -20,7 +20,8 @@ from clipx.config import ConfigError, bind
 from clipx.mesh import path_name
 from clipx.models.heads import BatchNormMLP
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped
-from clipx.optimizer import OptimizerConfig, claim, make_schedule
+from clipx.optimizer import OptimizerConfig, make_schedule
+from clipx.parameter_rules import claim
 from clipx.run import assemble
 from clipx.step import make_train_step, row_keys
 from clipx.types import TrainState

@@ -18,7 +18,10 @@ SOURCES = FILES + sorted(
 )
 FLOORS = (
     ("types", "config", "flops", "hlo"),
-    ("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
+    (
+        *("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
+        "parameter_rules",
+    ),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
     (

@@ -23,14 +23,11 @@ from clipx.objectives.clip import CLIP
 from clipx.optimizer import (
     LookaheadConfig,
     OptimizerConfig,
-    Rule,
-    claim,
-    layer_factors,
-    locked,
     make_optimizer,
     make_schedule,
     updates_done,
 )
+from clipx.parameter_rules import Rule, claim, layer_factors, locked
 from clipx.step import init_state, make_train_step
 from clipx.types import Loss, TrainState
 

@@ -19,7 +19,8 @@ from clipx.config import ConfigError, bind
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures
-from clipx.optimizer import claim, make_schedule
+from clipx.optimizer import make_schedule
+from clipx.parameter_rules import claim
 from clipx.run import assemble
 from clipx.step import row_keys
 
