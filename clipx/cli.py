@@ -13,8 +13,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from clipx import config as configs
-from clipx import distributed
+from clipx import config_file, distributed
 from clipx.checkpoint import CheckpointError
 from clipx.config import ConfigError
 from clipx.data.base import BadSample, DataError
@@ -54,9 +53,9 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The plain config of a file, `path.py` or `path.py:variant`, with overrides."""
-    config = configs.load(spec)
+    config = config_file.load(spec)
     for path, text in overrides:
-        configs.override(config, path, text)
+        config_file.override(config, path, text)
     return config
 
 

@@ -1,22 +1,15 @@
-"""Config files bound once, strictly, to frozen dataclasses. Every config error is born here."""
+"""Config sections bound once, strictly, to frozen dataclasses. Every config error is born here."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import math
-import os
-import pathlib
 import pkgutil
-import sys
-import traceback
 import types
 import typing
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +39,8 @@ class ConfigError(Exception):
         return "\n".join(lines)
 
 
-def _nearest(name: str, names) -> str:
+def nearest(name: str, names) -> str:
+    """The fix of a misspelt name; "" where none of `names` is like it."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -59,13 +53,14 @@ def fields(cls) -> dict[str, dataclasses.Field]:
     return found
 
 
-def _plain(value):
+def plain(value):
+    """`value` with ConfigDicts as dicts and lists as tuples."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
+        return tuple(plain(v) for v in value)
     return value
 
 
@@ -74,8 +69,8 @@ def _describe(hint) -> str:
         return "a section with keys " + ", ".join(fields(hint))
     if hint is bool:
         return "true or false"
-    plain = isinstance(hint, type) and not typing.get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "")
+    simple = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if simple else str(hint).replace("typing.", "")
 
 
 def _mend(value, hint, where: str) -> str:
@@ -110,7 +105,7 @@ def _convert(value, hint, where):
         if any(value == option and type(value) is type(option) for option in args):
             return value
         fix = (
-            _nearest(value, [a for a in args if isinstance(a, str)])
+            nearest(value, [a for a in args if isinstance(a, str)])
             if isinstance(value, str)
             else ""
         )
@@ -154,7 +149,7 @@ def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[s
     wrong type, and a field without default that is not there. `beside` are the section's keys that
     someone else has taken out: an unknown key may be one of them misspelt.
     """
-    section = _plain(section)
+    section = plain(section)
     if not isinstance(section, Mapping):
         raise ConfigError(where, repr(section), _describe(cls))
     allowed = {k: f for k, f in fields(cls).items() if k not in given}
@@ -165,7 +160,7 @@ def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[s
                 f"{where}.{key}",
                 f"unknown key {key!r}",
                 "one of " + ", ".join(known) if known else "no keys",
-                "drop it: other sections say it" if key in given else _nearest(str(key), known),
+                "drop it: other sections say it" if key in given else nearest(str(key), known),
             )
     hints = typing.get_type_hints(cls)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
@@ -250,7 +245,7 @@ def find(package: str, name: str, base: type) -> type:
         f"clipx/{package}",
         repr(name),
         "one of " + ", ".join(names),
-        _nearest(str(name), names),
+        nearest(str(name), names),
     )
 
 
@@ -305,109 +300,6 @@ def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool
     if not number or not math.isfinite(amount) or amount < 0:
         raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
     return Duration(unit, amount, f"{where}.{name}_{unit}")
-
-
-def variants(path: str | os.PathLike) -> tuple[str, ...]:
-    """The variants of a config file, "" for one without any."""
-    return tuple(getattr(_module(path), "VARIANTS", ("",)))
-
-
-def _module(path: str | os.PathLike) -> types.ModuleType:
-    """A config file's code, run."""
-    file = pathlib.Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        kind = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
-        found = kind.format(str(path))
-        raise ConfigError(
-            "--config", found, "a Python file with get_config()", _nearest(str(file), near)
-        )
-    module = _execute(file)
-    if not callable(getattr(module, "get_config", None)):
-        raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=str(file))
-    return module
-
-
-def load(spec: str) -> dict[str, Any]:
-    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
-    `path.py:variant`."""
-    path, _, variant = spec.partition(":")
-    module = _module(path)
-    variants = getattr(module, "VARIANTS", ("",))
-    if variant not in variants:
-        raise ConfigError(
-            "--config",
-            f"variant {variant!r}",
-            "one of " + ", ".join(map(repr, variants)),
-            _nearest(variant, variants),
-            file=path,
-        )
-    with _told(pathlib.Path(path)):
-        config = module.get_config(variant)
-    config = to_lists(_plain(config))
-    if not isinstance(config, dict):
-        found = f"get_config returns {config!r}"
-        raise ConfigError("--config", found, "a ConfigDict or a dict", file=path)
-    return config
-
-
-@contextlib.contextmanager
-def _told(file: pathlib.Path):
-    """What the code of a config file raises becomes a `ConfigError` with its line."""
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if f.filename == str(file.absolute())]
-        where = f"{file}:{lines[-1]}" if lines else str(file)
-        found = f"{type(error).__name__}: {error}"
-        raise ConfigError("--config", found, "Python that runs", file=where) from None
-
-
-def _execute(file: pathlib.Path) -> types.ModuleType:
-    """The module of a config file, which may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    before, folder = set(sys.modules), file.parent.absolute()
-    sys.path.insert(0, str(folder))
-    try:
-        with _told(file):
-            spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:  # the next config may have another neighbour
-            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
-                del sys.modules[name]
-    return module
-
-
-def override(config: dict[str, Any], path: str, text: str) -> None:
-    """Sets `config.<path>` to the value that `text` spells. The type is checked when the section
-    is bound, so a field may be set that the file leaves at its default, None included."""
-    *parents, last = path.split(".")
-    node = config
-    for depth, key in enumerate(parents):
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            at = ".".join(["config", *parents[: depth + 1]])
-            raise ConfigError(at, repr(node), "a section", f"--config.{path} needs one")
-    node[last] = parse(text)
-
-
-def parse(text: str) -> Any:
-    """The value that a command line's `text` spells: a Python literal that JSON could hold,
-    true/false, or the text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        with warnings.catch_warnings():  # such as that of 1or2, which is a name here
-            warnings.simplefilter("ignore")
-            value = to_lists(ast.literal_eval(text))
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return (
-        value if value is None or isinstance(value, (bool, int, float, str, list, dict)) else text
-    )
 
 
 def to_lists(value):

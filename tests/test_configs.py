@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from clipx import config as configs
-from clipx import sections
+from clipx import config_file, sections
 from clipx.run import assemble
 from clipx.step import make_train_step
 
@@ -15,7 +14,7 @@ FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
 
 
 SPECS = [
-    f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in configs.variants(file)
+    f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in config_file.variants(file)
 ]
 
 
@@ -47,7 +46,7 @@ def same_step(run):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_traces(spec):
-    config = shrunk(configs.load(f"{FOLDER}/{spec}"))
+    config = shrunk(config_file.load(f"{FOLDER}/{spec}"))
     one = assemble(config, jax.devices()[:1])
     if same_step(one) in TRACED:
         return
@@ -74,7 +73,7 @@ def test_traces(spec):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_assembles_in_full(file):
-    run = assemble(configs.load(f"{file}:{configs.variants(file)[0]}"), jax.devices()[:1])
+    run = assemble(config_file.load(f"{file}:{config_file.variants(file)[0]}"), jax.devices()[:1])
     assert jax.tree.leaves(run.state.params)
 
 
@@ -88,14 +87,14 @@ def test_assembles_in_full(file):
 )
 def test_published_size(spec, count):
     """As OpenAI's and the authors' models."""
-    run = assemble(configs.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
+    run = assemble(config_file.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
     assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_evals_score_what_best_asks_for(spec):
     """`best` names an eval of the config, and a metric by a name that eval gives."""
-    config = configs.load(f"{FOLDER}/{spec}")
+    config = config_file.load(f"{FOLDER}/{spec}")
     if not config["train"]["best"]:
         return
     name, metric = config["train"]["best"].split("/")

@@ -13,8 +13,7 @@ import test_laws
 import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
-from clipx import config as configs
-from clipx import losses
+from clipx import config_file, losses
 from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError, bind
 from clipx.mesh import path_name
@@ -141,7 +140,7 @@ def test_the_scale_is_capped_and_its_gradient_is_not():
 @pytest.mark.parametrize("spec, key", [("declip", "1e-3"), ("filip", "5e-4")])
 def test_the_schedule_is_declips(spec, key):
     """`lr_yfcc_peak1e-3`, `lr_yfcc_peak5e-4`: the reference counts steps from 1."""
-    config = configs.load(str(tiny.ROOT / "configs" / f"{spec}.py"))
+    config = config_file.load(str(tiny.ROOT / "configs" / f"{spec}.py"))
     optimizer, steps = bind(OptimizerConfig, config["optimizer"]), config["train"]["total_steps"]
     with jax.enable_x64(True):
         rate = make_schedule(optimizer, steps=steps, batch_size=4096, rows=None)
@@ -153,7 +152,7 @@ def test_the_schedule_is_declips(spec, key):
 def test_published_size_and_what_decays():
     """180.307 M of parameters; the heads' as counted in the authors' code. All decays but biases
     of layers, gains and the scale; the patch embedding neither learns nor decays."""
-    config = configs.load(str(tiny.ROOT / "configs" / "declip.py"))
+    config = config_file.load(str(tiny.ROOT / "configs" / "declip.py"))
     run = assemble(config, jax.devices()[:1])
     params = run.state.params
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
