@@ -31,6 +31,8 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 _FIRST = 'custom_call_target="AsyncCollectiveStart"'
+_INDEX = re.compile(r"\bindex=(\d+)")
+_MOVES = ("copy", "copy-start", "copy-done", "bitcast", "convert")
 _SPARSE = 'async_execution_thread="sparsecore"'
 _FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
 COLLECTIVES = (
@@ -87,7 +89,7 @@ class Operation:
 @dataclasses.dataclass(frozen=True)
 class Program:
     operations: tuple[Operation, ...]
-    open_loops: tuple[str, ...]  # whose length the text does not say: counted once
+    open_loops: tuple[str, ...]  # whose length the data tell: counted once
 
     @property
     def kernels(self) -> tuple[Operation, ...]:
@@ -258,49 +260,83 @@ def _trips(
     computations: dict[str, Computation], computation: Computation, loop: Instruction
 ) -> int | None:
     """How often a loop runs: what the compiler says, or the constant that its counter, from a
-    constant on and one by one, is compared with; None where that cannot be told."""
+    constant on and one by one, is compared with; None where only the data tell."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = computations[loop.called()["condition"]]
     body = computations[loop.called()["body"]]
-    root = list(condition.values())[-1]
-    compares = [i for i in condition.values() if i.opcode == "compare"]
-    if root.opcode == "fusion":  # the comparison alone, its operands given
-        inner = list(computations[root.called()["calls"]].values())
-        compares = [i for i in inner if i.opcode == "compare"]
-        given = dict(zip([i.name for i in inner if i.opcode == "parameter"], root.operands))
-        condition = condition | {i.name: i for i in inner}
-    else:
-        given = {}
+    before = _origin(computation, loop.operands[0])
+
+    def carried(i: Instruction) -> tuple[int, Instruction | None, Instruction | None]:
+        """An element of what the loop carries: its place, and what it is before and after a turn;
+        None: that cannot be told."""
+        place = int((_INDEX.search(i.rest) or ["", "-1"])[1])
+        return place, *(
+            _element(c, n, place) for c, n in ((computation, before), (body, _root(body)))
+        )
+
+    def constant(i: Instruction, where: Computation) -> int | None:
+        """Of a constant, or of an element that no turn changes."""
+        i = _origin(where, i)
+        if i.opcode == "constant" and i.arguments.isdigit():
+            return int(i.arguments)
+        if i.opcode == "get-tuple-element" and where is not computation:
+            place, first, after = carried(i)
+            kept = after is not None and after.opcode == i.opcode
+            kept = kept and int((_INDEX.search(after.rest) or ["", "-2"])[1]) == place
+            return constant(first, computation) if kept and first is not None else None
+        return None
+
+    compared = _comparison(computations, condition)
+    if compared is None:
+        return None
+    counter, bound = (_origin(condition, i) for i in compared)
+    stop = constant(bound, condition)
+    if counter.opcode != "get-tuple-element" or stop is None:
+        return None
+    place, first, after = carried(counter)
+    start = None if first is None else constant(first, computation)
+    if start is None or after is None or after.opcode != "add":
+        return None
+    steps = [constant(body[n], body) for n in after.operands]
+    return max(stop - start, 0) if 1 in steps else None
+
+
+def _comparison(
+    computations: dict[str, Computation], condition: Computation
+) -> list[Instruction] | None:
+    """The two that a loop's condition compares, the first less than the second."""
+    root = _root(condition)
+    inner = computations[root.called()["calls"]] if root.opcode == "fusion" else condition
+    compares = [i for i in inner.values() if i.opcode == "compare"]
     if len(compares) != 1 or "direction=LT" not in compares[0].rest:
         return None
-    counter, bound = (condition[given.get(n, n)] for n in compares[0].operands)
-    index = re.search(r"\bindex=(\d+)", counter.rest)
-    stop = _constant(condition, bound)
-    if counter.opcode != "get-tuple-element" or stop is None or not index:
-        return None
-    place = int(index[1])
-    start = _element(computation, loop.operands[0], place)
-    after = _element(body, list(body)[-1], place)
-    first = None if start is None else _constant(computation, start)
-    if first is None or after is None or after.opcode != "add":
-        return None
-    steps = [_constant(body, body[n]) for n in after.operands]
-    return max(stop - first, 0) if 1 in steps else None
+    given = {}
+    if inner is not condition:  # the comparison alone, its operands given
+        given = dict(
+            zip([i.name for i in inner.values() if i.opcode == "parameter"], root.operands)
+        )
+    return [condition[given[n]] if n in given else inner[n] for n in compares[0].operands]
 
 
-def _element(computation: Computation, name: str, place: int) -> Instruction | None:
-    """What stands at `place` of a tuple."""
-    made = computation[name]
-    while made.opcode == "copy":
-        made = computation[made.operands[0]]
-    return computation[made.operands[place]] if made.opcode == "tuple" else None
+def _root(computation: Computation) -> Instruction:
+    return list(computation.values())[-1]
 
 
-def _constant(computation: Computation, i: Instruction) -> int | None:
-    while i.opcode in ("copy", "bitcast", "convert") and i.operands:
+def _origin(computation: Computation, i: Instruction | str) -> Instruction:
+    """What a value is before it is moved."""
+    i = computation[i] if isinstance(i, str) else i
+    while i.opcode in _MOVES and i.operands and i.operands[0] in computation:
         i = computation[i.operands[0]]
-    return int(i.arguments) if i.opcode == "constant" and i.arguments.isdigit() else None
+    return i
+
+
+def _element(computation: Computation, made: Instruction, place: int) -> Instruction | None:
+    """What stands at `place` of a tuple."""
+    made = _origin(computation, made)
+    if made.opcode != "tuple" or not 0 <= place < len(made.operands):
+        return None
+    return _origin(computation, made.operands[place])
 
 
 def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:

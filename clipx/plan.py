@@ -138,7 +138,7 @@ def _time(found: Prediction) -> list[str]:
             "(FLOPs at half of peak or bytes); not validated, collectives not included"
         )
     if found.open_loops:
-        lines.append(f"  {found.open_loops} loop(s) of unknown length count once")
+        lines.append(f"  {found.open_loops} loop(s) whose length the data tell count once")
     return lines
 
 

@@ -55,7 +55,9 @@ def loop(start: int, stop: str, step: int = 1, compare: str = "LT", body: str = 
 
 WHILE = """
 %zero = s32[] constant({0})
-%t = (s32[], f32[8,128], s32[]) tuple(%zero, %x, %zero)
+%nine = s32[] constant(9)
+%told = s32[] reduce(%x)
+%t = (s32[], f32[8,128], s32[]) tuple(%zero, %x, %nine)
 ROOT %w = (s32[], f32[8,128], s32[]) while(%t), condition=%cond, body=%body{1}
 """
 
@@ -66,19 +68,39 @@ ROOT %w = (s32[], f32[8,128], s32[]) while(%t), condition=%cond, body=%body{1}
         (0, "constant(7)", "", 7),
         (2, "constant(7)", "", 5),
         (0, "constant(7)", ', backend_config={"known_trip_count":{"n":"4"}}', 4),
-        (0, "get-tuple-element(%p.2), index=2", "", None),
+        (2, "get-tuple-element(%p.2), index=2", "", 7),  # what no turn changes
     ],
 )
 def test_loops(start, stop, known, trips):
     found = program(WHILE.format(start, known), loop(start, stop))
-    assert found.compiler_cycles == 10 * (trips or 1)
-    assert found.open_loops == (() if trips else ("w",))
+    assert (found.compiler_cycles, found.open_loops) == (10 * trips, ())
 
 
 def test_loops_that_do_not_count_one_by_one_are_open():
     for kind in ({"step": 2}, {"compare": "GT"}):
         found = program(WHILE.format(0, ""), loop(0, "constant(7)", **kind))
         assert found.open_loops == ("w",)
+
+
+def test_loops_whose_length_the_data_tell_count_once():
+    entry = WHILE.format(0, "").replace("%nine)", "%told)")
+    found = program(entry, loop(0, "get-tuple-element(%p.2), index=2"))
+    assert (found.compiler_cycles, found.open_loops) == (10, ("w",))
+
+
+def test_a_counter_that_is_copied_counts():
+    """As the compiler moves it to other memory and back, before the loop and in it."""
+    entry = WHILE.format(0, "").replace("tuple(%zero", "tuple(%zero.done")
+    copies = "%{0}.start = (s32[], s32[], u32[]) copy-start(%{0})\n"
+    copies += "%{0}.done = s32[] copy-done(%{0}.start)\n"
+    entry = entry.replace("%nine =", copies.format("zero") + "%nine =")
+    turn = loop(0, "constant(7)").replace("tuple(%next", "tuple(%next.done")
+    turn = turn.replace("  ROOT %out", copies.format("next") + "  ROOT %out")
+    turn = turn.replace("\n%next.done", "\n  %next.done").replace(
+        "\n%next.start", "\n  %next.start"
+    )
+    found = program(entry, turn)
+    assert (found.compiler_cycles, found.open_loops) == (70, ())
 
 
 def test_nested_loops_multiply():
