@@ -30,7 +30,7 @@ ROWS = 32
 WORDS = {"mask_id": 2, "special_ids": (0, 1, 2, 3), "mask_rate": 0.5}
 PLAIN = {"augmentation": "none"}  # the laws hold every policy to themselves
 FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
-    "clip_lite": {"width": 12},
+    "clip_lite": {**PLAIN, "width": 12},
     "declip": {**PLAIN, **WORDS, "simsiam_width": 12, "queue_size": 48},
     "filip": {**PLAIN, **WORDS, "token_width": 6, "top_k": 3, "contrastive_weight": 0.5},
     "protoclip": {
