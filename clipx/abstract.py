@@ -18,7 +18,7 @@ from clipx.mesh import Mesh
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.optimizer import make_optimizer
-from clipx.sections import Config, named
+from clipx.sections import Config, check_marks, named
 from clipx.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
@@ -42,6 +42,7 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
         where="config.text",
         **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
     )
+    check_marks(config.tokenizer, text)
     words = _WORDS_GIVEN & configs.fields(objective_cls).keys()
     sizes = _SIZES_GIVEN & configs.fields(objective_cls).keys()
     objective = bind(

@@ -16,6 +16,8 @@ from clipx.data.pictures import Pictures
 from clipx.data.text_augment import TextAugmentConfig
 from clipx.evaluators.base import Evaluator
 from clipx.mesh import MeshConfig
+from clipx.models.bert import BERT
+from clipx.models.layers import Tower
 from clipx.optimizer import OptimizerConfig
 
 
@@ -207,6 +209,17 @@ class EvalSpec:
         if "pictures" in configs.fields(self.evaluator):
             given["pictures"] = Pictures(image_size)
         return self.evaluator(**given, **self.values)
+
+
+def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:
+    """Raises `ConfigError` where there is no start mark for a text tower to be read out at."""
+    if tokenizer.sot_id is None and isinstance(text, BERT):
+        raise ConfigError(
+            "config.tokenizer.marks",
+            repr(tokenizer.marks),
+            "'both': BERT is read out at the start mark",
+            "config.tokenizer.marks=both",
+        )
 
 
 def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:

@@ -26,6 +26,7 @@ from clipx.data import cleaning
         ("clip_lite", "one\ttab, two\t\ttabs\n", "one\ttab two tabs"),
         ("clip_lite", "w " * 40, "w " * 29 + "w"),
         ("clip_lite", "İ ﬁne x\u0302", "i fine x"),
+        ("siglip", " It's\tA <red>_ball — “So” & CAFÉ!  \n", "its a redball — “so” café"),
     ],
 )
 def test_rules(rule, text, cleaned):

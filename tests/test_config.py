@@ -367,6 +367,8 @@ def test_overrides_reach_every_field(closed):
         ("text.heads=3", "text.heads", "divides the width"),
         ("tokenizer.name=clip", "tokenizer.name", "'clip_bpe'"),
         ("tokenizer.context=2", "tokenizer.context", "at least 3"),
+        ("tokenizer.marks=start", "tokenizer.marks", "'both', 'end'"),
+        ("tokenizer.cleaning=sigilp", "tokenizer.cleaning", "'siglip'"),
         ("data.source=shape", "data.source", "'shapes'"),
         ("data.split=tset", "data.split", "'test'"),
         ("data.workers=x", "data.workers", "'x' (str)"),
@@ -391,6 +393,14 @@ def test_wrong_configs(closed, overrides, where, said):
     assert error.where == f"config.{where}"
     assert said in str(error)
     assert len(str(error).splitlines()) <= 5
+
+
+def test_a_bert_needs_a_start_mark(closed):
+    text = "text={'name': 'bert', 'width': 32, 'depth': 1, 'heads': 2, 'embed_dim': 128}"
+    assembled(text)
+    error = fault(assembled, text, "tokenizer.marks=end")
+    assert error.where == "config.tokenizer.marks" and "BERT" in error.expected
+    assert error.fix == "config.tokenizer.marks=both"
 
 
 def test_batches_that_do_not_divide(closed):

@@ -74,10 +74,10 @@ def captions(rows=6, n=8):
 
 
 def test_tokens_after_the_end_mark_count_for_nothing():
-    """They are 0 and nothing else is; ids behind the end mark change nothing, but without
-    `mask_padding` they do."""
+    """They are 0 and nothing else is; ids behind the end mark, more end marks too, change nothing,
+    but without `mask_padding` they do."""
     ids, lengths = captions()
-    other = np.where(np.arange(8) < lengths[:, None], ids, 7).astype(np.int32)
+    others = [np.where(np.arange(8) < lengths[:, None], ids, i).astype(np.int32) for i in (7, 3)]
     variables = tiny.variables("filip:top_k=3")
     image = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     for mask_padding, same in ((True, True), (False, False)):
@@ -91,11 +91,13 @@ def test_tokens_after_the_end_mark_count_for_nothing():
             late = bound.loss(features, {}, train=True).metrics["loss/late_interaction"]
             return texts.tokens, late, bound.similarity(images, texts)
 
-        (tokens, *found), (_, *moved) = run(ids), run(other)
+        tokens, *found = run(ids)
         np.testing.assert_array_equal(
             np.any(tokens != 0, axis=2), (np.arange(8) < lengths[:, None]) | (not mask_padding)
         )
-        assert all(np.array_equal(x, y) == same for x, y in zip(found, moved))
+        for other in others:
+            _, *moved = run(other)
+            assert all(np.array_equal(x, y) == same for x, y in zip(found, moved))
 
 
 @pytest.mark.parametrize("evaluation", ["image_tokens", "both_tokens", "global"])

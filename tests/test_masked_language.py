@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
+from clipx.data.tokenizers import TokenizerConfig
 from clipx.mesh import MeshConfig, make_mesh
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
@@ -60,6 +61,23 @@ def test_the_vocabulary_of_clip_and_marks_in_its_middle():
     )
     assert set(np.asarray(out)[np.asarray(selected)].tolist()) == {1, 3, 4, 6, 7}
     assert selected.sum() == 4 * 99
+
+
+def test_without_a_start_mark_and_padded_with_the_end_mark():
+    """SigLIP's ids: every word may be hidden, the first too, and nothing behind the first end mark;
+    no mark is drawn."""
+    ids = TokenizerConfig("sentencepiece", vocab_size=12, context=8, mask=True, marks="end")
+    texts = np.array([[3, 4, 5, 1, 1, 1, 1, 1], [1] * 8, [6, 2, 7, 8, 9, 10, 3, 1]])
+    options = {"vocab_size": ids.vocab_size, "mask_id": ids.mask_id}
+    options |= {"special_ids": ids.special_ids, "rate": 1.0}
+    words = (texts > 2).astype(bool)
+    drawn = set()
+    for i in range(60):
+        out, selected = map(np.asarray, mask(texts, jax.random.key(i), **options))
+        np.testing.assert_array_equal(selected, words)
+        np.testing.assert_array_equal(out[~words], texts[~words])
+        drawn |= set(out[words].tolist())
+    assert drawn == set(range(3, 12))
 
 
 def test_a_row_is_its_own_keys():

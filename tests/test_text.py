@@ -130,6 +130,23 @@ def test_masked_padding_is_not_seen(params, causal):
     np.testing.assert_allclose(out.backbone, short.backbone, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_end_mark_may_pad(params, causal):
+    """A text ends at the first: what is masked or read out there is as with other padding. The last
+    token of SigLIP's tower sees them all."""
+    zeros = IDS[:2] * (np.arange(8) < [[4], [3]])
+    ends = np.where(np.arange(8) < [[4], [3]], IDS[:2], EOT)
+    for pool in ("eot", "last", "mean"):
+        options = dict(mask_padding=True, causal=causal, pool=pool)
+        a = encode(params, zeros, **options).raw
+        b = encode(params, ends, **options, pad_id=EOT).raw
+        np.testing.assert_array_equal(a, b)
+    last = encode(params, ends, causal=causal, pool="last", pad_id=EOT)
+    np.testing.assert_array_equal(last.backbone, np.asarray(last.tokens)[:, -1])
+    other = np.where(np.arange(8) == 6, 5, ends)
+    assert np.all(encode(params, other, causal=causal, pool="last").raw != last.raw)
+
+
 def test_causal_tokens_ignore_what_follows(params):
     changed = IDS.copy()
     changed[:, 5:] = 20

@@ -157,6 +157,42 @@ def test_a_mask_takes_the_last_id_of_a_sentencepiece_model(pieces, tmp_path):
         )
 
 
+@pytest.fixture(scope="module")
+def ended():
+    """SigLIP's way, with a mask."""
+    config = TokenizerConfig(
+        "sentencepiece", vocab_size=60, context=16, mask=True, cleaning="siglip", marks="end"
+    )
+    return tokenizers.build(config, CAPTIONS)
+
+
+def test_without_a_start_mark_the_end_mark_pads(ended):
+    pieces = [ended._processor.id_to_piece(i) for i in range(3)]
+    assert pieces == ["<pad>", "</s>", "<unk>"]
+    body = ended.body("small dog")
+    assert min(body) > 2 and len(body) < 15
+    texts = ["small dog", "SMALL, dog!", "", "?!", "a large dog " * 9, "dog </s> <pad>", "☃"]
+    ids = ended(texts)
+    assert ids[0].tolist() == ids[1].tolist() == body + [1] * (16 - len(body))
+    assert (ids[2:4] == 1).all()
+    assert ids[4].tolist() == [*ended.body("a large dog a large dog"), 1][:15] + [1]
+    spelled = ended.body("dog </s> <pad>")  # letters, no mark
+    assert spelled == ended.body("dog s pad") and not {0, 1} & set(spelled)
+    assert 2 in ids[6] and ids.max() < ended.config.mask_id
+    assert ended.decode(ids[1]) == "small dog" and ended.decode(ids[2]) == ""
+    assert ended.decode(np.insert(ids[0], 0, ended.config.mask_id)) == "small dog"
+
+
+def test_a_file_with_the_other_marks_says_so(ended, pieces, tmp_path):
+    path = tmp_path / "spiece.model"
+    for tokenizer, own, other in ((ended, "end", "both"), (pieces, "both", "end")):
+        path.write_bytes(tokenizer._model)
+        config = TokenizerConfig("sentencepiece", path=str(path), marks=own)
+        assert tokenizers.build(config).body("a dog") == tokenizer.body("a dog")
+        with pytest.raises(DataError, match=f"expected .*; set config.tokenizer.marks={own}"):
+            tokenizers.build(dataclasses.replace(config, marks=other))
+
+
 def test_word_pieces_are_berts(word_pieces):
     ids = {
         "Dogs, playing!": [105, 107, 111, 108, 109, 110],
@@ -212,9 +248,9 @@ def test_each_kind_of_model_reads_back_what_it_wrote(model):
     assert tokenizer.decode(tokenizer(["small cat"])[0]) == "small cat"
 
 
-def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces, word_pieces):
+def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces, ended, word_pieces):
     masked = tokenizers.build(TokenizerConfig("clip_bpe", mask=True, cleaning="ascii"))
-    for tokenizer in (*routes, masked, pieces, word_pieces):
+    for tokenizer in (*routes, masked, pieces, ended, word_pieces):
         saved = tokenizers.load(json.loads(json.dumps(tokenizer.save())))
         for other in (saved, pickle.loads(pickle.dumps(tokenizer))):
             assert other.config == tokenizer.config
@@ -222,8 +258,9 @@ def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces, word_pieces):
 
 
 def test_what_was_saved_before_there_were_masks_still_loads(pieces):
+    new = ("mask", "cleaning", "marks")
     saved = pieces.save()
-    saved["config"] = {k: v for k, v in saved["config"].items() if k not in ("mask", "cleaning")}
+    saved["config"] = {k: v for k, v in saved["config"].items() if k not in new}
     assert tokenizers.load(saved)(CAPTIONS).tolist() == pieces(CAPTIONS).tolist()
 
 
@@ -236,12 +273,13 @@ def test_the_config_says_how_captions_are_cleaned(vocab):
             ),
             [*CAPTIONS, "a café's dog & &amp; –"],
         )
-        for rule in ("clip", "ascii", "clip_lite", "none")
+        for rule in ("clip", "ascii", "clip_lite", "siglip", "none")
     }
     assert {rule: t.decode(t([text])[0]) for rule, t in texts.items()} == {
         "clip": "a café's dog & –",
         "ascii": "a caf's dog &",
         "clip_lite": "a cafes dog &amp –",
+        "siglip": "a cafés dog amp –",
         "none": "a café's dog &amp; –",
     }
     config = TokenizerConfig("wordpiece", path=str(vocab), cleaning="clip_lite")
@@ -268,6 +306,9 @@ def test_what_is_known_without_opening_anything():
     assert (clip.pad_id, clip.sot_id, clip.eot_id, clip.vocab_size) == (0, 49406, 49407, 49408)
     pieces = TokenizerConfig("sentencepiece", vocab_size=4096)
     assert (pieces.pad_id, pieces.sot_id, pieces.eot_id) == (0, 2, 3)
+    ended = TokenizerConfig("sentencepiece", vocab_size=4096, marks="end")
+    assert (ended.pad_id, ended.sot_id, ended.eot_id, ended.unk_id) == (1, None, 1, 2)
+    assert ended.special_ids == (0, 2, 1)
     words = TokenizerConfig("wordpiece", path="not there")
     assert (words.vocab_size, words.sot_id, words.eot_id, words.mask_id) == (30522, 101, 102, 103)
     assert clip.mask_id is pieces.mask_id is None
@@ -289,6 +330,8 @@ def test_what_is_known_without_opening_anything():
         ({"name": "sentencepiece", "vocab_size": 3}, "config.tokenizer.vocab_size"),
         ({"name": "clip_bpe", "vocab_size": 49408, "mask": True}, "config.tokenizer.vocab_size"),
         ({"name": "wordpiece"}, "config.tokenizer.path"),
+        ({"name": "wordpiece", "path": "x", "marks": "end"}, "config.tokenizer.marks"),
+        ({"name": "clip_bpe", "marks": "end"}, "config.tokenizer.marks"),
         ({"name": "wordpiece", "path": "x", "vocab_size": 103}, "config.tokenizer.vocab_size"),
     ],
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+import string
 import unicodedata
 
 import ftfy
 
 _CLIP_LITE_DELETES = re.compile(r"[,.'!?\"()*#:;~]")
 _CLIP_LITE_WORDS = 30
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SIDES = re.compile("left|right")
 _CJK = re.compile("[\u4e00-\u9fa5]")
 
@@ -39,6 +41,12 @@ def clip_lite(text: str) -> str:
     return "".join(c for c in letters if not unicodedata.combining(c))
 
 
+def siglip(text: str) -> str:
+    """`text` in lower case, without ASCII punctuation, white space collapsed: "It's" is "its".
+    SigLIP's rule (big_vision's canonicalize_text, transformers' SiglipTokenizer)."""
+    return collapse(text.lower().translate(_PUNCTUATION))
+
+
 def collapse(text: str) -> str:
     """`text` with every run of white space as one space, and none at its ends."""
     return " ".join(_whole(text).split())
@@ -49,7 +57,13 @@ def _whole(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-RULES = {"clip": clip, "ascii": ascii_only, "clip_lite": clip_lite, "none": collapse}
+RULES = {
+    "clip": clip,
+    "ascii": ascii_only,
+    "clip_lite": clip_lite,
+    "siglip": siglip,
+    "none": collapse,
+}
 
 
 def swap_left_right(text: str) -> str:

@@ -1,8 +1,8 @@
 """Captions to ids: CLIP's byte pairs, SentencePiece and BERT's word pieces, as one small class.
 
-All give `[sot] + text + [eot]`, cut so that the end mark stays, padded to the context. The ids
-that a model is built from (`vocab_size`, `pad_id`, `sot_id`, `eot_id`, `mask_id`) follow from the
-config alone, so nothing has to be opened to know a model's shape.
+All give `[sot] + text + [eot]`, SigLIP's way `text + [eot]`, cut so that the end mark stays, padded
+to the context. The ids that a model is built from (`vocab_size`, `pad_id`, `sot_id`, `eot_id`,
+`mask_id`) follow from the config alone, so nothing has to be opened to know a model's shape.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class TokenizerConfig:
 
     name: Literal["clip_bpe", "sentencepiece", "wordpiece"]
     vocab_size: int | None = None  # rows of the embedding table, an int once built; None: usual
-    context: int = 77  # ids a text, both marks included
+    context: int = 77  # ids a text, marks included
     path: str = ""  # a merges file (.txt, .txt.gz), SentencePiece model or vocab.txt; '': `build`
     model: Literal["unigram", "bpe"] = "unigram"  # of a SentencePiece model that is trained here
     sample: int = 200_000  # captions that such a model is trained on, at most
     mask: bool = False  # an id for masked words too; word pieces always have one
-    cleaning: Literal["clip", "ascii", "clip_lite", "none"] = "clip"  # as in cleaning.py
+    cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none"] = "clip"  # of cleaning.py
+    marks: Literal["both", "end"] = "both"  # end: no start mark, padded with the end mark (SigLIP)
 
     def __post_init__(self):
         bpe = self.name == "clip_bpe"
@@ -48,6 +49,13 @@ class TokenizerConfig:
             if getattr(self, field) < least:
                 found = str(getattr(self, field))
                 raise ConfigError(f"config.tokenizer.{field}", found, f"at least {least}")
+        if self.marks == "end" and self.name != "sentencepiece":
+            raise ConfigError(
+                "config.tokenizer.marks",
+                f"'end', with {self.name}",
+                "'both', or sentencepiece, whose marks can be numbered so",
+                "config.tokenizer.marks=both",
+            )
         own = _VOCAB["clip_bpe"] + self.mask
         if bpe and not self.path and self.vocab_size != own:
             raise ConfigError(
@@ -66,20 +74,25 @@ class TokenizerConfig:
 
     @property
     def pad_id(self) -> int:
-        return 0  # in CLIP's vocabulary also the id of '!'; the text ends at `eot_id`
+        """Also the id of '!' in CLIP's vocabulary, and SigLIP's end mark: a text ends at the first
+        `eot_id`."""
+        return self.eot_id if self.marks == "end" else 0
+
+    def _of(self, **ids: int | None) -> int | None:
+        return ids["end" if self.marks == "end" else self.name]
 
     @property
-    def sot_id(self) -> int:
-        return {"clip_bpe": self.vocab_size - 2, "sentencepiece": 2, "wordpiece": 101}[self.name]
+    def sot_id(self) -> int | None:
+        return self._of(clip_bpe=self.vocab_size - 2, sentencepiece=2, wordpiece=101, end=None)
 
     @property
     def eot_id(self) -> int:
-        return {"clip_bpe": self.vocab_size - 1, "sentencepiece": 3, "wordpiece": 102}[self.name]
+        return self._of(clip_bpe=self.vocab_size - 1, sentencepiece=3, wordpiece=102, end=1)
 
     @property
     def unk_id(self) -> int | None:
         """The id of what has no other; None where everything has one."""
-        return {"clip_bpe": None, "sentencepiece": 1, "wordpiece": 100}[self.name]
+        return self._of(clip_bpe=None, sentencepiece=1, wordpiece=100, end=2)
 
     @property
     def mask_id(self) -> int | None:
@@ -92,8 +105,9 @@ class TokenizerConfig:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The ids that are no part of a text: what masked language modelling leaves alone."""
-        ids = (self.pad_id, self.unk_id, self.sot_id, self.eot_id, self.mask_id)
+        """The ids that are no part of a text: what masked language modelling leaves alone. 0 pads,
+        or is a mark that goes unused."""
+        ids = (0, self.unk_id, self.sot_id, self.eot_id, self.mask_id)
         return tuple(i for i in ids if i is not None)
 
 
@@ -117,11 +131,12 @@ class Tokenizer(abc.ABC):
     def _payload(self) -> bytes: ...
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "t n"]:
-        """Ids [t, context]: the marks around at most context - 2 ids a text, then padding."""
+        """Ids [t, context]: of each text as many as there is room for between its marks, padded."""
         ids = np.full((len(texts), self.context), self.pad_id, np.int32)
+        start = [] if self.sot_id is None else [self.sot_id]
         for row, text in zip(ids, texts, strict=True):
-            body = self.body(text)[: self.context - 2]
-            row[: len(body) + 2] = [self.sot_id, *body, self.eot_id]
+            whole = [*start, *self.body(text)][: self.context - 1] + [self.eot_id]
+            row[: len(whole)] = whole
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -214,7 +229,8 @@ class _MergesBPE(_ClipBPE):
 
 
 class _SentencePiece(Tokenizer):
-    """A SentencePiece model whose pad, unknown, start and end are the ids 0, 1, 2, 3."""
+    """A SentencePiece model whose marks are numbered as in vocabulary.py. A mark that a text spells
+    (`</s>`) is letters."""
 
     def __init__(self, config: TokenizerConfig, model: bytes):
         super().__init__(config)
@@ -269,7 +285,7 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
     if config.name == "wordpiece":
         return _WordPiece(config, vocabulary.read_wordpieces(path, size))
     if path:
-        model = vocabulary.read_sentencepiece(path, size, size - config.mask)
+        model = vocabulary.read_sentencepiece(path, size, size - config.mask, config.marks)
         return _SentencePiece(config, model)
     if captions is None:
         raise ConfigError(
@@ -280,7 +296,7 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
         )
     rule = cleaning.RULES[config.cleaning]
     texts = (rule(text) for text in itertools.islice(captions, config.sample))
-    model = vocabulary.train_sentencepiece(texts, size - config.mask, config.model)
+    model = vocabulary.train_sentencepiece(texts, size - config.mask, config.model, config.marks)
     return _SentencePiece(config, model)
 
 

@@ -17,6 +17,7 @@ from clipx.data.base import DataError
 
 CLIP_LETTERS = 512  # the 256 bytes, and the same at a word's end
 SENTENCEPIECE_MARKS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
+MARKS = {"both": SENTENCEPIECE_MARKS, "end": {"unk": 2, "eos": 1}}  # by TokenizerConfig.marks
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # openai/CLIP's split
 WORDPIECE_MARKS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 
@@ -108,8 +109,13 @@ def word_pieces(pieces: str):
     return tokenizer
 
 
-def read_sentencepiece(path: str, vocab_size: int, most: int) -> bytes:
-    """A SentencePiece model of at most `most` pieces whose marks are numbered as ours."""
+def _numbered(marks: str) -> dict[str, int]:
+    """The ids of all marks of a SentencePiece model; -1 is none."""
+    return SENTENCEPIECE_MARKS | {"bos": -1} | MARKS[marks]
+
+
+def read_sentencepiece(path: str, vocab_size: int, most: int, marks: str = "both") -> bytes:
+    """A SentencePiece model of at most `most` pieces whose marks are numbered as `MARKS` says."""
     import sentencepiece
 
     data = _read(path, "a SentencePiece model")
@@ -117,11 +123,15 @@ def read_sentencepiece(path: str, vocab_size: int, most: int) -> bytes:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:
         raise DataError(f"{path}: not a SentencePiece model") from None
-    marks = (model.pad_id(), model.unk_id(), model.bos_id(), model.eos_id())
-    if marks != tuple(SENTENCEPIECE_MARKS.values()):
+    found = {mark: getattr(model, f"{mark}_id")() for mark in SENTENCEPIECE_MARKS}
+    fit = [name for name, ids in MARKS.items() if ids.items() <= found.items()]
+    if fit != [marks]:
+        wanted = _numbered(marks)
+        flags = " ".join(f"--{mark}_id={i}" for mark, i in wanted.items())
         raise DataError(
-            f"{path}: its pad, unk, bos and eos ids are {marks}, expected (0, 1, 2, 3); "
-            "train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3"
+            f"{path}: its pad, unk, bos and eos ids are {tuple(found.values())}, expected "
+            f"{tuple(wanted.values())}; "
+            + (f"set config.tokenizer.marks={fit[0]}" if fit else f"train it with {flags}")
         )
     _check_size(path, model.get_piece_size(), vocab_size, most)
     return data
@@ -137,7 +147,10 @@ def _check_size(path: str, pieces: int, vocab_size: int, most: int) -> None:
 
 
 def train_sentencepiece(
-    captions: Iterable[str], pieces: int, kind: Literal["unigram", "bpe"]
+    captions: Iterable[str],
+    pieces: int,
+    kind: Literal["unigram", "bpe"],
+    marks: str = "both",
 ) -> bytes:
     """A SentencePiece model of at most `pieces`: seconds for 30,000 captions, the same each time.
 
@@ -159,7 +172,7 @@ def train_sentencepiece(
             max_sentence_length=1 << 16,
             num_threads=1,  # more would make the result depend on their timing
             minloglevel=2,
-            **{f"{mark}_id": i for mark, i in SENTENCEPIECE_MARKS.items()},
+            **{f"{mark}_id": i for mark, i in _numbered(marks).items()},
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip()
