@@ -151,8 +151,9 @@ def _write_model(run: Run, model: Model, aside, folder: str, options: Options) -
         _dump(aside / huggingface.PREPROCESSOR, preprocessor)
     _write_config(model, aside, folder, options)
     if files := _tokenizer_files(run, model, options.format):
-        for name, text in files.items():
-            (aside / name).write_text(text, encoding="utf-8")
+        for name, data in files.items():
+            data = data if isinstance(data, bytes) else data.encode("utf-8")
+            (aside / name).write_bytes(data)
         _dump(aside / tokenizer.CLIPX, pretrained.without_mask(run.tokenizer.save()))
     if options.pt:
         try:
@@ -177,12 +178,15 @@ def _dump(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer_files(run: Run, model: Model, format_: str) -> dict[str, str]:
+def _tokenizer_files(run: Run, model: Model, format_: str) -> dict[str, str | bytes]:
     """The tokenizer, unless it is open_clip's own."""
     words, config = model.words.without_mask(), run.tokenizer.config
     if words.plain and format_ == "open_clip":
         return {}
     saved = run.tokenizer.save()
+    siglip = format_ == "huggingface" and model.image.pool == "attention"
+    if siglip and config.marks == "end" and config.cleaning == "siglip":
+        return tokenizer.siglip_files(base64.b64decode(saved["payload"]), words.context)
     if words.kind == "clip_bpe":
         merges = _merges(saved)
         core = vocabulary.byte_pairs(merges)
@@ -192,7 +196,6 @@ def _tokenizer_files(run: Run, model: Model, format_: str) -> dict[str, str]:
         core = vocabulary.word_pieces(tokenizer.unpacked(saved))
     else:
         core = tokenizer.sentencepiece(base64.b64decode(saved["payload"]))
-    siglip = format_ == "huggingface" and model.image.pool == "attention"
     return tokenizer.files(core, words, config.cleaning, attention_mask=not siglip)
 
 
@@ -273,9 +276,11 @@ def _notes(run: Run, state: TrainState, model: Model, options: Options, out) -> 
         notes.append("The embedding of the mask, which no text has, is left out.")
     cleaning = run.tokenizer.config.cleaning
     if options.format == "huggingface" or not model.words.plain:
+        same = options.format == "huggingface" and cleaning == "siglip"
+        but = "" if same else " but for HTML entities and broken encodings"
         notes.append(
             f"Captions were cleaned by clipx's rule `{cleaning}` in training. The tokenizer here "
-            "does the same but for HTML entities and broken encodings."
+            f"does the same{but}."
         )
     return notes
 

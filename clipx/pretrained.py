@@ -17,7 +17,7 @@ from clipx.checkpoint import read_json
 from clipx.config import ConfigError
 from clipx.data import tokenizers
 from clipx.data.tokenizers import Tokenizer, TokenizerConfig
-from clipx.interop import base, load, proof
+from clipx.interop import base, huggingface, load, proof
 from clipx.interop import tokenizer as formats
 from clipx.interop.base import Model, Words
 from clipx.models.bert import BERT
@@ -105,9 +105,10 @@ def open_tokenizer(path: str) -> Tokenizer | None:
     if found := workdir(path):
         saved = found[0] / "tokenizer.json"
     else:
-        saved = (file if file.is_dir() else file.parent) / formats.CLIPX
+        folder = file if file.is_dir() else file.parent
+        saved = folder / formats.CLIPX
         if not saved.is_file():
-            return None
+            return _siglip_tokenizer(folder)
     try:
         return tokenizers.load(read_json(saved))
     except ConfigError as error:
@@ -115,6 +116,33 @@ def open_tokenizer(path: str) -> Tokenizer | None:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(WHERE, f"{saved} ({error})", "a tokenizer that clipx wrote") from None
+
+
+def _siglip_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+    """What transformers' `SiglipTokenizer` does with the files of a SigLIP folder; None where it
+    has none. Raises `ConfigError` for files under which it does something else than Google's."""
+    pieces = folder / formats.PIECES
+    if not pieces.is_file():
+        return None
+    config = load.read_json(folder / huggingface.CONFIG, WHERE) or {}
+    settings = load.read_json(folder / formats.SETTINGS, WHERE) or {}
+    named = settings.get("tokenizer_class", formats.SIGLIP)
+    if config.get("model_type") != "siglip" or named != formats.SIGLIP:
+        return None
+    size, context = huggingface.words_size(config.get("text_config") or {}, siglip=True)
+    fields = {"path": str(pieces), "cleaning": "siglip", "marks": "end"}
+    try:
+        formats.check_siglip(settings)
+        tokenizer = tokenizers.build(TokenizerConfig("sentencepiece", size, context, **fields))
+    except ConfigError as error:
+        error.where = f"{WHERE}: {error.where}"
+        raise
+    # U+2581 is what that class puts before every text
+    if tokenizer.body("\u2581 a a") != 2 * tokenizer.body("a"):
+        found = "a model that keeps white space before a text, or puts none there"
+        expected = "one normalised by nmt_nfkc with a dummy prefix, as Google's"
+        raise ConfigError(f"{WHERE}: {formats.PIECES}", found, expected)
+    return tokenizer
 
 
 def openai_tokenizer(model: Model) -> Tokenizer | None:
@@ -129,6 +157,8 @@ def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer
     and has room for this one; else None."""
     own = config.name == "sentencepiece" and not config.path
     if given is None or given.config.name != config.name or not own:
+        return None
+    if given.config.marks != config.marks:
         return None
     if config.vocab_size - config.mask != given.config.vocab_size - given.config.mask:
         return None
@@ -236,10 +266,11 @@ def _other_words(model, config: TokenizerConfig, tokenizer, given) -> list[str]:
         faults.append(f"tokenizer.eot_id: {theirs.eot_id}, and {end} in the config")
     if given is None or tokenizer is None:
         return faults
-    if given.config.cleaning != config.cleaning:
-        a, b = given.config.cleaning, config.cleaning
-        faults.append(f"tokenizer.cleaning: {a!r}, and {b!r} in the config")
-    elif any(given.body(text) != tokenizer.body(text) for text in proof.CAPTIONS):
+    differ = [n for n in ("marks", "cleaning") if getattr(given.config, n) != getattr(config, n)]
+    for name in differ:
+        a, b = getattr(given.config, name), getattr(config, name)
+        faults.append(f"tokenizer.{name}: {a!r}, and {b!r} in the config")
+    if not differ and any(given.body(text) != tokenizer.body(text) for text in proof.CAPTIONS):
         faults.append("tokenizer: the same captions are cut into other tokens")
     return faults
 
@@ -251,7 +282,8 @@ def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, 
         raise ConfigError(
             "--init_from",
             f"{path}, whose texts are cut by a tokenizer that clipx has not",
-            f"CLIP's own words, or {formats.CLIPX} in the folder, which clipx.export writes",
+            f"CLIP's own words; {formats.PIECES} of a {formats.SIGLIP} in the folder; or "
+            f"{formats.CLIPX}, which clipx.export writes",
         )
     config = dataclasses.replace(tokenizer.config, context=model.text.context)
     given = ("vocab_size", "context", "eot_id", "pad_id")

@@ -61,9 +61,14 @@ def save(
     for _ in range(steps):
         state, said = run.train_step(state, batch)
         assert not said["skipped"]
+    return keep(folder, run, state, 3 + steps)
+
+
+def keep(folder: pathlib.Path, run, state, step: int) -> pathlib.Path:
+    """A workdir of the run with one checkpoint."""
     checkpoints = Checkpoints(folder)
     extra = {"config": run.complete, "tokenizer": run.tokenizer.save(), "rows": 256}
-    checkpoints.save(3 + steps, state, extra | {"fingerprint": "0123456789ab"}, {})
+    checkpoints.save(step, state, extra | {"fingerprint": "0123456789ab"}, {})
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", run.complete)

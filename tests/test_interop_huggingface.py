@@ -163,3 +163,26 @@ def test_patches_bias_becomes_part_of_positions(tmp_path):
         again.params["image"]["positional_embedding"],
         first.params["image"]["positional_embedding"] + bias,
     )
+
+
+@pytest.mark.parametrize("marks", [{}, {"eos_token_id": 49407, "pad_token_id": 1}])
+def test_siglips_own_marks_whatever_its_config_says(marks):
+    """The class's defaults are CLIP's ids, which a large vocabulary of its own has too."""
+    arrays, config, _ = huggingface.to_huggingface(list(both_kinds())[1])
+    words = {k: v for k, v in config["text_config"].items() if not k.endswith("token_id")}
+    arrays["text_model.embeddings.token_embedding.weight"] = np.zeros((50_000, 32), np.float32)
+    config["text_config"] = words | {"vocab_size": 50_000} | marks
+    text = huggingface.from_huggingface(arrays, config).text
+    assert (text.vocab_size, text.eot_id, text.pad_id) == (50_000, 1, 1)
+
+
+def test_a_preprocessor_beside_the_tokenizer(tmp_path):
+    """Where a processor of transformers 5 saves it."""
+    first = list(both_kinds())[0]
+    folder = write(tmp_path / "a", first)
+    said = json.loads((folder / huggingface.PREPROCESSOR).read_text())
+    (folder / huggingface.PREPROCESSOR).unlink()
+    assert load.load(folder).mean != first.mean
+    (folder / huggingface.PROCESSOR).write_text(json.dumps({"image_processor": said}))
+    again = load.load(folder)
+    assert (again.mean, again.std, again.resize) == (first.mean, first.std, first.resize)

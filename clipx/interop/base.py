@@ -38,7 +38,7 @@ class Words:
     vocab_size: int
     context: int
     pad_id: int
-    sot_id: int
+    sot_id: int | None  # None where a text has no start mark
     eot_id: int
     mask_id: int | None = None  # of hidden words, which no text gives
     plain: bool = True  # OpenAI's byte pairs, cleaned as OpenAI cleans: what CLIP's tokenizers do
@@ -55,8 +55,8 @@ class Words:
         if gone is None:
             return self
 
-        def moved(i: int) -> int:
-            return i - (i > gone)
+        def moved(i: int | None) -> int | None:
+            return None if i is None else i - (i > gone)
 
         return dataclasses.replace(
             self,

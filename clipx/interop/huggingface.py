@@ -16,6 +16,7 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # where transformers 5 keeps a preprocessor too
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 _ELSE = "; --format=open_clip can"
@@ -285,7 +286,7 @@ def from_huggingface(
             vocab_size=text.vocab_size,
             context=text.context,
             pad_id=text.pad_id,
-            sot_id=words.get("bos_token_id", text.vocab_size - 2),
+            sot_id=words.get("bos_token_id", None if siglip else text.vocab_size - 2),
             eot_id=text.eot_id,
             plain=not siglip and text.vocab_size == 49408,
         ),
@@ -293,6 +294,12 @@ def from_huggingface(
     variables = base.read(_rules(shell, siglip), arrays, WEIGHTS)
     rest = {k: getattr(shell, k) for k in ("logit_scale", "logit_bias", "words")} | pictures
     return base.same_everywhere(base.make_model(image, text, variables, **rest), WEIGHTS)
+
+
+def words_size(words: Mapping[str, Any], *, siglip: bool) -> tuple[int, int]:
+    """Rows of the table of words and tokens of a text, by a `text_config`."""
+    size, context = (32000, 64) if siglip else (49408, 77)
+    return words.get("vocab_size") or size, words.get("max_position_embeddings", context)
 
 
 def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
@@ -325,14 +332,15 @@ def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
         pre_norm=not siglip,
         **common(vision),
     )
-    narrow, vocabulary = words.get("hidden_size", 768 if siglip else 512), words.get("vocab_size")
-    vocabulary = vocabulary or (32000 if siglip else 49408)
+    narrow = words.get("hidden_size", 768 if siglip else 512)
+    vocabulary, context = words_size(words, siglip=siglip)
     end = words.get("eos_token_id", 49407)
-    if end == 2 or end >= vocabulary:  # what old configs say whatever the tokenizer: the last id
+    # what old configs say whatever the tokenizer, and SigLIP's to this day: CLIP's last id
+    if end == 2 or end >= vocabulary or (siglip and end == 49407):
         end = 1 if siglip else vocabulary - 1
     text = TextTransformer(
         vocab_size=vocabulary,
-        context=words.get("max_position_embeddings", 64 if siglip else 77),
+        context=context,
         width=narrow,
         depth=words.get("num_hidden_layers", 12),
         heads=words.get("num_attention_heads", 12 if siglip else 8),
@@ -340,6 +348,7 @@ def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
         causal=not siglip,
         pool="last" if siglip else "eot",
         eot_id=end,
+        pad_id=words.get("pad_token_id", 1) if siglip else 0,
         projection_bias=siglip,
         embed_dim=(words.get("projection_size") or narrow)
         if siglip

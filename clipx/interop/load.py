@@ -46,8 +46,8 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     folder = file if file.is_dir() else file.parent
     if not file.exists():
         raise ConfigError(where, f"nothing at {file}", "a folder or a file of weights")
-    own = _json(folder / open_clip.CONFIG, where)
-    other = _json(folder / huggingface.CONFIG, where) or {}
+    own = read_json(folder / open_clip.CONFIG, where)
+    other = read_json(folder / huggingface.CONFIG, where) or {}
     if file.is_dir():
         names = _OPEN_CLIP_WEIGHTS if own else _HUGGINGFACE_WEIGHTS
         file = next((folder / n for n in names if (folder / n).is_file()), None)
@@ -61,7 +61,10 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     arrays = _arrays(file, where)
     try:
         if "text_model.final_layer_norm.weight" in arrays:
-            preprocessor = _json(folder / huggingface.PREPROCESSOR, where)
+            preprocessor = read_json(folder / huggingface.PREPROCESSOR, where)
+            if preprocessor is None:
+                both = read_json(folder / huggingface.PROCESSOR, where) or {}
+                preprocessor = both.get("image_processor")
             return huggingface.from_huggingface(arrays, other, preprocessor)
         return open_clip.from_open_clip(arrays, own or _read_off(arrays, file, where), other)
     except ConfigError as error:
@@ -70,7 +73,8 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         raise
 
 
-def _json(path: pathlib.Path, where: str) -> dict[str, Any] | None:
+def read_json(path: pathlib.Path, where: str) -> dict[str, Any] | None:
+    """What a file says; None where there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -89,7 +93,7 @@ def _arrays(file: pathlib.Path, where: str) -> base.Arrays:
     if file.suffix in _TORCH:
         return _torch_arrays(file, where)
     if file.suffix == ".json":
-        index = (_json(file, where) or {}).get("weight_map", {})
+        index = (read_json(file, where) or {}).get("weight_map", {})
         parts = [_arrays(file.parent / name, where) for name in sorted(set(index.values()))]
         return {name: x for part in parts for name, x in part.items()}
     import safetensors

@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from clipx.config import ConfigError
 from clipx.interop.base import NotExpressible, Words
 
 if TYPE_CHECKING:
     import tokenizers
 
 CLIPX = "clipx_tokenizer.json"  # all of a clipx tokenizer, which no library reads
+SETTINGS, PIECES, SIGLIP = "tokenizer_config.json", "spiece.model", "SiglipTokenizer"
 # of OpenAI's 48,894 merges, one a line
 OPENAI_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 _MARKS = {
@@ -22,7 +24,9 @@ _MARKS = {
     "sentencepiece": ("<s>", "</s>", "<pad>", "<unk>"),
     "wordpiece": ("[CLS]", "[SEP]", "[PAD]", "[UNK]"),
 }
+_END_MARKS = (None, "</s>", "</s>", "<unk>")  # where a text has no start mark
 _PUNCTUATION = r"[,.'!?\"()*#:;~]"  # that CLIP-Lite deletes
+_ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"  # that SigLIP does
 
 
 def cleaning(rule: str, lower: bool) -> list[Any]:
@@ -41,6 +45,12 @@ def cleaning(rule: str, lower: bool) -> list[Any]:
             *collapse,
             normalizers.NFKD(),
             normalizers.StripAccents(),
+        ]
+    if rule == "siglip":
+        return [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(_ASCII_PUNCTUATION), ""),
+            *collapse,
         ]
     first = {
         "clip": [normalizers.NFC()],
@@ -66,12 +76,30 @@ def clip_files(merges: str, vocabulary: dict[str, int], context: int) -> dict[st
     """What `CLIPTokenizer` reads: the vocabulary with both marks at its end, and the merges."""
     start, end, *_ = _MARKS["clip_bpe"]
     vocabulary = vocabulary | {start: len(vocabulary), end: len(vocabulary) + 1}
-    settings = _settings("clip_bpe", "CLIPTokenizer", context, mask=True)
+    settings = _settings(_MARKS["clip_bpe"], "CLIPTokenizer", context, mask=True)
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + merges + "\n",
-        "tokenizer_config.json": _dump(settings),
+        SETTINGS: _dump(settings),
     }
+
+
+def siglip_files(model: bytes, context: int) -> dict[str, str | bytes]:
+    """What `SiglipTokenizer` reads: a SentencePiece model whose end mark also pads."""
+    settings = _settings(_END_MARKS, SIGLIP, context, mask=False) | {"do_lower_case": True}
+    return {PIECES: model, SETTINGS: _dump(settings)}
+
+
+def check_siglip(settings: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for settings of a `SiglipTokenizer` under which it does something else
+    than Google's."""
+    wanted = {"do_lower_case": True, "sp_model_kwargs": {}}
+    wanted |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    for name, value in wanted.items():
+        found = settings.get(name)
+        found = found.get("content", found) if isinstance(found, Mapping) else found
+        if found not in (None, value):
+            raise ConfigError(f"{SETTINGS}: {name}", repr(found), f"{value!r}, as Google's SigLIP")
 
 
 def files(
@@ -84,8 +112,9 @@ def files(
     """
     from tokenizers import AddedToken, normalizers, processors
 
-    start, end, pad, _ = _MARKS[words.kind]
-    ids = {start: words.sot_id, end: words.eot_id}
+    marks = _MARKS[words.kind] if words.sot_id is not None else _END_MARKS
+    start, end, pad, _ = marks
+    ids = {end: words.eot_id} if start is None else {start: words.sot_id, end: words.eot_id}
     if words.kind != "clip_bpe":  # which pads with its end mark
         ids[pad] = words.pad_id
     core.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in ids])
@@ -97,21 +126,24 @@ def files(
         )
     own = [core.normalizer] if core.normalizer is not None else []
     core.normalizer = normalizers.Sequence([*cleaning(rule, words.kind == "clip_bpe"), *own])
+    first = "" if start is None else f"{start} "
     core.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}",
-        pair=f"{start} $A $B {end}",
-        special_tokens=[(start, ids[start]), (end, ids[end])],
+        single=f"{first}$A {end}",
+        pair=f"{first}$A $B {end}",
+        special_tokens=[(mark, ids[mark]) for mark in (start, end) if mark],
     )
-    settings = _settings(words.kind, "PreTrainedTokenizerFast", words.context, attention_mask)
-    return {"tokenizer.json": core.to_str(), "tokenizer_config.json": _dump(settings)}
+    settings = _settings(marks, "PreTrainedTokenizerFast", words.context, attention_mask)
+    return {"tokenizer.json": core.to_str(), SETTINGS: _dump(settings)}
 
 
-def _settings(kind: str, cls: str, context: int, mask: bool) -> dict[str, Any]:
-    start, end, pad, unknown = _MARKS[kind]
+def _settings(
+    marks: tuple[str | None, str, str, str], cls: str, context: int, mask: bool
+) -> dict[str, Any]:
+    start, end, pad, unknown = marks
     return {
         "tokenizer_class": cls,
         "model_max_length": context,
-        "bos_token": start,
+        **({} if start is None else {"bos_token": start}),
         "eos_token": end,
         "pad_token": pad,
         "unk_token": unknown,
