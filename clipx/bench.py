@@ -60,14 +60,15 @@ def check_losses(mesh, rows: int = 1024, width: int = 512) -> float:
 def random_batch(run: Run) -> Batch:
     """Rows of noise in the shapes that the run trains on."""
     rng = np.random.default_rng(0)
-    ids = run.objective.text
+    words, end = run.objective.text.vocab_size - 1, run.objective.text.eot_id
 
     def leaf(x):
-        top = 256 if x.dtype == jnp.uint8 else ids.eot_id
+        top = 256 if x.dtype == jnp.uint8 else words
         return rng.integers(0, top, x.shape).astype(x.dtype)
 
     batch = jax.tree.map(leaf, run.batch)
-    batch.text[..., -1] = ids.eot_id
+    batch.text[...] += batch.text >= end  # any but the end mark, which stands last
+    batch.text[..., -1] = end
     return meshes.put(batch, meshes.batch_sharding(run.mesh))
 
 

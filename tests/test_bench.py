@@ -31,3 +31,10 @@ def test_the_losses_of_these_devices_are_right():
 def test_steps_are_timed():
     run = assemble(small(), jax.devices()[:1])
     assert all(second > 0 for second in bench.time_steps(run, 2))
+
+
+def test_texts_of_noise_end_once():
+    run = assemble(small(("tokenizer.marks", "end")), jax.devices()[:1])
+    text, end = np.asarray(bench.random_batch(run).text), run.objective.text.eot_id
+    assert end == 1 and np.all((text == end) == (np.arange(text.shape[-1]) == text.shape[-1] - 1))
+    assert len(np.unique(text)) > 20 and text.max() < run.objective.text.vocab_size
