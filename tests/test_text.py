@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from clipx.config import ConfigError
 from clipx.models.text import TextTransformer
@@ -92,7 +93,7 @@ def test_equals_the_reference(dtype, tolerance):
 
 @functools.cache
 def compiled(**options):
-    return jax.jit(TextTransformer(**TINY, **options).apply)
+    return jax.jit(TextTransformer(**TINY, **options).apply, compiler_options=tiny.EXACT)
 
 
 def encode(params, ids, **options):

@@ -47,6 +47,9 @@ FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
     },
     "slip": {**PLAIN, "ssl_augmentation": "none", "head_width": 12, "head_dim": 6},
 }
+# for `jax.jit`: what conftest turns off to compile faster, and without which a softplus of float64
+# is good to 1e-9, and one value that two results hold is rounded twice
+EXACT = {"xla_cpu_use_fusion_emitters": True}
 LINEAR = {"declip", "filip", "protoclip", "slip"}  # whose passes through towers are many
 
 
@@ -157,9 +160,8 @@ def _step(name: str, dtype: str, microbatches: int, rows: int):
         )
         return loss.value, loss
 
-    # conftest turns these emitters off, whose softplus alone is as precise as float64
-    exact = {"xla_cpu_use_fusion_emitters": True} if dtype == "float64" else None
-    return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=exact)
+    options = EXACT if dtype == "float64" else None
+    return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=options)
 
 
 def value_and_grads(
