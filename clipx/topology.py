@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -148,7 +149,25 @@ class Topology:
                 f"a layout that {self.kind} comes in: {', '.join(_KINDS[self.kind][1])}, ...",
                 _mend(self.kind, self.layout),
             ) from None
+        _read_flags(found.devices[0])
         return list(found.devices)
+
+
+@functools.cache
+def _read_flags(device: jax.Device) -> None:
+    """Has libtpu read XLA_FLAGS, which it does as it first compiles, without what is other
+    compilers': it ends the process at a flag that it does not know."""
+    before = os.environ.get("XLA_FLAGS", "")
+    jax.local_devices(backend="cpu")  # whose compiler has read all of them now
+    kept = [flag for flag in before.split() if not re.match("--xla_[cg]pu_", flag)]
+    if kept == before.split():
+        return
+    os.environ["XLA_FLAGS"] = " ".join(kept)
+    try:
+        x = jax.ShapeDtypeStruct((), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+        jax.jit(abs).lower(x).compile()
+    finally:
+        os.environ["XLA_FLAGS"] = before
 
 
 def _mend(kind: str, layout: str) -> str:
