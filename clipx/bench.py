@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from clipx import cli, losses, predict
+from clipx import cli, losses, microbatches, predict
 from clipx import mesh as meshes
 from clipx.cli import RunError
 from clipx.run import Run, assemble
@@ -90,7 +90,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
     print(f"{run.mesh.devices.size} x {device.device_kind}, JAX {jax.__version__}")
     print(f"InfoNCE, 1,024 rows, value and gradient: error {check_losses(run.mesh):.1e} of float64")
     start = time.perf_counter()
-    run = predict.fitted(run)
+    run = microbatches.fitted(run)
     found = predict.predict(run)
     if found.refused:
         raise RunError(f"the step does not fit: {predict.describe_memory(found)}")

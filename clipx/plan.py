@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from clipx import analytic, cli, predict, topology
+from clipx import analytic, cli, microbatches, predict, topology
 from clipx.cli import RunError
 from clipx.config import ConfigError
 from clipx.predict import Prediction, gib, scaled
@@ -38,10 +38,10 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
     devices = jax.devices("cpu")[: where.size] if where.gpu else where.devices()
     run = assemble(config, devices)
     if run.config.train.microbatches == "auto":
-        found = predict.fewest(run, _fits, _tell, _estimator(where))
+        found = microbatches.fewest(run, _fits, _tell, _estimator(where))
         if found is not None:
             return found
-        run = run.with_microbatches(predict.counts(run)[-1])
+        run = run.with_microbatches(microbatches.counts(run)[-1])
     try:
         return run, _estimator(where)(run)
     except jax.errors.JaxRuntimeError as error:
@@ -68,9 +68,9 @@ def search(config: dict[str, Any], where: Topology, run: Run, found: Prediction)
     """The fewest micro-batches that fit, of a step that does not; of one that does, the largest
     batch, by doubling, that does too."""
     if not found.fits:
-        fewest = predict.fewest(run, _fits, _tell, _estimator(where))
+        fewest = microbatches.fewest(run, _fits, _tell, _estimator(where))
         if fewest is None:
-            return f"no number of micro-batches fits, {predict.counts(run)[-1]} neither"
+            return f"no number of micro-batches fits, {microbatches.counts(run)[-1]} neither"
         return f"fewest micro-batches that fit: {fewest[1].microbatches}, {gib(fewest[1].need)}"
     largest, slices = found, found.microbatches
     while True:

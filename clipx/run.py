@@ -75,7 +75,7 @@ class Run:
 
     @property
     def microbatches(self) -> int:
-        """Of a step; 1 while the config leaves it to what fits, until `predict.fitted` says."""
+        """Of a step; 1 while the config leaves it to what fits and `fitted` has not said."""
         count = self.config.train.microbatches
         return 1 if count == "auto" else count
 

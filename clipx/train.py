@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, distributed, predict, report
+from clipx import cli, distributed, microbatches, predict, report
 from clipx import mesh as meshes
 from clipx.checkpoint import (
     Checkpoints,
@@ -105,7 +105,7 @@ def _fitted(run: Run, saved: dict[str, Any] | None) -> Run:
 
     if main:
         print("train.microbatches=auto: compiling for the fewest that fit", flush=True)
-    run = predict.fitted(run, agreed=agreed, tell=tell)
+    run = microbatches.fitted(run, agreed=agreed, tell=tell)
     if main:
         said = f" ({before} before, on another mesh)" if before else ""
         print(f"train.microbatches=auto: {run.microbatches}{said}", flush=True)

@@ -26,7 +26,7 @@ FLOORS = (
     ("step",),
     (
         *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
-        *("abstract", "survey", "place", "distributed", "predict", "analytic"),
+        *("abstract", "survey", "place", "distributed", "predict", "microbatches", "analytic"),
     ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),

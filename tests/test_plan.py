@@ -12,7 +12,7 @@ import pytest
 from test_topology import libtpu
 from test_train import ROOT, SMALL, rows, small
 
-from clipx import analytic, flops, plan, predict, topology
+from clipx import analytic, flops, microbatches, plan, predict, topology
 from clipx import train as training
 from clipx.checkpoint import Checkpoints
 from clipx.config import ConfigError
@@ -142,14 +142,14 @@ def test_fewest_micro_batches(one, most, trials):
         tried.append(run.microbatches)
         return found(peak=32 * GIB // run.microbatches, limit=most * GIB)
 
-    run, _ = predict.fewest(one, plan._fits, estimate=estimate)
+    run, _ = microbatches.fewest(one, plan._fits, estimate=estimate)
     assert run.microbatches == run.complete["train"]["microbatches"]
-    assert run.microbatches == next(n for n in predict.counts(one) if 32 / n + 0.25 <= most)
+    assert run.microbatches == next(n for n in microbatches.counts(one) if 32 / n + 0.25 <= most)
     assert tried == trials
 
 
 def test_no_number_fits(one):
-    assert predict.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
+    assert microbatches.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
 
 
 def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
@@ -189,17 +189,17 @@ def test_batch_norm_is_not_cut(monkeypatch):
     run = assemble(config, jax.devices()[:1])
     monkeypatch.setattr(predict, "predict", lambda run: found(peak=20 * GIB))
     with pytest.raises(ConfigError, match="config.train.microbatches"):
-        predict.fitted(run)
+        microbatches.fitted(run)
     monkeypatch.setattr(predict, "predict", lambda run: found())
-    assert predict.fitted(run).config.train.microbatches == 1
+    assert microbatches.fitted(run).config.train.microbatches == 1
 
 
 def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
     monkeypatch.setattr(predict, "predict", lambda run: found())
     run = assembled(("train.microbatches", "auto"))
-    assert predict.fitted(run).config.train.microbatches == 1
+    assert microbatches.fitted(run).config.train.microbatches == 1
     with pytest.raises(ConfigError, match="not even"):
-        predict.fitted(run, agreed=lambda fits: False)
+        microbatches.fitted(run, agreed=lambda fits: False)
 
 
 @libtpu
