@@ -21,3 +21,5 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process ab
     for name in ("JAX_COMPILATION_CACHE_DIR", "CLIPX_CACHE"):
         os.environ[name] = tempfile.mkdtemp(prefix="clipx-test-")
         atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+    if kept := os.environ.get("CLIPX_TEST_CACHE"):  # for programs, between calls of pytest
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = kept

@@ -13,8 +13,8 @@ from clipx.augment import Policy
 from clipx.step import row_keys
 
 LAYOUTS = {  # mesh and micro-batches, each against one device and one micro-batch
-    "float32": [({"data": 8}, 1), ({"data": 4, "fsdp": 2}, 2)],
-    "float64": [({"data": 2, "fsdp": 2, "tensor": 2}, 4)],
+    "float32": ({"data": 4, "fsdp": 2}, 2),
+    "float64": ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
 }
 
 
@@ -41,9 +41,16 @@ def test_topology_and_slices(name, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         expected = tiny.value_and_grads(name, dtype=dtype)
         assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(expected[1])), "a dead parameter"
-        for mesh, microbatches in LAYOUTS[dtype]:
-            got = tiny.value_and_grads(name, dtype=dtype, mesh=mesh, microbatches=microbatches)
-            assert_same(got, expected, tolerance)
+        mesh, microbatches = LAYOUTS[dtype]
+        got = tiny.value_and_grads(name, dtype=dtype, mesh=mesh, microbatches=microbatches)
+        assert_same(got, expected, tolerance)
+
+
+@pytest.mark.slow  # one axis of the two above
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_topology_of_data_alone(name):
+    expected = tiny.value_and_grads(name)
+    assert_same(tiny.value_and_grads(name, mesh={"data": 8}), expected, 1e-5)
 
 
 @pytest.mark.slow  # law 3 holds every policy to its rows
