@@ -22,7 +22,7 @@ from clipx.data.base import DataError
 from clipx.evaluate import evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, proof, tokenizer
-from clipx.run import assemble, open_model
+from clipx.run import assemble, restore
 
 CONTEXT = 24
 CAPTIONS = [
@@ -167,7 +167,7 @@ def test_an_export_is_such_a_folder(workdir, tmp_path):
 
     run, state = begin()
     assert run.tokenizer(TEXTS).tolist() == again(TEXTS).tolist()
-    model, _ = open_model(str(workdir))
+    model, _ = pretrained.open_model(str(workdir), restore)
     for name in ("image", "text"):
         found = jax.tree.map(np.asarray, state.params[name])
         jax.tree.map(np.testing.assert_array_equal, found, model.params[name])
@@ -222,7 +222,7 @@ def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
     assert type(processor.tokenizer).__name__ == tokenizer.SIGLIP
     inputs = processor(text=TEXTS, padding="max_length", truncation=True)
     assert inputs.keys() == {"input_ids"}
-    model, ours = open_model(str(workdir))
+    model, ours = pretrained.open_model(str(workdir), restore)
     np.testing.assert_array_equal(ours(TEXTS), np.array(inputs["input_ids"]))
     settings = json.loads((tmp_path / "a" / tokenizer.SETTINGS).read_text())
     padded = json.dumps(settings | {"pad_token": "<pad>"})
@@ -250,7 +250,7 @@ def test_export_of_other_words_without_a_start_mark(kind, tmp_path):
     theirs = proof.library("transformers").AutoTokenizer.from_pretrained(tmp_path / "a")
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id) == (1, 1, None)
     assert (type(theirs).__name__ == tokenizer.SIGLIP) == (kind == "with a mask")
-    _, ours = open_model(str(folder))
+    _, ours = pretrained.open_model(str(folder), restore)
     np.testing.assert_array_equal(ours(CAPTIONS[:4]), their_ids(theirs, CAPTIONS[:4], ours.context))
 
 
@@ -263,7 +263,7 @@ def test_export_to_open_clip(pool, tmp_path):
     folder = save(tmp_path / "run", config(*towers, ("tokenizer.vocab_size", "80")))
     found = export(folder, Options("open_clip", tmp_path / "a", verify=True))
     assert found.odd == proof.ODD_CAPTIONS[1:] and found.logits < 1e-4
-    _, ours = open_model(str(folder))
+    _, ours = pretrained.open_model(str(folder), restore)
     theirs = proof.library("open_clip").get_tokenizer(f"local-dir:{tmp_path / 'a'}")
     usual = [t for t in TEXTS if t.isascii() and "&" not in t and "\0" not in t]
     np.testing.assert_array_equal(ours(usual), theirs(usual).numpy())
@@ -300,7 +300,9 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     found = evaluate_file(str(tmp_path / "a"), evals, ["preprocessing"])
     assert found.keys() >= {"retrieval/mean_recall"}
 
-    own = pretrained.sections(str(tmp_path / "a"), *open_model(str(tmp_path / "a")))
+    own = pretrained.sections(
+        str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a"), restore)
+    )
     own |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
     own |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
     run = assemble(own)
