@@ -163,11 +163,14 @@ def _read_flags(device: jax.Device) -> None:
     if kept == before.split():
         return
     os.environ["XLA_FLAGS"] = " ".join(kept)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # for none to read
     try:
         x = jax.ShapeDtypeStruct((), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
         jax.jit(abs).lower(x).compile()
     finally:
         os.environ["XLA_FLAGS"] = before
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def _mend(kind: str, layout: str) -> str:
