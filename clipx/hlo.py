@@ -265,37 +265,34 @@ def _trips(
         return int(known[1])
     condition = computations[loop.called()["condition"]]
     body = computations[loop.called()["body"]]
-    before = _origin(computation, loop.operands[0])
 
-    def carried(i: Instruction) -> tuple[int, Instruction | None, Instruction | None]:
-        """An element of what the loop carries: its place, and what it is before and after a turn;
-        None: that cannot be told."""
-        place = int((_INDEX.search(i.rest) or ["", "-1"])[1])
-        return place, *(
-            _element(c, n, place) for c, n in ((computation, before), (body, _root(body)))
-        )
+    def carried(place: int) -> list[Instruction | None]:
+        """What stands at `place` before the loop, and after a turn of it."""
+        given = computation[loop.operands[0]]
+        return [_element(computation, given, place), _element(body, _root(body), place)]
 
-    def constant(i: Instruction, where: Computation) -> int | None:
-        """Of a constant, or of an element that no turn changes."""
+    def constant(i: Instruction | None, where: Computation) -> int | None:
+        """Of a constant, or of what is carried and no turn changes."""
+        if i is None:
+            return None
         i = _origin(where, i)
         if i.opcode == "constant" and i.arguments.isdigit():
             return int(i.arguments)
-        if i.opcode == "get-tuple-element" and where is not computation:
-            place, first, after = carried(i)
-            kept = after is not None and after.opcode == i.opcode
-            kept = kept and int((_INDEX.search(after.rest) or ["", "-2"])[1]) == place
-            return constant(first, computation) if kept and first is not None else None
-        return None
+        place = None if where is computation else _place(where, i)
+        if place is None:
+            return None
+        first, after = carried(place)
+        return constant(first, computation) if after and _place(body, after) == place else None
 
     compared = _comparison(computations, condition)
     if compared is None:
         return None
     counter, bound = (_origin(condition, i) for i in compared)
-    stop = constant(bound, condition)
-    if counter.opcode != "get-tuple-element" or stop is None:
+    place, stop = _place(condition, counter), constant(bound, condition)
+    if place is None or stop is None:
         return None
-    place, first, after = carried(counter)
-    start = None if first is None else constant(first, computation)
+    first, after = carried(place)
+    start = constant(first, computation)
     if start is None or after is None or after.opcode != "add":
         return None
     steps = [constant(body[n], body) for n in after.operands]
@@ -319,13 +316,19 @@ def _comparison(
     return [condition[given[n]] if n in given else inner[n] for n in compares[0].operands]
 
 
+def _place(computation: Computation, i: Instruction) -> int | None:
+    """Which element of what a computation is given `i` is; None: no element of it."""
+    if i.opcode != "get-tuple-element" or computation[i.operands[0]].opcode != "parameter":
+        return None
+    return int(_INDEX.search(i.rest)[1])
+
+
 def _root(computation: Computation) -> Instruction:
     return list(computation.values())[-1]
 
 
-def _origin(computation: Computation, i: Instruction | str) -> Instruction:
+def _origin(computation: Computation, i: Instruction) -> Instruction:
     """What a value is before it is moved."""
-    i = computation[i] if isinstance(i, str) else i
     while i.opcode in _MOVES and i.operands and i.operands[0] in computation:
         i = computation[i.operands[0]]
     return i
@@ -334,9 +337,9 @@ def _origin(computation: Computation, i: Instruction | str) -> Instruction:
 def _element(computation: Computation, made: Instruction, place: int) -> Instruction | None:
     """What stands at `place` of a tuple."""
     made = _origin(computation, made)
-    if made.opcode != "tuple" or not 0 <= place < len(made.operands):
+    if made.opcode != "tuple":
         return None
-    return _origin(computation, made.operands[place])
+    return _origin(computation, computation[made.operands[place]])
 
 
 def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:

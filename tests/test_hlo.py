@@ -91,14 +91,11 @@ def test_loops_whose_length_the_data_tell_count_once():
 def test_a_counter_that_is_copied_counts():
     """As the compiler moves it to other memory and back, before the loop and in it."""
     entry = WHILE.format(0, "").replace("tuple(%zero", "tuple(%zero.done")
-    copies = "%{0}.start = (s32[], s32[], u32[]) copy-start(%{0})\n"
-    copies += "%{0}.done = s32[] copy-done(%{0}.start)\n"
+    copies = "  %{0}.start = (s32[], s32[], u32[]) copy-start(%{0})\n"
+    copies += "  %{0}.done = s32[] copy-done(%{0}.start)\n"
     entry = entry.replace("%nine =", copies.format("zero") + "%nine =")
     turn = loop(0, "constant(7)").replace("tuple(%next", "tuple(%next.done")
     turn = turn.replace("  ROOT %out", copies.format("next") + "  ROOT %out")
-    turn = turn.replace("\n%next.done", "\n  %next.done").replace(
-        "\n%next.start", "\n  %next.start"
-    )
     found = program(entry, turn)
     assert (found.compiler_cycles, found.open_loops) == (70, ())
 
