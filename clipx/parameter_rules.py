@@ -118,9 +118,7 @@ def locked(patterns: tuple[str, ...], params: PyTree) -> tuple[str, ...]:
     return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
 
 
-_BELOW = re.compile(
-    r"(_embedding|^ln_pre|^conv\d|^bn\d)$"
-)  # of a tower's entries: before its blocks
+_BELOW = re.compile(r"(_embedding|^ln_pre|^conv\d|^bn\d)$")  # a tower's entries before its blocks
 
 
 def layer_factors(decay: float, params: PyTree) -> PyTree:

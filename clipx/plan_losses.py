@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipx import hlo, losses, mesh, topology
 from clipx.losses.forms import Form, pick_form
-from clipx.predict import OutOfMemory
+from clipx.predict import OutOfMemory, compile_ahead
 from clipx.types import constrain_rows
 
 TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")
@@ -120,11 +120,10 @@ def need(loss: Callable, on, batch: int) -> Need:
     step = jax.jit(jax.value_and_grad(lambda *xs: jnp.mean(loss(*xs)), (0, 1, 2, 3)))
     with jax.set_mesh(on):
         try:
-            compiled = step.lower(rows, rows, scalar, scalar).compile()
-        except jax.errors.JaxRuntimeError as error:
-            used = OutOfMemory(str(error)).used
-            if used is None:
+            compiled, text = compile_ahead(step.lower(rows, rows, scalar, scalar))
+        except OutOfMemory as error:
+            if error.used is None:
                 raise
-            return Need(used / 2**30, False)
+            return Need(error.used / 2**30, False)
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    return Need(peak / 2**30, True, hlo.read(compiled.as_text()).compiler_cycles)
+    return Need(peak / 2**30, True, hlo.read(text()).compiler_cycles)

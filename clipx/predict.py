@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -35,25 +36,32 @@ class OutOfMemory(Exception):
         ] or (None, None)
 
 
-def _compiled(run: Run, ahead: bool) -> tuple[jax.stages.Compiled, str | None]:
-    """The run's step, compiled, and its program's text where that was asked for, and written;
-    `OutOfMemory` where its compiler has no room for it."""
+@contextlib.contextmanager
+def _room():
+    """What a compiler says where it has no room becomes an `OutOfMemory`."""
     try:
-        return _written(run.lower()) if ahead else (run.train_step, None)
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemory(str(error)) from None
 
 
-def _written(step: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str | None]:
-    """A step compiled, and the text that its compiler wrote to a file meanwhile: libtpu 0.0.52
-    cannot print (`as_text`) a program that has a SparseCore gather, as those for v5p and v6e do."""
-    with tempfile.TemporaryDirectory() as folder:
+def _compile_here(run: Run) -> tuple[jax.stages.Compiled, Callable[[], str]]:
+    """The run's step, compiled to be taken, and what gives its program's text."""
+    with _room():
+        return run.train_step, run.train_step.as_text
+
+
+def compile_ahead(step: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Callable[[], str]]:
+    """A function compiled for TPUs that are not here, and what gives its program's text, which the
+    compiler wrote to a file meanwhile: libtpu 0.0.52 cannot print (`as_text`) a program that has a
+    SparseCore gather, as steps for v5p and v6e do."""
+    with _room(), tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         made = step.compile(compiler_options=options)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt")]
-    return made, texts[0] if len(texts) == 1 else None
+    return made, (lambda: texts[0]) if len(texts) == 1 else made.as_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +153,7 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
         step_flops=run.step_flops,
     )
     try:
-        step, text = _compiled(run, ahead)
+        step, text = compile_ahead(run.lower()) if ahead else _compile_here(run)
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or limit)
     sizes = step.memory_analysis()
@@ -163,7 +171,7 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
         memory=memory,
         peak=peak,
         bytes=_cost(step).get("bytes accessed"),
-        **(_estimate(lambda: text or step.as_text(), chip) if tpu and chip and chip.clock else {}),
+        **(_estimate(text, chip) if tpu and chip and chip.clock else {}),
     )
 
 
@@ -178,7 +186,7 @@ def _estimate(text: Callable[[], str], chip: topology.Chip) -> dict[str, Any]:
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
     try:
         program = hlo.read(text())
-    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: see _written
+    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: as_text
         return {"notes": (f"no estimate of time: {type(error).__name__}: {error}",)}
     beside = f"{len(program.beside)} operation(s) that SparseCores do meanwhile are not timed"
     return {

@@ -116,8 +116,8 @@ def test_a_program_for_sparse_cores_is_read():
     ids = jax.ShapeDtypeStruct((2048, 77), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(lambda t, i: jnp.sum(t[i] ** 2))).lower(table, ids)
-    _, text = predict._written(lowered)
-    told = predict._estimate(lambda: text, topology.chip("TPU v5"))
+    _, text = predict.compile_ahead(lowered)
+    told = predict._estimate(text, topology.chip("TPU v5"))
     assert told["cycles"] > 0 and told["seconds"] > 0
     assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
 
