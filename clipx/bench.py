@@ -16,7 +16,7 @@ from absl import flags
 
 from clipx import cli, losses, microbatches, predict
 from clipx import mesh as meshes
-from clipx.cli import RunError
+from clipx.errors import RunError
 from clipx.run import Run, assemble
 from clipx.types import Batch
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clipx import config as configs
-from clipx.config import ConfigError
+from clipx.errors import CheckpointError, ConfigError
 from clipx.types import TrainState
 
 # What may change between two starts of one run: where and how it computes, never what.
@@ -29,10 +29,6 @@ _FREE = (
     "config.train.tensorboard",
     "config.evals",
 )
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; one line that says what is safe."""
 
 
 def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:

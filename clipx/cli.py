@@ -14,11 +14,15 @@ import jax
 from absl import app, flags, logging
 
 from clipx import config_file, distributed
-from clipx.checkpoint import CheckpointError
-from clipx.config import ConfigError
-from clipx.data.base import BadSample, DataError
-from clipx.distributed import HostsError
-from clipx.metrics import MetricsError
+from clipx.errors import (
+    BadSample,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HostsError,
+    MetricsError,
+    RunError,
+)
 from clipx.place import find_place
 
 EXIT_FAILED = 1
@@ -26,10 +30,6 @@ EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be:
 EXIT_PREEMPTED = 42  # told to stop, and saved: start again as it is
 EXIT_LOST = 134  # another process has ended first: JAX's own code where it notices before us
 _LEAVE_SECONDS = 10.0
-
-
-class RunError(Exception):
-    """The run cannot go on; one block that says why and what is kept."""
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

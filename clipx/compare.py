@@ -15,7 +15,7 @@ from absl import flags
 from clipx import cli, config_file, metrics, report
 from clipx import config as configs
 from clipx.checkpoint import read_json, refuse_other_config
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.run import assemble
 from clipx.train import train
 

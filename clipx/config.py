@@ -13,30 +13,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from clipx.errors import ConfigError
+
 _MISSING = dataclasses.MISSING
-
-
-class ConfigError(Exception):
-    """One readable block; the commands print it and exit with 2, before any data opens."""
-
-    def __init__(self, where: str, found: str, expected: str, fix: str = "", file: str = ""):
-        self.where, self.found, self.expected, self.fix, self.file = (
-            where,
-            found,
-            expected,
-            fix,
-            file,
-        )
-        super().__init__(where, found, expected, fix)
-
-    def __str__(self) -> str:
-        lines = [f"config error at {self.where}"]
-        if self.file:
-            lines.append(f"  file:     {self.file}")
-        lines += [f"  found:    {self.found}", f"  expected: {self.expected}"]
-        if self.fix:
-            lines.append(f"  fix:      {self.fix}")
-        return "\n".join(lines)
 
 
 def nearest(name: str, names) -> str:

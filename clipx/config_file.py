@@ -13,7 +13,8 @@ import types
 import warnings
 from typing import Any
 
-from clipx.config import ConfigError, nearest, plain, to_lists
+from clipx.config import nearest, plain, to_lists
+from clipx.errors import ConfigError
 
 
 def variants(path: str | os.PathLike) -> tuple[str, ...]:

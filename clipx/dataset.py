@@ -32,8 +32,7 @@ from tqdm import tqdm
 from clipx import bench as devices
 from clipx import cli
 from clipx import config as configs
-from clipx.cli import RunError
-from clipx.config import ConfigError, bind
+from clipx.config import bind
 from clipx.data import pack as packing
 from clipx.data import pictures, pipeline, shards, speed, tokenizers
 from clipx.data import preview as previews
@@ -41,6 +40,7 @@ from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.webdataset import index_shards
+from clipx.errors import ConfigError, RunError
 from clipx.run import Run, assemble
 from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
 from clipx.step import row_keys

@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 
-from clipx.config import ConfigError, difference, to_lists
+from clipx.config import difference, to_lists
+from clipx.errors import ConfigError, HostsError
 from clipx.place import Place
 
 _PACKAGES = (
@@ -35,10 +36,6 @@ _LEFT = re.compile(
     r"gloo|nccl|unavailable|deadline_exceeded|barrier|coordination|connection (reset|closed)",
     re.IGNORECASE,
 )
-
-
-class HostsError(Exception):
-    """The processes of a run do not come together; one block that says which is missing."""
 
 
 def seconds() -> float:

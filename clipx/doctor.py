@@ -27,8 +27,8 @@ from clipx import cli, distributed
 from clipx import config as configs
 from clipx import mesh as meshes
 from clipx.checkpoint import prepare_workdir
-from clipx.config import ConfigError
-from clipx.data.base import BadSample, DataError, Source
+from clipx.data.base import Source
+from clipx.errors import BadSample, ConfigError, DataError, RunError
 from clipx.place import read_metadata
 from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
 
@@ -134,7 +134,7 @@ def all_reduce(devices=None, size: int = 2**24) -> float:
     total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=meshes.replicated(mesh))
     local = np.asarray(total(rows).addressable_data(0))  # also compiles
     if not (local == count * (count + 1) / 2).all():
-        raise cli.RunError("an all-reduce of all devices gives a wrong sum")
+        raise RunError("an all-reduce of all devices gives a wrong sum")
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -12,14 +12,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clipx import mesh as meshes
-from clipx.config import ConfigError
 from clipx.data.tokenizers import Tokenizer
+from clipx.errors import ConfigError, Interrupted
 from clipx.objectives.base import Objective
 from clipx.types import Encoded, PyTree
-
-
-class Interrupted(Exception):
-    """Raised from inside an evaluation when the run was told to stop."""
 
 
 class Encode:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from clipx.checkpoint import read_json, write_json
 from clipx.data.pipeline import Feed
-from clipx.metrics import MetricsError
+from clipx.errors import MetricsError
 
 FOLDER = "episodes"
 COLOURED = 10  # the largest clusters of each labelling, which a map tells apart

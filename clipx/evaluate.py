@@ -17,7 +17,8 @@ from absl import flags
 from clipx import cli, config_file, pretrained
 from clipx import config as configs
 from clipx.checkpoint import prepare_workdir, read_json, write_json
-from clipx.config import ConfigError, find
+from clipx.config import find
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.run import Run, assemble, restore
 from clipx.sections import EvalSpec

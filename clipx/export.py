@@ -22,11 +22,10 @@ from safetensors.numpy import save_file
 
 from clipx import cli, metrics, pretrained
 from clipx.checkpoint import Checkpoints, read_json
-from clipx.cli import RunError
-from clipx.config import ConfigError
 from clipx.data import vocabulary
+from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven, RunError
 from clipx.interop import base, card, guests, huggingface, open_clip, proof, tokenizer
-from clipx.interop.base import Model, NotExpressible
+from clipx.interop.base import Model
 from clipx.models.bert import BERT
 from clipx.objectives.base import Objective
 from clipx.run import Run, restore
@@ -70,7 +69,7 @@ def export(workdir: str | os.PathLike, options: Options) -> proof.Proof | None:
     except NotExpressible as error:
         expected = "a model that the format can express"
         raise ConfigError("--format", f"{options.format}: {error}", expected) from None
-    except proof.NotProven as error:
+    except NotProven as error:
         raise RunError(f"the export is not what was trained, and was not kept: {error}") from None
     said = card.proof_lines(found) if found else [f"not verified: {why}"]
     left = f"left out: {', '.join(_tops(heads))}" if heads and not options.with_heads else ""
@@ -109,7 +108,7 @@ def _write(run, state, model, heads, workdir, aside, out, options):
         _write_model(run, model, aside, str(aside), options)
         found = proof.prove(options.format, aside, model, run.tokenizer) if verify else None
         _write_config(model, aside, str(out), options)
-    except proof.MissingLibrary as error:
+    except MissingLibrary as error:
         raise _missing(error) from None
     if options.with_heads and heads:
         save_file({k: np.ascontiguousarray(x) for k, x in heads.items()}, aside / card.HEADS)
@@ -132,7 +131,7 @@ def _verdict(model: Model, options: Options) -> tuple[bool, str]:
     try:
         borrowed = isinstance(model.text, BERT) or not model.words.plain
         proof.needs(options.format, tokenizer=borrowed)
-    except proof.MissingLibrary as error:
+    except MissingLibrary as error:
         if options.verify:
             raise _missing(error) from None
         return False, str(error)
@@ -158,7 +157,7 @@ def _write_model(run: Run, model: Model, aside, folder: str, options: Options) -
     if options.pt:
         try:
             torch = proof.library("torch")
-        except proof.MissingLibrary as error:
+        except MissingLibrary as error:
             expected = "torch, which writes its own file"
             raise ConfigError("--pt", str(error), expected, "pip install torch") from None
         names = {"open_clip": "open_clip_pytorch_model.bin", "huggingface": "pytorch_model.bin"}

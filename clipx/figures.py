@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from clipx.cli import RunError
 from clipx.episodes import Episode
+from clipx.errors import RunError
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
 

@@ -14,6 +14,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from clipx.errors import HloError
+
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
 _OPCODE = re.compile(r"\s*([\w-]+)\(")
@@ -39,10 +41,6 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter", "send"),  # a send goes to another slice
 )
-
-
-class HloError(ValueError):
-    """A program whose cost cannot be told from its text."""
 
 
 @dataclasses.dataclass(frozen=True)

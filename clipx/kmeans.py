@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.types import batch_axes
 
 _SPLIT = 1 / 1024  # how far the halves of a split cluster are put apart

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.types import BATCH_AXES, PyTree
 
 AXES = (*BATCH_AXES, "tensor")

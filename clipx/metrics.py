@@ -18,12 +18,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from clipx.errors import MetricsError
+
 FILE = "metrics.jsonl"
 _HEADLINE = ("loss", "loss/chance", "batch/R@1", "learning_rate", "images_per_second")
-
-
-class MetricsError(Exception):
-    """The metrics cannot be written; one line. What was written before is whole."""
 
 
 class Metrics:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from clipx import predict
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.mesh import bytes_held
 from clipx.predict import Prediction, describe_memory, held
 from clipx.run import Run

@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.mesh import path_name
 from clipx.types import PyTree
 

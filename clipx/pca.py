@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 _TILE = 8192  # rows that are multiplied at once
 

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"

@@ -22,8 +22,7 @@ import jax
 from absl import flags
 
 from clipx import analytic, cli, microbatches, predict, topology
-from clipx.cli import RunError
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, RunError
 from clipx.predict import Prediction, gib, scaled
 from clipx.run import Run, assemble
 from clipx.topology import Topology

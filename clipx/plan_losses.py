@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from clipx import hlo, losses, mesh, topology
+from clipx.errors import OutOfMemory
 from clipx.losses.forms import Form, pick_form
-from clipx.predict import OutOfMemory, compile_ahead
+from clipx.predict import compile_ahead
 from clipx.types import constrain_rows
 
 TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from clipx import hlo, topology
+from clipx.errors import OutOfMemory
 from clipx.mesh import bytes_held
 from clipx.run import Run
 
@@ -21,19 +22,6 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # "Used 27.77G of 15.75G hbm", or "(512.00G) exceeds available HBM (30.75G)"
 _SIZE = r"([\d.]+)([KMGT]?)"
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
-
-
-class OutOfMemory(Exception):
-    """The compiler says that a program does not fit: bytes that it would need, bytes there are."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        found = _USED.search(message)
-        sizes = [group for group in found.groups() if group is not None] if found else []
-        pairs = zip(sizes[::2], sizes[1::2])
-        self.used, self.limit = [
-            int(float(number) * _UNITS.get(unit, 1)) for number, unit in pairs
-        ] or (None, None)
 
 
 @contextlib.contextmanager
@@ -44,7 +32,15 @@ def _room():
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(str(error)) from None
+        raise _out_of_memory(str(error)) from None
+
+
+def _out_of_memory(message: str) -> OutOfMemory:
+    """The error, with the bytes that the compiler's message names."""
+    found = _USED.search(message)
+    sizes = [group for group in found.groups() if group is not None] if found else []
+    pairs = zip(sizes[::2], sizes[1::2])
+    return OutOfMemory(message, *(int(float(n) * _UNITS.get(unit, 1)) for n, unit in pairs))
 
 
 def _compile_here(run: Run) -> tuple[jax.stages.Compiled, Callable[[], str]]:

@@ -14,9 +14,9 @@ from flax import traverse_util
 
 from clipx import config as configs
 from clipx.checkpoint import read_json
-from clipx.config import ConfigError
 from clipx.data import tokenizers
 from clipx.data.tokenizers import Tokenizer, TokenizerConfig
+from clipx.errors import ConfigError
 from clipx.interop import base, huggingface, load, proof
 from clipx.interop import tokenizer as formats
 from clipx.interop.base import Model, Words

@@ -15,9 +15,8 @@ import numpy as np
 from absl import flags
 
 from clipx import cli, episodes, figures, metrics, sheets
-from clipx.cli import RunError
-from clipx.config import ConfigError
 from clipx.episodes import Episode
+from clipx.errors import ConfigError, RunError
 from clipx.evaluators.base import Encode
 from clipx.figures import is_share, short
 from clipx.sheets import Samples, grid, section

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from clipx import config as configs
 from clipx import mesh as meshes
-from clipx.config import ConfigError, bind, find
+from clipx.config import bind, find
 from clipx.data import pipeline, tokenizers
 from clipx.data.base import Source
 from clipx.data.manifests import MANIFESTS
 from clipx.data.pictures import Pictures
 from clipx.data.text_augment import TextAugmentConfig
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.mesh import MeshConfig
 from clipx.models.bert import BERT

@@ -27,11 +27,10 @@ from jaxtyping import Float32, Int32
 
 from clipx import cli, kmeans, pca
 from clipx import config as configs
-from clipx.cli import RunError
-from clipx.config import ConfigError
 from clipx.data import features as features_of
 from clipx.data import teacher as files
 from clipx.data.base import Source, expand_user, fingerprint
+from clipx.errors import ConfigError, RunError
 from clipx.sections import DataConfig, SourceSpec, split
 
 _TILE = 8192  # rows that are read or projected together

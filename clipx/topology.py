@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 
 class Chip(NamedTuple):

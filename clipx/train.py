@@ -22,11 +22,10 @@ from clipx.checkpoint import (
     refuse_other_config,
     write_json,
 )
-from clipx.cli import RunError
-from clipx.config import ConfigError
 from clipx.data import manifests, tokenizers
 from clipx.data.base import Source, fingerprint
 from clipx.data.quarantine import Quarantine
+from clipx.errors import ConfigError, RunError
 from clipx.metrics import Clock, Metrics
 from clipx.run import Run, assemble
 from clipx.survey import Survey

@@ -17,11 +17,9 @@ from jax.experimental import multihost_utils
 
 from clipx import episodes, predict
 from clipx.checkpoint import Checkpoints
-from clipx.cli import RunError
-from clipx.config import ConfigError
-from clipx.data.base import DataError, Source
+from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
-from clipx.encode import Interrupted
+from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.metrics import Clock, Metrics
 from clipx.run import Run

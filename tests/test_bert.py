@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.bert import BERT
 
 PAD, CLS, SEP = 0, 1, 2

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from clipx import compare
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 CONFIG = """
 VARIANTS = ("a", "b")

@@ -18,13 +18,13 @@ from test_train import ROOT, SMALL
 
 from clipx import cli, dataset
 from clipx.checkpoint import read_json
-from clipx.config import ConfigError
 from clipx.data import speed
-from clipx.data.base import DataError, fingerprint
+from clipx.data.base import fingerprint
 from clipx.data.folder import Folder
 from clipx.data.table import Table
 from clipx.data.verify import script, verify
 from clipx.data.webdataset import WebDataset
+from clipx.errors import ConfigError, DataError
 
 CAPTIONS = [
     ("a red square", "a square"),

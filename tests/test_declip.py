@@ -15,7 +15,8 @@ from declip_oracle import ORACLE, WIDE, sines, unit
 
 from clipx import config_file, losses
 from clipx.checkpoint import Checkpoints
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.mesh import path_name
 from clipx.models.heads import BatchNormMLP
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from clipx import cli, doctor
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

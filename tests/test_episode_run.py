@@ -10,9 +10,9 @@ import pytest
 
 from clipx import cli, episodes
 from clipx import train as commands
-from clipx.config import ConfigError
 from clipx.data import teacher
-from clipx.data.base import DataError, fingerprint
+from clipx.data.base import fingerprint
+from clipx.errors import ConfigError, DataError
 from clipx.run import Run, assemble, restore
 from clipx.survey import Survey
 from clipx.train import train

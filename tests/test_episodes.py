@@ -11,7 +11,7 @@ from PIL import Image
 from clipx import episodes
 from clipx.data.pipeline import Feed
 from clipx.data.shapes import Shapes
-from clipx.metrics import MetricsError
+from clipx.errors import MetricsError
 
 
 def labels(rows=9000, k=400):

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from clipx import evaluate
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluate import chosen, dataset, results
 from clipx.sections import EvalSpec
 

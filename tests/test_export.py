@@ -15,10 +15,9 @@ from test_interop_huggingface import with_transformers
 from test_interop_open_clip import with_open_clip
 from test_train import small
 
-from clipx.checkpoint import CheckpointError, Checkpoints, write_json
-from clipx.cli import RunError
-from clipx.config import ConfigError
+from clipx.checkpoint import Checkpoints, write_json
 from clipx.data import tokenizers
+from clipx.errors import CheckpointError, ConfigError, MissingLibrary, NotProven, RunError
 from clipx.export import Options, export
 from clipx.interop import card, load, open_clip, proof, tokenizer
 from clipx.run import assemble, restore
@@ -86,7 +85,7 @@ def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
     """Without the libraries the folder is written and says that nobody has checked it."""
 
     def none(name):
-        raise proof.MissingLibrary(f"{name} is not installed")
+        raise MissingLibrary(f"{name} is not installed")
 
     monkeypatch.setattr(proof, "library", none)
     assert export(workdir, Options("open_clip", tmp_path / "a", license="mit")) is None
@@ -130,7 +129,7 @@ def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "needs", lambda *_, **__: None)
 
     def refuse(*_):
-        raise proof.NotProven("the least cosine of a picture is 0.5")
+        raise NotProven("the least cosine of a picture is 0.5")
 
     monkeypatch.setattr(proof, "prove", refuse)
     with pytest.raises(RunError, match="was not kept: the least cosine"):

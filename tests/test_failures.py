@@ -10,11 +10,8 @@ import pytest
 from PIL import Image
 from test_train import small
 
-from clipx import cli
-from clipx.checkpoint import CheckpointError, Checkpoints
-from clipx.config import ConfigError
-from clipx.data.base import DataError
-from clipx.metrics import MetricsError
+from clipx.checkpoint import Checkpoints
+from clipx.errors import CheckpointError, ConfigError, DataError, MetricsError, RunError
 from clipx.train import train
 
 
@@ -81,7 +78,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     path = shard(tmp_path / "a.tar", **{f"{i:04d}.jpg": b"no" for i in range(0, 40, 2)})
     config = pairs(path)
     config["data"]["max_bad_fraction"] = 0.0
-    with pytest.raises(cli.RunError, match="max_bad_fraction=0.0"):
+    with pytest.raises(RunError, match="max_bad_fraction=0.0"):
         train(config, str(tmp_path / "run"))
 
 

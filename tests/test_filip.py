@@ -12,8 +12,9 @@ import test_laws
 import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
-from clipx.config import ConfigError, bind
+from clipx.config import bind
 from clipx.encode import Encode
+from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, make_mesh
 from clipx.objectives.filip import FILIP, FILIPFeatures, hide_words
 from clipx.step import row_keys

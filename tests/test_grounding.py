@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipx.config import ConfigError, bind
-from clipx.data.base import DataError
+from clipx.config import bind
 from clipx.data.pictures import Pictures
 from clipx.encode import Encode
+from clipx.errors import ConfigError, DataError
 from clipx.evaluators.grounding import (
     Grounding,
     best_overlaps,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.heads import (
     ConcatCritic,
     DotCritic,

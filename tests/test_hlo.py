@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from clipx import hlo
+from clipx.errors import HloError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh
 from clipx.topology import parse
 
@@ -165,7 +166,7 @@ def test_kernels_are_charged_what_takes_longer():
 
 
 def test_a_kernel_that_declares_nothing_is_an_error():
-    with pytest.raises(hlo.HloError, match=r"%k \(jit\(f\)/attend\) declares no FLOPs"):
+    with pytest.raises(HloError, match=r"%k \(jit\(f\)/attend\) declares no FLOPs"):
         program("ROOT %k = f32[8,128]{1,0} " + KERNEL % "")
 
 
@@ -265,7 +266,7 @@ def test_a_collective_that_overlaps_with_a_loop_is_one():
 
 
 def test_no_program():
-    with pytest.raises(hlo.HloError, match="no ENTRY"):
+    with pytest.raises(HloError, match="no ENTRY"):
         hlo.read("nothing of the kind")
 
 

@@ -20,8 +20,8 @@ from test_train import ROOT, SMALL, parameters, rows, small, wait_for
 from clipx import cli, distributed
 from clipx import place as places
 from clipx.checkpoint import Checkpoints
-from clipx.config import ConfigError
-from clipx.distributed import HostsError, meet, refuse_skew, refuse_uneven
+from clipx.distributed import meet, refuse_skew, refuse_uneven
+from clipx.errors import ConfigError, HostsError
 from clipx.place import Place, find_place
 from clipx.train import train
 from clipx.trainer import Stop

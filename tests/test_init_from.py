@@ -12,7 +12,7 @@ from test_export import CLASS, save
 from test_train import small
 
 from clipx import pretrained
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluate import evaluate, evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, open_clip, tokenizer

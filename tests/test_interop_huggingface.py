@@ -21,8 +21,8 @@ from test_interop_open_clip import (
 )
 
 from clipx.data import tokenizers, vocabulary
+from clipx.errors import NotExpressible
 from clipx.interop import huggingface, load, proof, tokenizer
-from clipx.interop.base import NotExpressible
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT

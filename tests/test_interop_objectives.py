@@ -10,7 +10,7 @@ from test_interop_huggingface import NO_TRANSFORMERS
 from test_interop_open_clip import NO_OPEN_CLIP
 from test_train import small
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, open_clip, proof
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from clipx.config import ConfigError
 from clipx.data import tokenizers, vocabulary
+from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven
 from clipx.interop import base, guests, load, open_clip, proof, tokenizer
-from clipx.interop.base import NotExpressible
 from clipx.models.bert import BERT
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
@@ -33,7 +32,7 @@ def missing(*names) -> str:
         try:
             for name in names:
                 proof.library(name)
-        except proof.MissingLibrary as error:
+        except MissingLibrary as error:
             return f"{error}: pip install 'clipx[interop]'"
     return ""
 
@@ -247,7 +246,7 @@ def test_proof_resnet(tmp_path):
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
-    with pytest.raises(proof.NotProven, match="cosine of a picture"):
+    with pytest.raises(NotProven, match="cosine of a picture"):
         proof.prove("open_clip", tmp_path / "a", written, made)
 
 

@@ -17,8 +17,7 @@ from test_interop_open_clip import with_open_clip
 from test_train import small
 
 from clipx import augment, pretrained
-from clipx.config import ConfigError
-from clipx.data.base import DataError
+from clipx.errors import ConfigError, DataError, NotProven
 from clipx.evaluate import evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, proof, tokenizer
@@ -227,10 +226,10 @@ def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
     settings = json.loads((tmp_path / "a" / tokenizer.SETTINGS).read_text())
     padded = json.dumps(settings | {"pad_token": "<pad>"})
     (tmp_path / "a" / tokenizer.SETTINGS).write_text(padded)
-    with pytest.raises(proof.NotProven, match="cosine of a caption"):
+    with pytest.raises(NotProven, match="cosine of a caption"):
         proof.prove("huggingface", tmp_path / "a", model, ours)
     (tmp_path / "a" / tokenizer.PIECES).write_bytes(pieces(vocab_size=70))
-    with pytest.raises(proof.NotProven, match="into other tokens"):
+    with pytest.raises(NotProven, match="into other tokens"):
         proof.prove("huggingface", tmp_path / "a", model, ours)
 
 

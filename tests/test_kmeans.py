@@ -12,7 +12,7 @@ import pytest
 
 from clipx import kmeans
 from clipx import mesh as meshes
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 KEY = jax.random.key(0)
 ORACLE = pathlib.Path(__file__).parent / "oracles" / "protoclip.json"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from pixels import Encode, Examples, draw
 
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.evaluators import linear_probe
 from clipx.evaluators.base import accuracies
 from clipx.evaluators.linear_probe import _SGD, LinearProbe, choose_cost, logistic, sgd

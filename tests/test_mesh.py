@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from clipx import mesh as meshes
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.mesh import (
     MeshConfig,
     batch_sharding,

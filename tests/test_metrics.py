@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx.metrics import Clock, Metrics, MetricsError, read
+from clipx.errors import MetricsError
+from clipx.metrics import Clock, Metrics, read
 
 
 def run(workdir, start, stop, **settings):

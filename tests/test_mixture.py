@@ -10,9 +10,8 @@ import tarfile
 
 import pytest
 
-from clipx.config import ConfigError
-from clipx.data.base import BadSample, DataError
 from clipx.data.mixture import Mixture
+from clipx.errors import BadSample, ConfigError, DataError
 
 
 def shard(path, size: int, bad=()) -> str:

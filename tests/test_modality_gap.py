@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from pixels import Encode, Examples, unit
 
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.evaluators.modality_gap import ModalityGap
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())

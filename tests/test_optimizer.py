@@ -14,7 +14,8 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.mesh import path_name
 from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys
 from clipx.models.resnet import ResNet

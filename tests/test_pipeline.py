@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 
 from clipx.data import tokenizers
-from clipx.data.base import BadSample, DataError, Example, Source, fingerprint
+from clipx.data.base import Example, Source, fingerprint
 from clipx.data.pictures import crop_box
 from clipx.data.pipeline import EvaluationSet, Feed, Share, captions, order
 from clipx.data.shapes import Shapes
 from clipx.data.text_augment import TextAugment, TextAugmentConfig
 from clipx.data.tokenizers import TokenizerConfig
 from clipx.data.webdataset import WebDataset
+from clipx.errors import BadSample, DataError
 
 ROWS, BATCH = 50, 12
 

@@ -15,7 +15,7 @@ from test_train import ROOT, SMALL, rows, small
 from clipx import analytic, flops, microbatches, plan, predict, topology
 from clipx import train as training
 from clipx.checkpoint import Checkpoints
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.run import assemble
 

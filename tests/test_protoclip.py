@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from clipx import config_file, kmeans
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipx import episodes, report
-from clipx.cli import RunError
+from clipx.errors import RunError
 from clipx.metrics import Metrics
 from clipx.types import Encoded
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.layers import BatchNorm
 from clipx.models.resnet import AttentionPool, ResNet
 

@@ -8,7 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from clipx.config import ConfigError, bind
+from clipx.config import bind
+from clipx.errors import ConfigError
 from clipx.evaluators.retrieval import Retrieval
 from clipx.types import Encoded
 

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from clipx.config import ConfigError
 from clipx.data.shapes import CLASSES, COLOURS, HELD_OUT, SHAPES, Shapes
+from clipx.errors import ConfigError
 
 NAMED = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 

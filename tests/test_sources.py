@@ -20,12 +20,12 @@ from PIL import Image
 from test_tfds import build
 
 from clipx.data import tokenizers
-from clipx.data.base import DataError
 from clipx.data.pipeline import EvaluationSet, Feed
 from clipx.data.table import Table
 from clipx.data.tfds import Tfds
 from clipx.data.tokenizers import TokenizerConfig
 from clipx.data.webdataset import WebDataset
+from clipx.errors import DataError
 
 SIDE, CONTEXT = 32, 40
 EMOJI = "\N{GRINNING FACE}\U0001f469\u200d\U0001f680"  # the second glyph is made of three

@@ -13,9 +13,10 @@ import tarfile
 
 import pytest
 
-from clipx.data.base import BadSample, DataError, fingerprint
+from clipx.data.base import fingerprint
 from clipx.data.table import Table
 from clipx.data.webdataset import WebDataset
+from clipx.errors import BadSample, DataError
 
 HOSTILE = {
     "quotes": 'a "quoted" dog, and a comma',

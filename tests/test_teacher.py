@@ -14,12 +14,12 @@ import tiny
 from test_pipeline import TOKENIZER, Pictures, encode, photo
 
 from clipx import pca, teacher
-from clipx.config import ConfigError
 from clipx.data import features, pipeline
 from clipx.data import teacher as files
-from clipx.data.base import DataError, fingerprint
+from clipx.data.base import fingerprint
 from clipx.data.pairs import paired
 from clipx.data.table import Table
+from clipx.errors import ConfigError, DataError
 from clipx.models.heads import next_row
 
 ROWS = 30

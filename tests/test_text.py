@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.text import TextTransformer
 
 ORACLES = json.loads((pathlib.Path(__file__).parent / "oracles/declip.json").read_text())

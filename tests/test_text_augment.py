@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from clipx import config as configs
-from clipx.config import ConfigError
 from clipx.data import text_augment, wordnet
-from clipx.data.base import DataError
 from clipx.data.text_augment import TextAugment, TextAugmentConfig
 from clipx.data.wordnet import WordNet
+from clipx.errors import ConfigError, DataError
 
 DRAWS = 4000
 TYPES = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}

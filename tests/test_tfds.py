@@ -15,8 +15,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from clipx.data.base import BadSample, DataError, Source, fingerprint
+from clipx.data.base import Source, fingerprint
 from clipx.data.tfds import Tfds, _roles
+from clipx.errors import BadSample, DataError
 
 F = tfds.features
 ROWS = {"train": 9, "test": 2}

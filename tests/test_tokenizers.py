@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from clipx import config as configs
-from clipx.config import ConfigError
 from clipx.data import tokenizers
-from clipx.data.base import DataError
 from clipx.data.tokenizers import TokenizerConfig
+from clipx.errors import ConfigError, DataError
 
 NO_WHEEL = "instant_clip_tokenizer, which carries CLIP's vocabulary, has no wheel for this Python"
 

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from clipx import topology
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, make_mesh
 from clipx.topology import peak_flops
 

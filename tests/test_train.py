@@ -15,7 +15,7 @@ import pytest
 
 from clipx import cli
 from clipx.checkpoint import Checkpoints
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, RunError
 from clipx.evaluate import evaluate
 from clipx.run import assemble, restore
 from clipx.train import train
@@ -146,7 +146,7 @@ def test_another_config_is_refused_with_a_diff(whole):
 
 def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):
     config = small(("optimizer.learning_rate", "1e30"), ("train.max_skipped_steps", "2"))
-    with pytest.raises(cli.RunError) as error:
+    with pytest.raises(RunError) as error:
         train(config, str(tmp_path))
     assert "2 steps in a row" in str(error.value)
     assert "shapes/train/" in str(error.value)

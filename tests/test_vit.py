@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.layers import drop, dropout_keys, unit
 from clipx.models.transformer import stack_blocks, unstack_blocks
 from clipx.models.vit import ViT

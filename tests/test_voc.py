@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipx.config import ConfigError, bind
-from clipx.data.base import DataError
+from clipx.config import bind
 from clipx.data.pictures import Pictures
+from clipx.errors import ConfigError, DataError
 from clipx.evaluators.voc import Voc, fit
 from clipx.types import Encoded
 

@@ -14,8 +14,9 @@ import fsspec
 import pytest
 
 from clipx.data import shards as files
-from clipx.data.base import BadSample, DataError, fingerprint
+from clipx.data.base import fingerprint
 from clipx.data.webdataset import WebDataset, index_shards
+from clipx.errors import BadSample, DataError
 
 NAMES = ("train-000.tar", "train-001.tar", "train-002.tar")
 

@@ -10,20 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-
-class DataError(Exception):
-    """The data is not what the config says; shown as one line, exit code 2."""
-
-
-class BadSample(Exception):
-    """One example cannot be used: `key` says which, the message why."""
-
-    def __init__(self, key: str, reason: str):
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
+from clipx.errors import BadSample, DataError
 
 
 def expand_user(path: str) -> str:

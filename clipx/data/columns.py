@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clipx.data.base import DataError
 from clipx.data.shards import expand, is_remote
+from clipx.errors import DataError
 
 SEPARATORS = (",", "\t", ";", "|")
 PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

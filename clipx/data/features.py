@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
-from clipx.config import ConfigError
 from clipx.data import teacher, verify
-from clipx.data.base import BadSample, DataError, Source, expand_user
+from clipx.data.base import Source, expand_user
+from clipx.errors import BadSample, ConfigError, DataError
 
 LENGTH = 77  # tokens of a caption, at most, its marks included
 WORDS = 2048  # the most frequent, which word counts are of

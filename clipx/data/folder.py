@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipx.data.base import BadSample, DataError, Example, Source, expand_user
+from clipx.data.base import Example, Source, expand_user
 from clipx.data.columns import PICTURE_ENDS
 from clipx.data.shards import read
+from clipx.errors import BadSample, DataError
 
 _SHOWN = 5  # names, in an error
 

@@ -13,8 +13,9 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from clipx.data.base import DataError, expand_user
+from clipx.data.base import expand_user
 from clipx.data.columns import PICTURE_ENDS, File, strings
+from clipx.errors import DataError
 
 _LOOKED_AT = 100  # rows
 _MOST_FOLDERS = 100  # beside a table, in which its pictures may lie

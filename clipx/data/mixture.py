@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from clipx import config
-from clipx.config import ConfigError
-from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.base import Example, Source
+from clipx.errors import BadSample, ConfigError, DataError
 
 _MOST_ROWS = 2**31 - 1  # a batch holds rows as int32
 

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image
 
 from clipx.data import pictures
-from clipx.data.base import BadSample, DataError, Source, fingerprint
+from clipx.data.base import Source, fingerprint
 from clipx.data.verify import in_order
 from clipx.data.webdataset import WebDataset
+from clipx.errors import BadSample, DataError
 
 FILE = "pack.json"  # what the shards were made from, and what was left out
 _KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept as they are; others become PNG

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from clipx.data.base import BadSample, DataError, Example
+from clipx.data.base import Example
+from clipx.errors import BadSample, DataError
 
 cv2.setNumThreads(0)  # the parallelism is over pictures
 

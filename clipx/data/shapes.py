@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from clipx.config import ConfigError
 from clipx.data.base import Example, Source
+from clipx.errors import ConfigError
 
 COLOURS = {
     "red": (220, 30, 30),

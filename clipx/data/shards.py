@@ -21,7 +21,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipx.data.base import DataError, expand_user
+from clipx.data.base import expand_user
+from clipx.errors import DataError
 
 THREADS = 32  # for remote files: their time is waiting
 ABSENT = -1  # the size of what is not there

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 
 from clipx.data import pictures, tokenizers
-from clipx.data.base import BadSample, DataError
 from clipx.data.pipeline import Feed
 from clipx.data.table import Table
 from clipx.data.tokenizers import TokenizerConfig
+from clipx.errors import BadSample, DataError
 
 _CHUNK = 32  # rows that the feed loads together
 _FILES = 256

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from clipx.data import guess
-from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.base import Example, Source
 from clipx.data.columns import File, strings, tables
+from clipx.errors import BadSample, DataError
 
 _LOOKED_AT = 200  # rows, to tell where the pictures lie
 _SHOWN = 10  # values of a column, in an error

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from clipx.data.base import DataError, expand_user
+from clipx.data.base import expand_user
+from clipx.errors import DataError
 
 _TILE = 1 << 16  # rows that are looked at together
 

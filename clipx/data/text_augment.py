@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.config import ConfigError
 from clipx.data.wordnet import WordNet
+from clipx.errors import ConfigError
 
 _CACHED = 1 << 14  # words whose synonyms are kept: some 10 MB
 _SWAP_DRAWS = 3  # draws of a second place other than the first

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data.base import BadSample, DataError, Example, Source, expand_user
+from clipx.data.base import Example, Source, expand_user
+from clipx.errors import BadSample, DataError
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # best first
 _NO_CAPTION = re.compile(r"(^|[/_])(file|id|key|path|uri|url|license|locale|lang)", re.IGNORECASE)

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from clipx.config import ConfigError
 from clipx.data import cleaning, vocabulary
+from clipx.errors import ConfigError
 
 # of OpenAI's vocabulary (two marks) and of bert-base-uncased's; SentencePiece has none of its own
 _VOCAB = {"clip_bpe": 49_408, "sentencepiece": 49_408, "wordpiece": 30_522}

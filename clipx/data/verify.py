@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from clipx.data import pictures
-from clipx.data.base import BadSample, Example, Source
+from clipx.data.base import Example, Source
+from clipx.errors import BadSample
 
 _CHUNK = 32  # rows that one thread takes at a time
 _AHEAD = 8  # chunks a thread, at most, that are done before their turn

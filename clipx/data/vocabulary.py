@@ -12,8 +12,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Literal
 
-from clipx.config import ConfigError
-from clipx.data.base import DataError
+from clipx.errors import ConfigError, DataError
 
 CLIP_LETTERS = 512  # the 256 bytes, and the same at a word's end
 SENTENCEPIECE_MARKS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}

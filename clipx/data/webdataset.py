@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int32
 
-from clipx.data.base import BadSample, DataError, Example, Source
+from clipx.data.base import Example, Source
 from clipx.data.shards import (
     ABSENT,
     THREADS,
@@ -33,6 +33,7 @@ from clipx.data.shards import (
     recall,
     remember,
 )
+from clipx.errors import BadSample, DataError
 
 _ROLES = ("image", "txt", "json", "cls")  # what a member is to its sample
 _PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -13,8 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 
-from clipx.config import ConfigError
-from clipx.data.base import DataError
+from clipx.errors import ConfigError, DataError
 
 INSTALL = (
     "apt install wordnet-base, or pip install nltk and python -m nltk.downloader wordnet, "

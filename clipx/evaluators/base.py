@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.types import Encoded
 
 

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Float
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, read_entries, rows_of, unit
 
 _GROUPS = ("a", "b")

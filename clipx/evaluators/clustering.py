@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipx import kmeans
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     Encode,
     Evaluator,

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, Pictures, read_entries
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels

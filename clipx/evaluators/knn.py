@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     Encode,
     Evaluator,

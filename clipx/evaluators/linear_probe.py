@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, accuracies, rows_of, split_labels
 
 _CHUNK = 16384  # rows whose logits of all classes are there at once

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of, rows_of
 
 

@@ -15,7 +15,7 @@ import re
 import runpy
 from typing import NamedTuple
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 
 # Lists that are asked for by name, and what open_clip calls them.
 _OPEN_CLIP = {

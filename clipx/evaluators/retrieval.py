@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of
 from clipx.types import Encoded
 

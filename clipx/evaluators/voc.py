@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of, unit
 
 _FOLDS = 3

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of, unit
 from clipx.evaluators.prompts import SETS, check, names, published
 from clipx.types import Encoded

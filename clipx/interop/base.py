@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, NotExpressible
 from clipx.models.layers import Tower
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.transformer import unstack_blocks
@@ -24,10 +24,6 @@ from clipx.models.vit import SIZES, ViT
 from clipx.types import PyTree
 
 Arrays = dict[str, np.ndarray]
-
-
-class NotExpressible(Exception):
-    """A format has no place for a model: one reason, and what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import base
-from clipx.interop.base import Model, NotExpressible, Rule
+from clipx.interop.base import Model, Rule
 from clipx.models.bert import BERT
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.vit import ViT

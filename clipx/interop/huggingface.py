@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clipx import augment
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import base
-from clipx.interop.base import Arrays, Model, NotExpressible, Rule
+from clipx.interop.base import Arrays, Model, Rule
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 

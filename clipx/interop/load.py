@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, MissingLibrary
 from clipx.interop import base, huggingface, open_clip, proof
 from clipx.interop.base import Model
 from clipx.models.layers import Tower
@@ -112,7 +112,7 @@ def _torch_arrays(file: pathlib.Path, where: str) -> base.Arrays:
     model as OpenAI's are. Nothing else in it is run."""
     try:
         torch = proof.library("torch")
-    except proof.MissingLibrary as error:
+    except MissingLibrary as error:
         expected = "safetensors, or torch to read this with"
         raise ConfigError(where, f"{file}, and {error}", expected, "pip install torch") from None
     try:

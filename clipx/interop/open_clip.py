@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clipx import augment
-from clipx.config import ConfigError
+from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import base, guests
-from clipx.interop.base import Arrays, Model, NotExpressible, Rule
+from clipx.interop.base import Arrays, Model, Rule
 from clipx.models.bert import BERT
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from clipx import augment
+from clipx.errors import MissingLibrary, NotProven
 from clipx.interop.base import Model
 
 COSINE, RELATIVE = 0.99999, 1e-4  # what an export is held to, in float32
@@ -39,14 +40,6 @@ ODD_CAPTIONS = (
     "\u201cquoted\u201d \u2014 text",
 )
 _SEED, _PICTURES = 20_210_103, 6
-
-
-class MissingLibrary(Exception):
-    """A library is not installed, or does not import; one line that says why."""
-
-
-class NotProven(Exception):
-    """The library says something else than we do; one line that says what."""
 
 
 @dataclasses.dataclass(frozen=True)

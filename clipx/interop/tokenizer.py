@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from clipx.config import ConfigError
-from clipx.interop.base import NotExpressible, Words
+from clipx.errors import ConfigError, NotExpressible
+from clipx.interop.base import Words
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.layers import (
     LayerNorm,
     Tower,

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Array, Float, Shaped
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.layers import (
     BatchNorm,
     LayerNorm,

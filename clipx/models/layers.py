@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
-from clipx.config import ConfigError
+from clipx.errors import ConfigError
 from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
 from clipx.types import Encoded, PyTree
