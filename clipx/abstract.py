@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipx import config as configs
 from clipx import mesh as meshes
-from clipx.config import bind
+from clipx.config import binding as configs
+from clipx.config.binding import bind
 from clipx.mesh import Mesh
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective

@@ -11,7 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clipx import config as configs
+from clipx.config import binding as configs
 from clipx.errors import CheckpointError, ConfigError
 from clipx.types import TrainState
 

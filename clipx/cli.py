@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from clipx import config_file, distributed
+from clipx import distributed
+from clipx.config import files
 from clipx.errors import (
     BadSample,
     CheckpointError,
@@ -53,9 +54,9 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The plain config of a file, `path.py` or `path.py:variant`, with overrides."""
-    config = config_file.load(spec)
+    config = files.load(spec)
     for path, text in overrides:
-        config_file.override(config, path, text)
+        files.override(config, path, text)
     return config
 
 

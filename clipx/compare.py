@@ -12,9 +12,10 @@ from typing import Any
 
 from absl import flags
 
-from clipx import cli, config_file, metrics, report
-from clipx import config as configs
+from clipx import cli, metrics, report
 from clipx.checkpoint import read_json, refuse_other_config
+from clipx.config import binding as configs
+from clipx.config import files
 from clipx.errors import ConfigError
 from clipx.run import assemble
 from clipx.train import train
@@ -75,7 +76,7 @@ def table(rows: dict[str, dict[str, str]]) -> list[str]:
 def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> int:
     """Trains what is not finished and prints the table; the exit code is that of a run that did
     not end, or 0."""
-    known = config_file.variants(config)
+    known = files.variants(config)
     for name in chosen:
         if name not in known:
             raise ConfigError("--variants", repr(name), "one of " + ", ".join(known))

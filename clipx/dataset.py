@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from clipx import bench as devices
 from clipx import cli
-from clipx import config as configs
-from clipx.config import bind
+from clipx.config import binding as configs
+from clipx.config.binding import bind
 from clipx.data import pack as packing
 from clipx.data import pictures, pipeline, shards, speed, tokenizers
 from clipx.data import preview as previews

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from clipx.config import difference, to_lists
+from clipx.config.binding import difference, to_lists
 from clipx.errors import ConfigError, HostsError
 from clipx.place import Place
 

@@ -24,9 +24,9 @@ import numpy as np
 from absl import flags
 
 from clipx import cli, distributed
-from clipx import config as configs
 from clipx import mesh as meshes
 from clipx.checkpoint import prepare_workdir
+from clipx.config import binding as configs
 from clipx.data.base import Source
 from clipx.errors import BadSample, ConfigError, DataError, RunError
 from clipx.place import read_metadata

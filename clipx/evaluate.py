@@ -14,10 +14,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from clipx import cli, config_file, pretrained
-from clipx import config as configs
+from clipx import cli, pretrained
 from clipx.checkpoint import prepare_workdir, read_json, write_json
-from clipx.config import find
+from clipx.config import binding as configs
+from clipx.config import files
+from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.run import Run, assemble, restore
@@ -55,7 +56,7 @@ def section(text: str, where: str) -> dict[str, Any]:
                 "key=value,key=value: a source and its keys, as in a config",
                 f"{where}=source=folder,path=DIR",
             )
-    return {key: config_file.parse(value) for key, _, value in pairs}
+    return {key: files.parse(value) for key, _, value in pairs}
 
 
 def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, Any]:
@@ -199,13 +200,13 @@ def main(overrides: list[tuple[str, str]]) -> None:
     if workdir:
         config = read_json(pathlib.Path(workdir).expanduser() / "config.json")
     if flags.FLAGS.config:
-        config["evals"] = config_file.load(flags.FLAGS.config).get("evals", {})
+        config["evals"] = files.load(flags.FLAGS.config).get("evals", {})
     for key, text in overrides:
         if key.split(".")[0] != "evals":
             raise ConfigError(
                 f"--config.{key}", text, "config.evals alone: the model is trained", "drop it"
             )
-        config_file.override(config, key, text)
+        files.override(config, key, text)
     config["evals"] = chosen(
         config["evals"],
         flags.FLAGS.evals,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipx.config import duration
+from clipx.config.binding import duration
 from clipx.errors import ConfigError
 from clipx.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree

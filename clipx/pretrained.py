@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from clipx import config as configs
 from clipx.checkpoint import read_json
+from clipx.config import binding as configs
 from clipx.data import tokenizers
 from clipx.data.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clipx import config as configs
 from clipx import flops, pretrained
 from clipx import mesh as meshes
 from clipx.abstract import abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
-from clipx.config import bind, duration
+from clipx.config import binding as configs
+from clipx.config.binding import bind, duration
 from clipx.data import pipeline, tokenizers
 from clipx.data import teacher as teachers
 from clipx.data.base import Source, fingerprint

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from clipx import config as configs
 from clipx import mesh as meshes
-from clipx.config import bind, find
+from clipx.config import binding as configs
+from clipx.config.binding import bind, find
 from clipx.data import pipeline, tokenizers
 from clipx.data.base import Source
 from clipx.data.manifests import MANIFESTS

@@ -26,7 +26,7 @@ from absl import flags
 from jaxtyping import Float32, Int32
 
 from clipx import cli, kmeans, pca
-from clipx import config as configs
+from clipx.config import binding as configs
 from clipx.data import features as features_of
 from clipx.data import teacher as files
 from clipx.data.base import Source, expand_user, fingerprint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.data.pictures import Pictures
 from clipx.errors import ConfigError, DataError
 from clipx.evaluators.bias import Bias, direction, without

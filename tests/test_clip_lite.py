@@ -12,7 +12,7 @@ import pytest
 import test_laws
 import tiny
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.objectives.clip_lite import CLIPLite, CLIPLiteFeatures
 from clipx.step import row_keys

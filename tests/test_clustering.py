@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pixels import Encode, Examples, draw, unit
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.evaluators import clustering
 from clipx.evaluators.clustering import Clustering, nearest_centroid

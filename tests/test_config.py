@@ -13,10 +13,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from clipx import cli, sections, train
-from clipx import config as configs
 from clipx.checkpoint import refuse_other_config, write_json
-from clipx.config import bind, check, duration, find
-from clipx.config_file import load, override, parse
+from clipx.config import binding as configs
+from clipx.config.binding import bind, check, duration, find
+from clipx.config.files import load, override, parse
 from clipx.errors import ConfigError
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective

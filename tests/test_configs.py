@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from clipx import config_file, sections
+from clipx import sections
+from clipx.config import files
 from clipx.run import assemble
 from clipx.step import make_train_step
 
@@ -15,9 +16,7 @@ FOLDER = tiny.ROOT / "configs"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
 
 
-SPECS = [
-    f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in config_file.variants(file)
-]
+SPECS = [f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in files.variants(file)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ def kind(run):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_traces(spec):
-    config = shrunk(config_file.load(f"{FOLDER}/{spec}"))
+    config = shrunk(files.load(f"{FOLDER}/{spec}"))
     one = assemble(config, jax.devices()[:1])
     if kind(one) in TRACED:
         return
@@ -78,7 +77,7 @@ def test_traces(spec):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_assembles_in_full(file):
-    run = assemble(config_file.load(f"{file}:{config_file.variants(file)[0]}"), jax.devices()[:1])
+    run = assemble(files.load(f"{file}:{files.variants(file)[0]}"), jax.devices()[:1])
     assert jax.tree.leaves(run.state.params)
 
 
@@ -92,14 +91,14 @@ def test_assembles_in_full(file):
 )
 def test_published_size(spec, count):
     """As OpenAI's and the authors' models."""
-    run = assemble(config_file.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
+    run = assemble(files.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
     assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_evals_score_what_best_asks_for(spec):
     """`best` names an eval of the config, and a metric by a name that eval gives."""
-    config = config_file.load(f"{FOLDER}/{spec}")
+    config = files.load(f"{FOLDER}/{spec}")
     if not config["train"]["best"]:
         return
     name, metric = config["train"]["best"].split("/")

@@ -13,9 +13,10 @@ import test_laws
 import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
-from clipx import config_file, losses
+from clipx import losses
 from clipx.checkpoint import Checkpoints
-from clipx.config import bind
+from clipx.config import files
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.mesh import path_name
 from clipx.models.heads import BatchNormMLP
@@ -141,7 +142,7 @@ def test_the_scale_is_capped_and_its_gradient_is_not():
 @pytest.mark.parametrize("spec, key", [("declip", "1e-3"), ("filip", "5e-4")])
 def test_the_schedule_is_declips(spec, key):
     """`lr_yfcc_peak1e-3`, `lr_yfcc_peak5e-4`: the reference counts steps from 1."""
-    config = config_file.load(str(tiny.ROOT / "configs" / f"{spec}.py"))
+    config = files.load(str(tiny.ROOT / "configs" / f"{spec}.py"))
     optimizer, steps = bind(OptimizerConfig, config["optimizer"]), config["train"]["total_steps"]
     with jax.enable_x64(True):
         rate = make_schedule(optimizer, steps=steps, batch_size=4096, rows=None)
@@ -153,7 +154,7 @@ def test_the_schedule_is_declips(spec, key):
 def test_published_size_and_what_decays():
     """180.307 M of parameters; the heads' as counted in the authors' code. All decays but biases
     of layers, gains and the scale; the patch embedding neither learns nor decays."""
-    config = config_file.load(str(tiny.ROOT / "configs" / "declip.py"))
+    config = files.load(str(tiny.ROOT / "configs" / "declip.py"))
     run = assemble(config, jax.devices()[:1])
     params = run.state.params
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}

@@ -12,7 +12,7 @@ import test_laws
 import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.encode import Encode
 from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, make_mesh

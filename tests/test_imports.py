@@ -17,7 +17,7 @@ SOURCES = FILES + sorted(
     for p in (tiny.ROOT / folder).rglob("*.py")
 )
 FLOORS = (
-    ("types", "errors", "config", "config_file", "flops", "hlo"),
+    ("types", "errors", "config", "flops", "hlo"),
     (
         *("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
         "parameter_rules",

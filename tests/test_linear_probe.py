@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pixels import Encode, Examples, draw
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.evaluators import linear_probe
 from clipx.evaluators.base import accuracies

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pixels import Encode, Examples, unit
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.evaluators.modality_gap import ModalityGap
 

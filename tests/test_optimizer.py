@@ -14,7 +14,7 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.mesh import path_name
 from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from clipx import config_file, kmeans
-from clipx.config import bind
+from clipx import kmeans
+from clipx.config import files
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
@@ -361,7 +362,7 @@ def test_towers_of_two_widths():
 def test_the_published_recipe():
     """The sizes of the model's four groups of parameters, as the reference counts them, and what
     holds for each; the episode's steps; the rates at which the schedule was recorded."""
-    config = config_file.load(f"{tiny.ROOT}/configs/protoclip.py:1gpu")
+    config = files.load(f"{tiny.ROOT}/configs/protoclip.py:1gpu")
     run = assemble(config, jax.devices()[:1])
     rules, sizes = run.config.optimizer.rules, {}
     for path, index in jax.tree.leaves_with_path(claim(rules, run.state.params)):

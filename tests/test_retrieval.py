@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.evaluators.retrieval import Retrieval
 from clipx.types import Encoded

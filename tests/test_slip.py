@@ -12,7 +12,7 @@ import test_laws
 import tiny
 
 from clipx import losses
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.heads import BatchNormMLP
 from clipx.models.layers import unit

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from clipx import config as configs
+from clipx.config import binding as configs
 from clipx.data import text_augment, wordnet
 from clipx.data.text_augment import TextAugment, TextAugmentConfig
 from clipx.data.wordnet import WordNet

@@ -11,7 +11,7 @@ import pickle
 import numpy as np
 import pytest
 
-from clipx import config as configs
+from clipx.config import binding as configs
 from clipx.data import tokenizers
 from clipx.data.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError, DataError

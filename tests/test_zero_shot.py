@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from clipx.config import bind
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.evaluators.zero_shot import ZeroShot
 from clipx.types import Encoded

@@ -10,8 +10,8 @@ import numpy as np
 from flax import linen as nn
 
 from clipx import mesh as meshes
-from clipx.config import find
-from clipx.config_file import parse
+from clipx.config.binding import find
+from clipx.config.files import parse
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, put
 from clipx.models.layers import Tower, drop, dropout_keys
 from clipx.models.text import TextTransformer

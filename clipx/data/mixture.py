@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipx import config
+from clipx.config import binding
 from clipx.data.base import Example, Source
 from clipx.errors import BadSample, ConfigError, DataError
 
@@ -119,7 +119,7 @@ def _check(
         section = dict(section)
         source, weight = section.pop("source", ""), section.pop("weight", None)
         try:
-            cls = config.find("data", source, Source)
+            cls = binding.find("data", source, Source)
         except ConfigError as error:
             error.where = f"{own}.source"
             raise
@@ -131,7 +131,7 @@ def _check(
                 raise ConfigError(f"{own}.weight", f"none, beside that of {others}", "all or none")
         elif not number or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(f"{own}.weight", repr(weight), "a number above 0")
-        values = config.check(cls, section, where=own, beside=("source", "weight"))
+        values = binding.check(cls, section, where=own, beside=("source", "weight"))
         if hasattr(cls, "check_section"):
             cls.check_section(values, own)
         # of the number as it is written, so that 0.7 and 0.3 are seven to three

@@ -13,7 +13,7 @@ import types
 import warnings
 from typing import Any
 
-from clipx.config import nearest, plain, to_lists
+from clipx.config.binding import nearest, plain, to_lists
 from clipx.errors import ConfigError
 
 
