@@ -37,7 +37,7 @@ def features(n: int, d: int):
 def ours(x, args):
     import jax
 
-    from clipx import kmeans
+    from clipx.ops import kmeans
 
     options = dict(iterations=args.iterations, restarts=args.restarts)
 
@@ -108,8 +108,8 @@ def memory(args) -> None:
     import jax
     import jax.numpy as jnp
 
-    from clipx import kmeans
     from clipx import mesh as meshes
+    from clipx.ops import kmeans
 
     mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:DEVICES])
     print(f"\nMiB, d=128, float32, {DEVICES} devices\n")

@@ -16,8 +16,8 @@ import math
 
 import jax
 
-from clipx import flops
 from clipx.mesh import bytes_whole
+from clipx.ops import flops
 from clipx.predict import Prediction, held
 from clipx.run import Run
 from clipx.step import embed_rows, row_keys

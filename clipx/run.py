@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clipx import flops, pretrained
 from clipx import mesh as meshes
+from clipx import pretrained
 from clipx.abstract import abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import binding as configs
@@ -28,6 +28,7 @@ from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.interop import load
 from clipx.objectives.base import Objective
+from clipx.ops import flops
 from clipx.optimizer import make_schedule
 from clipx.parameter_rules import locked
 from clipx.sections import (

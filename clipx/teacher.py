@@ -25,12 +25,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32, Int32
 
-from clipx import cli, kmeans, pca
+from clipx import cli
 from clipx.config import binding as configs
 from clipx.data import features as features_of
 from clipx.data import teacher as files
 from clipx.data.base import Source, expand_user, fingerprint
 from clipx.errors import ConfigError, RunError
+from clipx.ops import kmeans, pca
 from clipx.sections import DataConfig, SourceSpec, split
 
 _TILE = 8192  # rows that are read or projected together

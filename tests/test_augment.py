@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from clipx import augment
-from clipx.augment import POLICIES, Policy
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh
+from clipx.ops import photometry
+from clipx.ops.photometry import POLICIES, Policy
 
 ROWS, HEIGHT, WIDTH = 12, 56, 72
 
@@ -88,9 +88,9 @@ def adjust_hue(image, shift):
 @pytest.mark.parametrize(
     "ours, pillow",
     [
-        (augment.brightness, ImageEnhance.Brightness),
-        (augment.contrast, ImageEnhance.Contrast),
-        (augment.saturation, ImageEnhance.Color),
+        (photometry.brightness, ImageEnhance.Brightness),
+        (photometry.contrast, ImageEnhance.Contrast),
+        (photometry.saturation, ImageEnhance.Color),
     ],
     ids=["brightness", "contrast", "saturation"],
 )
@@ -108,8 +108,8 @@ def test_enhancements_are_pillows(pictures, ours, pillow):
 def test_hue_is_torchvisions_on_pillow(pictures):
     shifts = np.linspace(-0.5, 0.5, ROWS, dtype=np.float32)
     expected = by_pillow(pictures, adjust_hue, shifts)
-    assert_near(augment.hue(pictures, shifts), expected)
-    assert np.mean(np.asarray(augment.hue(pictures, shifts)) != expected) < 0.02
+    assert_near(photometry.hue(pictures, shifts), expected)
+    assert np.mean(np.asarray(photometry.hue(pictures, shifts)) != expected) < 0.02
 
 
 def test_hue_of_every_kind_of_colour():
@@ -117,17 +117,17 @@ def test_hue_of_every_kind_of_colour():
     cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, 10, 100, 3)
     for shift in (-0.3, 0.0, 0.1):
         expected = by_pillow(cube, adjust_hue, [shift])
-        assert_near(augment.hue(cube, np.array([shift])), expected)
+        assert_near(photometry.hue(cube, np.array([shift])), expected)
 
 
 def test_greyscale_and_solarise_are_pillows(pictures):
     grey = by_pillow(pictures, lambda im: im.convert("L").convert("RGB"))
-    np.testing.assert_array_equal(augment.greyscale(pictures), grey)
+    np.testing.assert_array_equal(photometry.greyscale(pictures), grey)
     solarised = by_pillow(pictures, ImageOps.solarize)
-    np.testing.assert_array_equal(augment.solarise(pictures), solarised)
+    np.testing.assert_array_equal(photometry.solarise(pictures), solarised)
     thresholds = np.arange(ROWS) * 24
     solarised = by_pillow(pictures, lambda im, t: ImageOps.solarize(im, int(t)), thresholds)
-    np.testing.assert_array_equal(augment.solarise(pictures, thresholds), solarised)
+    np.testing.assert_array_equal(photometry.solarise(pictures, thresholds), solarised)
 
 
 @pytest.mark.parametrize("sigmas", [(0.0, 2.0), (3.0, 4.0)], ids=str)
@@ -135,7 +135,7 @@ def test_blur_is_pillows(pictures, sigmas):
     sigma = np.linspace(*sigmas, ROWS, dtype=np.float32)
     blur = lambda im, s: im.filter(ImageFilter.GaussianBlur(float(s)))  # noqa: E731
     expected = by_pillow(pictures, blur, sigma)
-    assert_near(augment.gaussian_blur(pictures, sigma, most=sigmas[1]), expected)
+    assert_near(photometry.gaussian_blur(pictures, sigma, most=sigmas[1]), expected)
 
 
 def test_blur_with_a_kernel_is_torchvisions(pictures):
@@ -148,7 +148,7 @@ def test_blur_with_a_kernel_is_torchvisions(pictures):
         wide = np.pad(picture.astype(np.float64), ((10, 10), (10, 10), (0, 0)), mode="reflect")
         tall = sum(w * wide[i : i + HEIGHT] for i, w in enumerate(window))
         expected.append(sum(w * tall[:, i : i + WIDTH] for i, w in enumerate(window)))
-    got = augment.gaussian_blur(pictures, sigma.astype(np.float32), kernel=21)
+    got = photometry.gaussian_blur(pictures, sigma.astype(np.float32), kernel=21)
     assert_near(got, np.round(expected))
     assert np.max(np.abs(np.asarray(got, np.float64) - expected)) < 2
 
@@ -156,9 +156,9 @@ def test_blur_with_a_kernel_is_torchvisions(pictures):
 def test_blur_of_nothing_and_of_more_than_most(image):
     rows = len(image)
     for kernel in (None, 21):
-        still = augment.gaussian_blur(image, np.zeros(rows, np.float32), kernel=kernel)
+        still = photometry.gaussian_blur(image, np.zeros(rows, np.float32), kernel=kernel)
         np.testing.assert_array_equal(still, image)
-    most, more = (augment.gaussian_blur(image, np.full(rows, s, np.float32)) for s in (2.0, 9.0))
+    most, more = (photometry.gaussian_blur(image, np.full(rows, s, np.float32)) for s in (2.0, 9.0))
     np.testing.assert_array_equal(most, more)
 
 
@@ -183,7 +183,7 @@ def test_policies_are_the_papers():
 
 def test_a_policy_that_does_nothing_is_the_identity(image):
     for name in ("none", "flip", "standard_slip"):
-        assert augment.photometry(image, row_keys(len(image)), POLICIES[name]) is image
+        assert photometry.photometry(image, row_keys(len(image)), POLICIES[name]) is image
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_coins(one_picture, kernel):
     }
     changed = {}
     for name, policy in alone.items():
-        out = np.asarray(augment.photometry(one_picture, keys, policy))
+        out = np.asarray(photometry.photometry(one_picture, keys, policy))
         changed[name] = np.any(out != one_picture, axis=(1, 2, 3))
         p = getattr(policy, name)
         assert abs(changed[name].mean() - p) < 4 * np.sqrt(p * (1 - p) / rows), name
@@ -217,10 +217,12 @@ def test_order_of_the_operations(one_picture):
     """Grey, then blur, then solarise: where all coins fall, the row is the three in this order."""
     policy = Policy(grey=1.0, blur=1.0, blur_sigma=(1.0, 1.0), solarise=1.0)
     rows = one_picture[:2]
-    expected = augment.gaussian_blur(augment.greyscale(rows), np.ones(2, np.float32))
-    got = augment.photometry(rows, row_keys(2), policy)
-    np.testing.assert_array_equal(got, augment.solarise(expected))
-    assert np.any(np.asarray(augment.gaussian_blur(augment.solarise(rows), np.ones(2))) != got)
+    expected = photometry.gaussian_blur(photometry.greyscale(rows), np.ones(2, np.float32))
+    got = photometry.photometry(rows, row_keys(2), policy)
+    np.testing.assert_array_equal(got, photometry.solarise(expected))
+    assert np.any(
+        np.asarray(photometry.gaussian_blur(photometry.solarise(rows), np.ones(2))) != got
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_order_of_the_operations(one_picture):
 )
 def test_factors_are_uniform(policy, low, high):
     grey = np.full((1500, 1, 1, 3), 100, np.uint8)
-    levels = np.asarray(augment.photometry(grey, row_keys(1500), policy))[:, 0, 0, 0]
+    levels = np.asarray(photometry.photometry(grey, row_keys(1500), policy))[:, 0, 0, 0]
     assert low <= levels.min() < low + 4 and high - 4 < levels.max() <= high
     quarters = np.histogram(levels, 4, (low, high))[0]
     assert np.all(np.abs(quarters - 375) < 80), quarters
@@ -242,7 +244,9 @@ def test_factors_are_uniform(policy, low, high):
 
 def test_hue_shifts_both_ways():
     red = np.tile(np.array([255, 0, 0], np.uint8), (600, 1, 1, 1))
-    out = np.asarray(augment.photometry(red, row_keys(600), Policy(jitter=1.0, hue=0.1)))[:, 0, 0]
+    out = np.asarray(photometry.photometry(red, row_keys(600), Policy(jitter=1.0, hue=0.1)))[
+        :, 0, 0
+    ]
     toward_yellow, toward_magenta = out[:, 1] > 0, out[:, 2] > 0
     assert 240 < toward_yellow.sum() < 360 and 240 < toward_magenta.sum() < 360
     assert 140 <= out[:, 1:].max() <= 153  # 25 of 255 steps; a third of the circle is 85
@@ -255,13 +259,13 @@ def test_all_24_orders(image):
     strengths = jnp.broadcast_to(jnp.array([0.9, 0.2, 0.95, 0.8], jnp.float32), (24, 4))
     chosen, order = jnp.ones(24, bool), (jnp.arange(24, dtype=jnp.float32) + 0.5) / 24
     jitter = jax.jit(
-        lambda x: augment._blends(*augment._jitter(x, chosen, order, strengths, policy))
+        lambda x: photometry._blends(*photometry._jitter(x, chosen, order, strengths, policy))
     )
     x = np.asarray(jitter(jnp.moveaxis(picture, -1, 1)))
     got = {row.tobytes() for row in np.moveaxis(x, 1, -1)}
-    drawn = [augment._between(strengths[:1, i], 0.2, 1.8) for i in range(3)]
-    drawn.append(augment._between(strengths[:1, 3], -0.4, 0.4))
-    each = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+    drawn = [photometry._between(strengths[:1, i], 0.2, 1.8) for i in range(3)]
+    drawn.append(photometry._between(strengths[:1, 3], -0.4, 0.4))
+    each = (photometry.brightness, photometry.contrast, photometry.saturation, photometry.hue)
     expected = set()
     for permutation in itertools.permutations(range(4)):
         row = picture[:1]
@@ -278,35 +282,35 @@ ALL = dataclasses.replace(POLICIES["mocov2"], solarise=0.2)
 def test_rows_are_alone(image, policy):
     """Row i has the same bits in any slice, beside any other pictures, on any mesh."""
     keys = row_keys(8)
-    whole = np.asarray(augment.photometry(image, keys, policy))
+    whole = np.asarray(photometry.photometry(image, keys, policy))
     assert whole.dtype == np.uint8 and np.mean(whole != image) > 0.3
-    part = augment.photometry(image[2:5], keys[2:5], policy)
+    part = photometry.photometry(image[2:5], keys[2:5], policy)
     np.testing.assert_array_equal(part, whole[2:5])
     other = image.copy()
     other[5:] = 255 - other[5:]
-    np.testing.assert_array_equal(augment.photometry(other, keys, policy)[:5], whole[:5])
+    np.testing.assert_array_equal(photometry.photometry(other, keys, policy)[:5], whole[:5])
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         spread = jax.device_put((image, keys), batch_sharding(mesh))
-        out = augment.photometry(*spread, policy)
+        out = photometry.photometry(*spread, policy)
     assert len(out.sharding.device_set) == 8 and not out.sharding.is_fully_replicated
     np.testing.assert_array_equal(out, whole)
 
 
 def test_same_key_same_bits(image):
     keys = row_keys(len(image))
-    first = np.asarray(augment.photometry(image, keys, ALL))
-    np.testing.assert_array_equal(augment.photometry(image, keys, ALL), first)
-    assert np.any(np.asarray(augment.photometry(image, row_keys(len(image), 1), ALL)) != first)
+    first = np.asarray(photometry.photometry(image, keys, ALL))
+    np.testing.assert_array_equal(photometry.photometry(image, keys, ALL), first)
+    assert np.any(np.asarray(photometry.photometry(image, row_keys(len(image), 1), ALL)) != first)
     same = np.broadcast_to(image[:1], image.shape)
-    assert len({row.tobytes() for row in np.asarray(augment.photometry(same, keys, ALL))}) > 5
+    assert len({row.tobytes() for row in np.asarray(photometry.photometry(same, keys, ALL))}) > 5
 
 
 def test_double_precision_changes_nothing(image):
-    expected = np.asarray(augment.photometry(image, row_keys(len(image)), ALL))
+    expected = np.asarray(photometry.photometry(image, row_keys(len(image)), ALL))
     with jax.enable_x64(True):
-        out = augment.photometry(image, row_keys(len(image)), ALL)
-        trace = jax.make_jaxpr(lambda x, k: augment.photometry(x, k, ALL))(
+        out = photometry.photometry(image, row_keys(len(image)), ALL)
+        trace = jax.make_jaxpr(lambda x, k: photometry.photometry(x, k, ALL))(
             image, row_keys(len(image))
         )
     np.testing.assert_array_equal(out, expected)
@@ -314,17 +318,17 @@ def test_double_precision_changes_nothing(image):
 
 
 def test_compiled_once(image, monkeypatch):
-    traced, planes = [], augment._planes
-    monkeypatch.setattr(augment, "_planes", lambda x: traced.append(x.shape) or planes(x))
+    traced, planes = [], photometry._planes
+    monkeypatch.setattr(photometry, "_planes", lambda x: traced.append(x.shape) or planes(x))
     policy = Policy(solarise=0.123)
     for seed in range(3):
-        augment.photometry(image, row_keys(len(image), seed), policy)
-    augment.photometry(image, row_keys(len(image)), Policy(solarise=0.123))
+        photometry.photometry(image, row_keys(len(image), seed), policy)
+    photometry.photometry(image, row_keys(len(image)), Policy(solarise=0.123))
     assert len(traced) == 1
 
 
 def test_normalize():
     levels = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3)
-    out = augment.normalize(levels, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    out = photometry.normalize(levels, photometry.IMAGENET_MEAN, photometry.IMAGENET_STD)
     expected = [-0.485 / 0.229, 0.544 / 0.224, (0.2 - 0.406) / 0.225]
     np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-6)

@@ -17,9 +17,9 @@ SOURCES = FILES + sorted(
     for p in (tiny.ROOT / folder).rglob("*.py")
 )
 FLOORS = (
-    ("types", "errors", "config", "flops", "hlo"),
+    ("types", "errors", "config", "hlo"),
     (
-        *("losses", "models", "kmeans", "pca", "mesh", "topology", "augment", "optimizer"),
+        *("losses", "models", "ops", "parallel", "mesh", "topology", "optimizer"),
         "parameter_rules",
     ),
     ("objectives", "data", "evaluators", "interop"),
@@ -40,14 +40,14 @@ COMMANDS = tuple(f"clipx/{name}.py" for name in FLOORS[-1])
 ONLY = {
     # attention's kernel is mapped over rows and heads, which the partitioner cannot see into; no
     # rows meet there, and what makes them meet stays forbidden
-    "jax.shard_map": ("clipx/losses/*", "clipx/kmeans.py", "clipx/models/attention.py"),
+    "jax.shard_map": ("clipx/losses/*", "clipx/ops/kmeans.py", "clipx/models/attention.py"),
     "jax.experimental.pallas": ("clipx/models/attention.py",),
     "jax.experimental.shard_map": (),
     "jax.sharding.Mesh": ("clipx/mesh.py", "clipx/run.py"),
     "jax.sharding.NamedSharding": ("clipx/mesh.py", "clipx/run.py"),
     "jax.make_mesh": ("clipx/mesh.py", "clipx/run.py"),
     **{
-        f"jax.lax.{name}": ("clipx/losses/*", "clipx/kmeans.py")
+        f"jax.lax.{name}": ("clipx/losses/*", "clipx/ops/kmeans.py")
         for name in (
             *("all_gather", "all_to_all", "axis_index", "pmax", "pmean", "pmin", "ppermute"),
             *("pshuffle", "psum", "psum_scatter", "pvary", "ragged_all_to_all"),

@@ -16,11 +16,12 @@ from test_interop_huggingface import with_transformers
 from test_interop_open_clip import with_open_clip
 from test_train import small
 
-from clipx import augment, pretrained
+from clipx import pretrained
 from clipx.errors import ConfigError, DataError, NotProven
 from clipx.evaluate import evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, proof, tokenizer
+from clipx.ops import photometry
 from clipx.run import assemble, restore
 
 CONTEXT = 24
@@ -311,7 +312,7 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     ids = run.tokenizer(TEXTS)
     np.testing.assert_array_equal(ids, their_ids(words, TEXTS, CONTEXT))
     with proof.quiet(), torch.no_grad():
-        seen = np.array(augment.normalize(images, (0.5,) * 3, (0.5,) * 3)).transpose(0, 3, 1, 2)
+        seen = np.array(photometry.normalize(images, (0.5,) * 3, (0.5,) * 3)).transpose(0, 3, 1, 2)
         said = theirs(pixel_values=torch.tensor(seen), input_ids=torch.tensor(ids).long())
     model, _ = pretrained.split(run.objective, run.tokenizer, state)
     ours = proof.ours(model, images, ids).logits

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from clipx import augment
-from clipx.augment import Policy
+from clipx.ops import photometry
+from clipx.ops.photometry import Policy
 from clipx.step import row_keys
 
 LAYOUTS = {  # mesh and micro-batches, each against one device and one micro-batch
@@ -29,7 +29,7 @@ def assert_same(got, expected, tolerance):
 # host's, so policies that differ in those alone stand for each other
 DEVICE = {
     dataclasses.replace(policy, scale=(0.9, 1.0), flip=False, mirror_words=False): name
-    for name, policy in augment.POLICIES.items()
+    for name, policy in photometry.POLICIES.items()
 }
 POLICIES = [f"clip:augmentation={name}" for policy, name in DEVICE.items() if policy != Policy()]
 

@@ -12,11 +12,12 @@ import pytest
 from test_topology import libtpu
 from test_train import ROOT, SMALL, rows, small
 
-from clipx import analytic, flops, microbatches, plan, predict, topology
+from clipx import analytic, microbatches, plan, predict, topology
 from clipx import train as training
 from clipx.checkpoint import Checkpoints
 from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from clipx.ops import flops
 from clipx.run import assemble
 
 GIB = 2**30

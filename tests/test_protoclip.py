@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tiny
 
-from clipx import kmeans
 from clipx.config import files
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures
+from clipx.ops import kmeans
 from clipx.optimizer import make_schedule
 from clipx.parameter_rules import claim
 from clipx.run import assemble

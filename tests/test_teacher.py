@@ -13,7 +13,7 @@ import pytest
 import tiny
 from test_pipeline import TOKENIZER, Pictures, encode, photo
 
-from clipx import pca, teacher
+from clipx import teacher
 from clipx.data import features, pipeline
 from clipx.data import teacher as files
 from clipx.data.base import fingerprint
@@ -21,6 +21,7 @@ from clipx.data.pairs import paired
 from clipx.data.table import Table
 from clipx.errors import ConfigError, DataError
 from clipx.models.heads import next_row
+from clipx.ops import pca
 
 ROWS = 30
 THINGS = ("dog", "cat", "boat")

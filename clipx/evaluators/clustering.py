@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipx import kmeans
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     Encode,
@@ -19,6 +18,7 @@ from clipx.evaluators.base import (
     need_scikit_learn,
     rows_of,
 )
+from clipx.ops import kmeans
 
 _ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from clipx import augment
 from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import base
 from clipx.interop.base import Arrays, Model, Rule
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
+from clipx.ops import photometry
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # where transformers 5 keeps a preprocessor too
@@ -264,7 +264,7 @@ def from_huggingface(
     }
     scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
     seen = preprocessor or {}
-    mean, std = ((0.5,) * 3,) * 2 if siglip else (augment.OPENAI_MEAN, augment.OPENAI_STD)
+    mean, std = ((0.5,) * 3,) * 2 if siglip else (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
     resample = {number: name for name, number in _RESAMPLE.items()}
     pictures = {
         "mean": tuple(seen.get("image_mean", mean)),

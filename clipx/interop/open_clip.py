@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from clipx import augment
 from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import base, guests
 from clipx.interop.base import Arrays, Model, Rule
@@ -16,6 +15,7 @@ from clipx.models.bert import BERT
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
+from clipx.ops import photometry
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 _PADDED = "texts whose padding is not attended to, which its config has no word for"
@@ -312,8 +312,8 @@ def from_open_clip(
             variables,
             logit_scale=np.float32(rest["logit_scale"]).reshape(()),
             logit_bias=np.float32(rest["logit_bias"]).reshape(()) if "logit_bias" in rest else None,
-            mean=tuple(preprocess.get("mean", augment.OPENAI_MEAN)),
-            std=tuple(preprocess.get("std", augment.OPENAI_STD)),
+            mean=tuple(preprocess.get("mean", photometry.OPENAI_MEAN)),
+            std=tuple(preprocess.get("std", photometry.OPENAI_STD)),
             words=words,
             resize=preprocess.get("resize_mode", "shortest"),
             interpolation=preprocess.get("interpolation", "bicubic"),

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from clipx import augment
 from clipx.errors import MissingLibrary, NotProven
 from clipx.interop.base import Model
+from clipx.ops import photometry
 
 COSINE, RELATIVE = 0.99999, 1e-4  # what an export is held to, in float32
 CAPTIONS = (
@@ -142,7 +142,7 @@ def ours(
         return np.pad(raw, ((0, 0), (0, model.width - raw.shape[1])))
 
     with jax.default_device(cpu()), jax.default_matmul_precision("highest"):
-        image = rows("image", augment.normalize(np.stack(images), model.mean, model.std))
+        image = rows("image", photometry.normalize(np.stack(images), model.mean, model.std))
         text = rows("text", np.asarray(ids, np.int32))
     return Said(image, text, logits(image, text, model.logit_scale, model.logit_bias))
 

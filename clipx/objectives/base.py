@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from clipx import augment
 from clipx.models.layers import Tower, check
+from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
 
 
@@ -25,11 +25,11 @@ class Objective(nn.Module):
 
     image: Tower
     text: Tower
-    augmentation: augment.Named | augment.Policy = "none"  # of each picture view
+    augmentation: photometry.Named | photometry.Policy = "none"  # of each picture view
     crop_scale: tuple[float, float] | None = None  # area share of a crop; None: the augmentation's
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are no negatives
-    mean: tuple[float, float, float] = augment.OPENAI_MEAN  # of RGB in 0..1
-    std: tuple[float, float, float] = augment.OPENAI_STD
+    mean: tuple[float, float, float] = photometry.OPENAI_MEAN  # of RGB in 0..1
+    std: tuple[float, float, float] = photometry.OPENAI_STD
     locked: tuple[str, ...] = ()  # given: towers that the optimizer freezes whole
 
     @property
@@ -86,7 +86,7 @@ class Objective(nn.Module):
     ) -> UInt8[Array, "b h w 3"]:
         """One view of the batch's pictures after its photometry."""
         policy = self.views.pictures[view].photometry
-        return augment.photometry(batch.image[:, view], tower_keys(keys, _VIEW + view), policy)
+        return photometry.photometry(batch.image[:, view], tower_keys(keys, _VIEW + view), policy)
 
     def ids(self, batch: Batch) -> Int32[Array, " b"] | None:
         """What `losses` take as `ids`: rows of one caption share one; None keeps them negatives."""
@@ -100,7 +100,7 @@ class Objective(nn.Module):
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         """The image tower's rows, for pictures as a user has them: uint8, RGB."""
-        image = augment.normalize(image, self.mean, self.std)
+        image = photometry.normalize(image, self.mean, self.std)
         return self._tower("image", image, train, keys)
 
     def encode_text(
@@ -141,10 +141,10 @@ def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
 
 
 def picture_view(
-    augmentation: augment.Named | augment.Policy, crop_scale: tuple[float, float] | None
+    augmentation: photometry.Named | photometry.Policy, crop_scale: tuple[float, float] | None
 ) -> View:
     """A view of an augmentation, its crops of `crop_scale` if that is given."""
-    policy = augment.find(augmentation)
+    policy = photometry.find(augmentation)
     return View(crop_scale or policy.scale, policy.flip, policy)
 
 

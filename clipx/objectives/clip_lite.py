@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int32, Key
 
-from clipx import augment, losses
+from clipx import losses
 from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next_row
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Objective, check_groups, tower_keys
+from clipx.ops import photometry
 from clipx.types import Encoded, Features, Loss, Views
 
 # the critic of picture-caption pairs, and that of two views or two captions of one picture
@@ -55,9 +56,9 @@ class CLIPLite(Objective):
     "off" the rest keeps its factor of 1 - w.
     """
 
-    augmentation: augment.Named | augment.Policy = "clip_lite"
-    mean: tuple[float, float, float] = augment.IMAGENET_MEAN
-    std: tuple[float, float, float] = augment.IMAGENET_STD
+    augmentation: photometry.Named | photometry.Policy = "clip_lite"
+    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
+    std: tuple[float, float, float] = photometry.IMAGENET_STD
     critic: Literal["dot", "concat", "condot", "dotcon"] = "dot"
     prior: Literal["cooperative", "adversarial", "off"] = "cooperative"
     prior_weight: float = 0.1

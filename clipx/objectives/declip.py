@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from clipx import augment, losses
+from clipx import losses
 from clipx.models.heads import BatchNormMLP, VocabularyHead
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
@@ -20,6 +20,7 @@ from clipx.objectives.filip import (
     check_weights,
     hide_words,
 )
+from clipx.ops import photometry
 from clipx.types import Features, Loss, PyTree, Views
 
 _WEIGHTS = (
@@ -76,9 +77,9 @@ class DeCLIP(Objective):
     `late_interaction` too.
     """
 
-    augmentation: augment.Named | augment.Policy = "mocov2"
-    mean: tuple[float, float, float] = augment.IMAGENET_MEAN
-    std: tuple[float, float, float] = augment.IMAGENET_STD
+    augmentation: photometry.Named | photometry.Policy = "mocov2"
+    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
+    std: tuple[float, float, float] = photometry.IMAGENET_STD
     contrastive_weight: float = 0.4
     neighbour_weight: float = 0.2
     simsiam_weight: float = 0.2

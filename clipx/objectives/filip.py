@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from clipx import augment, losses
+from clipx import losses
 from clipx.models.heads import TokenProjection
 from clipx.models.layers import check
 from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.ops import photometry
 from clipx.types import Batch, Features, Loss
 
 _IMAGE, _TEXT, _HIDDEN = range(3)  # which of a row's independent keys
@@ -98,9 +99,9 @@ class FILIP(Objective):
     tokenizer's.
     """
 
-    augmentation: augment.Named | augment.Policy = "mocov2"
-    mean: tuple[float, float, float] = augment.IMAGENET_MEAN
-    std: tuple[float, float, float] = augment.IMAGENET_STD
+    augmentation: photometry.Named | photometry.Policy = "mocov2"
+    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
+    std: tuple[float, float, float] = photometry.IMAGENET_STD
     late_interaction_weight: float = 1.0
     contrastive_weight: float = 0.0
     top_k: int | None = 16

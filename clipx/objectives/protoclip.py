@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from clipx import augment, kmeans, losses
+from clipx import losses
 from clipx.models.heads import PrototypeHeads
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
 from clipx.objectives.filip import check_weights
+from clipx.ops import kmeans, photometry
 from clipx.types import Features, Loss, PyTree
 
 _MODALITIES = ("image", "text")
@@ -89,7 +90,7 @@ class ProtoCLIP(Objective):
     rows in any case. In evaluation the towers' unit rows are compared, without heads.
     """
 
-    augmentation: augment.Named | augment.Policy = "protoclip_light"
+    augmentation: photometry.Named | photometry.Policy = "protoclip_light"
     contrastive_weight: float = 1.0
     prototype_weight: float = 1.0
     external_weight: float = 0.0

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipx import augment, losses
+from clipx import losses
 from clipx.models.heads import BatchNormMLP
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import picture_view, tower_keys
 from clipx.objectives.clip import CLIP, ClipFeatures
+from clipx.ops import photometry
 from clipx.types import Loss, Views
 
 
@@ -44,11 +45,11 @@ class SLIP(CLIP):
     it. Values are the same. Captions keep their end mark, where that code cuts it off long ones.
     """
 
-    augmentation: augment.Named | augment.Policy = "standard_slip"
-    ssl_augmentation: augment.Named | augment.Policy = "slip"
+    augmentation: photometry.Named | photometry.Policy = "standard_slip"
+    ssl_augmentation: photometry.Named | photometry.Policy = "slip"
     ssl_crop_scale: tuple[float, float] | None = None  # None: the augmentation's
-    mean: tuple[float, float, float] = augment.IMAGENET_MEAN
-    std: tuple[float, float, float] = augment.IMAGENET_STD
+    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
+    std: tuple[float, float, float] = photometry.IMAGENET_STD
     ssl_weight: float = 1.0
     temperature: float = 0.1  # of NT-Xent
     head_width: int = 4096

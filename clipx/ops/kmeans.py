@@ -9,7 +9,7 @@ atomic additions nor the number of devices changes a centroid.
 
 In a notebook, with a million rows and a bar that shows iteration and inertia:
 
-    from clipx import kmeans
+    from clipx.ops import kmeans
     found = kmeans.fit(x, 20_000, key=jax.random.key(0), restarts=3, progress=True)
     found.assignment, found.centroids, found.inertia, found.counts
 
