@@ -108,8 +108,8 @@ def memory(args) -> None:
     import jax
     import jax.numpy as jnp
 
-    from clipx import mesh as meshes
     from clipx.ops import kmeans
+    from clipx.parallel import mesh as meshes
 
     mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:DEVICES])
     print(f"\nMiB, d=128, float32, {DEVICES} devices\n")

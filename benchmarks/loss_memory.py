@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from clipx import losses
-from clipx import mesh as meshes
+from clipx.parallel import mesh as meshes
 
 DEVICES = 8
 LIMIT = 2**30

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipx import mesh as meshes
 from clipx.config import binding as configs
 from clipx.config.binding import bind
-from clipx.mesh import Mesh
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.optimizer import make_optimizer
+from clipx.parallel import mesh as meshes
+from clipx.parallel.mesh import Mesh
 from clipx.sections import Config, check_marks, named
 from clipx.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState

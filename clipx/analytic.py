@@ -16,12 +16,12 @@ import math
 
 import jax
 
-from clipx.mesh import bytes_whole
 from clipx.ops import flops
+from clipx.parallel.chips import Topology
+from clipx.parallel.mesh import bytes_whole
 from clipx.predict import Prediction, held
 from clipx.run import Run
 from clipx.step import embed_rows, row_keys
-from clipx.topology import Topology
 
 PEAK, BANDWIDTH = 0.6, 0.8  # of what is published
 SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more

@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 
 from clipx import cli, losses, microbatches, predict
-from clipx import mesh as meshes
 from clipx.errors import RunError
+from clipx.parallel import mesh as meshes
 from clipx.run import Run, assemble
 from clipx.types import Batch
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from clipx import distributed
 from clipx.config import files
 from clipx.errors import (
     BadSample,
@@ -24,7 +23,8 @@ from clipx.errors import (
     MetricsError,
     RunError,
 )
-from clipx.place import find_place
+from clipx.parallel import processes
+from clipx.parallel.environment import find_place
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
@@ -71,7 +71,7 @@ def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
     if values.get("config"):
         with contextlib.suppress(ConfigError):  # the command's own to tell
             config = load_config(values["config"], overrides)
-    distributed.start(place, config, workdir=values.get("workdir"), overrides=dict(overrides))
+    processes.start(place, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:
@@ -108,10 +108,10 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         leave(code)
 
     def leave(code: int):
-        if distributed.hosts():  # JAX's own end would wait minutes for those that never come
+        if processes.hosts():  # JAX's own end would wait minutes for those that never come
             if code != EXIT_LOST:
                 with contextlib.suppress(HostsError):  # all with one error: together
-                    distributed.barrier("leave", _LEAVE_SECONDS)
+                    processes.barrier("leave", _LEAVE_SECONDS)
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
@@ -124,16 +124,16 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
     except CheckpointError as error:  # all of them write one: it can be where a lost one shows
-        said = distributed.lost(error)
+        said = processes.lost(error)
         fail(said or error, EXIT_LOST if said else EXIT_FAILED)
     except (RunError, MetricsError) as error:
         fail(error, EXIT_FAILED)
     except HostsError as error:  # before they have met, or of one that came and has gone
-        fail(error, EXIT_LOST if distributed.hosts() else EXIT_FAILED)
+        fail(error, EXIT_LOST if processes.hosts() else EXIT_FAILED)
     except Exception as error:
-        if not distributed.hosts():
+        if not processes.hosts():
             raise
-        if said := distributed.lost(error):
+        if said := processes.lost(error):
             fail(said, EXIT_LOST)
         traceback.print_exc()
         leave(EXIT_FAILED)

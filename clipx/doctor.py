@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from clipx import cli, distributed
-from clipx import mesh as meshes
+from clipx import cli
 from clipx.checkpoint import prepare_workdir
 from clipx.config import binding as configs
 from clipx.data.base import Source
 from clipx.errors import BadSample, ConfigError, DataError, RunError
-from clipx.place import read_metadata
+from clipx.parallel import mesh as meshes
+from clipx.parallel import processes
+from clipx.parallel.environment import read_metadata
 from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
 
 _LOCK = "/tmp/libtpu_lockfile"
@@ -47,7 +48,7 @@ class Finding(NamedTuple):
 
 def check_versions() -> Iterator[Finding]:
     """Python, JAX, and the plugin that the hardware needs."""
-    found = distributed.facts()["versions"]
+    found = processes.facts()["versions"]
     yield Finding("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
     if not (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 14):
         yield Finding("python", found["python"], "install Python 3.11, 3.12 or 3.13")
@@ -117,7 +118,7 @@ def check_devices() -> Iterator[Finding]:
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     total = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     yield Finding("devices", f"{total}, {jax.process_count()} process(es)")
-    for process, host in enumerate(distributed.hosts()):
+    for process, host in enumerate(processes.hosts()):
         count = sum(device.process_index == process for device in jax.devices())
         yield Finding(f"process {process}", f"{host}: {count} device(s)")
     if len(kinds) > 1:
@@ -146,7 +147,7 @@ def all_reduce(devices=None, size: int = 2**24) -> float:
 def check_bandwidth() -> Iterator[Finding]:
     if jax.device_count() == 1:
         return
-    distributed.barrier("doctor: all-reduce")
+    processes.barrier("doctor: all-reduce")
     platform = jax.devices()[0].platform
     speed = all_reduce(size=2**18 if platform == "cpu" else 2**24)
     slow = speed < _SLOW and platform != "cpu"
@@ -163,9 +164,9 @@ def check_workdir(workdir: str) -> Iterator[Finding]:
     folder = prepare_workdir(workdir)
     own = folder / f".doctor_{jax.process_index()}"
     own.touch()
-    distributed.barrier("doctor: workdir written")
+    processes.barrier("doctor: workdir written")
     there = [(folder / f".doctor_{i}").exists() for i in range(jax.process_count())]
-    distributed.barrier("doctor: workdir read")
+    processes.barrier("doctor: workdir read")
     own.unlink()
     free = f"{folder}: {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free"
     if all(there):

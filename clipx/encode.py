@@ -11,10 +11,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from clipx import mesh as meshes
 from clipx.data.tokenizers import Tokenizer
 from clipx.errors import ConfigError, Interrupted
 from clipx.objectives.base import Objective
+from clipx.parallel import mesh as meshes
 from clipx.types import Encoded, PyTree
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from clipx import predict
 from clipx.errors import ConfigError
-from clipx.mesh import bytes_held
+from clipx.parallel.mesh import bytes_held
 from clipx.predict import Prediction, describe_memory, held
 from clipx.run import Run
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from clipx.errors import ConfigError
-from clipx.mesh import path_name
+from clipx.parallel.mesh import path_name
 from clipx.types import PyTree
 
 WHERE = "config.optimizer"

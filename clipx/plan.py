@@ -21,11 +21,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from clipx import analytic, cli, microbatches, predict, topology
+from clipx import analytic, cli, microbatches, predict
 from clipx.errors import ConfigError, RunError
+from clipx.parallel import chips
+from clipx.parallel.chips import Topology
 from clipx.predict import Prediction, gib, scaled
 from clipx.run import Run, assemble
-from clipx.topology import Topology
 
 COMPILED = "compiled ahead of time, not run"
 MODELLED = "analytic model, not compiled, not run"
@@ -204,7 +205,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
         from clipx import plan_losses
 
         return plan_losses.main()
-    topologies = [topology.parse(name) for name in _names("topology")]
+    topologies = [chips.parse(name) for name in _names("topology")]
     configs = [(name, cli.load_config(name, overrides)) for name in _names("config")]
     gpus = max((where.size for where in topologies if where.gpu), default=0)
     if gpus > 1:

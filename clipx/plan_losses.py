@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from clipx import hlo, losses, mesh, topology
+from clipx import hlo, losses
 from clipx.errors import OutOfMemory
 from clipx.losses.forms import Form, pick_form
+from clipx.parallel import chips, mesh
 from clipx.predict import compile_ahead
 from clipx.types import constrain_rows
 
@@ -99,7 +100,7 @@ def main(
     )
     print("| loss | topology | batch | " + " | ".join(columns) + " |")
     print("|" + "---|" * (3 + len(columns)), flush=True)
-    for where in map(topology.parse, topologies):
+    for where in map(chips.parse, topologies):
         on = mesh.make_mesh(mesh.MeshConfig(), where.devices())
         for batch in batches:
             with jax.set_mesh(on):

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from clipx import hlo, topology
+from clipx import hlo
 from clipx.errors import OutOfMemory
-from clipx.mesh import bytes_held
+from clipx.parallel import chips
+from clipx.parallel.mesh import bytes_held
 from clipx.run import Run
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -99,8 +100,8 @@ class Prediction:
         return None if self.limit is None or self.need is None else self.need <= self.limit
 
     @property
-    def chip(self) -> topology.Chip | None:
-        return topology.chip(self.device_kind)
+    def chip(self) -> chips.Chip | None:
+        return chips.chip(self.device_kind)
 
     @property
     def images_per_second(self) -> float | None:
@@ -134,7 +135,7 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
     compiled for devices that are not here, to be looked at and not kept. Does not raise where the
     compiler finds no room: such a prediction does not fit."""
     device = next(iter(run.mesh.local_devices), run.mesh.devices.flat[0])
-    chip = topology.chip(device.device_kind)
+    chip = chips.chip(device.device_kind)
     limit = memory_limit(device) if limit is None else limit
     known = held(run)
     base = Prediction(
@@ -176,7 +177,7 @@ def _cost(step: jax.stages.Compiled) -> dict[str, float]:
     return (cost[0] if isinstance(cost, list) else cost) or {}
 
 
-def _estimate(text: Callable[[], str], chip: topology.Chip) -> dict[str, Any]:
+def _estimate(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
     """The compiler's time, and the collectives, from the program's text. A text that cannot be read
     says so and stops nothing."""
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
@@ -205,7 +206,7 @@ def memory_limit(device: jax.Device) -> int | None:
         told = (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a device to compile for, which is not here
         told = None
-    chip = topology.chip(device.device_kind)
+    chip = chips.chip(device.device_kind)
     return told or (int(chip.memory * 2**30) if chip and chip.memory else None)
 
 

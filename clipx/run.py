@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clipx import mesh as meshes
 from clipx import pretrained
 from clipx.abstract import abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
@@ -30,6 +29,7 @@ from clipx.interop import load
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.optimizer import make_schedule
+from clipx.parallel import mesh as meshes
 from clipx.parameter_rules import locked
 from clipx.sections import (
     Config,

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from clipx import mesh as meshes
 from clipx.config import binding as configs
 from clipx.config.binding import bind, find
 from clipx.data import pipeline, tokenizers
@@ -16,10 +15,11 @@ from clipx.data.pictures import Pictures
 from clipx.data.text_augment import TextAugmentConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
-from clipx.mesh import MeshConfig
 from clipx.models.bert import BERT
 from clipx.models.layers import Tower
 from clipx.optimizer import OptimizerConfig
+from clipx.parallel import mesh as meshes
+from clipx.parallel.mesh import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)

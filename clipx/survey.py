@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipx import mesh as meshes
 from clipx.data.base import Source
+from clipx.parallel import mesh as meshes
 from clipx.run import Run
 from clipx.step import make_refresh, make_survey_step, put_features
 from clipx.types import Batch, Features, TrainState

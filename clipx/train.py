@@ -13,8 +13,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, distributed, microbatches, predict, report
-from clipx import mesh as meshes
+from clipx import cli, microbatches, predict, report
 from clipx.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -27,6 +26,8 @@ from clipx.data.base import Source, fingerprint
 from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, RunError
 from clipx.metrics import Clock, Metrics
+from clipx.parallel import mesh as meshes
+from clipx.parallel import processes
 from clipx.run import Run, assemble
 from clipx.survey import Survey
 from clipx.trainer import Stop, Trainer, mesh_known
@@ -56,7 +57,7 @@ def _tokenizer(run: Run, workdir: pathlib.Path, source: Source, resuming: bool):
     if not (resuming and path.exists()) and jax.process_index() == 0:
         write_json(path, run.open_tokenizer(source).save())
     if jax.process_count() > 1:
-        distributed.barrier("tokenizer")
+        processes.barrier("tokenizer")
     return tokenizers.load(read_json(path))
 
 
@@ -155,7 +156,7 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
         if main:
             print(f"compiled in {time.perf_counter() - compiling:.0f} s", flush=True)
             print("\n".join(predict.short(predicted)), flush=True)
-        distributed.barrier("compiled")  # on CPUs the first collective waits 30 s for all, no more
+        processes.barrier("compiled")  # on CPUs the first collective waits 30 s for all, no more
     metrics = Metrics(
         folder,
         total_steps=run.steps,

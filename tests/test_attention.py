@@ -10,11 +10,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from clipx import hlo
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.models import layers, transformer
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.tpu import on_tpu
-from clipx.topology import parse
+from clipx.parallel.chips import parse
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the tpu extra)"

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh
 from clipx.ops import photometry
 from clipx.ops.photometry import POLICIES, Policy
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 
 ROWS, HEIGHT, WIDTH = 12, 56, 72
 

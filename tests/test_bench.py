@@ -6,7 +6,7 @@ import numpy as np
 from test_train import small
 
 from clipx import bench
-from clipx.mesh import MeshConfig, make_mesh
+from clipx.parallel.mesh import MeshConfig, make_mesh
 from clipx.run import assemble
 
 

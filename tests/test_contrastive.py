@@ -12,7 +12,7 @@ import pytest
 
 from clipx import losses
 from clipx.losses.forms import pick_form
-from clipx.mesh import MeshConfig, make_mesh
+from clipx.parallel.mesh import MeshConfig, make_mesh
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 

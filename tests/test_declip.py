@@ -18,10 +18,10 @@ from clipx.checkpoint import Checkpoints
 from clipx.config import files
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.mesh import path_name
 from clipx.models.heads import BatchNormMLP
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped
 from clipx.optimizer import OptimizerConfig, make_schedule
+from clipx.parallel.mesh import path_name
 from clipx.parameter_rules import claim
 from clipx.run import assemble
 from clipx.step import make_train_step, row_keys

@@ -15,8 +15,8 @@ from declip_oracle import ORACLE, WIDE, sines, unit
 from clipx.config.binding import bind
 from clipx.encode import Encode
 from clipx.errors import ConfigError
-from clipx.mesh import MeshConfig, make_mesh
 from clipx.objectives.filip import FILIP, FILIPFeatures, hide_words
+from clipx.parallel.mesh import MeshConfig, make_mesh
 from clipx.step import row_keys
 from clipx.types import Encoded
 

@@ -22,11 +22,11 @@ from clipx.evaluators.grounding import (
     to_crop,
     upsample,
 )
-from clipx.mesh import MeshConfig, make_mesh
 from clipx.models.resnet import AttentionPool, ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
+from clipx.parallel.mesh import MeshConfig, make_mesh
 
 TEXT = dict(width=8, depth=1, heads=2, embed_dim=4, vocab_size=16, context=4, eot_id=3)
 RED, GREEN = (250, 0, 0), (0, 250, 0)

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from clipx import hlo
 from clipx.errors import HloError
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh
-from clipx.topology import parse
+from clipx.parallel.chips import parse
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 
 CONFIG = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 KERNEL = (

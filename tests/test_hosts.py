@@ -17,12 +17,13 @@ from orbax.checkpoint import multihost
 from test_processes import free_port
 from test_train import ROOT, SMALL, parameters, rows, small, wait_for
 
-from clipx import cli, distributed
-from clipx import place as places
+from clipx import cli
 from clipx.checkpoint import Checkpoints
-from clipx.distributed import meet, refuse_skew, refuse_uneven
 from clipx.errors import ConfigError, HostsError
-from clipx.place import Place, find_place
+from clipx.parallel import environment as places
+from clipx.parallel import processes
+from clipx.parallel.environment import Place, find_place
+from clipx.parallel.processes import meet, refuse_skew, refuse_uneven
 from clipx.train import train
 from clipx.trainer import Stop
 
@@ -199,7 +200,7 @@ def test_skew_names_the_host_and_both_values(facts, said):
 
 
 def test_own_facts_name_the_files():
-    facts = distributed.facts({"a": (1, 2)}, workdir="w")
+    facts = processes.facts({"a": (1, 2)}, workdir="w")
     assert {"python", "jax", "jaxlib", "flax", "clipx files"} <= set(facts["versions"])
     assert facts["config"] == {"a": [1, 2]} and facts["command"] == {"workdir": "w"}
 
@@ -215,7 +216,7 @@ def test_uneven_devices_are_named():
 def test_the_wait_is_a_number(text, monkeypatch):
     monkeypatch.setenv("CLIPX_WAIT_SECONDS", text)
     with pytest.raises(ConfigError, match="CLIPX_WAIT_SECONDS"):
-        distributed.seconds()
+        processes.seconds()
 
 
 def test_metadata_without_a_server_is_empty(monkeypatch):
@@ -242,13 +243,13 @@ def test_a_broken_collective_says_who_has_gone(monkeypatch):
         raise HostsError(f"process 1 (b) did not come to {name!r} within {wait:.0f} s: look there")
 
     broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo ReduceScatter failed: Connection reset")
-    assert distributed.lost(broken) == ""
-    monkeypatch.setattr(distributed, "_names", ["a", "b"])
-    monkeypatch.setattr(distributed, "barrier", late)
-    assert "process 1 (b) did not answer within 10 s: look there" in distributed.lost(broken)
-    assert distributed.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB")) == ""
-    monkeypatch.setattr(distributed, "barrier", lambda name, wait: None)
-    assert "all of them still answer" in distributed.lost(broken)
+    assert processes.lost(broken) == ""
+    monkeypatch.setattr(processes, "_names", ["a", "b"])
+    monkeypatch.setattr(processes, "barrier", late)
+    assert "process 1 (b) did not answer within 10 s: look there" in processes.lost(broken)
+    assert processes.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB")) == ""
+    monkeypatch.setattr(processes, "barrier", lambda name, wait: None)
+    assert "all of them still answer" in processes.lost(broken)
 
 
 TIMED_OUT = """DEADLINE_EXCEEDED: Barrier timed out. Id: clipx/x::0.
@@ -269,9 +270,9 @@ def test_a_barrier_says_whom_it_waited_for(monkeypatch):
     monkeypatch.setenv("CLIPX_WAIT_SECONDS", "7")
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: wait)
-    monkeypatch.setattr(distributed, "_names", ["a", "b", "c"])
+    monkeypatch.setattr(processes, "_names", ["a", "b", "c"])
     with pytest.raises(HostsError, match=r"process 1 \(b\), process 2 \(c\) did not come to 'x'"):
-        distributed.barrier("x")
+        processes.barrier("x")
 
 
 LATE = """
@@ -357,7 +358,7 @@ def test_a_command_tells_its_config(monkeypatch):
     told = []
     monkeypatch.setattr(cli.flags, "FLAGS", values)
     monkeypatch.setattr(cli, "find_place", lambda environment: "a place")
-    monkeypatch.setattr(distributed, "start", lambda *args, **more: told.append((*args, more)))
+    monkeypatch.setattr(processes, "start", lambda *args, **more: told.append((*args, more)))
     monkeypatch.chdir(ROOT)
     cli.start_processes([("seed", "7")])
     [(place, config, command)] = told

@@ -19,14 +19,14 @@ SOURCES = FILES + sorted(
 FLOORS = (
     ("types", "errors", "config", "hlo"),
     (
-        *("losses", "models", "ops", "parallel", "mesh", "topology", "optimizer"),
+        *("losses", "models", "ops", "parallel", "optimizer"),
         "parameter_rules",
     ),
     ("objectives", "data", "evaluators", "interop"),
     ("step",),
     (
         *("run", "sections", "encode", "checkpoint", "pretrained", "metrics", "episodes"),
-        *("abstract", "survey", "place", "distributed", "predict", "microbatches", "analytic"),
+        *("abstract", "survey", "predict", "microbatches", "analytic"),
     ),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
@@ -43,9 +43,9 @@ ONLY = {
     "jax.shard_map": ("clipx/losses/*", "clipx/ops/kmeans.py", "clipx/models/attention.py"),
     "jax.experimental.pallas": ("clipx/models/attention.py",),
     "jax.experimental.shard_map": (),
-    "jax.sharding.Mesh": ("clipx/mesh.py", "clipx/run.py"),
-    "jax.sharding.NamedSharding": ("clipx/mesh.py", "clipx/run.py"),
-    "jax.make_mesh": ("clipx/mesh.py", "clipx/run.py"),
+    "jax.sharding.Mesh": ("clipx/parallel/mesh.py", "clipx/run.py"),
+    "jax.sharding.NamedSharding": ("clipx/parallel/mesh.py", "clipx/run.py"),
+    "jax.make_mesh": ("clipx/parallel/mesh.py", "clipx/run.py"),
     **{
         f"jax.lax.{name}": ("clipx/losses/*", "clipx/ops/kmeans.py")
         for name in (
@@ -55,7 +55,7 @@ ONLY = {
     },
     "grain": ("clipx/data/*",),
     "tensorflow_datasets": ("clipx/data/*",),
-    "orbax": ("clipx/checkpoint.py", "clipx/distributed.py"),
+    "orbax": ("clipx/checkpoint.py", "clipx/parallel/processes.py"),
     "torch": (),
     "jax._src": (),
     # grain reads one of absl's flags: the pipeline marks them as parsed where no command did so
@@ -93,7 +93,7 @@ def is_part(name: str, whole: str) -> bool:
 
 
 def room(file: str) -> str:
-    """`losses` for clipx/losses/contrastive.py, `mesh` for clipx/mesh.py."""
+    """`losses` for clipx/losses/contrastive.py, `mesh` for clipx/parallel/mesh.py."""
     return file.removeprefix("clipx/").removesuffix(".py").split("/")[0]
 
 

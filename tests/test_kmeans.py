@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx import mesh as meshes
 from clipx.errors import ConfigError
 from clipx.ops import kmeans
+from clipx.parallel import mesh as meshes
 
 KEY = jax.random.key(0)
 ORACLE = pathlib.Path(__file__).parent / "oracles" / "protoclip.json"

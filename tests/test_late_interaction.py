@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
-from clipx.mesh import MeshConfig, make_mesh
+from clipx.parallel.mesh import MeshConfig, make_mesh
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
 

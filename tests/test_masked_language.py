@@ -11,7 +11,7 @@ import pytest
 
 from clipx import losses
 from clipx.data.tokenizers import TokenizerConfig
-from clipx.mesh import MeshConfig, make_mesh
+from clipx.parallel.mesh import MeshConfig, make_mesh
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())
 SOT, EOT, MASK = 60, 61, 59

@@ -10,9 +10,13 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from clipx import mesh as meshes
 from clipx.errors import ConfigError
-from clipx.mesh import (
+from clipx.models.text import TextTransformer
+from clipx.models.vit import ViT
+from clipx.objectives.clip import CLIP
+from clipx.optimizer import LookaheadConfig, OptimizerConfig, make_optimizer
+from clipx.parallel import mesh as meshes
+from clipx.parallel.mesh import (
     MeshConfig,
     batch_sharding,
     describe_whole,
@@ -25,10 +29,6 @@ from clipx.mesh import (
     replicated,
     state_shardings,
 )
-from clipx.models.text import TextTransformer
-from clipx.models.vit import ViT
-from clipx.objectives.clip import CLIP
-from clipx.optimizer import LookaheadConfig, OptimizerConfig, make_optimizer
 from clipx.step import init_state
 
 

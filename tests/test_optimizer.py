@@ -16,7 +16,6 @@ from flax import linen as nn
 
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.mesh import path_name
 from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys
 from clipx.models.resnet import ResNet
 from clipx.models.vit import ViT
@@ -28,6 +27,7 @@ from clipx.optimizer import (
     make_schedule,
     updates_done,
 )
+from clipx.parallel.mesh import path_name
 from clipx.parameter_rules import Rule, claim, layer_factors, locked
 from clipx.step import init_state, make_train_step
 from clipx.types import Loss, TrainState

@@ -12,12 +12,13 @@ import pytest
 from test_topology import libtpu
 from test_train import ROOT, SMALL, rows, small
 
-from clipx import analytic, microbatches, plan, predict, topology
+from clipx import analytic, microbatches, plan, predict
 from clipx import train as training
 from clipx.checkpoint import Checkpoints
 from clipx.errors import ConfigError
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.ops import flops
+from clipx.parallel import chips
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.run import assemble
 
 GIB = 2**30
@@ -112,13 +113,13 @@ def test_a_text_that_cannot_be_read_stops_nothing(text):
 @pytest.mark.slow  # the compiler takes its time over a SparseCore
 def test_a_program_for_sparse_cores_is_read():
     """`as_text` fails on it (libtpu 0.0.52); the compiler's own file does not."""
-    mesh = make_mesh(MeshConfig(), topology.parse("v5p:2x2x1").devices())
+    mesh = make_mesh(MeshConfig(), chips.parse("v5p:2x2x1").devices())
     table = jax.ShapeDtypeStruct((49408, 512), jnp.float32, sharding=replicated(mesh))
     ids = jax.ShapeDtypeStruct((2048, 77), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(lambda t, i: jnp.sum(t[i] ** 2))).lower(table, ids)
     _, text = predict.compile_ahead(lowered)
-    told = predict._estimate(text, topology.chip("TPU v5"))
+    told = predict._estimate(text, chips.chip("TPU v5"))
     assert told["cycles"] > 0 and told["seconds"] > 0
     assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
 
@@ -205,7 +206,7 @@ def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
 
 @libtpu
 def test_a_step_compiled_for_a_tpu(monkeypatch):
-    where = topology.parse("v5e:2x2")
+    where = chips.parse("v5e:2x2")
     run, told = plan.plan(small(), where)
     assert told.fits and told.devices == 4 and 0 < told.mfu < 1
     assert told.peak >= sum(predict.held(run).values()) > 0
@@ -217,7 +218,7 @@ def test_a_step_compiled_for_a_tpu(monkeypatch):
 
 def test_gpus_are_modelled():
     """Memory follows the rows of one GPU and of one micro-batch, which are computed again."""
-    four, eight = (topology.parse(name) for name in ("h100:1x4", "h100:1x8"))
+    four, eight = (chips.parse(name) for name in ("h100:1x4", "h100:1x8"))
     runs = [assemble(small(), jax.devices()[: where.size]) for where in (four, eight)]
     less, more = (analytic.predict(run, where) for run, where in zip(runs, (four, eight)))
     assert less.analytic and less.fits and less.flops == more.flops
@@ -245,7 +246,7 @@ def test_the_command(tmp_path):
 
 
 def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch):
-    where = topology.parse("h100:1x1")
+    where = chips.parse("h100:1x1")
 
     def estimate(run, where):
         sizes = {"batch": run.batch_size, "microbatches": run.microbatches}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx import mesh, plan_losses
+from clipx import plan_losses
+from clipx.parallel import mesh
 
 
 @pytest.mark.parametrize("name", plan_losses.FORMS)

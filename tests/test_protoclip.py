@@ -16,11 +16,11 @@ import tiny
 from clipx.config import files
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures
 from clipx.ops import kmeans
 from clipx.optimizer import make_schedule
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.parameter_rules import claim
 from clipx.run import assemble
 from clipx.step import row_keys

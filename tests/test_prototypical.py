@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clipx import losses
 from clipx.losses import ring
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh, put
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, put
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())
 WIDE = pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])

@@ -5,10 +5,10 @@ import types
 
 import pytest
 
-from clipx import topology
 from clipx.errors import ConfigError
-from clipx.mesh import MeshConfig, make_mesh
-from clipx.topology import peak_flops
+from clipx.parallel import chips
+from clipx.parallel.chips import peak_flops
+from clipx.parallel.mesh import MeshConfig, make_mesh
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the tpu extra)"
@@ -59,28 +59,28 @@ def test_peak_flops(kind, tera):
 )
 def test_unknown_names(name, near):
     with pytest.raises(ConfigError) as caught:
-        topology.parse(name)
+        chips.parse(name)
     assert near in caught.value.fix, caught.value
 
 
 def test_names():
-    pod = topology.parse("2xv5e:16x16")
+    pod = chips.parse("2xv5e:16x16")
     assert (pod.size, pod.device_kind, pod.gpu) == (512, "TPU v5 lite", False)
-    nodes = topology.parse("h100:8x8")
+    nodes = chips.parse("h100:8x8")
     assert (nodes.size, nodes.gpu, nodes.chip.tflops) == (64, True, 989)
 
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="no libtpu") as caught:
-        topology.parse("v5e:4x4").devices()
+        chips.parse("v5e:4x4").devices()
     assert "clipx[tpu]" in caught.value.fix
 
 
 @libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x2", "v6e:2x4", "v5e:1x1"])
 def test_one_device_a_chip(name):
-    wanted = topology.parse(name)
+    wanted = chips.parse(name)
     devices = wanted.devices()
     assert len(devices) == wanted.size
     assert {d.device_kind for d in devices} == {wanted.device_kind}
@@ -90,14 +90,14 @@ def test_one_device_a_chip(name):
 @libtpu
 def test_layout_of_no_slice():
     with pytest.raises(ConfigError) as caught:
-        topology.parse("v5e:3x5").devices()
+        chips.parse("v5e:3x5").devices()
     assert "v5e:4x4" in caught.value.fix
 
 
 @libtpu
 def test_slices_are_outermost_on_data():
     """What crosses the slow network is the sum of gradients alone."""
-    devices = topology.parse("2xv5e:4x4").devices()
+    devices = chips.parse("2xv5e:4x4").devices()
     mesh = make_mesh(MeshConfig(data=4, fsdp=4, tensor=2), devices)
     first, second = (
         {d.slice_index for d in half.flat} for half in (mesh.devices[:2], mesh.devices[2:])
@@ -109,5 +109,5 @@ def test_slices_are_outermost_on_data():
 
 @libtpu
 def test_mesh_that_is_no_product_of_the_torus():
-    mesh = make_mesh(MeshConfig(fsdp=8, tensor=2), topology.parse("v5e:4x4").devices())
+    mesh = make_mesh(MeshConfig(fsdp=8, tensor=2), chips.parse("v5e:4x4").devices())
     assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2}

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clipx import mesh as meshes
 from clipx.config.binding import find
 from clipx.config.files import parse
-from clipx.mesh import MeshConfig, batch_sharding, make_mesh, put
 from clipx.models.layers import Tower, drop, dropout_keys
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.base import Objective
+from clipx.parallel import mesh as meshes
+from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, put
 from clipx.step import embed_rows, row_keys
 from clipx.types import Batch, TrainState
 

@@ -24,7 +24,7 @@ import jax
 
 from clipx.config.binding import difference, to_lists
 from clipx.errors import ConfigError, HostsError
-from clipx.place import Place
+from clipx.parallel.environment import Place
 
 _PACKAGES = (
     *("clipx", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
@@ -53,7 +53,7 @@ def facts(config: Mapping[str, Any] | None = None, **command: Any) -> dict[str, 
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    package, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+    package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
     found["clipx files"] = digest.hexdigest()[:12]
