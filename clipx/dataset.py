@@ -33,13 +33,14 @@ from clipx import bench as devices
 from clipx import cli
 from clipx.config import binding as configs
 from clipx.config.binding import bind
+from clipx.data import loader, pictures, speed, storage
 from clipx.data import pack as packing
-from clipx.data import pictures, pipeline, shards, speed, tokenizers
 from clipx.data import preview as previews
 from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
-from clipx.data.webdataset import index_shards
+from clipx.data.sources.webdataset import index_shards
+from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
 from clipx.run import Run, assemble
 from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
@@ -101,7 +102,7 @@ def index(config: Mapping[str, Any]) -> None:
             said = f" in {_index_shards(where, spec)} shards"
         rows = len(spec.open())
         print(f"{where}: {spec.name}, {rows:,} rows{said}, {time.perf_counter() - start:.1f} s")
-    print(f"indexes of shards are kept in {shards.cache_folder()}")
+    print(f"indexes of shards are kept in {storage.cache_folder()}")
 
 
 def _index_shards(where: str, spec: SourceSpec) -> int:
@@ -161,7 +162,7 @@ def _count_tokens(config: Mapping[str, Any]) -> Callable[[str], int] | None:
 def show_fingerprint(config: Mapping[str, Any]) -> None:
     """Prints how many rows a run has, of how many, and the digest of their keys."""
     data, spec = _section(config)
-    source = pipeline.share(spec.open(), data.fraction)
+    source = loader.share(spec.open(), data.fraction)
     print(describe(len(source), fingerprint(source), spec.name, data.manifest))
 
 

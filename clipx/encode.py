@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from clipx.data.tokenizers import Tokenizer
+from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, Interrupted
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from clipx.checkpoint import read_json, write_json
-from clipx.data.pipeline import Feed
+from clipx.data.loader import Feed
 from clipx.errors import MetricsError
 
 FOLDER = "episodes"

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from clipx import cli, metrics, pretrained
 from clipx.checkpoint import Checkpoints, read_json
-from clipx.data import vocabulary
+from clipx.data.text import vocabulary
 from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven, RunError
 from clipx.interop import base, card, guests, huggingface, open_clip, proof, tokenizer
 from clipx.interop.base import Model

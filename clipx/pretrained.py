@@ -14,8 +14,8 @@ from flax import traverse_util
 
 from clipx.checkpoint import read_json
 from clipx.config import binding as configs
-from clipx.data import tokenizers
-from clipx.data.tokenizers import Tokenizer, TokenizerConfig
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError
 from clipx.interop import base, huggingface, load, proof
 from clipx.interop import tokenizer as formats

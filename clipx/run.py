@@ -19,10 +19,11 @@ from clipx.abstract import abstract_batch, abstract_state, bind_objective
 from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import binding as configs
 from clipx.config.binding import bind, duration
-from clipx.data import pipeline, tokenizers
-from clipx.data import teacher as teachers
+from clipx.data import loader
+from clipx.data import row_arrays as teachers
 from clipx.data.base import Source, fingerprint
-from clipx.data.text_augment import TextAugment
+from clipx.data.text import tokenizers
+from clipx.data.text.augment import TextAugment
 from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.interop import load
@@ -167,7 +168,7 @@ class Run:
 
     def open_source(self) -> Source:
         """The data that the run trains on."""
-        return pipeline.share(self.source.open(), self.data.fraction)
+        return loader.share(self.source.open(), self.data.fraction)
 
     def open_tokenizer(self, source: Source) -> tokenizers.Tokenizer:
         """The config's tokenizer: of `config.init_from` where that fits, or trained on the source's
@@ -177,7 +178,7 @@ class Run:
             given = pretrained.open_tokenizer(config.init_from)
             if found := pretrained.tokenizer_for(config.tokenizer, given):
                 return found
-        return tokenizers.build(self.config.tokenizer, pipeline.captions(source))
+        return tokenizers.build(self.config.tokenizer, loader.captions(source))
 
     def open_teacher(self) -> np.ndarray | None:
         """The external teacher's rows, by row id, still on disk; None where there is none. Raises
@@ -203,17 +204,15 @@ class Run:
             self.data.clusters, rows=len(whole), fingerprint=fingerprint(whole)
         )
         share = self.data.fraction
-        return found if share == 1 else found[pipeline.chosen(len(found), share)]
+        return found if share == 1 else found[loader.chosen(len(found), share)]
 
-    def loader(
-        self, source: Source, positions: np.ndarray, *, survey: bool = False
-    ) -> pipeline.Feed:
+    def loader(self, source: Source, positions: np.ndarray, *, survey: bool = False) -> loader.Feed:
         """What loads the rows at `positions` of every batch; with `survey`, of every batch of the
         passes before episodes. Raises `ConfigError` where a text that the objective asks for cannot
         be made."""
         views = self.objective.views
         augmented = "augmented" in views.texts
-        return pipeline.Feed(
+        return loader.Feed(
             source,
             self.tokenizer,
             seed=self.config.seed,

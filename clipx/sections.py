@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from clipx.config import binding as configs
 from clipx.config.binding import bind, find
-from clipx.data import pipeline, tokenizers
+from clipx.data import loader
 from clipx.data.base import Source
 from clipx.data.manifests import MANIFESTS
 from clipx.data.pictures import Pictures
-from clipx.data.text_augment import TextAugmentConfig
+from clipx.data.text import tokenizers
+from clipx.data.text.augment import TextAugmentConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.models.bert import BERT
@@ -124,7 +125,7 @@ class SourceSpec:
     @classmethod
     def check(cls, section: Mapping, name: str, where: str, beside=()) -> SourceSpec:
         try:
-            source = find("data", name, Source)
+            source = find("data.sources", name, Source)
         except ConfigError as error:
             error.where = f"{where}.source"
             raise
@@ -198,12 +199,12 @@ class EvalSpec:
         rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
         return configs.dump(self.config) | rest | sources
 
-    def examples(self, image_size: int, field: str = "examples") -> pipeline.EvaluationSet | None:
+    def examples(self, image_size: int, field: str = "examples") -> loader.EvaluationSet | None:
         """The examples of one of the evaluator's sources; None where it has no such source."""
         if field not in self.sources:
             return None
         limit = self.config.limit if field == "examples" else None
-        return pipeline.EvaluationSet(self.sources[field].open(), image_size, limit=limit)
+        return loader.EvaluationSet(self.sources[field].open(), image_size, limit=limit)
 
     def open(self, image_size: int) -> Evaluator:
         given = {field: self.examples(image_size, field) for field in self.sources}

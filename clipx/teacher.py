@@ -28,7 +28,7 @@ from jaxtyping import Float32, Int32
 from clipx import cli
 from clipx.config import binding as configs
 from clipx.data import features as features_of
-from clipx.data import teacher as files
+from clipx.data import row_arrays as files
 from clipx.data.base import Source, expand_user, fingerprint
 from clipx.errors import ConfigError, RunError
 from clipx.ops import kmeans, pca

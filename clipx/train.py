@@ -21,9 +21,10 @@ from clipx.checkpoint import (
     refuse_other_config,
     write_json,
 )
-from clipx.data import manifests, tokenizers
+from clipx.data import manifests
 from clipx.data.base import Source, fingerprint
 from clipx.data.quarantine import Quarantine
+from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
 from clipx.metrics import Clock, Metrics
 from clipx.parallel import mesh as meshes

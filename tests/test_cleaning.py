@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipx.data import cleaning
+from clipx.data.text import cleaning
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_the_block():
 @pytest.mark.parametrize("package, base, near, name", [
     ("objectives", Objective, "siglip", "sigclip"),
     ("models", Tower, "vit", "vti"),
-    ("data", sections.Source, "webdataset", "webdatasets"),
+    ("data.sources", sections.Source, "webdataset", "webdatasets"),
     ("evaluators", sections.Evaluator, "retrieval", "retreival"),
 ])  # fmt: skip
 def test_find(package, base, near, name):

@@ -20,10 +20,10 @@ from clipx import cli, dataset
 from clipx.checkpoint import read_json
 from clipx.data import speed
 from clipx.data.base import fingerprint
-from clipx.data.folder import Folder
-from clipx.data.table import Table
+from clipx.data.sources.folder import Folder
+from clipx.data.sources.table import Table
+from clipx.data.sources.webdataset import WebDataset
 from clipx.data.verify import script, verify
-from clipx.data.webdataset import WebDataset
 from clipx.errors import ConfigError, DataError
 
 CAPTIONS = [

@@ -10,7 +10,7 @@ import pytest
 
 from clipx import cli, episodes
 from clipx import train as commands
-from clipx.data import teacher
+from clipx.data import row_arrays
 from clipx.data.base import fingerprint
 from clipx.errors import ConfigError, DataError
 from clipx.run import Run, assemble, restore
@@ -59,7 +59,7 @@ def write(config, **changes):
     source = assemble(config).open_source()
     about = {"fingerprint": fingerprint(source), "rows": ROWS} | changes
     rows = np.random.default_rng(0).normal(size=(about["rows"], 4)).astype(np.float32)
-    with teacher.create(config["data"]["teacher"], np.float32, rows.shape, about) as put:
+    with row_arrays.create(config["data"]["teacher"], np.float32, rows.shape, about) as put:
         put(rows)
 
 
@@ -212,7 +212,7 @@ def test_a_runs_batches_are_pairs_of_the_clusters_that_it_names(config, tmp_path
     path = str(tmp_path / "clusters.npy")
     of = np.random.default_rng(0).integers(5, size=ROWS).astype(np.int32)
     about = {"fingerprint": fingerprint(assemble(config).source.open()), "rows": ROWS}
-    with teacher.create(path, np.int32, of.shape, about) as put:
+    with row_arrays.create(path, np.int32, of.shape, about) as put:
         put(of)
     data = {"source": "shapes", "image_size": 16, "size": ROWS, "clusters": path}
     ours = config | {

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from clipx import episodes
-from clipx.data.pipeline import Feed
-from clipx.data.shapes import Shapes
+from clipx.data.loader import Feed
+from clipx.data.sources.shapes import Shapes
 from clipx.errors import MetricsError
 
 

@@ -16,7 +16,7 @@ from test_interop_open_clip import with_open_clip
 from test_train import small
 
 from clipx.checkpoint import Checkpoints, write_json
-from clipx.data import tokenizers
+from clipx.data.text import tokenizers
 from clipx.errors import CheckpointError, ConfigError, MissingLibrary, NotProven, RunError
 from clipx.export import Options, export
 from clipx.interop import card, load, open_clip, proof, tokenizer

@@ -12,7 +12,7 @@ import tarfile
 import pytest
 
 from clipx.data.base import fingerprint
-from clipx.data.folder import Folder
+from clipx.data.sources.folder import Folder
 from clipx.errors import BadSample, DataError
 
 FILES = ("dog/2.jpg", "dog/10.JPEG", "wild_cat/1.png", "wild_cat/0.webp", "ant/x.gif")

@@ -20,7 +20,7 @@ from test_interop_open_clip import (
     words_of,
 )
 
-from clipx.data import tokenizers, vocabulary
+from clipx.data.text import tokenizers, vocabulary
 from clipx.errors import NotExpressible
 from clipx.interop import huggingface, load, proof, tokenizer
 from clipx.models.resnet import ResNet

@@ -13,7 +13,7 @@ from test_export import CAPTIONS, CLASS, save
 from test_interop_open_clip import asked, missing
 from test_train import small
 
-from clipx.data.shapes import Shapes
+from clipx.data.sources.shapes import Shapes
 from clipx.evaluate import evaluate
 from clipx.export import Options, export
 

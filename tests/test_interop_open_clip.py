@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from clipx.data import tokenizers, vocabulary
+from clipx.data.text import tokenizers, vocabulary
 from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven
 from clipx.interop import base, guests, load, open_clip, proof, tokenizer
 from clipx.models.bert import BERT

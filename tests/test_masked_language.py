@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clipx import losses
-from clipx.data.tokenizers import TokenizerConfig
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.parallel.mesh import MeshConfig, make_mesh
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "declip.json").read_text())

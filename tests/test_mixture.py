@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from clipx.data.mixture import Mixture
+from clipx.data.sources.mixture import Mixture
 from clipx.errors import BadSample, ConfigError, DataError
 
 

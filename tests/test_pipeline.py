@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipx.data import tokenizers
 from clipx.data.base import Example, Source, fingerprint
+from clipx.data.loader import EvaluationSet, Feed, Share, captions, order
 from clipx.data.pictures import crop_box
-from clipx.data.pipeline import EvaluationSet, Feed, Share, captions, order
-from clipx.data.shapes import Shapes
-from clipx.data.text_augment import TextAugment, TextAugmentConfig
-from clipx.data.tokenizers import TokenizerConfig
-from clipx.data.webdataset import WebDataset
+from clipx.data.sources.shapes import Shapes
+from clipx.data.sources.webdataset import WebDataset
+from clipx.data.text import tokenizers
+from clipx.data.text.augment import TextAugment, TextAugmentConfig
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import BadSample, DataError
 
 ROWS, BATCH = 50, 12
@@ -192,7 +192,7 @@ def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processe
 
 def test_chunks_do_not_show(monkeypatch):
     whole = list(feed(batch=40).batches(0, 2))
-    monkeypatch.setattr("clipx.data.pipeline._CHUNK", 7)
+    monkeypatch.setattr("clipx.data.loader._CHUNK", 7)
     assert all(same(a, b) for a, b in zip(feed(batch=40).batches(0, 2), whole))
 
 
@@ -496,7 +496,7 @@ def test_a_bad_example_is_an_error_in_evaluation(source, reason):
 
 
 def test_importing_the_data_folder_imports_no_jax():
-    code = "import sys, clipx.data.pipeline, clipx.data.shapes, clipx.data.webdataset"
+    code = "import sys, clipx.data.loader, clipx.data.sources.shapes, clipx.data.sources.webdataset"
     code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

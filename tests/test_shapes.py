@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from clipx.data.shapes import CLASSES, COLOURS, HELD_OUT, SHAPES, Shapes
+from clipx.data.sources.shapes import CLASSES, COLOURS, HELD_OUT, SHAPES, Shapes
 from clipx.errors import ConfigError
 
 NAMED = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")

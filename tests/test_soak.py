@@ -14,11 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
-from clipx.data import pack, tokenizers
-from clipx.data.pipeline import Feed
-from clipx.data.table import Table
-from clipx.data.tokenizers import TokenizerConfig
-from clipx.data.webdataset import WebDataset
+from clipx.data import pack
+from clipx.data.loader import Feed
+from clipx.data.sources.table import Table
+from clipx.data.sources.webdataset import WebDataset
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import TokenizerConfig
 
 SAMPLES, BATCH, ROWS, SIDE = 200_000, 125, 1000, 64
 WARM = 40_000  # samples before memory counts

@@ -19,12 +19,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from test_tfds import build
 
-from clipx.data import tokenizers
-from clipx.data.pipeline import EvaluationSet, Feed
-from clipx.data.table import Table
-from clipx.data.tfds import Tfds
-from clipx.data.tokenizers import TokenizerConfig
-from clipx.data.webdataset import WebDataset
+from clipx.data.loader import EvaluationSet, Feed
+from clipx.data.sources.table import Table
+from clipx.data.sources.tfds import Tfds
+from clipx.data.sources.webdataset import WebDataset
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import DataError
 
 SIDE, CONTEXT = 32, 40

@@ -14,8 +14,8 @@ import tarfile
 import pytest
 
 from clipx.data.base import fingerprint
-from clipx.data.table import Table
-from clipx.data.webdataset import WebDataset
+from clipx.data.sources.table import Table
+from clipx.data.sources.webdataset import WebDataset
 from clipx.errors import BadSample, DataError
 
 HOSTILE = {

@@ -14,11 +14,11 @@ import tiny
 from test_pipeline import TOKENIZER, Pictures, encode, photo
 
 from clipx import teacher
-from clipx.data import features, pipeline
-from clipx.data import teacher as files
+from clipx.data import features, loader
+from clipx.data import row_arrays as files
 from clipx.data.base import fingerprint
 from clipx.data.pairs import paired
-from clipx.data.table import Table
+from clipx.data.sources.table import Table
 from clipx.errors import ConfigError, DataError
 from clipx.models.heads import next_row
 from clipx.ops import pca
@@ -439,7 +439,7 @@ def test_neighbours_share_a_cluster(rows, clusters):
 
 def test_partners_and_their_places_change_from_epoch_to_epoch():
     of = np.arange(200, dtype=np.int32) % 5
-    at = pipeline.order(200, 3, of)
+    at = loader.order(200, 3, of)
     epochs = [[at(epoch, i) for i in range(200)] for epoch in range(4)]
     partners = [{frozenset(e[i : i + 2]) for i in range(0, 200, 2)} for e in epochs]
     for epoch in range(1, 4):
@@ -449,13 +449,13 @@ def test_partners_and_their_places_change_from_epoch_to_epoch():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for epoch in (2, 0, 3):  # in any order, from any process and thread
             assert list(pool.map(lambda i, e=epoch: again(e, i), range(200))) == epochs[epoch]
-    assert [pipeline.order(200, 4, of)(0, i) for i in range(200)] != epochs[0]
+    assert [loader.order(200, 4, of)(0, i) for i in range(200)] != epochs[0]
 
 
 def feed(**changes):
     source = changes.pop("source", Pictures())
     values = {"seed": 1, "batch": 12, "positions": np.arange(12), "image_size": 8, **changes}
-    return pipeline.Feed(source, TOKENIZER, **values)
+    return loader.Feed(source, TOKENIZER, **values)
 
 
 def test_half_of_the_negatives_of_clip_lite_are_partners():
@@ -474,8 +474,8 @@ def test_half_of_the_negatives_of_clip_lite_are_partners():
 
 def test_a_share_of_the_rows_has_pairs_of_its_own():
     of = (np.arange(len(Pictures())) % 6).astype(np.int32)
-    chosen = pipeline.chosen(len(of), 0.6)
-    shared = feed(source=pipeline.share(Pictures(), 0.6), clusters=of[chosen])
+    chosen = loader.chosen(len(of), 0.6)
+    shared = feed(source=loader.share(Pictures(), 0.6), clusters=of[chosen])
     (batch,) = shared.batches(0, 1)
     assert set(batch["row"].tolist()) <= set(chosen.tolist())
     own = of[batch["row"]].reshape(-1, 2)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from clipx.config import binding as configs
-from clipx.data import text_augment, wordnet
-from clipx.data.text_augment import TextAugment, TextAugmentConfig
-from clipx.data.wordnet import WordNet
+from clipx.data.text import augment as text_augment
+from clipx.data.text import wordnet
+from clipx.data.text.augment import TextAugment, TextAugmentConfig
+from clipx.data.text.wordnet import WordNet
 from clipx.errors import ConfigError, DataError
 
 DRAWS = 4000

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clipx.data.base import Source, fingerprint
-from clipx.data.tfds import Tfds, _roles
+from clipx.data.sources.tfds import Tfds, _roles
 from clipx.errors import BadSample, DataError
 
 F = tfds.features
@@ -309,7 +309,7 @@ def test_a_loading_process_needs_neither_tensorflow_nor_jax(captions, tmp_path):
         "sys.modules['jax'] = None\n"
         "data, rows = (pickle.load(open(name, 'rb')) for name in ('source', 'rows'))\n"
         "assert list(data) == rows\n"
-        f"from clipx.data.tfds import Tfds\n"
+        f"from clipx.data.sources.tfds import Tfds\n"
         f"assert list(Tfds('captioned', 'train', {captions!r})) == rows\n"
         "assert not {'tensorflow', 'jaxlib', 'torch'} & set(sys.modules)\n"
     )

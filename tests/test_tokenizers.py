@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from clipx.config import binding as configs
-from clipx.data import tokenizers
-from clipx.data.tokenizers import TokenizerConfig
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError, DataError
 
 NO_WHEEL = "instant_clip_tokenizer, which carries CLIP's vocabulary, has no wheel for this Python"

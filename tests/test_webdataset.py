@@ -13,9 +13,9 @@ import tarfile
 import fsspec
 import pytest
 
-from clipx.data import shards as files
+from clipx.data import storage as files
 from clipx.data.base import fingerprint
-from clipx.data.webdataset import WebDataset, index_shards
+from clipx.data.sources.webdataset import WebDataset, index_shards
 from clipx.errors import BadSample, DataError
 
 NAMES = ("train-000.tar", "train-001.tar", "train-002.tar")
@@ -53,7 +53,7 @@ def scans(monkeypatch):
         opened.append(os.path.basename(path))
         return open_shard(path)
 
-    monkeypatch.setattr("clipx.data.webdataset.open_shard", counted)
+    monkeypatch.setattr("clipx.data.sources.webdataset.open_shard", counted)
     return opened
 
 
@@ -265,7 +265,7 @@ def test_keys_are_those_of_the_examples_also_of_bad_ones(shards, monkeypatch):
     write(shards / "train-001.tar", {"bad.jpg": b"", "bad.txt": "x", "a.jpg": b"x", "a.txt": "x"})
     data = WebDataset(str(shards / "train-*.tar"))
     read = [data[row].key for row in (0, 1, 2, 4, 5, 6)]
-    monkeypatch.setattr("clipx.data.webdataset.read", None)  # nothing is read
+    monkeypatch.setattr("clipx.data.sources.webdataset.read", None)  # nothing is read
     keys = list(data.keys())
     assert keys.pop(3) == "train-001.tar/bad" and keys == read
     assert keys[3] == "train-001.tar/a"
@@ -334,7 +334,7 @@ def test_a_damaged_cache_is_made_again(shards, cache, scans, damage, monkeypatch
     elif damage == "not one":
         file.write_text("no archive")
     else:
-        monkeypatch.setattr("clipx.data.webdataset._VERSION", 2)
+        monkeypatch.setattr("clipx.data.sources.webdataset._VERSION", 2)
     assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
     assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
 

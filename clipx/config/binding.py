@@ -204,7 +204,9 @@ def _subclasses(package: str, name: str, base: type) -> list[type]:
 
 
 def find(package: str, name: str, base: type) -> type:
-    """The one subclass of `base` in clipx/<package>/<name>.py. Files are the registry."""
+    """The one subclass of `base` in the file `name` of a folder, such as "data.sources". Files are
+    the registry."""
+    folder = f"clipx/{package.replace('.', '/')}"
     parent = importlib.import_module(f"clipx.{package}")
     files = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
     found = _subclasses(package, name, base) if name in files else []
@@ -212,7 +214,7 @@ def find(package: str, name: str, base: type) -> type:
         return found[0]
     if found:
         raise ConfigError(
-            f"clipx/{package}/{name}.py",
+            f"{folder}/{name}.py",
             f"{len(found)} subclasses of {base.__name__}",
             f"exactly one {base.__name__}",
         )
@@ -221,7 +223,7 @@ def find(package: str, name: str, base: type) -> type:
         with contextlib.suppress(ImportError):  # needs a package that is not installed
             names += [other] * (len(_subclasses(package, other, base)) == 1)
     raise ConfigError(
-        f"clipx/{package}",
+        folder,
         repr(name),
         "one of " + ", ".join(names),
         nearest(str(name), names),

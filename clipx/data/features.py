@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
-from clipx.data import teacher, verify
+from clipx.data import row_arrays, verify
 from clipx.data.base import Source, expand_user
 from clipx.errors import BadSample, ConfigError, DataError
 
@@ -206,7 +206,7 @@ def word_counts(source: Source, first: bool) -> Tiles:
 
 def given(path: str, rows: int) -> Tiles:
     """The rows of a user's array, each of length 1, or zeros where it is."""
-    found = teacher.load(path)
+    found = row_arrays.load(path)
     if found.ndim != 2 or not np.issubdtype(found.dtype, np.floating) or len(found) != rows:
         raise DataError(
             f"{path}: {found.dtype} of shape {found.shape}, expected numbers with a point, "

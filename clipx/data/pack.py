@@ -20,8 +20,8 @@ from PIL import Image
 
 from clipx.data import pictures
 from clipx.data.base import Source, fingerprint
+from clipx.data.sources.webdataset import WebDataset
 from clipx.data.verify import in_order
-from clipx.data.webdataset import WebDataset
 from clipx.errors import BadSample, DataError
 
 FILE = "pack.json"  # what the shards were made from, and what was left out

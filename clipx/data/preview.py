@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipx.data import pictures
 from clipx.data.base import Example, Source
-from clipx.data.tokenizers import Tokenizer
+from clipx.data.text.tokenizers import Tokenizer
 
 _SIDE = 320  # pixels of a source picture on the page, at most
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from clipx.data import pictures, tokenizers
-from clipx.data.pipeline import Feed
-from clipx.data.table import Table
-from clipx.data.tokenizers import TokenizerConfig
+from clipx.data import pictures
+from clipx.data.loader import Feed
+from clipx.data.sources.table import Table
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import BadSample, DataError
 
 _CHUNK = 32  # rows that the feed loads together

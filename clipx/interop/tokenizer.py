@@ -30,7 +30,7 @@ _ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"  # that SigLIP does
 
 
 def cleaning(rule: str, lower: bool) -> list[Any]:
-    """A rule of clipx/data/cleaning.py as normalizers, but for what no normalizer does: mended
+    """A rule of clipx/data/text/cleaning.py as normalizers, but for what no normalizer does: mended
     encodings, entities, a cut after 30 words."""
     from tokenizers import Regex, normalizers
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clipx.data.base import expand_user
-from clipx.data.columns import PICTURE_ENDS, File, strings
+from clipx.data.tables.formats import PICTURE_ENDS, File, strings
 from clipx.errors import DataError
 
 _LOOKED_AT = 100  # rows

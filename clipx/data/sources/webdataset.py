@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from clipx.data.base import Example, Source
-from clipx.data.shards import (
+from clipx.data.storage import (
     ABSENT,
     THREADS,
     Shard,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from clipx.data import cleaning, vocabulary
+from clipx.data.text import cleaning, vocabulary
 from clipx.errors import ConfigError
 
 # of OpenAI's vocabulary (two marks) and of bert-base-uncased's; SentencePiece has none of its own

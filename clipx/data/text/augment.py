@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.data.wordnet import WordNet
+from clipx.data.text.wordnet import WordNet
 from clipx.errors import ConfigError
 
 _CACHED = 1 << 14  # words whose synonyms are kept: some 10 MB

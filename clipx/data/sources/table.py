@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data import guess
 from clipx.data.base import Example, Source
-from clipx.data.columns import File, strings, tables
+from clipx.data.tables import inference
+from clipx.data.tables.formats import File, strings, tables
 from clipx.errors import BadSample, DataError
 
 _LOOKED_AT = 200  # rows, to tell where the pictures lie
@@ -52,7 +52,7 @@ class Table(Source):
         captions = tuple(filter(None, captions))
         rows, values = _Rows(), dict[str, None]()
         for file in tables(self.path, self.separator):
-            image, captions = guess.layout(
+            image, captions = inference.layout(
                 file, image=image, captions=captions, label=self.label, where=column
             )
             names = [image, *captions, *filter(None, (self.label, column))]
@@ -60,7 +60,7 @@ class Table(Source):
             start = list(itertools.islice(found, _LOOKED_AT))
             paths = [_path(file, number, image, cells[0]) for number, cells in start]
             paths = [path for path in paths if not path.startswith(_MARK)]
-            rows.start_file(guess.root(file.path, self.root, paths))
+            rows.start_file(inference.root(file.path, self.root, paths))
             for number, cells in itertools.chain(start, found):
                 rows.add(
                     _path(file, number, image, cells[0]),

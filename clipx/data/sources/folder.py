@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from clipx.data.base import Example, Source, expand_user
-from clipx.data.columns import PICTURE_ENDS
-from clipx.data.shards import read
+from clipx.data.storage import read
+from clipx.data.tables.formats import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
 
 _SHOWN = 5  # names, in an error

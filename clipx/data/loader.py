@@ -25,12 +25,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from clipx.data import cleaning, pictures
+from clipx.data import pictures
 from clipx.data.base import Example, Source
 from clipx.data.pairs import Pairs
 from clipx.data.pictures import cores
-from clipx.data.text_augment import TextAugment
-from clipx.data.tokenizers import Tokenizer
+from clipx.data.text import cleaning
+from clipx.data.text.augment import TextAugment
+from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import BadSample, DataError
 
 _CHUNK = 32  # rows that are loaded together: small enough to share out, large enough to pass on

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clipx.data.shards import expand, is_remote
+from clipx.data.storage import expand, is_remote
 from clipx.errors import DataError
 
 SEPARATORS = (",", "\t", ";", "|")

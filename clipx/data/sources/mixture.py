@@ -119,7 +119,7 @@ def _check(
         section = dict(section)
         source, weight = section.pop("source", ""), section.pop("weight", None)
         try:
-            cls = binding.find("data", source, Source)
+            cls = binding.find("data.sources", source, Source)
         except ConfigError as error:
             error.where = f"{own}.source"
             raise
