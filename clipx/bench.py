@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from clipx import cli, losses, microbatches, predict
+from clipx import cli, losses
 from clipx.errors import RunError
 from clipx.parallel import mesh as meshes
-from clipx.run import Run, assemble
+from clipx.planning import estimate
+from clipx.training import fit
+from clipx.training.run import Run, assemble
 from clipx.types import Batch
 
 
@@ -90,12 +92,12 @@ def main(overrides: list[tuple[str, str]]) -> None:
     print(f"{run.mesh.devices.size} x {device.device_kind}, JAX {jax.__version__}")
     print(f"InfoNCE, 1,024 rows, value and gradient: error {check_losses(run.mesh):.1e} of float64")
     start = time.perf_counter()
-    run = microbatches.fitted(run)
-    found = predict.predict(run)
+    run = fit.fitted(run)
+    found = estimate.predict(run)
     if found.refused:
-        raise RunError(f"the step does not fit: {predict.describe_memory(found)}")
+        raise RunError(f"the step does not fit: {fit.describe_memory(found)}")
     print(f"step compiled in {time.perf_counter() - start:.1f} s")
-    print("\n".join(predict.short(found)))
+    print("\n".join(estimate.short(found)))
     seconds = time_steps(run, flags.FLAGS.steps)
     median = statistics.median(seconds)
     print(
@@ -103,7 +105,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
         f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
         f"{run.batch_size / median:,.0f} images/s"
     )
-    beside = predict.measured(device, found, median)
+    beside = fit.measured(device, found, median)
     if "memory_gib" in beside:
         print(f"memory in use: at most {beside['memory_gib']:.2f} GiB")
     if "mfu" in beside:

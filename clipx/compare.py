@@ -12,13 +12,14 @@ from typing import Any
 
 from absl import flags
 
-from clipx import cli, metrics, report
-from clipx.checkpoint import read_json, refuse_other_config
+from clipx import cli, report
 from clipx.config import binding as configs
 from clipx.config import files
 from clipx.errors import ConfigError
-from clipx.run import assemble
 from clipx.train import train
+from clipx.training import metrics
+from clipx.training.checkpoint import read_json, refuse_other_config
+from clipx.training.run import assemble
 
 _PLAIN = ("/ami", "/gap")
 _RECALL = re.compile(r"(.*)/(.*)_R@(\d+)")

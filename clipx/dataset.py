@@ -33,18 +33,19 @@ from clipx import bench as devices
 from clipx import cli
 from clipx.config import binding as configs
 from clipx.config.binding import bind
-from clipx.data import loader, pictures, speed, storage
+from clipx.data import loader, pictures, storage
 from clipx.data import pack as packing
-from clipx.data import preview as previews
 from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.sources.webdataset import index_shards
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
-from clipx.run import Run, assemble
-from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
-from clipx.step import row_keys
+from clipx.planning import feed_speed
+from clipx.reporting import preview as previews
+from clipx.training.run import Run, assemble
+from clipx.training.schema import DataConfig, EvalSpec, SourceSpec, split
+from clipx.training.step import row_keys
 from clipx.types import Batch
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py"
@@ -251,28 +252,30 @@ def time_feed(
     run, source = _run(config)
     positions = np.arange(min(run.batch_size, _TIMED))
     feed = run.loader(source, positions)
-    stages = speed.stages(feed, len(positions) * 2)
-    print("\n".join(speed.table([*stages[:-1], *_device_stages(run, feed), stages[-1]])))
+    stages = feed_speed.stages(feed, len(positions) * 2)
+    print("\n".join(feed_speed.table([*stages[:-1], *_device_stages(run, feed), stages[-1]])))
     how = f"{feed.workers} processes" if feed.workers else f"{pictures.cores()} threads"
-    print(f"{how} feed {speed.rate(feed, steps):,.0f} images/s of {len(source):,} rows")
+    print(f"{how} feed {feed_speed.rate(feed, steps):,.0f} images/s of {len(source):,} rows")
     if model:
         whole = assemble({**config, "evals": {}, "train": {**config["train"], "best": ""}})
         seconds = statistics.median(devices.time_steps(whole, steps=5))
         images_per_second = whole.batch_size / seconds / jax.process_count()
         count = whole.mesh.devices.size
         print(f"the model takes {images_per_second:,.0f} images/s on {count} device(s) a process")
-    print(speed.verdict(1 / stages[-1].cpu, images_per_second, pictures.cores()))
+    print(feed_speed.verdict(1 / stages[-1].cpu, images_per_second, pictures.cores()))
 
 
-def _device_stages(run: Run, feed: speed.Feed) -> Iterator[speed.Stage]:
+def _device_stages(run: Run, feed: feed_speed.Feed) -> Iterator[feed_speed.Stage]:
     """The transfer of pictures to one device and, if there is any, their photometry there."""
     pieces = feed.load(0, feed.positions)
     count = len(feed.positions)
-    yield speed.Stage("transfer", None, _median(lambda: jax.device_put(pieces["image"])) / count)
+    yield feed_speed.Stage(
+        "transfer", None, _median(lambda: jax.device_put(pieces["image"])) / count
+    )
     policies = [view.photometry for view in run.objective.views.pictures]
     if any(p.jitter or p.grey or p.blur or p.solarise for p in policies):
         seconds = _median(lambda: list(_after_photometry(run, pieces)))
-        yield speed.Stage("photometry, on the device", None, seconds / count)
+        yield feed_speed.Stage("photometry, on the device", None, seconds / count)
 
 
 def _median(function: Callable[[], Any], times: int = 5) -> float:
@@ -287,8 +290,8 @@ def _median(function: Callable[[], Any], times: int = 5) -> float:
 
 def time_against_torch() -> None:
     """Prints a table of clipx's feed beside a PyTorch DataLoader, on drawn pictures."""
-    found = speed.against(_BENCHMARK, say=lambda text: print(f"{text} ...", file=sys.stderr))
-    print("\n".join(speed.markdown(found)))
+    found = feed_speed.against(_BENCHMARK, say=lambda text: print(f"{text} ...", file=sys.stderr))
+    print("\n".join(feed_speed.markdown(found)))
 
 
 def _bench(config: Mapping[str, Any]) -> None:

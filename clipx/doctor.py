@@ -24,14 +24,14 @@ import numpy as np
 from absl import flags
 
 from clipx import cli
-from clipx.checkpoint import prepare_workdir
 from clipx.config import binding as configs
 from clipx.data.base import Source
 from clipx.errors import BadSample, ConfigError, DataError, RunError
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
 from clipx.parallel.environment import read_metadata
-from clipx.sections import DataConfig, EvalSpec, SourceSpec, split
+from clipx.training.checkpoint import prepare_workdir
+from clipx.training.schema import DataConfig, EvalSpec, SourceSpec, split
 
 _LOCK = "/tmp/libtpu_lockfile"
 _SLOW = 1e9  # bytes a second; wires between hosts or GPUs that train do better

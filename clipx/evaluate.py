@@ -14,15 +14,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from clipx import cli, pretrained
-from clipx.checkpoint import prepare_workdir, read_json, write_json
+from clipx import cli
 from clipx.config import binding as configs
 from clipx.config import files
 from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.run import Run, assemble, restore
-from clipx.sections import EvalSpec
+from clipx.training import pretrained
+from clipx.training.checkpoint import prepare_workdir, read_json, write_json
+from clipx.training.run import Run, assemble, restore
+from clipx.training.schema import EvalSpec
 from clipx.types import TrainState
 
 # CLIP_benchmark's names of tasks and, by an evaluator's file, of its metrics; what is not here

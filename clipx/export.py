@@ -20,15 +20,16 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from clipx import cli, metrics, pretrained
-from clipx.checkpoint import Checkpoints, read_json
+from clipx import cli
 from clipx.data.text import vocabulary
 from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven, RunError
 from clipx.interop import base, card, guests, huggingface, open_clip, proof, tokenizer
 from clipx.interop.base import Model
 from clipx.models.bert import BERT
 from clipx.objectives.base import Objective
-from clipx.run import Run, restore
+from clipx.training import metrics, pretrained
+from clipx.training.checkpoint import Checkpoints, read_json
+from clipx.training.run import Run, restore
 from clipx.types import TrainState
 
 FORMATS = ("open_clip", "huggingface")

@@ -21,12 +21,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from clipx import analytic, cli, microbatches, predict
+from clipx import cli
 from clipx.errors import ConfigError, RunError
 from clipx.parallel import chips
 from clipx.parallel.chips import Topology
-from clipx.predict import Prediction, gib, scaled
-from clipx.run import Run, assemble
+from clipx.planning import estimate, gpu_model
+from clipx.planning.estimate import Prediction
+from clipx.training import fit
+from clipx.training.fit import gib, scaled
+from clipx.training.run import Run, assemble
 
 COMPILED = "compiled ahead of time, not run"
 MODELLED = "analytic model, not compiled, not run"
@@ -38,10 +41,10 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
     devices = jax.devices("cpu")[: where.size] if where.gpu else where.devices()
     run = assemble(config, devices)
     if run.config.train.microbatches == "auto":
-        found = microbatches.fewest(run, _fits, _tell, _estimator(where))
+        found = fit.fewest(run, _fits, _tell, _estimator(where))
         if found is not None:
             return found
-        run = run.with_microbatches(microbatches.counts(run)[-1])
+        run = run.with_microbatches(fit.counts(run)[-1])
     try:
         return run, _estimator(where)(run)
     except jax.errors.JaxRuntimeError as error:
@@ -50,8 +53,8 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
 
 def _estimator(where: Topology) -> Callable[[Run], Prediction]:
     if where.gpu:
-        return functools.partial(analytic.predict, where=where)
-    return functools.partial(predict.predict, ahead=True)
+        return functools.partial(gpu_model.predict, where=where)
+    return functools.partial(estimate.predict, ahead=True)
 
 
 def _fits(found: Prediction) -> bool:
@@ -68,9 +71,9 @@ def search(config: dict[str, Any], where: Topology, run: Run, found: Prediction)
     """The fewest micro-batches that fit, of a step that does not; of one that does, the largest
     batch, by doubling, that does too."""
     if not found.fits:
-        fewest = microbatches.fewest(run, _fits, _tell, _estimator(where))
+        fewest = fit.fewest(run, _fits, _tell, _estimator(where))
         if fewest is None:
-            return f"no number of micro-batches fits, {microbatches.counts(run)[-1]} neither"
+            return f"no number of micro-batches fits, {fit.counts(run)[-1]} neither"
         return f"fewest micro-batches that fit: {fewest[1].microbatches}, {gib(fewest[1].need)}"
     largest, slices = found, found.microbatches
     while True:
@@ -127,7 +130,7 @@ def _verdict(found: Prediction) -> str:
 
 def _time(found: Prediction) -> list[str]:
     rate = f"{found.images_per_second:,.0f} images/s"
-    mfu = f"MFU {found.mfu:.1%} of {found.chip.tflops:,.0f} TFLOP/s"
+    mfu = f"MFU {found.predicted_mfu:.1%} of {found.chip.tflops:,.0f} TFLOP/s"
     lines = [f"time: {found.seconds:.3g} s a step, {rate}, {mfu}"]
     if not found.analytic:
         cycles = (
@@ -174,7 +177,11 @@ class Row:
         cells.append(f"{need} of {gib(found.limit).removesuffix(' GiB')}{verdict}")
         if not found.seconds:
             return cells + [""] * 5
-        cells += [f"{found.seconds:.3f}", f"{found.images_per_second:,.0f}", f"{found.mfu:.1%}"]
+        cells += [
+            f"{found.seconds:.3f}",
+            f"{found.images_per_second:,.0f}",
+            f"{found.predicted_mfu:.1%}",
+        ]
         chips = None if spent is None else spent * found.devices
         cells.append("?" if chips is None else f"{chips:,.0f}")
         cells.append("" if chips is None or not self.price else f"{chips * self.price:,.0f}")
@@ -202,9 +209,9 @@ def main(overrides: list[tuple[str, str]]) -> int:
     jax.config.update("jax_platforms", "cpu")  # what is here has no part in it
     jax.config.update("jax_enable_compilation_cache", False)  # what is not here reads none
     if flags.FLAGS.losses:
-        from clipx import plan_losses
+        from clipx.planning import losses
 
-        return plan_losses.main()
+        return losses.main()
     topologies = [chips.parse(name) for name in _names("topology")]
     configs = [(name, cli.load_config(name, overrides)) for name in _names("config")]
     gpus = max((where.size for where in topologies if where.gpu), default=0)

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from clipx import cli, episodes, figures, metrics, sheets
-from clipx.episodes import Episode
+from clipx import cli
 from clipx.errors import ConfigError, RunError
 from clipx.evaluators.base import Encode
-from clipx.figures import is_share, short
-from clipx.sheets import Samples, grid, section
+from clipx.reporting import charts, gallery
+from clipx.reporting.charts import is_share, short
+from clipx.reporting.gallery import Samples, grid, section
+from clipx.training import episodes, metrics
+from clipx.training.episodes import Episode
 
 FILE = "report.html"
 _EPISODES = 9  # on the page: all of a long run's would make it too large
@@ -75,13 +77,13 @@ def page(
     body = [
         _header(title, rows, training, config, workdir),
         _scores(evaluations, str(config.get("train", {}).get("best", ""))),
-        section("Training", grid(figures.training(training))),
-        section("Evaluation over training", grid(figures.evaluations(evaluations))),
-        sheets.episodes(_episodes(workdir), figures.evaluations(renewed)),
+        section("Training", grid(charts.training(training))),
+        section("Evaluation over training", grid(charts.evaluations(evaluations))),
+        gallery.episodes(_episodes(workdir), charts.evaluations(renewed)),
     ]
     if samples is not None:
         uris = [episodes.thumbnail(p) for p in samples.pictures]
-        body += [sheets.matrix(samples, uris), sheets.queries(samples, uris)]
+        body += [gallery.matrix(samples, uris), gallery.queries(samples, uris)]
     body.append(_files(config, workdir))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -153,7 +155,7 @@ def _header(title, rows, training, config, workdir) -> str:
 
 def _scores(evaluations: Sequence[Mapping[str, Any]], primary: str) -> str:
     """The best and the last of every evaluation metric."""
-    series = figures.series(evaluations)
+    series = charts.series(evaluations)
     lines = []
     for key, points in series.items():
         if "/class/" in key:
@@ -272,7 +274,7 @@ def main(overrides: Sequence[tuple[str, str]]) -> None:
         raise ConfigError(
             f"--config.{overrides[0][0]}", "an override", "--workdir alone: the run has its config"
         )
-    from clipx import run as runs
+    from clipx.training import run as runs
 
     run, state = runs.restore(flags.FLAGS.workdir)
     print(write_run(flags.FLAGS.workdir, run, run.encode(state)))

@@ -13,25 +13,26 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, microbatches, predict, report
-from clipx.checkpoint import (
+from clipx import cli, report
+from clipx.data import manifests
+from clipx.data.base import Source, fingerprint
+from clipx.data.quarantine import Quarantine
+from clipx.data.text import tokenizers
+from clipx.errors import ConfigError, RunError
+from clipx.parallel import mesh as meshes
+from clipx.parallel import processes
+from clipx.training import fit
+from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
     read_json,
     refuse_other_config,
     write_json,
 )
-from clipx.data import manifests
-from clipx.data.base import Source, fingerprint
-from clipx.data.quarantine import Quarantine
-from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, RunError
-from clipx.metrics import Clock, Metrics
-from clipx.parallel import mesh as meshes
-from clipx.parallel import processes
-from clipx.run import Run, assemble
-from clipx.survey import Survey
-from clipx.trainer import Stop, Trainer, mesh_known
+from clipx.training.loop import Stop, Trainer, mesh_known
+from clipx.training.metrics import Clock, Metrics
+from clipx.training.run import Run, assemble
+from clipx.training.survey import Survey
 
 
 def describe(run: Run, digest: str) -> list[str]:
@@ -77,9 +78,9 @@ def _refuse_other_data(saved: dict[str, Any], rows: int, digest: str) -> None:
     )
 
 
-def _too_large(found: predict.Prediction) -> str:
+def _too_large(found: fit.Needs) -> str:
     return (
-        f"the step does not fit: {predict.describe_memory(found)}, {found.microbatches} "
+        f"the step does not fit: {fit.describe_memory(found)}, {found.microbatches} "
         "micro-batch(es). config.train.microbatches=auto finds how many do"
     )
 
@@ -100,13 +101,13 @@ def _fitted(run: Run, saved: dict[str, Any] | None) -> Run:
             return fits
         return bool(np.all(multihost_utils.process_allgather(np.array(fits))))
 
-    def tell(found: predict.Prediction) -> None:
+    def tell(found: fit.Needs) -> None:
         if main:
-            print(f"  {found.microbatches}: {predict.describe_memory(found)}", flush=True)
+            print(f"  {found.microbatches}: {fit.describe_memory(found)}", flush=True)
 
     if main:
         print("train.microbatches=auto: compiling for the fewest that fit", flush=True)
-    run = microbatches.fitted(run, agreed=agreed, tell=tell)
+    run = fit.fitted(run, agreed=agreed, tell=tell)
     if main:
         said = f" ({before} before, on another mesh)" if before else ""
         print(f"train.microbatches=auto: {run.microbatches}{said}", flush=True)
@@ -151,12 +152,12 @@ def train(config: dict[str, Any], workdir: str, devices=None) -> int:
     predicted = None
     if start < run.steps:
         compiling = time.perf_counter()
-        predicted = predict.predict(run)  # compiles, so that the first step's time is a step's
+        predicted = fit.measure(run)  # compiles, so that the first step's time is a step's
         if predicted.refused:
             raise RunError(_too_large(predicted))
         if main:
             print(f"compiled in {time.perf_counter() - compiling:.0f} s", flush=True)
-            print("\n".join(predict.short(predicted)), flush=True)
+            print(fit.describe(predicted), flush=True)
         processes.barrier("compiled")  # on CPUs the first collective waits 30 s for all, no more
     metrics = Metrics(
         folder,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from clipx import hlo
 from clipx.models import layers, transformer
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.tpu import on_tpu
 from clipx.parallel.chips import parse
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from clipx.planning import hlo
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the tpu extra)"

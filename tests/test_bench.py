@@ -7,7 +7,7 @@ from test_train import small
 
 from clipx import bench
 from clipx.parallel.mesh import MeshConfig, make_mesh
-from clipx.run import assemble
+from clipx.training.run import assemble
 
 
 def test_the_dense_twin_is_its_own_gradient():

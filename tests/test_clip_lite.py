@@ -15,7 +15,7 @@ import tiny
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.objectives.clip_lite import CLIPLite, CLIPLiteFeatures
-from clipx.step import row_keys
+from clipx.training.step import row_keys
 from clipx.types import Encoded
 
 LN2 = math.log(2)

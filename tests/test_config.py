@@ -12,15 +12,16 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from clipx import cli, sections, train
-from clipx.checkpoint import refuse_other_config, write_json
+from clipx import cli, train
 from clipx.config import binding as configs
 from clipx.config.binding import bind, check, duration, find
 from clipx.config.files import load, override, parse
 from clipx.errors import ConfigError
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
-from clipx.run import assemble
+from clipx.training import schema
+from clipx.training.checkpoint import refuse_other_config, write_json
+from clipx.training.run import assemble
 
 QUICKSTART = str(tiny.ROOT / "configs" / "quickstart.py")
 CLIP_SMALL = str(tiny.ROOT / "configs" / "clip.py") + ":small"
@@ -147,8 +148,8 @@ def test_the_block():
 @pytest.mark.parametrize("package, base, near, name", [
     ("objectives", Objective, "siglip", "sigclip"),
     ("models", Tower, "vit", "vti"),
-    ("data.sources", sections.Source, "webdataset", "webdatasets"),
-    ("evaluators", sections.Evaluator, "retrieval", "retreival"),
+    ("data.sources", schema.Source, "webdataset", "webdatasets"),
+    ("evaluators", schema.Evaluator, "retrieval", "retreival"),
 ])  # fmt: skip
 def test_find(package, base, near, name):
     assert base in find(package, near, base).__mro__
@@ -292,7 +293,7 @@ def closed(monkeypatch):
     def refuse(*_):
         raise AssertionError("a data source was opened")
 
-    monkeypatch.setattr(sections.SourceSpec, "open", refuse)
+    monkeypatch.setattr(schema.SourceSpec, "open", refuse)
 
 
 def assembled(*overrides, spec=QUICKSTART, devices=1):

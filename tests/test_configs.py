@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from clipx import sections
 from clipx.config import files
-from clipx.run import assemble
-from clipx.step import make_train_step
+from clipx.training import schema
+from clipx.training.run import assemble
+from clipx.training.step import make_train_step
 
 FOLDER = tiny.ROOT / "configs"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
@@ -24,7 +24,7 @@ def closed(monkeypatch):
     def refuse(*_):
         raise AssertionError("a data source was opened")
 
-    monkeypatch.setattr(sections.SourceSpec, "open", refuse)
+    monkeypatch.setattr(schema.SourceSpec, "open", refuse)
 
 
 TRACED = set()

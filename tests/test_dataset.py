@@ -17,14 +17,14 @@ from PIL import Image
 from test_train import ROOT, SMALL
 
 from clipx import cli, dataset
-from clipx.checkpoint import read_json
-from clipx.data import speed
 from clipx.data.base import fingerprint
 from clipx.data.sources.folder import Folder
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
 from clipx.data.verify import script, verify
 from clipx.errors import ConfigError, DataError
+from clipx.planning import feed_speed
+from clipx.training.checkpoint import read_json
 
 CAPTIONS = [
     ("a red square", "a square"),
@@ -251,12 +251,12 @@ def test_the_feed_is_timed(folder, capsys):
     ],
 )
 def test_the_verdict(wanted, said):
-    assert speed.verdict(100, wanted, 2).startswith(said)
+    assert feed_speed.verdict(100, wanted, 2).startswith(said)
 
 
 def test_another_loader_runs_beside(folder, monkeypatch):
-    monkeypatch.setattr(speed, "_FILES", 64)
-    monkeypatch.setattr(speed, "_ROUNDS", 2)
+    monkeypatch.setattr(feed_speed, "_FILES", 64)
+    monkeypatch.setattr(feed_speed, "_ROUNDS", 2)
     script = folder / "other.py"
     script.write_text(
         "import json, sys\n"
@@ -265,20 +265,20 @@ def test_another_loader_runs_beside(folder, monkeypatch):
         "    spent = {'two\\n': 64.0, 'one\\n': 32.0}[line]\n"
         "    print(json.dumps({'seconds': spent, 'cpu': spent}), flush=True)\n"
     )
-    found = speed.against(script, passes=64)
+    found = feed_speed.against(script, passes=64)
     assert found.versions == "other 1.0" and found.files == 64 and 10 < found.kilobytes < 60
     for (_, own, other, ratio), rate in zip(found.rows, (1.0, 2.0)):
         assert other.per_core == other.wall == rate
         assert own.per_core > 0 and ratio > 0
-    assert "| two views, as DeCLIP | " in "\n".join(speed.markdown(found))
+    assert "| two views, as DeCLIP | " in "\n".join(feed_speed.markdown(found))
 
 
 def test_another_loader_that_cannot_run_is_told_in_a_line(folder):
     with pytest.raises(DataError, match="a checkout of clipx"):
-        speed.against(folder / "nowhere.py")
+        feed_speed.against(folder / "nowhere.py")
     script = folder / "broken.py"
     script.write_text("import no_such_package\n")
-    other = speed._other(script, str(folder), 64, 1)
+    other = feed_speed._other(script, str(folder), 64, 1)
     with pytest.raises(DataError, match="No module named 'no_such_package'"), other:
         pass
 

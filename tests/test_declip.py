@@ -14,17 +14,17 @@ import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
 from clipx import losses
-from clipx.checkpoint import Checkpoints
 from clipx.config import files
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.heads import BatchNormMLP
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped
-from clipx.optimizer import OptimizerConfig, make_schedule
 from clipx.parallel.mesh import path_name
-from clipx.parameter_rules import claim
-from clipx.run import assemble
-from clipx.step import make_train_step, row_keys
+from clipx.training.checkpoint import Checkpoints
+from clipx.training.optimizer import OptimizerConfig, make_schedule
+from clipx.training.parameter_rules import claim
+from clipx.training.run import assemble
+from clipx.training.step import make_train_step, row_keys
 from clipx.types import TrainState
 
 

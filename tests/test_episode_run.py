@@ -8,14 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from clipx import cli, episodes
+from clipx import cli
 from clipx import train as commands
 from clipx.data import row_arrays
 from clipx.data.base import fingerprint
 from clipx.errors import ConfigError, DataError
-from clipx.run import Run, assemble, restore
-from clipx.survey import Survey
 from clipx.train import train
+from clipx.training import episodes
+from clipx.training.run import Run, assemble, restore
+from clipx.training.survey import Survey
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS, BATCH, EPISODE, STEPS = 160, 16, 4, 10

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipx import episodes
 from clipx.data.loader import Feed
 from clipx.data.sources.shapes import Shapes
 from clipx.errors import MetricsError
+from clipx.training import episodes
 
 
 def labels(rows=9000, k=400):

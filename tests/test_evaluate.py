@@ -10,7 +10,7 @@ import pytest
 from clipx import evaluate
 from clipx.errors import ConfigError
 from clipx.evaluate import chosen, dataset, results
-from clipx.sections import EvalSpec
+from clipx.training.schema import EvalSpec
 
 SHAPES = {"source": "shapes", "split": "test"}
 EVALS = {

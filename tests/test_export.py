@@ -15,12 +15,12 @@ from test_interop_huggingface import with_transformers
 from test_interop_open_clip import with_open_clip
 from test_train import small
 
-from clipx.checkpoint import Checkpoints, write_json
 from clipx.data.text import tokenizers
 from clipx.errors import CheckpointError, ConfigError, MissingLibrary, NotProven, RunError
 from clipx.export import Options, export
 from clipx.interop import card, load, open_clip, proof, tokenizer
-from clipx.run import assemble, restore
+from clipx.training.checkpoint import Checkpoints, write_json
+from clipx.training.run import assemble, restore
 
 CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown fox"] * 40
 CLASS = ("image.pool", "class")

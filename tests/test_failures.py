@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from test_train import small
 
-from clipx.checkpoint import Checkpoints
 from clipx.errors import CheckpointError, ConfigError, DataError, MetricsError, RunError
 from clipx.train import train
+from clipx.training.checkpoint import Checkpoints
 
 
 def jpeg(seed=0):

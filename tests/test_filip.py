@@ -13,11 +13,11 @@ import tiny
 from declip_oracle import ORACLE, WIDE, sines, unit
 
 from clipx.config.binding import bind
-from clipx.encode import Encode
 from clipx.errors import ConfigError
 from clipx.objectives.filip import FILIP, FILIPFeatures, hide_words
 from clipx.parallel.mesh import MeshConfig, make_mesh
-from clipx.step import row_keys
+from clipx.training.encode import Encode
+from clipx.training.step import row_keys
 from clipx.types import Encoded
 
 

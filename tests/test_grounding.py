@@ -10,7 +10,6 @@ from PIL import Image
 
 from clipx.config.binding import bind
 from clipx.data.pictures import Pictures
-from clipx.encode import Encode
 from clipx.errors import ConfigError, DataError
 from clipx.evaluators.grounding import (
     Grounding,
@@ -27,6 +26,7 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
 from clipx.parallel.mesh import MeshConfig, make_mesh
+from clipx.training.encode import Encode
 
 TEXT = dict(width=8, depth=1, heads=2, embed_dim=4, vocab_size=16, context=4, eot_id=3)
 RED, GREEN = (250, 0, 0), (0, 250, 0)

@@ -9,10 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from clipx import hlo
 from clipx.errors import HloError
 from clipx.parallel.chips import parse
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from clipx.planning import hlo
 
 CONFIG = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 KERNEL = (

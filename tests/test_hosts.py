@@ -18,14 +18,14 @@ from test_processes import free_port
 from test_train import ROOT, SMALL, parameters, rows, small, wait_for
 
 from clipx import cli
-from clipx.checkpoint import Checkpoints
 from clipx.errors import ConfigError, HostsError
 from clipx.parallel import environment as places
 from clipx.parallel import processes
 from clipx.parallel.environment import Place, find_place
 from clipx.parallel.processes import meet, refuse_skew, refuse_uneven
 from clipx.train import train
-from clipx.trainer import Stop
+from clipx.training.checkpoint import Checkpoints
+from clipx.training.loop import Stop
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 EXPLICIT = {
@@ -277,16 +277,17 @@ def test_a_barrier_says_whom_it_waited_for(monkeypatch):
 
 LATE = """
 import sys, time
-from clipx import distributed, place
-here = place.Place(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
-distributed.start(here)
-distributed.barrier("first")
+from clipx.errors import HostsError
+from clipx.parallel import environment, processes
+here = environment.Place(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
+processes.start(here)
+processes.barrier("first")
 if here.process == 1:
     time.sleep(6)
 try:
-    distributed.barrier("second")
+    processes.barrier("second")
     print("together")
-except distributed.HostsError as error:
+except HostsError as error:
     print(error)
 """
 

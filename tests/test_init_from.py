@@ -11,13 +11,13 @@ from safetensors.numpy import load_file, save_file
 from test_export import CLASS, save
 from test_train import small
 
-from clipx import pretrained
 from clipx.errors import ConfigError
 from clipx.evaluate import evaluate, evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, open_clip, tokenizer
-from clipx.run import assemble, restore
 from clipx.train import train
+from clipx.training import pretrained
+from clipx.training.run import assemble, restore
 
 SCAN = [("image.scan", "true"), ("text.scan", "true")]
 

@@ -16,13 +16,13 @@ from test_interop_huggingface import with_transformers
 from test_interop_open_clip import with_open_clip
 from test_train import small
 
-from clipx import pretrained
 from clipx.errors import ConfigError, DataError, NotProven
 from clipx.evaluate import evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, proof, tokenizer
 from clipx.ops import photometry
-from clipx.run import assemble, restore
+from clipx.training import pretrained
+from clipx.training.run import assemble, restore
 
 CONTEXT = 24
 CAPTIONS = [

@@ -10,7 +10,7 @@ import tiny
 
 from clipx.ops import photometry
 from clipx.ops.photometry import Policy
-from clipx.step import row_keys
+from clipx.training.step import row_keys
 
 LAYOUTS = {  # mesh and micro-batches, each against one device and one micro-batch
     "float32": ({"data": 4, "fsdp": 2}, 2),

@@ -14,7 +14,6 @@ from clipx.errors import ConfigError
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
-from clipx.optimizer import LookaheadConfig, OptimizerConfig, make_optimizer
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import (
     MeshConfig,
@@ -29,7 +28,8 @@ from clipx.parallel.mesh import (
     replicated,
     state_shardings,
 )
-from clipx.step import init_state
+from clipx.training.optimizer import LookaheadConfig, OptimizerConfig, make_optimizer
+from clipx.training.step import init_state
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clipx.errors import MetricsError
-from clipx.metrics import Clock, Metrics, read
+from clipx.training.metrics import Clock, Metrics, read
 
 
 def run(workdir, start, stop, **settings):
@@ -133,7 +133,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
 
 def test_the_time_left_leaves_compilation_out(tmp_path, capsys, monkeypatch):
     seconds = iter([100.0, 110.0])
-    monkeypatch.setattr("clipx.metrics.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("clipx.training.metrics.time.monotonic", lambda: next(seconds))
     with Metrics(tmp_path, total_steps=40, batch_size=8) as metrics:
         for step in range(1, 12):
             metrics.progress(step)
@@ -143,7 +143,7 @@ def test_the_time_left_leaves_compilation_out(tmp_path, capsys, monkeypatch):
 
 def test_a_bar_on_a_terminal(tmp_path):
     program = (
-        "import sys; from clipx.metrics import Metrics\n"
+        "import sys; from clipx.training.metrics import Metrics\n"
         "with Metrics(sys.argv[1], total_steps=4, batch_size=8) as m:\n"
         "    m.progress(1); m.log(1, {'loss': 2.5}); m.log(1, {'knn/top1': 0.5}); m.progress(4)\n"
     )
@@ -162,7 +162,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 
 def test_killed_in_mid_run_the_file_is_whole(tmp_path):
     program = (
-        "import sys; from clipx.metrics import Metrics\n"
+        "import sys; from clipx.training.metrics import Metrics\n"
         "with Metrics(sys.argv[1], total_steps=4, batch_size=8) as m:\n"
         "    for step in range(10**9): m.log(step, {'loss': 1.0})\n"
     )

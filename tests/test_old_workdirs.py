@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from clipx.evaluate import evaluate
-from clipx.run import restore
 from clipx.train import train
+from clipx.training.run import restore
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "workdirs_0.1.0.tar.xz"
 TIMES = ("seconds", "images_per_second", "data_wait_fraction", "episode/", "predicted/", "mfu")

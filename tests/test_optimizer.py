@@ -20,16 +20,16 @@ from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys
 from clipx.models.resnet import ResNet
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
-from clipx.optimizer import (
+from clipx.parallel.mesh import path_name
+from clipx.training.optimizer import (
     LookaheadConfig,
     OptimizerConfig,
     make_optimizer,
     make_schedule,
     updates_done,
 )
-from clipx.parallel.mesh import path_name
-from clipx.parameter_rules import Rule, claim, layer_factors, locked
-from clipx.step import init_state, make_train_step
+from clipx.training.parameter_rules import Rule, claim, layer_factors, locked
+from clipx.training.step import init_state, make_train_step
 from clipx.types import Loss, TrainState
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())["sched"]

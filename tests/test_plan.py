@@ -12,14 +12,16 @@ import pytest
 from test_topology import libtpu
 from test_train import ROOT, SMALL, rows, small
 
-from clipx import analytic, microbatches, plan, predict
+from clipx import plan
 from clipx import train as training
-from clipx.checkpoint import Checkpoints
 from clipx.errors import ConfigError
 from clipx.ops import flops
 from clipx.parallel import chips
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
-from clipx.run import assemble
+from clipx.planning import estimate, gpu_model
+from clipx.training import fit
+from clipx.training.checkpoint import Checkpoints
+from clipx.training.run import assemble
 
 GIB = 2**30
 
@@ -38,7 +40,7 @@ def found(**changes):
     memory = {"parameters": GIB, "program": GIB // 4}
     values = dict(devices=2, device_kind="TPU v5 lite", batch=64, microbatches=1, memory=memory)
     values |= dict(peak=2 * GIB, limit=16 * GIB, flops=10**12, step_flops=10**12, seconds=0.1)
-    return predict.Prediction(**values | changes)
+    return estimate.Prediction(**values | changes)
 
 
 def count(f, *args):
@@ -92,10 +94,10 @@ def test_out_of_memory_is_read(one, message, monkeypatch):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(type(one), "train_step", property(refuse))
-    refused = predict.predict(one)
+    refused = estimate.predict(one)
     assert (refused.fits, refused.refused) == (False, True)
     assert (refused.peak, refused.limit) == (27.5 * GIB, 15.75 * GIB)
-    assert "27.50 GiB of 15.75 GiB" in predict.describe_memory(refused)
+    assert "27.50 GiB of 15.75 GiB" in fit.describe_memory(refused)
 
 
 def _refuses():
@@ -104,9 +106,9 @@ def _refuses():
 
 @pytest.mark.parametrize("text", [lambda: "HloModule m", _refuses], ids=["ours", "the compiler"])
 def test_a_text_that_cannot_be_read_stops_nothing(text):
-    told = predict._estimate(text, found().chip)
+    told = estimate.time_of(text, found().chip)
     assert list(told) == ["notes"] and "no estimate of time" in told["notes"][0]
-    assert predict.short(found(seconds=None, **told))[-1] == told["notes"][0]
+    assert estimate.short(found(seconds=None, **told))[-1] == told["notes"][0]
 
 
 @libtpu
@@ -118,8 +120,8 @@ def test_a_program_for_sparse_cores_is_read():
     ids = jax.ShapeDtypeStruct((2048, 77), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(lambda t, i: jnp.sum(t[i] ** 2))).lower(table, ids)
-    _, text = predict.compile_ahead(lowered)
-    told = predict._estimate(text, chips.chip("TPU v5"))
+    _, text = estimate.compile_ahead(lowered)
+    told = estimate.time_of(text, chips.chip("TPU v5"))
     assert told["cycles"] > 0 and told["seconds"] > 0
     assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
 
@@ -130,7 +132,7 @@ def test_other_errors_are_not_memory(one, monkeypatch):
 
     monkeypatch.setattr(type(one), "train_step", property(fail))
     with pytest.raises(jax.errors.JaxRuntimeError):
-        predict.predict(one)
+        estimate.predict(one)
 
 
 @pytest.mark.parametrize(
@@ -144,20 +146,20 @@ def test_fewest_micro_batches(one, most, trials):
         tried.append(run.microbatches)
         return found(peak=32 * GIB // run.microbatches, limit=most * GIB)
 
-    run, _ = microbatches.fewest(one, plan._fits, estimate=estimate)
+    run, _ = fit.fewest(one, plan._fits, estimate=estimate)
     assert run.microbatches == run.complete["train"]["microbatches"]
-    assert run.microbatches == next(n for n in microbatches.counts(one) if 32 / n + 0.25 <= most)
+    assert run.microbatches == next(n for n in fit.counts(one) if 32 / n + 0.25 <= most)
     assert tried == trials
 
 
 def test_no_number_fits(one):
-    assert microbatches.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
+    assert fit.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
 
 
 def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
     """On devices whose memory holds a quarter of the temporaries, and then on larger ones."""
     monkeypatch.setattr(
-        predict, "predict", lambda run: found(peak=16 * GIB // run.microbatches, limit=5 * GIB)
+        fit, "measure", lambda run: found(peak=16 * GIB // run.microbatches, limit=5 * GIB)
     )
     config = small(("train.microbatches", "auto"), ("train.total_steps", "2"))
     assert training.train(config, str(tmp_path), jax.devices()[:1]) == 0
@@ -165,9 +167,9 @@ def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch
     assert "train.microbatches=auto: 4\n" in said and "a step: 1 TFLOP, 4.25 GiB of 5.00" in said
     assert json.loads((tmp_path / "config.json").read_text())["train"]["microbatches"] == 4
     logged = [row for row in rows(tmp_path) if "loss" in row]
-    assert logged[0]["predicted/memory_gib"] == 4.25 and logged[0]["predicted/step_seconds"] == 0.1
+    assert logged[0]["predicted/memory_gib"] == 4.25
     assert logged[0]["step_seconds"] > 0 and logged[0]["mfu"] > 0
-    monkeypatch.setattr(predict, "predict", lambda run: found())
+    monkeypatch.setattr(fit, "measure", lambda run: found())
     saved = Checkpoints(tmp_path).restore_run(2)
     for devices, number in ((1, "4, as before"), (2, "1 (4 before, on another mesh)")):
         assert training._fitted(assemble(config, jax.devices()[:devices]), saved)
@@ -176,11 +178,11 @@ def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch
 
 def test_a_step_of_this_machine(one):
     """Compiled here, its memory is known, and its time is not."""
-    told = predict.predict(one)
-    assert told.fits and told.need > sum(predict.held(one).values())
-    assert told.seconds is None and told.mfu is None and told.collectives is None
-    assert predict.predicted(told).keys() == {"predicted/memory_gib"}
-    assert len(predict.short(told)) == 1
+    told = estimate.predict(one)
+    assert told.fits and told.need > sum(fit.held(one).values())
+    assert told.seconds is None and told.predicted_mfu is None and told.collectives is None
+    assert fit.logged(told).keys() == {"predicted/memory_gib"}
+    assert len(estimate.short(told)) == 1
 
 
 def test_batch_norm_is_not_cut(monkeypatch):
@@ -189,27 +191,27 @@ def test_batch_norm_is_not_cut(monkeypatch):
     config = small(("train.microbatches", "auto"))
     config["image"] = {**resnet, "image_size": 16, "embed_dim": 16, "dtype": "float32"}
     run = assemble(config, jax.devices()[:1])
-    monkeypatch.setattr(predict, "predict", lambda run: found(peak=20 * GIB))
+    monkeypatch.setattr(fit, "measure", lambda run: found(peak=20 * GIB))
     with pytest.raises(ConfigError, match="config.train.microbatches"):
-        microbatches.fitted(run)
-    monkeypatch.setattr(predict, "predict", lambda run: found())
-    assert microbatches.fitted(run).config.train.microbatches == 1
+        fit.fitted(run)
+    monkeypatch.setattr(fit, "measure", lambda run: found())
+    assert fit.fitted(run).config.train.microbatches == 1
 
 
 def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
-    monkeypatch.setattr(predict, "predict", lambda run: found())
+    monkeypatch.setattr(fit, "measure", lambda run: found())
     run = assembled(("train.microbatches", "auto"))
-    assert microbatches.fitted(run).config.train.microbatches == 1
+    assert fit.fitted(run).config.train.microbatches == 1
     with pytest.raises(ConfigError, match="not even"):
-        microbatches.fitted(run, agreed=lambda fits: False)
+        fit.fitted(run, agreed=lambda fits: False)
 
 
 @libtpu
 def test_a_step_compiled_for_a_tpu(monkeypatch):
     where = chips.parse("v5e:2x2")
     run, told = plan.plan(small(), where)
-    assert told.fits and told.devices == 4 and 0 < told.mfu < 1
-    assert told.peak >= sum(predict.held(run).values()) > 0
+    assert told.fits and told.devices == 4 and 0 < told.predicted_mfu < 1
+    assert told.peak >= sum(fit.held(run).values()) > 0
     assert any(kind == "all-reduce" for kind, *_ in told.collectives)
     report = "\n".join(plan.describe("quickstart", where, run, told, price=1.5))
     for part in (plan.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated"):
@@ -220,10 +222,10 @@ def test_gpus_are_modelled():
     """Memory follows the rows of one GPU and of one micro-batch, which are computed again."""
     four, eight = (chips.parse(name) for name in ("h100:1x4", "h100:1x8"))
     runs = [assemble(small(), jax.devices()[: where.size]) for where in (four, eight)]
-    less, more = (analytic.predict(run, where) for run, where in zip(runs, (four, eight)))
+    less, more = (gpu_model.predict(run, where) for run, where in zip(runs, (four, eight)))
     assert less.analytic and less.fits and less.flops == more.flops
     assert less.memory["activations"] == 2 * more.memory["activations"] > 0
-    cut = analytic.predict(runs[1].with_microbatches(4), eight)
+    cut = gpu_model.predict(runs[1].with_microbatches(4), eight)
     assert cut.memory["activations"] == more.memory["activations"] // 4
     assert cut.step_flops > more.step_flops
 
@@ -252,7 +254,7 @@ def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch)
         sizes = {"batch": run.batch_size, "microbatches": run.microbatches}
         return found(**sizes, peak=run.batch_size * GIB // run.microbatches)
 
-    monkeypatch.setattr(analytic, "predict", estimate)
+    monkeypatch.setattr(gpu_model, "predict", estimate)
     for batch, expected in ((64, "fit: 8, 8.25"), (4, "doubling: 8 at 1 micro-batch(es), 8.25")):
         config = small(("train.batch_size", str(batch)))
         run, told = plan.plan(config, where)

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipx import plan_losses
 from clipx.parallel import mesh
+from clipx.planning import losses
 
 
-@pytest.mark.parametrize("name", plan_losses.FORMS)
+@pytest.mark.parametrize("name", losses.FORMS)
 def test_all_are_the_same_loss(name):
     rng = np.random.default_rng(0)
     rows = [jnp.asarray(rng.normal(size=(16, 4)), jnp.float32) for _ in range(2)]
 
     @jax.jit
     def every(a, b):
-        return jnp.stack([loss(a, b, 3.0, -1.0) for loss in plan_losses.FORMS[name].values()])
+        return jnp.stack([loss(a, b, 3.0, -1.0) for loss in losses.FORMS[name].values()])
 
     with jax.set_mesh(mesh.make_mesh(mesh.MeshConfig(4, 2), jax.devices())):
         values = np.asarray(every(*rows))
@@ -42,18 +42,18 @@ def test_what_does_not_fit_is_a_number(monkeypatch):
     on = mesh.make_mesh(mesh.MeshConfig(), jax.devices())
     why = "RESOURCE_EXHAUSTED: ... temporaries (514.19G) exceeds available HBM (15.75G)."
     monkeypatch.setattr(jax, "jit", lambda fn: Refused(why))
-    need = plan_losses.need(plan_losses.naive_info_nce, on, 2**20)
+    need = losses.need(losses.naive_info_nce, on, 2**20)
     assert not need.fits and str(need) == "does not fit: 514.2 GiB"
     monkeypatch.setattr(jax, "jit", lambda fn: Refused("INTERNAL: no"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        plan_losses.need(plan_losses.naive_info_nce, on, 2**20)
+        losses.need(losses.naive_info_nce, on, 2**20)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for TPUs: libtpu")
 def test_the_table(capsys):
     """And the figures of the ring: 32,768 rows on 16 chips."""
-    plan_losses.main(["v5e:4x4"], [32_768], ["InfoNCE"])
+    losses.main(["v5e:4x4"], [32_768], ["InfoNCE"])
     head, columns, _, row = capsys.readouterr().out.splitlines()
     assert "compiled ahead of time, not run" in head and columns.count("|") == row.count("|")
     ring = row.strip("| ").split(" | ")[-1]

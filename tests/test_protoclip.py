@@ -19,11 +19,11 @@ from clipx.errors import ConfigError
 from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures
 from clipx.ops import kmeans
-from clipx.optimizer import make_schedule
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
-from clipx.parameter_rules import claim
-from clipx.run import assemble
-from clipx.step import row_keys
+from clipx.training.optimizer import make_schedule
+from clipx.training.parameter_rules import claim
+from clipx.training.run import assemble
+from clipx.training.step import row_keys
 
 FIELDS = tiny.FIELDS["protoclip"]
 TOWERS = {"image": tiny.Linear(embed_dim=8), "text": tiny.Linear(embed_dim=8)}

@@ -10,9 +10,10 @@ import types
 import numpy as np
 import pytest
 
-from clipx import episodes, report
+from clipx import report
 from clipx.errors import RunError
-from clipx.metrics import Metrics
+from clipx.training import episodes
+from clipx.training.metrics import Metrics
 from clipx.types import Encoded
 
 CONFIG = {
@@ -189,7 +190,8 @@ def test_a_teachers_clusters_have_a_map_of_their_own(workdir):
 def test_a_page_of_a_long_run_has_some_of_its_episodes(workdir, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "clipx.figures.clusters", lambda episode, labelling: drawn.append(episode.episode) or ""
+        "clipx.reporting.charts.clusters",
+        lambda episode, labelling: drawn.append(episode.episode) or "",
     )
     with_episodes(workdir, *range(33))
     report.write(workdir)

@@ -11,7 +11,7 @@ import tiny
 from clipx.models.resnet import ResNet
 from clipx.objectives.base import caption_ids
 from clipx.objectives.clip import CLIP
-from clipx.step import init_state, make_train_step, row_keys
+from clipx.training.step import init_state, make_train_step, row_keys
 
 
 def test_batch_norm_moves_once_a_micro_batch():

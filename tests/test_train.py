@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from clipx import cli
-from clipx.checkpoint import Checkpoints
 from clipx.errors import ConfigError, RunError
 from clipx.evaluate import evaluate
-from clipx.run import assemble, restore
 from clipx.train import train
+from clipx.training.checkpoint import Checkpoints
+from clipx.training.run import assemble, restore
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

@@ -17,7 +17,7 @@ from clipx.models.vit import ViT
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, put
-from clipx.step import embed_rows, row_keys
+from clipx.training.step import embed_rows, row_keys
 from clipx.types import Batch, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int32, Key
 
 from clipx.objectives.base import Objective, caption_ids, tower_keys
-from clipx.optimizer import updates_done
+from clipx.training.optimizer import updates_done
 from clipx.types import Batch, Features, Loss, Metrics, PyTree, TrainState, constrain_rows
 
 

@@ -14,9 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clipx import pretrained
-from clipx.abstract import abstract_batch, abstract_state, bind_objective
-from clipx.checkpoint import Checkpoints, read_json
 from clipx.config import binding as configs
 from clipx.config.binding import bind, duration
 from clipx.data import loader
@@ -24,15 +21,18 @@ from clipx.data import row_arrays as teachers
 from clipx.data.base import Source, fingerprint
 from clipx.data.text import tokenizers
 from clipx.data.text.augment import TextAugment
-from clipx.encode import Encode
 from clipx.evaluators.base import Evaluator
 from clipx.interop import load
 from clipx.objectives.base import Objective
 from clipx.ops import flops
-from clipx.optimizer import make_schedule
 from clipx.parallel import mesh as meshes
-from clipx.parameter_rules import locked
-from clipx.sections import (
+from clipx.training import pretrained
+from clipx.training.assemble import abstract_batch, abstract_state, bind_objective
+from clipx.training.checkpoint import Checkpoints, read_json
+from clipx.training.encode import Encode
+from clipx.training.optimizer import make_schedule
+from clipx.training.parameter_rules import locked
+from clipx.training.schema import (
     Config,
     DataConfig,
     EvalSpec,
@@ -42,7 +42,7 @@ from clipx.sections import (
     check_train,
     split,
 )
-from clipx.step import batch_loss, init_state, make_train_step
+from clipx.training.step import batch_loss, init_state, make_train_step
 from clipx.types import Batch, PyTree, TrainState
 
 _SAMPLES = 32  # pictures that the report shows

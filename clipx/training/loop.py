@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clipx import episodes, predict
-from clipx.checkpoint import Checkpoints
 from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.metrics import Clock, Metrics
-from clipx.run import Run
-from clipx.survey import Survey
+from clipx.training import episodes, fit
+from clipx.training.checkpoint import Checkpoints
+from clipx.training.metrics import Clock, Metrics
+from clipx.training.run import Run
+from clipx.training.survey import Survey
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
@@ -74,7 +74,7 @@ class Trainer:
     quarantine: Quarantine
     fingerprint: str
     stop: Stop
-    predicted: predict.Prediction | None  # None: no step is left to take
+    predicted: fit.Needs | None  # None: no step is left to take
     _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
     _read: int = 0
     _bad: int = 0
@@ -188,7 +188,7 @@ class Trainer:
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
-        metrics |= predict.predicted(self.predicted) | predict.measured(
+        metrics |= fit.logged(self.predicted) | fit.measured(
             self.run.mesh.local_devices[0], self.predicted, metrics["step_seconds"]
         )
         self.metrics.log(step, metrics)

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from clipx.checkpoint import read_json, write_json
 from clipx.data.loader import Feed
 from clipx.errors import MetricsError
+from clipx.training.checkpoint import read_json, write_json
 
 FOLDER = "episodes"
 COLOURED = 10  # the largest clusters of each labelling, which a map tells apart

@@ -19,9 +19,10 @@ import jax
 from clipx.ops import flops
 from clipx.parallel.chips import Topology
 from clipx.parallel.mesh import bytes_whole
-from clipx.predict import Prediction, held
-from clipx.run import Run
-from clipx.step import embed_rows, row_keys
+from clipx.planning.estimate import Prediction
+from clipx.training.fit import held
+from clipx.training.run import Run
+from clipx.training.step import embed_rows, row_keys
 
 PEAK, BANDWIDTH = 0.6, 0.8  # of what is published
 SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more

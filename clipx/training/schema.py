@@ -18,9 +18,9 @@ from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.models.bert import BERT
 from clipx.models.layers import Tower
-from clipx.optimizer import OptimizerConfig
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import MeshConfig
+from clipx.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from clipx.data.base import Source
 from clipx.parallel import mesh as meshes
-from clipx.run import Run
-from clipx.step import make_refresh, make_survey_step, put_features
+from clipx.training.run import Run
+from clipx.training.step import make_refresh, make_survey_step, put_features
 from clipx.types import Batch, Features, TrainState
 
 

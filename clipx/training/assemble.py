@@ -15,11 +15,11 @@ from clipx.config import binding as configs
 from clipx.config.binding import bind
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
-from clipx.optimizer import make_optimizer
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
-from clipx.sections import Config, check_marks, named
-from clipx.step import init_variables, new_state
+from clipx.training.optimizer import make_optimizer
+from clipx.training.schema import Config, check_marks, named
+from clipx.training.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
 _TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")

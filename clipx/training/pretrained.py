@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from clipx.checkpoint import read_json
 from clipx.config import binding as configs
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
@@ -23,7 +22,8 @@ from clipx.interop.base import Model, Words
 from clipx.models.bert import BERT
 from clipx.models.text import TextTransformer
 from clipx.objectives.base import Objective
-from clipx.sections import Config
+from clipx.training.checkpoint import read_json
+from clipx.training.schema import Config
 from clipx.types import PyTree, TrainState
 
 WHERE = "config.init_from"

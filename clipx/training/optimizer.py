@@ -13,7 +13,7 @@ import optax
 
 from clipx.config.binding import duration
 from clipx.errors import ConfigError
-from clipx.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
+from clipx.training.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from clipx.episodes import Episode
 from clipx.errors import RunError
+from clipx.training.episodes import Episode
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
 

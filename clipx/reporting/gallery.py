@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from clipx import figures
-from clipx.episodes import Cluster, Episode, Prototype
-from clipx.figures import short
+from clipx.reporting import charts
+from clipx.reporting.charts import short
+from clipx.training.episodes import Cluster, Episode, Prototype
 
 _QUERIES, _FOUND = 8, 5
 _MATRIX = 20  # pictures in the matrix: more would be too small to see
@@ -34,9 +34,9 @@ def section(title: str, content: str, note: str = "") -> str:
     return f"<section><h2>{html.escape(title)}</h2>{note}{content}</section>\n"
 
 
-def grid(charts: Sequence[str]) -> str:
+def grid(figures: Sequence[str]) -> str:
     """Figures side by side."""
-    return f'<div class="grid">{"".join(charts)}</div>' if charts else ""
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
 
 
 def matrix(samples: Samples, uris: Sequence[str]) -> str:
@@ -126,7 +126,7 @@ def episodes(shown: Sequence[Episode], curves: Sequence[str]) -> str:
 
 def _episode(episode: Episode) -> str:
     labellings = sorted(episode.clusters, key=lambda name: (name == "external", name))
-    maps = "".join(figures.clusters(episode, labelling) for labelling in labellings)
+    maps = "".join(charts.clusters(episode, labelling) for labelling in labellings)
     cards = "".join(_prototype(p, episode.clusters[p.modality]) for p in episode.prototypes)
     return f'<div class="maps">{maps}</div><div class="prototypes">{cards}</div>'
 
@@ -139,7 +139,7 @@ def _prototype(prototype: Prototype, clusters: Sequence[Cluster]) -> str:
         for uri, caption in zip(prototype.pictures, prototype.captions)
     )
     return (
-        f'<article><h3><i style="background:{figures.CLUSTERS[place]}"></i>cluster '
-        f"{prototype.cluster} of {figures.plural(prototype.modality)}, {prototype.rows:,} rows</h3>"
+        f'<article><h3><i style="background:{charts.CLUSTERS[place]}"></i>cluster '
+        f"{prototype.cluster} of {charts.plural(prototype.modality)}, {prototype.rows:,} rows</h3>"
         f"<ol>{nearest}</ol></article>"
     )

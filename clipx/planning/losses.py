@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from clipx import hlo, losses
+from clipx import losses
 from clipx.errors import OutOfMemory
 from clipx.losses.forms import Form, pick_form
 from clipx.parallel import chips, mesh
-from clipx.predict import compile_ahead
+from clipx.planning import hlo
+from clipx.planning.estimate import compile_ahead
 from clipx.types import constrain_rows
 
 TOPOLOGIES = ("v5e:4x4", "v5e:4x8", "v5e:16x16")
