@@ -21,7 +21,7 @@ from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.training import schema
 from clipx.training.checkpoint import refuse_other_config, write_json
-from clipx.training.run import assemble
+from clipx.training.run import assemble, with_data
 
 QUICKSTART = str(tiny.ROOT / "configs" / "quickstart.py")
 CLIP_SMALL = str(tiny.ROOT / "configs" / "clip.py") + ":small"
@@ -421,11 +421,11 @@ def test_batches_that_do_not_divide(closed):
 def test_too_few_rows(closed):
     run = assembled(spec=CLIP_SMALL)
     assert run.steps is None
-    error = fault(run.with_data, 100, None)
+    error = fault(with_data, run, 100, None)
     assert error.where == "config.train.batch_size" and "100 rows" in error.found
-    assert run.with_data(300, None).steps == 30
+    assert with_data(run, 300, None).steps == 30
     longer = assembled("optimizer.warmup_epochs=16", spec=CLIP_SMALL)
-    error = fault(longer.with_data, 300, None)
+    error = fault(with_data, longer, 300, None)
     assert error.where == "config.optimizer.warmup_epochs" and "32 steps" in error.found
 
 

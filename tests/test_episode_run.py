@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from clipx import cli
-from clipx import train as commands
 from clipx.data import row_arrays
 from clipx.data.base import fingerprint
 from clipx.errors import ConfigError, DataError
 from clipx.train import train
-from clipx.training import episodes
-from clipx.training.run import Run, assemble, restore
+from clipx.training import episodes, loop
+from clipx.training.feed import feed, open_data
+from clipx.training.initial import open_tokenizer
+from clipx.training.run import assemble, restore, with_data
+from clipx.training.stop import Stop
 from clipx.training.survey import Survey
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,7 +59,7 @@ def config(tmp_path_factory):
 
 def write(config, **changes):
     """A teacher's file for the config's data, of random rows."""
-    source = assemble(config).open_source()
+    source = assemble(config).source.open()
     about = {"fingerprint": fingerprint(source), "rows": ROWS} | changes
     rows = np.random.default_rng(0).normal(size=(about["rows"], 4)).astype(np.float32)
     with row_arrays.create(config["data"]["teacher"], np.float32, rows.shape, about) as put:
@@ -99,16 +101,15 @@ def test_episodes_are_drawn(whole):
 
 def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_looked_up(config):
     run = assemble(config)
-    source = run.open_source()
-    run = run.with_data(len(source), run.open_tokenizer(source))
-    rows = run.open_teacher()
-    survey = Survey(run, source, rows).batches(start=EPISODE)
+    data = open_data(run)
+    run = with_data(run, len(data), open_tokenizer(run, data.source))
+    survey = Survey(run, data).batches(start=EPISODE)
     positions = []
-    for (batch, _), seen in zip(run.feed(source, start=EPISODE), survey):
+    for (batch, _), seen in zip(feed(run, data, start=EPISODE), survey):
         for name in ("row", "position", "text"):
             np.testing.assert_array_equal(getattr(batch, name), getattr(seen, name))
         assert (np.asarray(batch.image) != np.asarray(seen.image)).any()
-        np.testing.assert_array_equal(seen.extra["teacher"], rows[np.asarray(seen.row)])
+        np.testing.assert_array_equal(seen.extra["teacher"], data.teacher[np.asarray(seen.row)])
         positions.append(np.asarray(seen.position))
         if len(positions) == EPISODE:
             break
@@ -123,28 +124,27 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
 def stopped(config, tmp_path_factory):
     """A run that was told to stop while it looked at the second episode, and again in its midst."""
     workdir, seen, drawn = tmp_path_factory.mktemp("stopped"), [], []
-    survey, feed = Survey.batches, Run.feed
+    survey = Survey.batches
 
     def watched(self, *, start):
         for batch in survey(self, start=start):
             seen.append(batch)
             yield batch
 
-    def counted(self, source, *, start):
-        for batch in feed(self, source, start=start):
+    def counted(run, data, *, start):
+        for batch in feed(run, data, start=start):
             drawn.append(batch)
             yield batch
 
-    class Told(commands.Stop):
+    class Told(Stop):
         def __call__(self):
             return len(seen) == EPISODE + 2 or len(drawn) == 6
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Survey, "batches", watched)
-        patch.setattr(Run, "feed", counted)
-        patch.setattr(commands, "Stop", Told)
+        patch.setattr(loop, "feed", counted)
         for step, episode in ((EPISODE, 0), (6, 1)):
-            assert train(config, str(workdir)) == cli.EXIT_PREEMPTED
+            assert train(config, str(workdir), stop=Told()) == cli.EXIT_PREEMPTED
             found = state(workdir)
             assert (found.step, found.memory["episode"]) == (step, episode)
             seen.clear()
@@ -198,9 +198,9 @@ def test_an_episode_longer_than_the_data_is_several_epochs_of_it(config, tmp_pat
     run = assemble(
         config | {"objective": objective, "train": {**config["train"], "total_steps": 2}}
     )
-    source = run.open_source()
-    run = run.with_data(len(source), run.open_tokenizer(source))
-    survey = Survey(run, source, run.open_teacher()).batches(start=0)
+    data = open_data(run)
+    run = with_data(run, len(data), open_tokenizer(run, data.source))
+    survey = Survey(run, data).batches(start=0)
     seen = [jax.device_get((batch.row, batch.position)) for batch in survey]
     rows, positions = (np.concatenate(x) for x in zip(*seen))
     assert (np.bincount(rows) == 2).all()
@@ -222,9 +222,9 @@ def test_a_runs_batches_are_pairs_of_the_clusters_that_it_names(config, tmp_path
         "train": {"batch_size": BATCH, "total_steps": 4},
     }
     run = assemble(ours)
-    source = run.open_source()
-    run = run.with_data(len(source), run.open_tokenizer(source))
-    batches = [jax.device_get(batch.row) for batch, _ in run.feed(source, start=0)]
+    data = open_data(run)
+    run = with_data(run, len(data), open_tokenizer(run, data.source))
+    batches = [jax.device_get(batch.row) for batch, _ in feed(run, data, start=0)]
     pairs = of[np.concatenate(batches)].reshape(-1, 2)
     # a cluster of odd size leaves a row over, which meets one of another
     assert np.mean(pairs[:, 0] == pairs[:, 1]) > 0.85

@@ -20,7 +20,7 @@ from clipx.errors import CheckpointError, ConfigError, MissingLibrary, NotProven
 from clipx.export import Options, export
 from clipx.interop import card, load, open_clip, proof, tokenizer
 from clipx.training.checkpoint import Checkpoints, write_json
-from clipx.training.run import assemble, restore
+from clipx.training.run import assemble, restore, with_data
 
 CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown fox"] * 40
 CLASS = ("image.pool", "class")
@@ -32,7 +32,7 @@ def save(
     """A workdir whose run stands at step 3, and as many steps later as it is trained from there,
     with random weights: nothing else is compiled."""
     run = assemble(config, devices)
-    run = run.with_data(256, tokenizers.build(run.config.tokenizer, CAPTIONS))
+    run = with_data(run, 256, tokenizers.build(run.config.tokenizer, CAPTIONS))
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):

@@ -12,12 +12,13 @@ from test_export import CLASS, save
 from test_train import small
 
 from clipx.errors import ConfigError
-from clipx.evaluate import evaluate, evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, open_clip, tokenizer
+from clipx.serving.evaluation import evaluate, evaluate_file
 from clipx.train import train
 from clipx.training import pretrained
-from clipx.training.run import assemble, restore
+from clipx.training.initial import init
+from clipx.training.run import assemble, restore, with_data
 
 SCAN = [("image.scan", "true"), ("text.scan", "true")]
 
@@ -39,8 +40,8 @@ def begin(path, *overrides):
     """A run that starts from `path`, at step 0, and its state."""
     run = assemble(small(CLASS, *overrides, ("init_from", str(path))))
     given = pretrained.open_tokenizer(str(path))
-    run = run.with_data(256, pretrained.tokenizer_for(run.config.tokenizer, given))
-    return run, run.init()
+    run = with_data(run, 256, pretrained.tokenizer_for(run.config.tokenizer, given))
+    return run, init(run)
 
 
 def unstacked(state):
@@ -74,7 +75,7 @@ def test_heads_are_new_and_a_tower_may_be(sources):
     config["objective"] = {"name": "slip", "augmentation": "none", "ssl_augmentation": "none"}
     config["objective"] |= {"head_width": 12, "head_dim": 6, "logit_scale_init": 1.5}
     config["init_ignore"] = ["text", "logit_*", "mean", "std"]
-    state = assemble(config).init()
+    state = init(assemble(config))
     given = load.load(sources["open_clip"]).params["image"]
     found = pretrained.base.unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
     jax.tree.map(np.testing.assert_array_equal, found, given)
@@ -113,7 +114,7 @@ def listed(path, *overrides, tokenizer=None, ignore=()):
     config["init_ignore"] = list(ignore)
     run = assemble(config)
     with pytest.raises(ConfigError) as caught:
-        run.with_data(256, tokenizer).init()
+        init(with_data(run, 256, tokenizer))
     assert caught.value.where == "config.init_from"
     return [line.strip().split(":")[0] for line in str(caught.value).splitlines()[2:-2]], caught
 

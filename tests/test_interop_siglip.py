@@ -17,12 +17,14 @@ from test_interop_open_clip import with_open_clip
 from test_train import small
 
 from clipx.errors import ConfigError, DataError, NotProven
-from clipx.evaluate import evaluate_file
 from clipx.export import Options, export
 from clipx.interop import huggingface, load, proof, tokenizer
 from clipx.ops import photometry
+from clipx.serving.evaluation import evaluate_file
 from clipx.training import pretrained
-from clipx.training.run import assemble, restore
+from clipx.training.feed import open_data
+from clipx.training.initial import init, open_tokenizer
+from clipx.training.run import assemble, restore, with_data
 
 CONTEXT = 24
 CAPTIONS = [
@@ -162,8 +164,8 @@ def test_an_export_is_such_a_folder(workdir, tmp_path):
 
     def begin(*overrides):
         run = assemble(config(("init_from", str(tmp_path / "a")), *overrides))
-        run = run.with_data(256, run.open_tokenizer(run.open_source()))
-        return run, run.init()
+        run = with_data(run, 256, open_tokenizer(run, open_data(run)))
+        return run, init(run)
 
     run, state = begin()
     assert run.tokenizer(TEXTS).tolist() == again(TEXTS).tolist()
@@ -306,8 +308,8 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     own |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
     own |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
     run = assemble(own)
-    run = run.with_data(256, run.open_tokenizer(None))
-    state = run.init()
+    run = with_data(run, 256, open_tokenizer(run, None))
+    state = init(run)
     images = np.stack(proof.pictures(32))
     ids = run.tokenizer(TEXTS)
     np.testing.assert_array_equal(ids, their_ids(words, TEXTS, CONTEXT))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from clipx.errors import MetricsError
-from clipx.training.metrics import Clock, Metrics, read
+from clipx.training.clock import Clock
+from clipx.training.metrics import Metrics, read
 
 
 def run(workdir, start, stop, **settings):

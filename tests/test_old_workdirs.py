@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipx.evaluate import evaluate
+from clipx.serving.evaluation import evaluate
 from clipx.train import train
 from clipx.training.run import restore
 

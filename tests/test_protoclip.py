@@ -290,7 +290,8 @@ def test_what_an_episode_keeps_of_a_batch():
     jax.tree.map(np.testing.assert_array_equal, kept, survey(2, batch)[1])
     np.testing.assert_array_equal(kept.teacher, batch.extra["teacher"])
     np.testing.assert_array_equal(features.position, batch.position)
-    assert module.teacher == 4 and protoclip(external_weight=0.0).teacher is None
+    assert module.external_width == 4
+    assert protoclip(external_weight=0.0).external_width is None
     assert np.ptp(np.linalg.norm(features.image, axis=1)) > 1e-3
     for i, name in enumerate(("image", "text")):
         own = {
@@ -376,7 +377,7 @@ def test_the_published_recipe():
         sizes[group] = sizes.get(group, 0) + leaf.size
     assert sizes[True, False] == 60_416 and sizes[True, True] == 38_256_480
     assert sizes[False, False] == 4_812_034 and sizes[False, True] == 63_609_344
-    assert run.objective.episode == 3125 and run.objective.with_replacement
+    assert run.objective.episode_steps == 3125 and run.objective.with_replacement
     assert run.state.memory["labels"]["external"].shape == (200_000,)
     assert {x.shape for x in jax.tree.leaves(run.state.memory["translated"])} == {(20_000, 128)}
     oracle = json.loads((pathlib.Path(__file__).parent / "oracles/protoclip.json").read_text())

@@ -15,9 +15,10 @@ import pytest
 
 from clipx import cli
 from clipx.errors import ConfigError, RunError
-from clipx.evaluate import evaluate
+from clipx.serving.evaluation import evaluate
 from clipx.train import train
 from clipx.training.checkpoint import Checkpoints
+from clipx.training.initial import init
 from clipx.training.run import assemble, restore
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,6 +184,6 @@ def test_a_tower_that_reads_a_file_starts_from_it(monkeypatch):
     given = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     text = type(run.objective.text)
     monkeypatch.setattr(text, "pretrained", lambda self: {"token_embedding": given})
-    state = run.init()
+    state = init(run)
     np.testing.assert_array_equal(state.params["text"]["token_embedding"], given)
     assert np.std(state.params["image"]["projection"]["kernel"]) > 0

@@ -116,7 +116,7 @@ def memory(module: Objective):
         )
         return values.astype(x.dtype)
 
-    return before if module.episode is None else jax.tree.map(leaf, before)
+    return before if module.episode_steps is None else jax.tree.map(leaf, before)
 
 
 @functools.cache
