@@ -9,13 +9,13 @@ import sys
 import pytest
 from support import ROOT
 
-PACKAGE = ROOT / "clipx"
-FILES = sorted(p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py"))
-SOURCES = FILES + sorted(
-    p.relative_to(ROOT).as_posix()
-    for folder in ("tests", "configs")
-    for p in (ROOT / folder).rglob("*.py")
-)
+
+def files_of(folder: str) -> list[str]:
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py"))
+
+
+FILES, TESTS = files_of("clipx"), files_of("tests")
+SOURCES = FILES + TESTS + files_of("configs")
 FLOORS = (
     ("types", "errors", "config"),
     ("losses", "models", "ops", "parallel"),
@@ -136,6 +136,34 @@ def test_rules(file):
 )
 def test_broken_rules_are_seen(file, text):
     assert len(broken(file, text)) >= 1
+
+
+def taken_from_tests(file: str, text: str | None = None) -> list[str]:
+    """Names that a file imports from test files; `support` alone is there to be shared."""
+    parts = {name: name.split(".") for name in names(file, text)}
+    return sorted(
+        name
+        for name, (top, *rest) in parts.items()
+        if top in ("tests", "conftest") or top.startswith("test_")
+    )
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_no_test_imports_another(file):
+    assert taken_from_tests(file) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from test_train import small",
+        "import test_laws",
+        "def f():\n    from tests.losses.test_siamese import ORACLE",
+        "import conftest",
+    ],
+)
+def test_imports_of_tests_are_seen(text):
+    assert taken_from_tests("tests/test_x.py", text)
 
 
 def test_folders_have_one_order():
