@@ -23,7 +23,7 @@ def test_clusters_that_are_the_classes_and_clusters_that_are_not():
 
 
 def test_a_sample_trains_and_every_row_is_assigned(monkeypatch):
-    monkeypatch.setattr(clustering, "_ROWS_PER_CLUSTER", 8)
+    monkeypatch.setattr(clustering, "ROWS_PER_CLUSTER", 8)
     seen, fit = [], clustering.kmeans.fit
     monkeypatch.setattr(
         clustering.kmeans,

@@ -12,7 +12,7 @@ from clipx.evaluators.knn import Knn, nearest
 
 @pytest.mark.parametrize("tile", [1000, 17])
 def test_equals_the_definition(tile, monkeypatch):
-    monkeypatch.setattr(knn, "_TILE", tile)
+    monkeypatch.setattr(knn, "TILE", tile)
     (seen, train), (unseen, test) = draw(0, 60, 7, 1.0), draw(1, 23, 7, 1.0)
     probe = Knn(Examples(list(test)), Examples(list(train), 1), (5, 20), 0.2, batch_size=9)
     found = probe(Encode("backbone", unseen.astype("f"), seen.astype("f")))
@@ -33,7 +33,7 @@ def test_equals_the_definition(tile, monkeypatch):
 
 
 def test_of_equal_rows_the_first_are_nearest(monkeypatch):
-    monkeypatch.setattr(knn, "_TILE", 3)
+    monkeypatch.setattr(knn, "TILE", 3)
     bank = np.ones((8, 2), np.float32)
     bank[6] = 2
     cosines, rows = nearest(np.ones((1, 2), np.float32), bank, 4, 5)

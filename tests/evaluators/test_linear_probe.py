@@ -53,7 +53,7 @@ def test_logistic_standardises_by_the_training_set(classes):
 @pytest.mark.parametrize("standardise", [True, False])
 def test_logistic_equals_scikit_learns_within_a_tenth_of_a_point(standardise, monkeypatch):
     """On its 1,797 written digits; tiles of 256 rows, the last not full."""
-    monkeypatch.setattr(linear_probe, "_CHUNK", 256)
+    monkeypatch.setattr(linear_probe, "CHUNK", 256)
     datasets = pytest.importorskip("sklearn.datasets")
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits

@@ -20,9 +20,8 @@ from support.shards import pairs, shard
 
 from clipx import cli
 from clipx.errors import ConfigError, HostsError
-from clipx.parallel import environment as places
 from clipx.parallel import processes
-from clipx.parallel.environment import Place, find_place
+from clipx.parallel.environment import Place, find_place, read_metadata
 from clipx.parallel.processes import meet, refuse_skew, refuse_uneven
 from clipx.train import train
 from clipx.training.checkpoint import Checkpoints
@@ -220,9 +219,8 @@ def test_the_wait_is_a_number(text, monkeypatch):
         processes.seconds()
 
 
-def test_metadata_without_a_server_is_empty(monkeypatch):
-    monkeypatch.setattr(places, "_METADATA", f"http://127.0.0.1:{free_port()}/")
-    assert places.read_metadata("x") == ""
+def test_metadata_without_a_server_is_empty():
+    assert read_metadata("x", f"http://127.0.0.1:{free_port()}/") == ""
 
 
 def test_processes_stop_at_one_call(monkeypatch):
@@ -245,7 +243,7 @@ def test_a_broken_collective_says_who_has_gone(monkeypatch):
 
     broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo ReduceScatter failed: Connection reset")
     assert processes.lost(broken) == ""
-    monkeypatch.setattr(processes, "_names", ["a", "b"])
+    monkeypatch.setattr(processes, "hosts", lambda: ["a", "b"])
     monkeypatch.setattr(processes, "barrier", late)
     assert "process 1 (b) did not answer within 10 s: look there" in processes.lost(broken)
     assert processes.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB")) == ""
@@ -271,7 +269,7 @@ def test_a_barrier_says_whom_it_waited_for(monkeypatch):
     monkeypatch.setenv("CLIPX_WAIT_SECONDS", "7")
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: wait)
-    monkeypatch.setattr(processes, "_names", ["a", "b", "c"])
+    monkeypatch.setattr(processes, "hosts", lambda: ["a", "b", "c"])
     with pytest.raises(HostsError, match=r"process 1 \(b\), process 2 \(c\) did not come to 'x'"):
         processes.barrier("x")
 

@@ -182,7 +182,7 @@ def value_and_grads(
     mesh = make_mesh(MeshConfig(**mesh), devices)
     step = _step(name, dtype, microbatches, len(data.row))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-        with unittest.mock.patch.object(meshes, "_SMALL", 1):
+        with unittest.mock.patch.object(meshes, "SMALL", 1):
             whole = TrainState(0, params, (), {}, {})
             params = jax.device_put(params, meshes.state_shardings(mesh, whole).params)
     with jax.set_mesh(mesh):
