@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_train import small
+from support.runs import small
 
 from clipx.parallel.mesh import MeshConfig, make_mesh
 from clipx.planning import measure

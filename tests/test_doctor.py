@@ -1,18 +1,16 @@
 """What the doctor finds, and that it says what to mend."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from support import ROOT
 
 from clipx import cli
 from clipx.errors import ConfigError
 from clipx.planning import host
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def found(findings):

@@ -9,8 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_topology import libtpu
-from test_train import ROOT, SMALL, rows, small
+from support import ROOT
+from support.runs import SMALL, rows, small
+from support.tpu import libtpu
 
 from clipx.errors import ConfigError
 from clipx.ops import flops
