@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from clipx import cli, report
+from clipx import cli
 from clipx.data import manifests
 from clipx.data.base import Source, fingerprint
 from clipx.data.quarantine import Quarantine
@@ -21,6 +21,7 @@ from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
+from clipx.reporting import page as report
 from clipx.training import fit
 from clipx.training.checkpoint import (
     Checkpoints,
