@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["clipx", "clipx.*"]),
+    package_data={"clipx.reporting": ["*.css", "*.html"]},
     install_requires=[
         "absl-py>=2.0",
         "flax>=0.12,<0.14",
@@ -36,6 +37,7 @@ setup(
         "instant-clip-tokenizer>=0.1.1; python_version < '3.13'",
         "jax>=0.10",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=2.0",

@@ -7,71 +7,14 @@ Started again it goes on where it stopped; what is finished is not trained again
 from __future__ import annotations
 
 import pathlib
-import re
-from typing import Any
 
 from absl import flags
 
-from clipx import cli, report
-from clipx.config import binding as configs
+from clipx import cli
 from clipx.config import files
 from clipx.errors import ConfigError
+from clipx.reporting import comparison
 from clipx.train import train
-from clipx.training import metrics
-from clipx.training.checkpoint import read_json, refuse_other_config
-from clipx.training.run import assemble
-
-_PLAIN = ("/ami", "/gap")
-_RECALL = re.compile(r"(.*)/(.*)_R@(\d+)")
-
-
-def results(folder: pathlib.Path) -> dict[str, float]:
-    """What the evals found at the last step that a workdir was evaluated at."""
-    found: dict[int, dict[str, float]] = {}
-    names = tuple(f"{name}/" for name in read_json(folder / "config.json")["evals"])
-    for row in metrics.read(folder):
-        if scores := {key: value for key, value in row.items() if key.startswith(names)}:
-            found.setdefault(row["step"], {}).update(scores)  # evals may be added to a whole run
-    return found[max(found)] if found else {}
-
-
-def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
-    """Whether a workdir holds a whole run of this very config, its evals included. Raises
-    `ConfigError` if it holds a run of another."""
-    if not (folder / report.FILE).exists():  # which a run writes last
-        return False
-    complete = assemble(config).complete
-    refuse_other_config(folder, complete)
-    return read_json(folder / "config.json")["evals"] == configs.to_lists(complete["evals"])
-
-
-def columns(found: dict[str, float]) -> dict[str, str]:
-    """Table cells by their heads: recalls of one direction in one cell, and accuracies, both in %;
-    then the mutual information of clusters with classes, and modality gaps."""
-    recalls: dict[str, list[tuple[int, float]]] = {}
-    cells: dict[str, str] = {}
-    for key, value in found.items():
-        if match := _RECALL.fullmatch(key):
-            head = f"{match[1]} {match[2].replace('_to_', '→')} R@"
-            recalls.setdefault(head, []).append((int(match[3]), value))
-        elif key.endswith("/top1"):
-            cells[key.removesuffix("/top1") + " top-1"] = f"{100 * value:.1f}"
-        elif key.endswith(_PLAIN):
-            cells[key.replace("/", " ")] = f"{value:.3f}"
-    for head, values in recalls.items():
-        values.sort()
-        numbers = " / ".join(str(k) for k, _ in values)
-        cells[head + numbers] = " / ".join(f"{100 * value:.1f}" for _, value in values)
-    return dict(sorted(cells.items(), key=lambda cell: "R@" not in cell[0]))
-
-
-def table(rows: dict[str, dict[str, str]]) -> list[str]:
-    """Lines of a Markdown table; a cell that a row does not have is empty."""
-    heads = list(dict.fromkeys(head for cells in rows.values() for head in cells))
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, cells in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cells.get(head, "") for head in heads) + " |")
-    return lines
 
 
 def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> int:
@@ -85,12 +28,12 @@ def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> in
     for name in chosen or known:
         folder = pathlib.Path(workdir, name)
         values = cli.load_config(f"{config}:{name}", overrides)
-        done = finished(folder, values)
+        done = comparison.finished(folder, values)
         print(f"\n{name}{': done before' if done else ''}", flush=True)
         if not done and (code := train(values, str(folder))):
             return code
-        rows[name] = columns(results(folder))
-    print("\n" + "\n".join(table(rows)))
+        rows[name] = comparison.cells(folder)
+    print("\n" + "\n".join(comparison.table(rows)))
     return 0
 
 

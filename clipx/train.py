@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import flags
 
-from clipx import cli, report
+from clipx import cli
 from clipx.errors import RunError
+from clipx.reporting import page
 from clipx.training.session import open_session, quarantine_file, tell
 from clipx.training.stop import Stop
 
@@ -24,10 +25,10 @@ def train(config: dict[str, Any], workdir: str, devices=None, *, stop: Stop | No
         tell(f"told to stop; saved step {int(state.step):,}; start again to go on")
         return cli.EXIT_PREEMPTED
     try:
-        report.write_run(session.folder, session.run, session.run.encode(state))
-        page = "  report.html      open it in a browser"
+        page.write_run(session.folder, session.run, session.run.encode(state))
+        shown = "  report.html      open it in a browser"
     except RunError as error:  # the run itself is whole
-        page = f"  no report.html: {error}"
+        shown = f"  no report.html: {error}"
     tell(
         "\n".join(
             (
@@ -35,7 +36,7 @@ def train(config: dict[str, Any], workdir: str, devices=None, *, stop: Stop | No
                 "  metrics.jsonl    a line for every logged step",
                 "  config.json      the whole config, defaults included",
                 "  checkpoints/     " + ", ".join(map(str, session.checkpoints.steps)),
-                page,
+                shown,
             )
         )
     )

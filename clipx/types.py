@@ -6,6 +6,7 @@ embedding width, c a tower's own width.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -97,3 +98,26 @@ class TrainState(struct.PyTreeNode):
 
 
 Metrics = dict[str, jax.Array]
+
+
+class Curve(NamedTuple):
+    """How a metric of training is drawn in the report."""
+
+    chart: str  # title of its chart; metrics of one title share a chart
+    from_zero: bool = True  # the vertical axis starts at 0
+    smooth: bool = True  # a running mean is drawn over the values: they are noisy
+    level: bool = False  # only the last value is drawn, as a dashed line
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a number means and how it is shown. The defaults serve a number nobody knows."""
+
+    better: Literal["more", "less"] | None = None  # None: neither is better
+    shown: Literal["percent", "number"] = "number"  # percent: the number is between 0 and 1
+    detail: bool = False  # one of many, such as one a class: metrics.jsonl alone has it
+    headline: bool = False  # of training: on the console too
+    curve: Curve | None = None  # of training: None draws nothing. Every eval's metric is drawn
+    column: str = ""  # heading where runs are compared; "" leaves it out
+    label: str = ""  # metrics of one column share a cell; this tells them apart in the heading
+    benchmark: str = ""  # its name in CLIP_benchmark; "" where that has none

@@ -7,6 +7,7 @@ import pytest
 
 from clipx import compare
 from clipx.errors import ConfigError
+from clipx.reporting import comparison
 
 CONFIG = """
 VARIANTS = ("a", "b")
@@ -56,7 +57,9 @@ def test_what_is_done_is_not_trained_again(config, tmp_path, monkeypatch, capsys
     runs = tmp_path / "runs"
     assert compare.compare(config, ("a",), str(runs), []) == 0
     (runs / "a" / "report.html").touch()
-    monkeypatch.setattr(compare, "assemble", lambda values: types.SimpleNamespace(complete=values))
+    monkeypatch.setattr(
+        comparison, "assemble", lambda values: types.SimpleNamespace(complete=values)
+    )
     assert compare.compare(config, (), str(runs), []) == 0  # to train "a" would fail
     said = capsys.readouterr().out
     assert "\na: done before\n" in said and "\nb\n" in said and "| a | 1.0 / 5.0" in said

@@ -10,8 +10,10 @@ import types
 import numpy as np
 import pytest
 
-from clipx import report
 from clipx.errors import RunError
+from clipx.reporting import page as report
+from clipx.reporting.charts import Figure
+from clipx.reporting.gallery import Samples
 from clipx.training import episodes
 from clipx.training.metrics import Metrics
 from clipx.types import Encoded
@@ -46,7 +48,7 @@ def samples(n=12, each=2):
     captions = [f"<b>{i} & '{j}'</b>" for i in range(n) for j in range(each)]
     similarity = (owner == np.arange(n)[:, None]).astype(np.float32)
     similarity[:, :each] = np.linspace(0, 1, n)[:, None]  # the first picture comes last
-    return report.Samples(pictures, captions, similarity, owner)
+    return Samples(pictures, captions, similarity, owner)
 
 
 class Page(html.parser.HTMLParser):
@@ -190,8 +192,8 @@ def test_a_teachers_clusters_have_a_map_of_their_own(workdir):
 def test_a_page_of_a_long_run_has_some_of_its_episodes(workdir, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "clipx.reporting.charts.clusters",
-        lambda episode, labelling: drawn.append(episode.episode) or "",
+        "clipx.reporting.episode_maps.clusters",
+        lambda episode, labelling: drawn.append(episode.episode) or Figure("", ""),
     )
     with_episodes(workdir, *range(33))
     report.write(workdir)
@@ -263,7 +265,22 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_keeps_the_old_page(work
     assert (workdir / "report.html").read_bytes() == old
 
 
-def test_without_matplotlib_is_one_line(workdir, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RunError, match="pip install matplotlib"):
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_without_a_library_is_one_line(workdir, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RunError, match=f"pip install {library}$"):
         report.write(workdir)
+
+
+def test_shares_are_in_percent_and_the_best_of_a_bias_is_the_least(tmp_path):
+    config = {"evals": {"near": {"evaluator": "knn"}, "bias": {}, "mine": {"evaluator": "gone"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with Metrics(tmp_path, total_steps=2, batch_size=8) as metrics:
+        metrics.log(1, {"near/k20/top1": 0.25, "bias/gap_after": 0.5, "mine/x": 3})
+        metrics.log(2, {"near/k20/top1": 0.5, "bias/gap_after": 0.75, "mine/x": 4})
+    html = report.write(tmp_path).read_text()
+    text = re.sub(r"\s*<[^>]+>\s*", " ", table(html))
+    assert re.search(r"near/k20/top1 +50.0 % +2 +50.0 %", text)
+    assert re.search(r"bias/gap_after +0.5 +1 +0.75", text)
+    assert re.search(r"mine/x +4 +2 +4", text)
+    assert "<figcaption>near, %</figcaption>" in html

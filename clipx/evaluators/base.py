@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from clipx.errors import ConfigError
-from clipx.types import Encoded
+from clipx.types import Encoded, Metric
+
+ACCURACIES = {  # what `accuracies` finds
+    "top1": Metric("more", "percent", column="top-1", benchmark="acc1"),
+    "top5": Metric("more", "percent", benchmark="acc5"),
+    "mean_per_class": Metric("more", "percent", benchmark="mean_per_class_recall"),
+}
 
 
 class Encode(Protocol):
@@ -75,9 +82,23 @@ class Evaluator(Protocol):
 
     It is built twice: with None for what is given, to check its section, and when the data opens,
     which is the time to look at folders and annotations.
+
+    metrics: what each number that it returns means, by name. A name may be a pattern of `fnmatch`
+    that stands for a family, such as "class/*"; an exact name goes first, then the first pattern.
+    task: the protocol's name in CLIP_benchmark; "" where that has none.
     """
 
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    task: ClassVar[str] = ""
+
     def __call__(self, encode: Encode) -> dict[str, float]: ...
+
+
+def declared(metrics: Mapping[str, Metric], name: str) -> str | None:
+    """The key of `metrics` that stands for `name`: its own, or the first pattern that matches."""
+    if name in metrics:
+        return name
+    return next((key for key in metrics if fnmatch.fnmatchcase(name, key)), None)
 
 
 def evaluate_all(evaluators: Mapping[str, Evaluator], encode: Encode) -> dict[str, float]:

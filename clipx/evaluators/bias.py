@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, read_entries, rows_of, unit
+from clipx.types import Metric
 
 _GROUPS = ("a", "b")
 _KEYS = {"image": str, "group": str}
@@ -42,6 +43,13 @@ class Bias(Evaluator):
     "image" is the COCO file's name, "group" is "a" where the first of its two-way gender vector
     (man, woman) is set, else "b". Nothing here opens a pickle.
     """
+
+    metrics = {
+        "gap_before": Metric("less"),
+        "gap_after": Metric("less"),
+        "*/?_before": Metric(),
+        "*/?_after": Metric(),
+    }
 
     pictures: Pictures
     path: str

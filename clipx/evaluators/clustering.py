@@ -19,6 +19,7 @@ from clipx.evaluators.base import (
     rows_of,
 )
 from clipx.ops import kmeans
+from clipx.types import Metric
 
 ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
 
@@ -33,6 +34,8 @@ class Clustering(Evaluator):
     256 k rows at most, drawn by `seed`; every row then belongs to its nearest centroid. The start
     is k rows drawn at random, where the original's seed is always faiss's 1234.
     """
+
+    metrics = {"ari": Metric("more"), "ami": Metric("more", column="ami")}
 
     examples: Examples
     iterations: int = 100

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, Pictures, read_entries
+from clipx.types import Metric
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _REFERENCE = {"image": str, "image_id": int, "box": list, "expression": str, "split": str}
@@ -68,6 +69,12 @@ class Grounding(Evaluator):
     With `data` in place of annotations nothing is measured: the first `overlays` pictures of that
     set are drawn, each with the heat of its first caption.
     """
+
+    metrics = {
+        "*/accuracy": Metric("more", "percent"),
+        "*/pointing": Metric("more", "percent"),
+        "overlays": Metric(),
+    }
 
     pictures: Pictures
     examples: Examples | None = None

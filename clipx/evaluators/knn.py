@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
+    ACCURACIES,
     Encode,
     Evaluator,
     Examples,
@@ -35,6 +36,11 @@ class Knn(Evaluator):
     with the greatest cosine c votes for its class with exp(c / temperature). Of equal cosines the
     earlier row is nearer.
     """
+
+    metrics = {
+        f"k*/{name}": dataclasses.replace(metric, benchmark="")
+        for name, metric in ACCURACIES.items()
+    }
 
     examples: Examples
     train_examples: Examples

@@ -14,7 +14,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from clipx.errors import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples, accuracies, rows_of, split_labels
+from clipx.evaluators.base import (
+    ACCURACIES,
+    Encode,
+    Evaluator,
+    Examples,
+    accuracies,
+    rows_of,
+    split_labels,
+)
+from clipx.types import Metric
 
 CHUNK = 16384  # rows whose logits of all classes are there at once
 _ITERATIONS = 1000  # at most, as CLIP's
@@ -72,6 +81,16 @@ class LinearProbe(Evaluator):
 
     Both logistic presets minimise scikit-learn's objective, on the device and in float32.
     """
+
+    metrics = {
+        **{
+            name: dataclasses.replace(metric, benchmark=f"lp_{metric.benchmark}")
+            for name, metric in ACCURACIES.items()
+        },
+        "cost": Metric(),
+        "best_on_test": Metric("more", "percent"),
+    }
+    task = "linear_probe"
 
     examples: Examples
     train_examples: Examples

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of, rows_of
+from clipx.types import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,12 @@ class ModalityGap(Evaluator):
 
     chunk: rows that are compared at once with all.
     """
+
+    metrics = {
+        "gap": Metric(column="gap"),
+        "*_std": Metric(),
+        "*_self_similarity": Metric(),
+    }
 
     examples: Examples
     batch_size: int = 256

@@ -12,9 +12,20 @@ from jaxtyping import Bool, Float, Int
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of
-from clipx.types import Encoded
+from clipx.types import Encoded, Metric
 
 _DEPTHS = (1, 5, 10)
+
+
+def _recall(direction: str, k: int) -> Metric:
+    """CLIP_benchmark names a direction by what is found, clipx by what looks for what."""
+    column, found = direction.replace("_to_", "→"), direction.rpartition("_")[2]
+    return Metric(
+        *("more", "percent"),
+        column=f"{column} R@",
+        label=str(k),
+        benchmark=f"{found}_retrieval_recall@{k}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +41,17 @@ class Retrieval(Evaluator):
     chunk: pictures and captions compared at once. Embeddings and one strip of chunk x N scores are
     held, never the whole matrix.
     """
+
+    metrics = {
+        **{
+            f"{direction}_R@{k}": _recall(direction, k)
+            for direction in ("image_to_text", "text_to_image")
+            for k in _DEPTHS
+        },
+        "mean_recall": Metric("more", "percent"),
+        "*_median_rank": Metric("less"),
+    }
+    task = "zeroshot_retrieval"
 
     examples: Examples
     captions: int | None = None

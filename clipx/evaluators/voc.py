@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of, unit
+from clipx.types import Metric
 
 _FOLDS = 3
 _TREE = (
@@ -40,6 +41,11 @@ class Voc(Evaluator):
     all objects of the class are "difficult" is a negative in training and left out of the test;
     the average precision is the step integral over all recalls, not VOC's own 11 points.
     """
+
+    metrics = {
+        "mAP": Metric("more", "percent"),
+        "class/*": Metric("more", "percent", detail=True),
+    }
 
     pictures: Pictures
     path: str

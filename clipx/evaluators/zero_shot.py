@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipx.errors import ConfigError
-from clipx.evaluators.base import Encode, Evaluator, Examples, labels_of, unit
+from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, labels_of, unit
 from clipx.evaluators.prompts import SETS, check, names, published
-from clipx.types import Encoded
+from clipx.types import Encoded, Metric
 
 _TEMPLATES = ("a photo of a {}.",)
 
@@ -43,6 +43,9 @@ class ZeroShot(Evaluator):
     class's unit rows, normalised again; for any other similarity (FILIP's over tokens, a critic's)
     the mean of the templates' scores, as rows of tokens have no mean (Yao et al. 2022, §3.3).
     """
+
+    metrics = ACCURACIES | {"class/*": Metric("more", "percent", detail=True)}
+    task = "zeroshot_classification"
 
     examples: Examples
     classes: tuple[str, ...] | str = ()

@@ -1,170 +1,100 @@
-"""Drawings of the report, as inline SVG in the page's own colours: curves of a run, and maps."""
+"""Curves of the report, as inline SVG in the page's own colours."""
 
 from __future__ import annotations
 
-import html
 import io
 import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipx.errors import RunError
-from clipx.training.episodes import Episode
+from clipx.evaluators.base import declared
+from clipx.training.metric_table import TRAINING, metric
+from clipx.types import Curve
 
-Curve = Sequence[tuple[int, float]]  # (step, value)
+Points = Sequence[tuple[int, float]]  # (step, value)
 
-_POINTS = 800  # of a curve
-_COLOURS = ("#3d7fc1", "#d4802a", "#3c9a62", "#8b65c4", "#c8565b", "#2f9aa0", "#b3902f", "#868c95")
-CLUSTERS = (*_COLOURS[:-1], "#d56fb2", "#83a02f", "#93684a")  # of a map, the largest first
-_REST = _COLOURS[-1]  # all smaller clusters
-_MARKS = {"image": ("o", 9), "text": ("^", 13)}  # of the points of a modality, and their area
-_EXACT = ("learning_rate", "logit_scale", "clusters/")  # how keys begin without noise to smooth
+COLOURS = ("#3d7fc1", "#d4802a", "#3c9a62", "#8b65c4", "#c8565b", "#2f9aa0", "#b3902f", "#868c95")
+_MOST = 800  # points of a curve that are drawn
 _INK = "#010203"  # stands for the page's own text colour in a drawing
-_LABELLINGS = ("image", "text", "external")
-# Curves of training: title, keys, whether the axis starts at 0.
-_CURVES = (
-    ("Loss", ("loss",), False),  # and, dashed, the loss of a model that cannot tell rows apart
-    ("R@1 inside the batch", ("batch/R@1",), True),
-    ("Learning rate", ("learning_rate",), True),
-    ("Logit scale", ("logit_scale",), False),
-    ("Gradient norm", ("grad_norm",), True),
-    ("Images per second", ("images_per_second",), True),
-    ("Share of time", ("data_wait_fraction", "mfu"), True),
-    ("Modality gap", ("batch/modality_gap",), True),
-    (
-        "Rows that pick their own prototype",
-        tuple(f"batch/{a}_from_{b}" for b in _LABELLINGS for a in ("image", "text") if a != b),
-        True,
-    ),
-    ("Inertia of a row", tuple(f"clusters/{name}_inertia" for name in _LABELLINGS), True),
-    ("Empty clusters", tuple(f"clusters/{name}_empty" for name in _LABELLINGS), True),
-    ("Rows whose labels are the same number", ("clusters/equal_labels",), True),
-)
 
 
-def training(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The curves of a run's steps."""
-    known = series(rows)
-    charts = []
-    parts = tuple(key for key in known if key.startswith("loss/") and key != "loss/chance")
-    for title, keys, from_zero in (*_CURVES, ("Parts of the loss", parts, False)):
-        curves = {key: known[key] for key in keys if key in known}
-        if curves:
-            chance = known.get("loss/chance") if keys == ("loss",) else None
-            charts.append(
-                _chart(title, curves, from_zero=from_zero, level=chance[-1][1] if chance else None)
-            )
-    return charts
+class Figure(NamedTuple):
+    """A drawing with its title and what its colours stand for."""
+
+    title: str
+    svg: str
+    legend: Sequence[tuple[str, str]] = ()  # (colour, name)
 
 
-def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One chart for each evaluation's shares, one for each of its other metrics."""
-    charts: dict[str, dict[str, Curve]] = {}
+class Line(NamedTuple):
+    """One curve of a chart."""
+
+    name: str
+    points: Points
+    smooth: bool = True  # a running mean is drawn over many points
+
+
+def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The charts of a run's steps: metrics that `TRAINING` gives a curve, in its order."""
+    by_name: dict[str | None, list[tuple[str, Points]]] = {}
     for key, points in series(rows).items():
-        if len(points) < 2 or "/class/" in key:  # a point is no curve; the table has it
+        by_name.setdefault(declared(TRAINING, key), []).append((key, points))
+    charts: dict[str, list[tuple[Curve, str, Points]]] = {}
+    for name, known in TRAINING.items():
+        if known.curve:
+            drawn = ((known.curve, *pair) for pair in by_name.get(name, ()))
+            charts.setdefault(known.curve.chart, []).extend(drawn)
+    figures = (_of_training(title, drawn) for title, drawn in charts.items())
+    return [figure for figure in figures if figure]
+
+
+def _of_training(title: str, drawn: Sequence[tuple[Curve, str, Points]]) -> Figure | None:
+    """One chart; None without a line in it."""
+    lines = [Line(name, points, curve.smooth) for curve, name, points in drawn if not curve.level]
+    levels = [points[-1][1] for curve, _, points in drawn if curve.level]
+    from_zero = all(curve.from_zero for curve, *_ in drawn)
+    return _chart(title, lines, from_zero=from_zero, levels=levels) if lines else None
+
+
+def evaluations(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Figure]:
+    """One chart for the percentages of each eval, one for each of its other metrics. `evals` is the
+    config's section."""
+    charts: dict[str, list[Line]] = {}
+    for key, points in series(rows).items():
+        kind = metric(key, evals)
+        if len(points) < 2 or kind.detail:  # a point is no curve; the table has it
             continue
-        name, _, metric = key.partition("/")
-        title = name if is_share(key) else key
-        scale = 100 if is_share(key) else 1
-        curve = [(step, scale * value) for step, value in points]
-        charts.setdefault(f"{title}, %" if scale == 100 else title, {})[metric or key] = curve
-    return [_chart(title, curves, from_zero=True) for title, curves in charts.items()]
+        name, _, own = key.partition("/")
+        title = key
+        if kind.shown == "percent":
+            title, points = f"{name}, %", [(step, 100 * value) for step, value in points]
+        charts.setdefault(title, []).append(Line(own or key, points))
+    return [_chart(title, lines, from_zero=True) for title, lines in charts.items()]
 
 
-def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     """The curve of every metric."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for key, value in row.items():
             if key not in ("step", "examples", "epoch") and value is not None:
-                found.setdefault(key, []).append((row["step"], value))
-    return found
+                curves.setdefault(key, []).append((row["step"], value))
+    return curves
 
 
-def is_share(key: str) -> bool:
-    """Whether a metric is shown in percent."""
-    name = key.split("/", 1)[-1]
-    return bool(re.search(r"R@\d+$|^top\d+$|^mean_recall$|^mean_per_class$|accuracy|^class/", name))
+def svg(salt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
+    """What `draw` does to a matplotlib `Axes` of `size` inches, as inline SVG.
 
-
-def short(value: float) -> str:
-    """A number in a few digits."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def clusters(episode: Episode, labelling: str) -> str:
-    """The map of an episode's rows, pictures and captions, in the colours of the clusters that
-    `labelling` has them in."""
-    known, colours = episode.clusters[labelling], np.array(episode.colours[labelling])
-    parts = [(-1, {"color": _REST, "alpha": 0.35})]
-    parts += [(i, {"color": CLUSTERS[i]}) for i in range(len(known))]
-
-    def draw(axes) -> None:
-        for place, look in parts:
-            for modality, points in episode.points.items():
-                marker, area = _MARKS.get(modality, ("s", 9))
-                x, y = np.array(points)[colours == place].reshape(-1, 2).T
-                size = area if place < 0 else 2 * area
-                axes.scatter(x, y, size, marker=marker, linewidths=0, zorder=-1, **look)
-        axes.set_rasterization_zorder(0)  # thousands of points become one picture
-        axes.set_aspect("equal", adjustable="datalim")
-        axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-        first, second = episode.variance
-        axes.set_xlabel(f"first axis, {first:.0%} of the variance inside a modality")
-        axes.set_ylabel(f"second, {second:.0%}")
-
-    title = f"Clusters of {plural(labelling)}"
-    legend = [(CLUSTERS[i], f"{c.cluster} ({c.rows:,})") for i, c in enumerate(known)]
-    svg = _svg(f"{title} {episode.episode}", (5.4, 4.2), draw)
-    return _figure(title, svg, [*legend, (_REST, "all others")])
-
-
-def plural(name: str) -> str:
-    """What the rows of a modality or labelling are called."""
-    return {"image": "pictures", "text": "captions", "external": "the teacher's rows"}.get(
-        name, name
-    )
-
-
-def _chart(
-    title: str, curves: Mapping[str, Curve], *, from_zero: bool, level: float | None = None
-) -> str:
-    def draw(axes) -> None:
-        for colour, (key, points) in zip(itertools.cycle(_COLOURS), curves.items()):
-            _draw(axes, points, colour, smooth=not key.startswith(_EXACT))
-        if level is not None:
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
-
-    legend = list(zip(itertools.cycle(_COLOURS), curves)) if len(curves) > 1 else []
-    return _figure(title, _svg(title, (4.6, 2.5), draw), legend)
-
-
-def _figure(title: str, svg: str, legend: Sequence[tuple[str, str]]) -> str:
-    """A drawing with its title and what its colours stand for."""
-    marks = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
-        for colour, name in legend
-    )
-    marks = f'<div class="legend">{marks}</div>' if legend else ""
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}{marks}</figure>"
-
-
-def _svg(salt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """An inline SVG of `size` inches. Its ids are its own where its `salt` is, and always the
-    same."""
+    Ids inside it follow from `salt`: the same one gives the same ids, and drawings of one page need
+    different ones. Raises `RunError` without matplotlib.
+    """
     try:
         import matplotlib
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Drawing
     except ImportError:
         raise RunError("the report's curves need matplotlib: pip install matplotlib") from None
     style = {
@@ -182,20 +112,38 @@ def _svg(salt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> s
         "axes.formatter.limits": (-3, 6),
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Drawing(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, dpi=200)  # of what is rasterized
-    svg = drawn.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return svg.replace(_INK, "currentColor")
+    text = drawn.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return text.replace(_INK, "currentColor")
 
 
-def _draw(axes, points: Curve, colour: str, smooth: bool) -> None:
-    x, y = np.array(points, np.float64).T
+def _chart(
+    title: str, lines: Sequence[Line], *, from_zero: bool, levels: Sequence[float] = ()
+) -> Figure:
+    def draw(axes) -> None:
+        for colour, line in zip(itertools.cycle(COLOURS), lines):
+            _draw(axes, line, colour)
+        for level in levels:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+
+    names = [line.name for line in lines]
+    legend = list(zip(itertools.cycle(COLOURS), names)) if len(names) > 1 else []
+    return Figure(title, svg(title, (4.6, 2.5), draw), legend)
+
+
+def _draw(axes, line: Line, colour: str) -> None:
+    x, y = np.array(line.points, np.float64).T
     y[~np.isfinite(y)] = np.nan
-    thin = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).astype(int))
-    if smooth and len(x) > 60:  # the noise stays visible behind its running mean
+    thin = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST)).astype(int))
+    if line.smooth and len(x) > 60:  # the noise stays visible behind its running mean
         axes.plot(x[thin], y[thin], color=colour, linewidth=0.7, alpha=0.35)
         width = max(len(x) // 40, 3)
         known = np.isfinite(y)

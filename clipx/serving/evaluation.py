@@ -18,27 +18,11 @@ from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.training import pretrained
 from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
+from clipx.training.metric_table import metric
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
 from clipx.types import TrainState
 
-# CLIP_benchmark's names of tasks and, by an evaluator's file, of its metrics; what is not here
-# keeps its own. Its retrieval of pictures is by a text.
-_TASKS = {
-    "zero_shot": "zeroshot_classification",
-    "retrieval": "zeroshot_retrieval",
-    "linear_probe": "linear_probe",
-}
-_CLASSIFIED = {"top1": "acc1", "top5": "acc5", "mean_per_class": "mean_per_class_recall"}
-_METRICS = {
-    "zero_shot": _CLASSIFIED,
-    "linear_probe": {name: f"lp_{other}" for name, other in _CLASSIFIED.items()},
-    "retrieval": {
-        f"{ours}_R@{k}": f"{theirs}_retrieval_recall@{k}"
-        for ours, theirs in (("text_to_image", "image"), ("image_to_text", "text"))
-        for k in (1, 5, 10)
-    },
-}
 _SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}
 
 
@@ -103,13 +87,15 @@ def results(
         own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
         if not own:
             continue
-        renamed = _METRICS.get(evaluator, {})
         entries[f"{dataset(spec)}_{spec.name}.json"] = {
             "dataset": dataset(spec),
             "model": model,
             "pretrained": workdir.name + ("" if step is None else f"_{step}"),
-            "task": _TASKS.get(evaluator, evaluator),
-            "metrics": {renamed.get(key, key): value for key, value in own.items()},
+            "task": spec.evaluator.task or evaluator,
+            "metrics": {
+                metric(f"{start}{key}", run.complete["evals"]).benchmark or key: value
+                for key, value in own.items()
+            },
             "language": "en",
             "eval": run.complete["evals"][spec.name],
         }

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.errors import MetricsError
+from clipx.training.metric_table import HEADLINES, metric, short
 
 FILE = "metrics.jsonl"
-_HEADLINE = ("loss", "loss/chance", "batch/R@1", "learning_rate", "images_per_second")
 
 
 class Metrics:
@@ -30,8 +30,9 @@ class Metrics:
     checkpoint, and repairs a half-written last line: after a resume the file holds the steps that
     an uninterrupted run's would. `total_steps` may be less than what the file already holds.
 
-    steps_per_epoch: None for a run without epochs. Raises `MetricsError` for a workdir that cannot
-    be written or a full disk, and when TensorBoard is asked for and absent.
+    steps_per_epoch: None for a run without epochs. evals: the config's section, which says whose
+    metrics are logged. Raises `MetricsError` for a workdir that cannot be written or a full disk,
+    and when TensorBoard is asked for and absent.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Metrics:
         steps_per_epoch: float | None = None,
         step: int = 0,
         tensorboard: bool = False,
+        evals: Mapping[str, Any] | None = None,
     ):
         self._path = pathlib.Path(workdir, FILE)
         self._total, self._batch, self._epoch = total_steps, batch_size, steps_per_epoch
         self._start, self._tensorboard = step, tensorboard
+        self._evals = evals or {}
         self._main = jax.process_index() == 0
         self._file = self._bar = self._board = None
         self._first: tuple[int, float] | None = None  # (step, seconds) where the rate starts
@@ -123,16 +126,16 @@ class Metrics:
     def _show(self, head: Mapping[str, Any], values: Mapping[str, float]) -> None:
         training = "loss" in values
         if training:
-            shown = {k: values[k] for k in _HEADLINE if k in values}
+            shown = {k: values[k] for k in HEADLINES if k in values}
         else:  # a class each would bury the rest; the file has them
-            shown = {k: v for k, v in values.items() if "/class/" not in k}
+            shown = {k: v for k, v in values.items() if not metric(k, self._evals).detail}
         if training and self._bar is not None:
-            self._bar.set_postfix({k: _short(v) for k, v in shown.items()})
+            self._bar.set_postfix({k: short(v) for k, v in shown.items()})
         elif shown:
             parts = [f"step {head['step']:,}/{self._total:,}"]
             if "epoch" in head:
                 parts.append(f"epoch {head['epoch']:.2f}")
-            parts += [f"{key} {_short(value)}" for key, value in shown.items()]
+            parts += [f"{key} {short(value)}" for key, value in shown.items()]
             if training and (left := self._seconds_left(head["step"])) is not None:
                 parts.append(f"{tqdm.format_interval(left)} left")
             self.say("  ".join(parts))
@@ -197,10 +200,6 @@ def _number(value: Any) -> int | float:
     if array.dtype.kind in "iub":
         return int(array)
     return float(str(array[()]))  # the shortest digits that read back as the same float32
-
-
-def _short(value: int | float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
 
 
 def _strict(value: int | float) -> int | float | str:

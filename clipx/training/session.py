@@ -62,6 +62,7 @@ class Session:
             steps_per_epoch=self.run.steps_per_epoch,
             step=int(state.step),
             tensorboard=self.run.config.train.tensorboard,
+            evals=self.run.complete["evals"],
         )
         with stop or Stop() as stop, metrics:
             trainer = Trainer(

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipx.config.binding import find
 from clipx.errors import MetricsError
+from clipx.evaluators.base import Evaluator
 from clipx.training.clock import Clock
+from clipx.training.metric_table import metric
 from clipx.training.metrics import Metrics, read
 
 
@@ -227,3 +230,48 @@ def test_the_clock_parts_what_it_counts():
     wait(4)
     assert clock.interval(images=80) == {"images_per_second": 20, "data_wait_fraction": 0}
     assert Clock(clock.totals).totals["train"] == 110
+
+
+EVALS = {"cifar10": {"evaluator": "linear_probe"}, "voc": {}, "loss": {"evaluator": "retrieval"}}
+
+
+@pytest.mark.parametrize(
+    "key, better, shown, detail",
+    [
+        ("loss", "less", "number", False),
+        ("loss/contrastive", "less", "number", False),
+        ("loss/chance", None, "number", False),
+        ("batch/R@1", "more", "number", False),
+        ("clusters/text_inertia", "less", "number", False),
+        ("cifar10/top1", "more", "percent", False),
+        ("cifar10/cost", None, "number", False),
+        ("voc/mAP", "more", "percent", False),
+        ("voc/class/a/b", "more", "percent", True),
+        ("loss/mean_recall", "more", "percent", False),  # of an eval by the name of a loss
+        ("loss/image_to_text_median_rank", "less", "number", False),
+        ("knn/k200/top5", "more", "percent", False),  # an eval that the config has lost
+        ("flickr/text_to_image_R@10", "more", "percent", False),  # its evaluator is not known
+        ("bias/a photo of a doctor/b_after", None, "number", False),
+        ("grounding/testA/pointing", "more", "percent", False),
+        ("clustering/ami", "more", "number", False),
+        ("modality_gap/text_std", None, "number", False),
+        ("mine/whatever", None, "number", False),
+        ("whatever", None, "number", False),
+    ],
+)
+def test_what_a_metric_means(key, better, shown, detail):
+    known = metric(key, EVALS)
+    assert (known.better, known.shown, known.detail) == (better, shown, detail)
+
+
+def test_what_clip_benchmark_calls_it():
+    names = {"zero_shot": "top1", "linear_probe": "top1", "retrieval": "text_to_image_R@5"}
+    found = {}
+    for name, key in names.items():
+        evaluator = find("evaluators", name, Evaluator)
+        found[evaluator.task] = metric(f"{name}/{key}", {}).benchmark
+    assert found == {
+        "zeroshot_classification": "acc1",
+        "linear_probe": "lp_acc1",
+        "zeroshot_retrieval": "image_retrieval_recall@5",
+    }

@@ -1,0 +1,70 @@
+"""Runs against each other: what their evals found at the end, in one table."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipx.config import binding
+from clipx.reporting import page
+from clipx.training import metrics
+from clipx.training.checkpoint import read_json, refuse_other_config
+from clipx.training.metric_table import metric
+from clipx.training.run import assemble
+
+
+def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+    """Whether a workdir holds a whole run of this very config, its evals included. Raises
+    `ConfigError` if it holds a run of another."""
+    if not (folder / page.FILE).exists():  # which a run writes last
+        return False
+    complete = assemble(config).complete
+    refuse_other_config(folder, complete)
+    return read_json(folder / "config.json")["evals"] == binding.to_lists(complete["evals"])
+
+
+def cells(folder: pathlib.Path) -> dict[str, str]:
+    """What the evals of a workdir found at the last step that they ran at, by column."""
+    evals = read_json(folder / "config.json")["evals"]
+    return columns(results(metrics.read(folder), evals), evals)
+
+
+def results(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of `evals` at the last step that has any, out of the rows of metrics.jsonl."""
+    steps: dict[int, dict[str, float]] = {}
+    names = tuple(f"{name}/" for name in evals)
+    for row in rows:
+        if scores := {key: value for key, value in row.items() if key.startswith(names)}:
+            steps.setdefault(row["step"], {}).update(scores)  # evals may be added to a whole run
+    return steps[max(steps)] if steps else {}
+
+
+def columns(scores: Mapping[str, float], evals: Mapping[str, Any]) -> dict[str, str]:
+    """Cells by their headings: first those that metrics share, such as the recalls of a direction,
+    then those of one metric each. Percentages have no sign."""
+    shared: dict[str, list[tuple[str, str]]] = {}
+    alone: dict[str, str] = {}
+    for key, value in scores.items():
+        if not (kind := metric(key, evals)).column:
+            continue
+        heading = f"{key.rpartition('/')[0]} {kind.column}"
+        cell = f"{100 * value:.1f}" if kind.shown == "percent" else f"{value:.3f}"
+        if kind.label:
+            shared.setdefault(heading, []).append((kind.label, cell))
+        else:
+            alone[heading] = cell
+    joined = {}
+    for heading, parts in shared.items():
+        labels, values = zip(*sorted(parts, key=lambda part: int(part[0])))
+        joined[heading + " / ".join(labels)] = " / ".join(values)
+    return joined | alone
+
+
+def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Lines of a Markdown table; a cell that a row does not have is empty."""
+    heads = list(dict.fromkeys(head for cells in rows.values() for head in cells))
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | " + " | ".join(cells.get(head, "") for head in heads) + " |")
+    return lines

@@ -1,0 +1,156 @@
+"""The report: one page, self-contained, that shows a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from clipx.errors import RunError
+from clipx.evaluators.base import Encode
+from clipx.reporting import charts, episode_maps, gallery
+from clipx.reporting.gallery import Samples
+from clipx.reporting.templates import render
+from clipx.training import episodes, metrics
+from clipx.training.metric_table import best, metric, short, spelled
+
+FILE = "report.html"
+_FILES = {
+    metrics.FILE: "one JSON object a logged step",
+    "config.json": "the whole config, defaults included",
+    "checkpoints": "the state, to go on from or to evaluate",
+    "episodes": "where the rows of an episode lie, and what its prototypes hold",
+    "tensorboard": "the same numbers for TensorBoard",
+}
+
+
+class Score(NamedTuple):
+    """A row of the table of evaluation metrics, as it is spelled."""
+
+    name: str
+    best: str
+    step: str  # of the best
+    last: str
+
+
+def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> pathlib.Path:
+    """The path of report.html, written whole or not at all, from the workdir's metrics.jsonl and
+    config.json. Raises `RunError` without metrics, without matplotlib or jinja2, or if it cannot
+    write."""
+    folder = pathlib.Path(workdir)
+    rows = metrics.read(folder)
+    if not rows:
+        raise RunError(f"no metrics in {folder / metrics.FILE}: is this the workdir of a run?")
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{config_file} is not JSON: {error}") from None
+    text = page(rows, config, samples, folder)
+    path, whole = folder / FILE, folder / f".{FILE}.{os.getpid()}"
+    try:
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
+    except OSError as error:
+        whole.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def write_run(workdir: str | os.PathLike, run: Any, encode: Encode) -> pathlib.Path | None:
+    """The path of report.html with what `encode` says of the run's held-out samples.
+
+    Every process calls it, as encoding needs them all; process 0 writes, the others return None.
+    """
+    samples = None
+    if (held_out := run.samples()) is not None:
+        pictures, captions, owner = held_out
+        similarity = encode.similarity(encode.image(pictures), encode.text(captions))
+        samples = Samples(pictures, captions, similarity, np.asarray(owner))
+    return write(workdir, samples=samples) if jax.process_index() == 0 else None
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    samples: Samples | None,
+    workdir: pathlib.Path,
+) -> str:
+    """The page of a run's metrics and config; without samples it has no sheets of them."""
+    training, evaluations, renewed = (
+        [row for row in rows if _kind(row) == kind] for kind in ("training", "eval", "episode")
+    )
+    evals = config.get("evals") or {}
+    scores = _scores(evaluations, evals)
+    primary = config.get("train", {}).get("best", "")
+    return render(
+        "report.html",
+        title=_title(config, workdir),
+        workdir=workdir.resolve(),
+        facts=_facts(rows[-1], training, config),
+        scores=scores,
+        primary=primary if primary in [score.name for score in scores] else "",
+        training=charts.training(training),
+        evaluations=charts.evaluations(evaluations, evals),
+        renewals=charts.evaluations(renewed, evals),
+        episodes=episode_maps.sheets(workdir),
+        matrix=gallery.matrix(samples) if samples else None,
+        queries=gallery.queries(samples) if samples else None,
+        depth=gallery.DEPTH,
+        uris=[episodes.thumbnail(picture) for picture in samples.pictures] if samples else [],
+        files=[(name, about) for name, about in _FILES.items() if (workdir / name).exists()],
+        config=json.dumps(config, indent=2, ensure_ascii=False) if config else "",
+    )
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """What a row of metrics is of: one with a `loss` is of training."""
+    if "loss" in row:
+        return "training"
+    return "episode" if any(key.startswith("episode/") for key in row) else "eval"
+
+
+def _title(config: Mapping[str, Any], workdir: pathlib.Path) -> str:
+    method = config.get("objective", {}).get("name")
+    image = config.get("image", {})
+    data = config.get("data", {}).get("source")
+    parts = [method, image.get("variant") or image.get("name"), data]
+    return " · ".join(str(p) for p in parts if p) or workdir.resolve().name
+
+
+def _facts(
+    last: Mapping[str, Any], training: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """(value, what it is of) for the head of the page. `last`: the last row of metrics."""
+    facts = [(f"{last['step']:,}", "steps")]
+    if "epoch" in last:
+        facts.append((f"{last['epoch']:.4g}", "epochs"))
+    if "examples" in last:
+        facts.append((f"{last['examples']:,}", "examples"))
+    if size := config.get("train", {}).get("batch_size"):
+        facts.append((f"{size:,}", "batch"))
+    if training:
+        facts.append((short(training[-1]["loss"]), "last loss"))
+        if "loss/chance" in training[-1]:
+            facts.append((short(training[-1]["loss/chance"]), "loss of chance"))
+        speeds = [row["images_per_second"] for row in training if "images_per_second" in row]
+        if speeds:
+            facts.append((short(float(np.median(speeds))), "images/s, median"))
+    return facts
+
+
+def _scores(evaluations: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Score]:
+    """The best and the last of every evaluation metric, details left out."""
+    scores = []
+    for name, points in charts.series(evaluations).items():
+        kind = metric(name, evals)
+        if not kind.detail:
+            step, value = best(kind, points)
+            last = spelled(kind, points[-1][1])
+            scores.append(Score(name, spelled(kind, value), f"{step:,}", last))
+    return scores

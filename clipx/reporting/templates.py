@@ -1,0 +1,35 @@
+"""The pages' templates, which lie beside this file with their one style sheet."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from clipx.errors import RunError
+from clipx.training.metric_table import short
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of a template. Values are escaped; what UTF-8 has no bytes for becomes "?".
+    Raises `RunError` without jinja2."""
+    text = _environment().get_template(template).render(values)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _environment() -> jinja2.Environment:
+    try:
+        import jinja2
+    except ImportError:
+        raise RunError("pages need jinja2: pip install jinja2") from None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["short"] = short
+    return environment

@@ -1,0 +1,102 @@
+"""What the numbers of a run mean: those of training in a table, those of evals as their evaluators
+declare them. All who show or compare metrics ask `metric`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipx import evaluators
+from clipx.config.binding import find
+from clipx.errors import ConfigError
+from clipx.evaluators.base import Evaluator, declared
+from clipx.types import Curve, Metric
+
+_LABELLINGS = ("image", "text", "external")
+_LOSS = Curve("Loss", from_zero=False)
+_PICKS = Curve("Rows that pick their own prototype")
+_INERTIA = Curve("Inertia of a row", smooth=False)
+_EMPTY = Curve("Empty clusters", smooth=False)
+
+# In the order of charts and of the console. A name may be a pattern, as an evaluator's may.
+TRAINING: Mapping[str, Metric] = {
+    "loss": Metric("less", headline=True, curve=_LOSS),
+    # the loss of a model that cannot tell rows apart
+    "loss/chance": Metric(headline=True, curve=_LOSS._replace(level=True)),
+    "batch/R@1": Metric("more", headline=True, curve=Curve("R@1 inside the batch")),
+    "learning_rate": Metric(headline=True, curve=Curve("Learning rate", smooth=False)),
+    "logit_scale": Metric(curve=Curve("Logit scale", from_zero=False, smooth=False)),
+    "grad_norm": Metric(curve=Curve("Gradient norm")),
+    "images_per_second": Metric("more", headline=True, curve=Curve("Images per second")),
+    "data_wait_fraction": Metric("less", curve=Curve("Share of time")),
+    "mfu": Metric("more", curve=Curve("Share of time")),
+    "batch/modality_gap": Metric(curve=Curve("Modality gap")),
+    **{
+        f"batch/{rows}_from_{labels}": Metric("more", curve=_PICKS)
+        for labels in _LABELLINGS
+        for rows in ("image", "text")
+        if rows != labels
+    },
+    **{f"clusters/{name}_inertia": Metric("less", curve=_INERTIA) for name in _LABELLINGS},
+    **{f"clusters/{name}_empty": Metric("less", curve=_EMPTY) for name in _LABELLINGS},
+    "clusters/equal_labels": Metric(
+        curve=Curve("Rows whose labels are the same number", smooth=False)
+    ),
+    "loss/*": Metric("less", curve=Curve("Parts of the loss", from_zero=False)),
+    "batch/accuracy": Metric("more"),
+    "batch/*R@1": Metric("more"),
+    "episode/seconds": Metric("less"),
+    "episode/share_of_time": Metric("less"),
+}
+HEADLINES = tuple(name for name, metric in TRAINING.items() if metric.headline)
+
+
+def metric(key: str, evals: Mapping[str, Any]) -> Metric:
+    """What is known of a metric by the name that metrics.jsonl has it under.
+
+    evals: the config's section; it names the evaluator of `<eval>/<metric>`. Where that is not
+    known, or declares no such metric, any evaluator's metric of that name is taken: an old run may
+    have lost its eval. A name that nobody declares is a plain `Metric()`.
+    """
+    name, slash, own = key.partition("/")
+    evaluator = (evals.get(name) or {}).get("evaluator") or name
+    if slash and (known := _of_evaluator(evaluator, own)):
+        return known
+    if known := declared(TRAINING, key):
+        return TRAINING[known]
+    names = sorted(module.name for module in pkgutil.iter_modules(evaluators.__path__))
+    of_any = (_of_evaluator(name, own) for name in names)
+    return next((known for known in of_any if known), Metric())
+
+
+def best(metric: Metric, points: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The best of some (step, value), of equal ones the first. Without a direction more is taken as
+    better. NaN and infinities count only where there is nothing else."""
+    finite = [point for point in points if math.isfinite(point[1])] or points
+    return (min if metric.better == "less" else max)(finite, key=lambda point: point[1])
+
+
+def short(value: float) -> str:
+    """A number in a few digits."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+
+
+def spelled(metric: Metric, value: float) -> str:
+    """A value as tables show it."""
+    if metric.shown == "percent" and math.isfinite(value):
+        return f"{100 * value:.1f} %"
+    return short(value)
+
+
+@functools.cache
+def _of_evaluator(evaluator: str, name: str) -> Metric | None:
+    """What an evaluator declares of a metric; None also where it or its libraries are missing."""
+    with contextlib.suppress(ConfigError, ImportError):
+        metrics = find("evaluators", evaluator, Evaluator).metrics
+        if known := declared(metrics, name):
+            return metrics[known]
+    return None
