@@ -10,80 +10,14 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from clipx import cli, losses
+from clipx import cli
 from clipx.errors import RunError
-from clipx.parallel import mesh as meshes
 from clipx.planning import estimate
+from clipx.planning.measure import check_losses, time_steps
 from clipx.training import fit
-from clipx.training.run import Run, assemble
-from clipx.types import Batch
-
-
-def _lse(x, axis):
-    peak = x.max(axis, keepdims=True)
-    return (np.log(np.exp(x - peak).sum(axis, keepdims=True)) + peak).squeeze(axis)
-
-
-def dense_info_nce(a: np.ndarray, b: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """InfoNCE of each row and the gradient of its mean with respect to `a`, in float64."""
-    logits = scale * a @ b.T
-    rows, columns = _lse(logits, 1), _lse(logits, 0)
-    value = 0.5 * (rows + columns) - np.diag(logits)
-    share = 0.5 * (np.exp(logits - rows[:, None]) + np.exp(logits - columns[None]))
-    return value, scale * (share - np.eye(len(a))) @ b / len(a)
-
-
-def check_losses(mesh, rows: int = 1024, width: int = 512) -> float:
-    """The largest error of InfoNCE's values and gradients on this mesh, relative to the largest
-    value and the largest gradient of the float64 twin."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, rows, width))
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    value, gradient = dense_info_nce(a, b, 14.3)
-
-    def mean(a, b):
-        each = losses.info_nce(a, b, scale=14.3)
-        return jnp.mean(each), each
-
-    with jax.set_mesh(mesh):
-        a, b = meshes.put((np.float32(a), np.float32(b)), meshes.batch_sharding(mesh))
-        got, each = jax.jit(jax.grad(mean, has_aux=True))(a, b)
-    errors = [
-        np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()
-        for x, y in ((each, value), (got, gradient))
-    ]
-    return max(errors)
-
-
-def random_batch(run: Run) -> Batch:
-    """Rows of noise in the shapes that the run trains on."""
-    rng = np.random.default_rng(0)
-    words, end = run.objective.text.vocab_size - 1, run.objective.text.eot_id
-
-    def leaf(x):
-        top = 256 if x.dtype == jnp.uint8 else words
-        return rng.integers(0, top, x.shape).astype(x.dtype)
-
-    batch = jax.tree.map(leaf, run.batch)
-    batch.text[...] += batch.text >= end  # any but the end mark, which stands last
-    batch.text[..., -1] = end
-    return meshes.put(batch, meshes.batch_sharding(run.mesh))
-
-
-def time_steps(run: Run, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps, after two to warm up."""
-    batch, state = random_batch(run), run.init()
-    seconds = []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        state, metrics = run.train_step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:]
+from clipx.training.run import assemble
 
 
 def main(overrides: list[tuple[str, str]]) -> None:

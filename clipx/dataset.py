@@ -14,6 +14,7 @@ but `preview` and `bench` need its data alone; `index`, `verify` and `pack` take
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,24 +30,25 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from clipx import bench as devices
 from clipx import cli
 from clipx.config import binding as configs
 from clipx.config.binding import bind
-from clipx.data import loader, pictures, storage
 from clipx.data import pack as packing
+from clipx.data import pictures, storage
 from clipx.data import verify as verifying
-from clipx.data.base import Source, fingerprint
+from clipx.data.base import fingerprint
+from clipx.data.loader import share
 from clipx.data.manifests import describe
 from clipx.data.sources.webdataset import index_shards
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
-from clipx.planning import feed_speed
+from clipx.planning import feed_speed, measure
 from clipx.reporting import preview as previews
-from clipx.training.run import Run, assemble
+from clipx.training.feed import TrainingData, loader, open_data, to_batch
+from clipx.training.initial import open_tokenizer
+from clipx.training.run import OpenRun, Run, assemble, with_data
 from clipx.training.schema import DataConfig, EvalSpec, SourceSpec, split
 from clipx.training.step import row_keys
-from clipx.types import Batch
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py"
 _TIMED = 256  # rows of a batch that are timed, at most
@@ -163,7 +165,7 @@ def _count_tokens(config: Mapping[str, Any]) -> Callable[[str], int] | None:
 def show_fingerprint(config: Mapping[str, Any]) -> None:
     """Prints how many rows a run has, of how many, and the digest of their keys."""
     data, spec = _section(config)
-    source = loader.share(spec.open(), data.fraction)
+    source = share(spec.open(), data.fraction)
     print(describe(len(source), fingerprint(source), spec.name, data.manifest))
 
 
@@ -191,28 +193,28 @@ def pack(config: Mapping[str, Any], output: str, size: str = "512MB") -> None:
     print("\n".join(packing.config_lines(output, source)))
 
 
-def _run(config: Mapping[str, Any]) -> tuple[Run, Source]:
+def _run(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
     """The run of a config on one device, its data open: any batch that the data can fill will do,
     and there are no evals."""
     alone = {**config, "mesh": {}, "evals": {}, "train": {**config.get("train", {}), "best": ""}}
     run = assemble(alone, jax.devices()[:1])
-    source = run.open_source()
-    tokenizer = run.open_tokenizer(source)
-    if len(source) < run.batch_size:
-        alone["train"] |= {"batch_size": max(len(source), 1), "microbatches": 1}
+    data = open_data(run)
+    tokenizer = open_tokenizer(run, data.source)
+    if len(data) < run.batch_size:
+        alone["train"] |= {"batch_size": max(len(data), 1), "microbatches": 1}
         run = assemble(alone, jax.devices()[:1])
-    return run.with_data(len(source), tokenizer), source
+    return with_data(run, len(data), tokenizer), data
 
 
 def preview(config: Mapping[str, Any], output: str = "preview.html", rows: int = 16) -> None:
     """Writes a page of the first rows of the config's run, as its model will see them."""
-    run, source = _run(config)
-    seen, views = previews.Remembering(source), run.objective.views
+    run, data = _run(config)
+    seen, views = previews.Remembering(data.source), run.objective.views
     positions = np.arange(min(rows, run.batch_size))
-    pieces = run.loader(seen, positions).load(0, positions)
+    pieces = loader(run, dataclasses.replace(data, source=seen), positions).load(0, positions)
     after = [np.asarray(view) for view in _after_photometry(run, pieces)]
     facts = [
-        (f"{len(source):,}", "rows"),
+        (f"{len(data):,}", "rows"),
         (run.data.source, "source"),
         (run.complete["objective"]["name"], "objective"),
         (str(len(after)), "picture views"),
@@ -228,14 +230,14 @@ def preview(config: Mapping[str, Any], output: str = "preview.html", rows: int =
         list(previews.shown(seen, pieces, after, views.texts)),
         run.tokenizer,
     )
-    print(f"{len(positions)} rows of {len(source):,}: {_write(output, text)}")
+    print(f"{len(positions)} rows of {len(data):,}: {_write(output, text)}")
 
 
 def _after_photometry(run: Run, pieces: Mapping[str, np.ndarray]) -> Iterator[jax.Array]:
     """Each picture view as the towers get it at step 0, before it is normalised."""
-    names = ("image", "text", "row", "position")
-    batch = Batch(**{name: jax.device_put(pieces[name]) for name in names})
-    keys = row_keys(run.config.seed, 0, len(pieces["row"]))
+    rows = len(pieces["row"])
+    batch = to_batch(pieces, run.mesh, np.arange(rows), rows)
+    keys = row_keys(run.config.seed, 0, rows)
     for view in range(len(run.objective.views.pictures)):
         yield run.objective.picture(batch, keys, view)
 
@@ -249,16 +251,16 @@ def time_feed(
 ) -> None:
     """Prints what each stage of the feed costs, what the whole gives, and whether a model that
     takes so many pictures a second would wait for it."""
-    run, source = _run(config)
+    run, data = _run(config)
     positions = np.arange(min(run.batch_size, _TIMED))
-    feed = run.loader(source, positions)
+    feed = loader(run, data, positions)
     stages = feed_speed.stages(feed, len(positions) * 2)
     print("\n".join(feed_speed.table([*stages[:-1], *_device_stages(run, feed), stages[-1]])))
     how = f"{feed.workers} processes" if feed.workers else f"{pictures.cores()} threads"
-    print(f"{how} feed {feed_speed.rate(feed, steps):,.0f} images/s of {len(source):,} rows")
+    print(f"{how} feed {feed_speed.rate(feed, steps):,.0f} images/s of {len(data):,} rows")
     if model:
         whole = assemble({**config, "evals": {}, "train": {**config["train"], "best": ""}})
-        seconds = statistics.median(devices.time_steps(whole, steps=5))
+        seconds = statistics.median(measure.time_steps(whole, steps=5))
         images_per_second = whole.batch_size / seconds / jax.process_count()
         count = whole.mesh.devices.size
         print(f"the model takes {images_per_second:,.0f} images/s on {count} device(s) a process")

@@ -6,6 +6,9 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
+pytest.register_assert_rewrite("support")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -14,7 +14,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import ROOT, SMALL
+from support import ROOT
+from support.runs import SMALL
 
 from clipx import cli, dataset
 from clipx.data.base import fingerprint

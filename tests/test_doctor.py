@@ -1,17 +1,16 @@
 """What the doctor finds, and that it says what to mend."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from support import ROOT
 
-from clipx import cli, doctor
+from clipx import cli
 from clipx.errors import ConfigError
-
-ROOT = pathlib.Path(__file__).parents[1]
+from clipx.planning import host
 
 
 def found(findings):
@@ -32,7 +31,7 @@ def path(tmp_path, monkeypatch):
 
 def test_a_healthy_host_needs_nothing(tmp_path):
     config = cli.load_config(str(ROOT / "configs" / "quickstart.py"), [("data.size", "64")])
-    findings = list(doctor.examine(config, str(tmp_path / "run")))
+    findings = list(host.examine(config, str(tmp_path / "run")))
     assert [f for f in findings if f.mend and f.fatal] == []
     told = found(findings)
     assert told["devices"].found == "8 x cpu, 1 process(es)"
@@ -42,35 +41,35 @@ def test_a_healthy_host_needs_nothing(tmp_path):
 
 
 def test_all_reduce_counts_bytes():
-    assert doctor.all_reduce(jax.devices()[:2], size=2**16) > 0
+    assert host.all_reduce(jax.devices()[:2], size=2**16) > 0
 
 
 def test_a_gpu_that_jax_does_not_see(path, monkeypatch):
     path("nvidia-smi", "echo 'NVIDIA H200, 575.57'; echo 'NVIDIA H200, 575.57'")
     monkeypatch.setenv("JAX_PLATFORMS", "")
-    gpu = found(doctor.check_drivers())["gpu driver"]
+    gpu = found(host.check_drivers())["gpu driver"]
     assert gpu.found == "2 x NVIDIA H200, 575.57; JAX sees none of them"
     assert "clipx[cuda]" in gpu.mend
     path("nvidia-smi", "exit 9")
-    assert "mend NVIDIA's driver" in found(doctor.check_drivers())["gpu driver"].mend
+    assert "mend NVIDIA's driver" in found(host.check_drivers())["gpu driver"].mend
 
 
 def test_a_stale_lock_file(path, monkeypatch, tmp_path):
     lock = tmp_path / "lock"
     lock.touch()
-    monkeypatch.setattr(doctor, "_LOCK", str(lock))
-    assert "tpu lock" not in found(doctor.check_drivers())  # it hinders nobody where no TPU is
-    monkeypatch.setattr(doctor.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.setattr(host, "TPU_LOCK", str(lock))
+    assert "tpu lock" not in found(host.check_drivers())  # it hinders nobody where no TPU is
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/accel0"])
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     path("fuser", "exit 1")
-    assert f"sudo rm {lock}" in found(doctor.check_drivers())["tpu lock"].mend
+    assert f"sudo rm {lock}" in found(host.check_drivers())["tpu lock"].mend
     path("fuser", "echo 4242")
-    assert "end process 4242" in found(doctor.check_drivers())["tpu lock"].mend
+    assert "end process 4242" in found(host.check_drivers())["tpu lock"].mend
 
 
 def test_data_that_is_not_there(tmp_path):
     config = {"data": {"source": "webdataset", "path": str(tmp_path / "x-*.tar")}}
-    told = found(doctor.check_data(config))["config.data"]
+    told = found(host.check_data(config))["config.data"]
     assert "x-*.tar" in told.found and told.fatal and told.mend
 
 
@@ -88,21 +87,21 @@ def test_data_that_is_not_there(tmp_path):
 def test_a_bucket_elsewhere(path, zone, location, fine):
     path("gcloud", f"echo {location}")
     config = {"data": {"path": ["gs://pictures/a.tar", "b"]}, "evals": {"x": "gs://pictures/c"}}
-    told = found(doctor.check_buckets(config, zone))
+    told = found(host.check_buckets(config, zone))
     assert list(told) == ["gs://pictures"]
     assert bool(told["gs://pictures"].mend) != fine
 
 
 def test_a_bucket_that_cannot_be_read_is_advice(path):
     path("gcloud", "exit 1")
-    [told] = doctor.check_buckets({"a": "gs://pictures/x"}, "")
+    [told] = host.check_buckets({"a": "gs://pictures/x"}, "")
     assert told.mend and not told.fatal
 
 
 def test_a_workdir_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--workdir"):
-        list(doctor.check_workdir(str(tmp_path / "file")))
+        list(host.check_workdir(str(tmp_path / "file")))
 
 
 @pytest.mark.slow  # a start of its own

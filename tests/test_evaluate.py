@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from clipx import evaluate
 from clipx.errors import ConfigError
-from clipx.evaluate import chosen, dataset, results
+from clipx.serving import evaluation
+from clipx.serving.evaluation import chosen, dataset, results
 from clipx.training.schema import EvalSpec
 
 SHAPES = {"source": "shapes", "split": "test"}
@@ -121,4 +121,4 @@ def test_files_have_the_layout_of_clip_benchmark(tmp_path):
         "shapes-test_knn.json": ("knn", {"k20/top1": 0.9}),
     }
     assert entries["shapes-test_retrieval.json"]["eval"]["captions"] == 1
-    assert len(evaluate.table(found)) == len(found)
+    assert len(evaluation.table(found)) == len(found)

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import yaml
+from support import ROOT
 
 from clipx import cli
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+LAUNCH = ROOT / "launch"
 TRAIN = ["--config=configs/quickstart.py", "--workdir=/runs/a b"]
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
 

@@ -2,17 +2,17 @@
 
 import json
 import math
-import pathlib
 import re
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_export import CLASS, save
-from test_train import small
+from support import ROOT
+from support.exports import CLASS, save
+from support.runs import small
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "losses.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "losses.ipynb"
 PICTURES = 4
 DEFAULT = 'WORKDIR = ""'
 

@@ -9,17 +9,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_topology import libtpu
-from test_train import ROOT, SMALL, rows, small
+from support import ROOT
+from support.runs import SMALL, rows, small
+from support.tpu import libtpu
 
-from clipx import plan
-from clipx import train as training
 from clipx.errors import ConfigError
 from clipx.ops import flops
 from clipx.parallel import chips
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
-from clipx.planning import estimate, gpu_model
-from clipx.training import fit
+from clipx.planning import estimate, gpu_model, plans
+from clipx.train import train
+from clipx.training import fit, session
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.run import assemble
 
@@ -146,14 +146,14 @@ def test_fewest_micro_batches(one, most, trials):
         tried.append(run.microbatches)
         return found(peak=32 * GIB // run.microbatches, limit=most * GIB)
 
-    run, _ = fit.fewest(one, plan._fits, estimate=estimate)
+    run, _ = fit.fewest(one, plans.fits, estimate=estimate)
     assert run.microbatches == run.complete["train"]["microbatches"]
     assert run.microbatches == next(n for n in fit.counts(one) if 32 / n + 0.25 <= most)
     assert tried == trials
 
 
 def test_no_number_fits(one):
-    assert fit.fewest(one, plan._fits, estimate=lambda run: found(peak=20 * GIB)) is None
+    assert fit.fewest(one, plans.fits, estimate=lambda run: found(peak=20 * GIB)) is None
 
 
 def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch
         fit, "measure", lambda run: found(peak=16 * GIB // run.microbatches, limit=5 * GIB)
     )
     config = small(("train.microbatches", "auto"), ("train.total_steps", "2"))
-    assert training.train(config, str(tmp_path), jax.devices()[:1]) == 0
+    assert train(config, str(tmp_path), jax.devices()[:1]) == 0
     said = capsys.readouterr().out
     assert "train.microbatches=auto: 4\n" in said and "a step: 1 TFLOP, 4.25 GiB of 5.00" in said
     assert json.loads((tmp_path / "config.json").read_text())["train"]["microbatches"] == 4
@@ -172,7 +172,7 @@ def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(fit, "measure", lambda run: found())
     saved = Checkpoints(tmp_path).restore_run(2)
     for devices, number in ((1, "4, as before"), (2, "1 (4 before, on another mesh)")):
-        assert training._fitted(assemble(config, jax.devices()[:devices]), saved)
+        assert session.resolve_microbatches(assemble(config, jax.devices()[:devices]), saved)
         assert f"train.microbatches=auto: {number}\n" in capsys.readouterr().out
 
 
@@ -209,12 +209,12 @@ def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
 @libtpu
 def test_a_step_compiled_for_a_tpu(monkeypatch):
     where = chips.parse("v5e:2x2")
-    run, told = plan.plan(small(), where)
+    run, told = plans.plan(small(), where)
     assert told.fits and told.devices == 4 and 0 < told.predicted_mfu < 1
     assert told.peak >= sum(fit.held(run).values()) > 0
     assert any(kind == "all-reduce" for kind, *_ in told.collectives)
-    report = "\n".join(plan.describe("quickstart", where, run, told, price=1.5))
-    for part in (plan.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated"):
+    report = "\n".join(plans.describe("quickstart", where, run, told, price=1.5))
+    for part in (plans.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated"):
         assert part in report, report
 
 
@@ -240,7 +240,7 @@ def test_the_command(tmp_path):
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert plan.MODELLED in done.stdout and plan.COMPILED not in done.stdout
+    assert plans.MODELLED in done.stdout and plans.COMPILED not in done.stdout
     assert "does not fit" in done.stdout and "fits: " in done.stdout
     assert "| configs/quickstart.py | h200:4x8 (model) | 8,388,608 |" in done.stdout
     told = json.loads((tmp_path / "plan.json").read_text())
@@ -257,5 +257,5 @@ def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch)
     monkeypatch.setattr(gpu_model, "predict", estimate)
     for batch, expected in ((64, "fit: 8, 8.25"), (4, "doubling: 8 at 1 micro-batch(es), 8.25")):
         config = small(("train.batch_size", str(batch)))
-        run, told = plan.plan(config, where)
-        assert expected in plan.search(config, where, run, told)
+        run, told = plans.plan(config, where)
+        assert expected in plans.search(config, where, run, told)

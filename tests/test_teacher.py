@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
-from test_pipeline import TOKENIZER, Pictures, encode, photo
+from support import ROOT
+from support.pictures import TOKENIZER, Pictures, encode, photo
 
 from clipx import teacher
 from clipx.data import features, loader
@@ -489,7 +489,7 @@ def test_the_command_line(config, tmp_path):
         f"--config.data={config['data']}", f"--features={tmp_path / 'own.npy'}",
         f"--out={tmp_path / 'teacher.npy'}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"30 rows, fingerprint {digest(config)}" in done.stdout
     assert files.describe(str(tmp_path / "teacher.npy"))["width"] == 3

@@ -2,78 +2,20 @@
 
 import json
 import math
-import os
-import pathlib
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
+from support.runs import parameters, rows, small, start, wait_for
 
 from clipx import cli
 from clipx.errors import ConfigError, RunError
-from clipx.evaluate import evaluate
+from clipx.serving.evaluation import evaluate
 from clipx.train import train
 from clipx.training.checkpoint import Checkpoints
-from clipx.training.run import assemble, restore
-
-ROOT = pathlib.Path(__file__).parents[1]
-SMALL = [
-    ("image.image_size", "16"),
-    ("image.width", "32"),
-    ("image.depth", "1"),
-    ("image.heads", "2"),
-    ("text.width", "32"),
-    ("text.depth", "1"),
-    ("text.heads", "2"),
-    ("image.embed_dim", "16"),
-    ("text.embed_dim", "16"),
-    ("text.dropout", "0.1"),
-    ("data.image_size", "16"),
-    ("data.size", "256"),
-    ("train.batch_size", "32"),
-    ("train.total_steps", "12"),
-    ("train.log_every_steps", "1"),
-    ("train.save_every_steps", "4"),
-    ("optimizer.warmup_steps", "2"),
-    ("evals.zero_shot.data.size", "32"),
-    ("evals.zero_shot.data.image_size", "16"),
-    ("evals.retrieval.limit", "32"),
-    ("evals.retrieval.data.source", "shapes"),
-    ("evals.retrieval.data.split", "test"),
-    ("evals.retrieval.data.image_size", "16"),
-]
-
-
-def small(*overrides):
-    return cli.load_config(str(ROOT / "configs" / "quickstart.py"), [*SMALL, *overrides])
-
-
-def parameters(workdir, devices=None):
-    _, state = restore(workdir, devices=devices)
-    return jax.tree.map(np.asarray, state.params)
-
-
-def start(workdir, *overrides):
-    """The command in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    arguments = [f"--config.{path}={text}" for path, text in [*SMALL, *overrides]]
-    return subprocess.Popen(
-        [sys.executable, "-m", "clipx.train", "--config=configs/quickstart.py",
-         f"--workdir={workdir}", *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.01)
+from clipx.training.initial import init
+from clipx.training.run import assemble
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +24,6 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     assert train(small(), str(workdir)) == 0
     return workdir
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_what_it_says(whole, capsys):
@@ -183,6 +121,6 @@ def test_a_tower_that_reads_a_file_starts_from_it(monkeypatch):
     given = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     text = type(run.objective.text)
     monkeypatch.setattr(text, "pretrained", lambda self: {"token_embedding": given})
-    state = run.init()
+    state = init(run)
     np.testing.assert_array_equal(state.params["text"]["token_embedding"], given)
     assert np.std(state.params["image"]["projection"]["kernel"]) > 0

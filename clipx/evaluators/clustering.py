@@ -21,7 +21,7 @@ from clipx.evaluators.base import (
 from clipx.ops import kmeans
 from clipx.types import Metric
 
-_ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
+ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Clustering(Evaluator):
         }
 
     def _clusters(self, rows: Float[np.ndarray, "n d"], k: int) -> Int[np.ndarray, " n"]:
-        sample, most = rows, _ROWS_PER_CLUSTER * k
+        sample, most = rows, ROWS_PER_CLUSTER * k
         if len(rows) > most:
             drawn = np.random.default_rng(self.seed).choice(len(rows), most, replace=False)
             sample = rows[np.sort(drawn)]

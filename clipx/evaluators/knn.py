@@ -22,7 +22,7 @@ from clipx.evaluators.base import (
     unit,
 )
 
-_TILE = 8192  # training rows that are compared at once
+TILE = 8192  # training rows that are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def nearest(
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """The k greatest products of each query with rows of `bank`, greatest first, and which rows.
     `chunk` queries meet a tile of the bank at a time."""
-    tiles = -(-len(bank) // _TILE)
+    tiles = -(-len(bank) // TILE)
     size = -(-len(bank) // tiles)
     rows = np.pad(np.arange(len(bank), dtype=np.int32), (0, none := tiles * size - len(bank)))
     rows[len(bank) :] = -1

@@ -25,7 +25,7 @@ from clipx.evaluators.base import (
 )
 from clipx.types import Metric
 
-_CHUNK = 16384  # rows whose logits of all classes are there at once
+CHUNK = 16384  # rows whose logits of all classes are there at once
 _ITERATIONS = 1000  # at most, as CLIP's
 _GRADIENT = 1e-6  # of the mean loss, the largest that counts as 0; scikit-learn's is 1e-4
 _PATIENCE = 20  # iterations without a smaller gradient: float32 has no more to give
@@ -187,7 +187,7 @@ def logistic(
     known, targets = np.unique(labels, return_inverse=True)
     strength = (2 if len(known) == 2 else 1) / (cost * len(labels))
     # tiles of rows that share a shape; those of a last one that are none have weight 0
-    tiles = -(-len(labels) // _CHUNK)
+    tiles = -(-len(labels) // CHUNK)
     rows = -(-len(labels) // tiles)
     none = tiles * rows - len(labels)
     x, y, w = (

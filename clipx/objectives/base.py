@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -32,8 +33,12 @@ class Objective(nn.Module):
     std: tuple[float, float, float] = photometry.OPENAI_STD
     locked: tuple[str, ...] = ()  # given: towers that the optimizer freezes whole
 
+    # Fields that other sections of the config fill: {field: "section.key"}. A config cannot set
+    # them under `objective`.
+    filled: ClassVar[Mapping[str, str]] = {}
+
     @property
-    def episode(self) -> int | None:
+    def episode_steps(self) -> int | None:
         """Steps between two calls of `refresh`; None: never."""
         return None
 
@@ -44,9 +49,9 @@ class Objective(nn.Module):
         return False
 
     @property
-    def teacher(self) -> int | None:
-        """The width of the external teacher's rows, float32 [b, e], that `extra["teacher"]` of the
-        batches has which `refresh` learns of; None: no teacher."""
+    def external_width(self) -> int | None:
+        """Width of the external teacher's rows, `batch.extra["teacher"]`, float32 [b, e]; None
+        without a teacher."""
         return None
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from clipx.models.heads import BatchNormMLP, VocabularyHead
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
 from clipx.objectives.filip import (
+    WORDS,
     LateInteraction,
     check_late_interaction,
     check_masking,
@@ -98,6 +100,8 @@ class DeCLIP(Objective):
     groups: int = 1
     mask_id: int | None = None
     special_ids: tuple[int, ...] = ()
+
+    filled: ClassVar[Mapping[str, str]] = WORDS
 
     def __post_init__(self):
         check_weights(self, *_WEIGHTS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +16,9 @@ from clipx.models.layers import check
 from clipx.objectives.base import Objective, scalar, tower_keys
 from clipx.ops import photometry
 from clipx.types import Batch, Features, Loss
+
+# of the `filled` fields of objectives that hide words
+WORDS = {"mask_id": "tokenizer.mask_id", "special_ids": "tokenizer.special_ids"}
 
 _IMAGE, _TEXT, _HIDDEN = range(3)  # which of a row's independent keys
 
@@ -114,6 +118,8 @@ class FILIP(Objective):
     groups: int = 1
     mask_id: int | None = None
     special_ids: tuple[int, ...] = ()
+
+    filled: ClassVar[Mapping[str, str]] = WORDS
 
     def __post_init__(self):
         check_weights(self, "late_interaction_weight", "contrastive_weight")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,8 @@ class ProtoCLIP(Objective):
     compat: Compat = Compat()
     batch_size: int = 512  # the run's
 
+    filled: ClassVar[Mapping[str, str]] = {"batch_size": "train.batch_size"}
+
     def __post_init__(self):
         check_weights(self, "contrastive_weight", "prototype_weight", "external_weight")
         for field, least in _LEAST.items():
@@ -164,11 +168,11 @@ class ProtoCLIP(Objective):
         self.heads = PrototypeHeads(widths, self.groups, self.logit_scale_init)
 
     @property
-    def episode(self) -> int:
+    def episode_steps(self) -> int:
         return self.episode_size // self.batch_size
 
     @property
-    def teacher(self) -> int | None:
+    def external_width(self) -> int | None:
         return self.teacher_width if self.external_weight else None
 
     @property
@@ -177,7 +181,7 @@ class ProtoCLIP(Objective):
         return tuple(pair for pair in _PAIRS if getattr(self, f"{pair[0]}_weight"))
 
     def init_memory(self) -> PyTree:
-        rows, table = self.episode * self.batch_size, (self.k, self.projection_dim)
+        rows, table = self.episode_steps * self.batch_size, (self.k, self.projection_dim)
         clustered = list(dict.fromkeys(name for _, _, name in self._pairs))
         soft = self.target_temperature > 0 or not self.back_translation
         translated = [f"{a}_from_{b}" for _, a, b in self._pairs if self.back_translation]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from clipx.errors import ConfigError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
 _TPU_PORT = 8482
 
 
@@ -97,9 +97,9 @@ def _port(job: int) -> int:
     return 61440 + job % 4096
 
 
-def read_metadata(key: str) -> str:
+def read_metadata(key: str, server: str = METADATA) -> str:
     """What Google's cloud tells this machine of itself; "" elsewhere."""
-    request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
+    request = urllib.request.Request(server + key, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=3) as reply:
             return reply.read().decode()

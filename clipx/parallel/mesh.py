@@ -17,7 +17,7 @@ from clipx.errors import ConfigError
 from clipx.types import BATCH_AXES, PyTree
 
 AXES = (*BATCH_AXES, "tensor")
-_SMALL = 2**12  # elements; splitting less than this saves nothing
+SMALL = 2**12  # elements; splitting less than this saves nothing
 _STACKED = re.compile(r"(^|/)blocks/")  # by `nn.scan`: the first dimension counts layers
 # Which dimension of a parameter the tensor axis splits: attention's heads, the MLP's hidden width.
 _TENSOR = (
@@ -126,7 +126,7 @@ def _spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> Partition
     axis = _tensor_axis(path, shape) if tensor > 1 else None
     if axis is not None and shape[axis] % tensor == 0:
         spec[axis] = "tensor"
-    if fsdp > 1 and math.prod(shape) >= _SMALL:
+    if fsdp > 1 and math.prod(shape) >= SMALL:
         # never over layers: each step of the scan would gather the slice it needs from one device
         first = 1 if _STACKED.search(path) else 0
         free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % fsdp == 0]
@@ -224,7 +224,7 @@ def refuse_whole(config: MeshConfig, mesh: Mesh, params: PyTree) -> None:
 
         def large(fsdp):
             whole = _whole(sizes | {"fsdp": fsdp}, "fsdp", params)
-            whole = {path: x for path, x in whole.items() if math.prod(x.shape) >= _SMALL}
+            whole = {path: x for path, x in whole.items() if math.prod(x.shape) >= SMALL}
             return whole, bytes_whole(whole) / max(total, 1)
 
         whole, share = large(fsdp)

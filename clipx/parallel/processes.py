@@ -231,7 +231,7 @@ def barrier(name: str, wait: float | None = None) -> None:
     try:
         multihost.get_barrier_sync_fn()(key=f"clipx/{name}", timeout_ms=int(wait * 1000))
     except jax.errors.JaxRuntimeError as error:
-        table = [{"host": host} for host in _names]
+        table = [{"host": host} for host in hosts()]
         late = re.findall(r"^(?:\S*task:)?(\d+)\s*$", str(error), re.MULTILINE)
         if not late:
             raise HostsError(f"waiting for the others at {name!r}: {error}") from None
@@ -244,7 +244,7 @@ def barrier(name: str, wait: float | None = None) -> None:
 def lost(error: Exception, wait: float = 10.0) -> str:
     """What a collective's error means where another process has left it: who does not answer. ""
     for any other error. The processes that are left come here together."""
-    if not _names or not _LEFT.search(str(error)):
+    if not hosts() or not _LEFT.search(str(error)):
         return ""
     try:
         barrier("lost", wait)

@@ -4,14 +4,14 @@ and the state, abstract, with shardings."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipx.config import binding as configs
+from clipx.config import binding
 from clipx.config.binding import bind
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
@@ -22,9 +22,7 @@ from clipx.training.schema import Config, check_marks, named
 from clipx.training.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
-_TEXT_GIVEN = ("vocab_size", "context", "eot_id", "pad_id")
-_WORDS_GIVEN = frozenset({"mask_id", "special_ids"})  # to objectives that hide words
-_SIZES_GIVEN = frozenset({"batch_size"})  # to those with a memory of their rows
+_TEXT_FILLED = {name: f"tokenizer.{name}" for name in ("vocab_size", "context", "eot_id", "pad_id")}
 
 
 def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]]:
@@ -36,30 +34,30 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
         "objectives", Objective, config.objective, "config.objective"
     )
     image = bind(image_cls, image_section, where="config.image")
-    text = bind(
-        text_cls,
-        text_section,
-        where="config.text",
-        **{name: getattr(config.tokenizer, name) for name in _TEXT_GIVEN},
-    )
+    text = bind(text_cls, text_section, where="config.text", **filled(config, _TEXT_FILLED))
     check_marks(config.tokenizer, text)
-    words = _WORDS_GIVEN & configs.fields(objective_cls).keys()
-    sizes = _SIZES_GIVEN & configs.fields(objective_cls).keys()
     objective = bind(
         objective_cls,
         section,
         where="config.objective",
         image=image,
         text=text,
-        **{name: getattr(config.tokenizer, name) for name in words},
-        **{name: getattr(config.train, name) for name in sizes},
+        **filled(config, objective_cls.filled),
         locked=(),
     )
-    given = {"image", "text", "locked"} | words | sizes
+    given = {"image", "text", "locked", *objective_cls.filled}
     return objective, {
-        "objective": {"name": objective_name, **configs.dump(objective, given=given)},
-        "image": {"name": image_name, **configs.dump(image)},
-        "text": {"name": text_name, **configs.dump(text, given=_TEXT_GIVEN)},
+        "objective": {"name": objective_name, **binding.dump(objective, given=given)},
+        "image": {"name": image_name, **binding.dump(image)},
+        "text": {"name": text_name, **binding.dump(text, given=_TEXT_FILLED)},
+    }
+
+
+def filled(config: Config, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The values of `fields`, which are {field: "section.key"} of the config."""
+    paths = {field: path.partition(".") for field, path in fields.items()}
+    return {
+        field: getattr(getattr(config, section), key) for field, (section, _, key) in paths.items()
     }
 
 
@@ -84,7 +82,7 @@ def abstract_state(
     schedule: Callable[..., jax.Array],
     batch: Batch,
     mesh: Mesh,
-    variables: PyTree | None,
+    variables: PyTree | None = None,
 ) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer, whose rules need the parameters' paths, and the state it makes, abstract.
     `variables`: `params` and `batch_stats`, where they are known."""

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -296,3 +297,8 @@ def fitted(
             "config.mesh.fsdp spreads the state, image.remat and text.remat recompute more",
         )
     return found[0]
+
+
+def mesh_known(run: Run) -> dict[str, Any]:
+    """What `train.microbatches=auto` is resolved for, as a checkpoint keeps it."""
+    return {"axes": dict(run.mesh.shape), "device": run.mesh.devices.flat[0].device_kind}

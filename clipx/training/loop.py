@@ -5,80 +5,53 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.training import episodes, fit
 from clipx.training.checkpoint import Checkpoints
-from clipx.training.metrics import Clock, Metrics
-from clipx.training.run import Run
+from clipx.training.clock import Clock
+from clipx.training.feed import TrainingData, feed, loader
+from clipx.training.metrics import Metrics
+from clipx.training.run import OpenRun
+from clipx.training.stop import Stop
 from clipx.training.survey import Survey
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
 
 
-class Stop:
-    """Whether the run was told to stop: SIGTERM or SIGINT, or, with several processes, JAX's word
-    that one of them was, which all of them hear at one call: they all ask at the same places."""
-
-    def __init__(self):
-        self.asked = False
-        self._calls = 0
-        self._old = {}
-
-    def __enter__(self) -> Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-        with contextlib.suppress(ValueError):  # not in the main thread: no signals, then
-            self._old = {n: signal.signal(n, self._ask) for n in numbers}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(number, self._old[number])  # a second one acts at once
-
-    def __call__(self) -> bool:
-        if jax.process_count() > 1 and not self.asked:
-            self._calls += 1
-            self.asked = multihost_utils.reached_preemption_sync_point(self._calls)
-        return self.asked
-
-
 @dataclasses.dataclass
 class Trainer:
     """One run in one workdir, from its first step here to its last."""
 
-    run: Run
+    run: OpenRun
+    data: TrainingData
     folder: pathlib.Path
-    source: Source
-    survey: Survey
     evaluators: dict[str, Evaluator]
     checkpoints: Checkpoints
     metrics: Metrics
     clock: Clock
     quarantine: Quarantine
-    fingerprint: str
     stop: Stop
-    predicted: fit.Needs | None  # None: no step is left to take
+    needs: fit.Needs | None  # None: no step is left to take
     _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
     _read: int = 0
     _bad: int = 0
     _logged: int = 0
+
+    @functools.cached_property
+    def survey(self) -> Survey:
+        return Survey(self.run, self.data)
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """The state after the last step, and whether it is that of the run's end.
@@ -86,11 +59,13 @@ class Trainer:
         The order is evaluate, save, refresh, draw, step, log: what is saved is never behind what
         was drawn, and an episode that starts at a saved step starts again from there.
         """
-        train, episode = self.run.config.train, self.run.objective.episode
+        train, episode = self.run.config.train, self.run.objective.episode_steps
         pending: collections.deque = collections.deque()
         self._logged = start
         with contextlib.ExitStack() as stack:
-            feed = stack.enter_context(contextlib.closing(self.run.feed(self.source, start=start)))
+            batches = stack.enter_context(
+                contextlib.closing(feed(self.run, self.data, start=start))
+            )
             surveyed = stack.enter_context(contextlib.closing(self.survey.batches(start=start)))
             for step in range(start, self.run.steps + 1):
                 last, stopping = step == self.run.steps, self.stop()
@@ -115,7 +90,7 @@ class Trainer:
                     break
                 state = renewed if refresh else state
                 with self.clock.time("data"):
-                    batch, known = next(feed)
+                    batch, known = next(batches)
                 self._watch(step, known)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.run.train_step(state, batch)
@@ -161,7 +136,7 @@ class Trainer:
                 rows=places,
                 features=features,
                 labels=labels,
-                load=episodes.loading(self.run.loader(self.source, np.arange(0)), step),
+                load=episodes.loading(loader(self.run, self.data, np.arange(0)), step),
             )
 
     def _drain(self, pending: collections.deque, keep: int) -> None:
@@ -188,8 +163,8 @@ class Trainer:
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
-        metrics |= fit.logged(self.predicted) | fit.measured(
-            self.run.mesh.local_devices[0], self.predicted, metrics["step_seconds"]
+        metrics |= fit.logged(self.needs) | fit.measured(
+            self.run.mesh.local_devices[0], self.needs, metrics["step_seconds"]
         )
         self.metrics.log(step, metrics)
 
@@ -225,9 +200,9 @@ class Trainer:
                 "config": self.run.complete,
                 "tokenizer": self.run.tokenizer.save(),
                 "rows": self.run.rows,
-                "fingerprint": self.fingerprint,
+                "fingerprint": self.data.fingerprint,
                 "seconds": self.clock.totals,
-                "mesh": mesh_known(self.run),
+                "mesh": fit.mesh_known(self.run),
             }
             self.checkpoints.save(step, state, extra, results)
 
@@ -263,8 +238,3 @@ class Trainer:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step > 0 and step % every == 0
-
-
-def mesh_known(run: Run) -> dict[str, Any]:
-    """What `train.microbatches=auto` is resolved for, as a checkpoint keeps it."""
-    return {"axes": dict(run.mesh.shape), "device": run.mesh.devices.flat[0].device_kind}

@@ -18,7 +18,6 @@ from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.models.bert import BERT
 from clipx.models.layers import Tower
-from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import MeshConfig
 from clipx.training.optimizer import OptimizerConfig
 
@@ -222,98 +221,3 @@ def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:
             "'both': BERT is read out at the start mark",
             "config.tokenizer.marks=both",
         )
-
-
-def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:
-    """Raises `ConfigError` for pairs of one cluster that would not stay together."""
-    if data.clusters is None:
-        return
-    if batch % (2 * groups):
-        raise ConfigError(
-            "config.train.batch_size",
-            f"{batch} in {groups} group(s), with data.clusters",
-            "whole pairs of rows in each group",
-            f"config.train.batch_size={max(batch // (2 * groups), 1) * 2 * groups}",
-        )
-    if with_replacement:
-        raise ConfigError(
-            "config.data.clusters",
-            repr(data.clusters),
-            "none where every row is drawn on its own",
-            "config.objective.with_replacement=false",
-        )
-
-
-def check_episodes(
-    train: TrainConfig, data: DataConfig, episode: int | None, width: int | None, objective: str
-) -> None:
-    """Raises `ConfigError` for a teacher that the objective does not ask for, or lacks, and for
-    pictures of episodes where there is none."""
-    if train.episode_pictures and episode is None:
-        raise ConfigError(
-            "config.train.episode_pictures",
-            "true",
-            f"false: {objective} has no episodes",
-            "an objective with episodes, such as protoclip",
-        )
-    if width is None and data.teacher is not None:
-        raise ConfigError(
-            "config.data.teacher",
-            repr(data.teacher),
-            f"none: nothing of {objective} reads it",
-            "config.objective.external_weight=1",
-        )
-    if width is not None and data.teacher is None:
-        raise ConfigError(
-            "config.data.teacher",
-            "nothing",
-            f"the file of the teacher's rows that {objective} asks for",
-            "write one with `python -m clipx.teacher`, or set config.objective.external_weight=0",
-        )
-
-
-def check_train(
-    train: TrainConfig, mesh: meshes.Mesh, evals: tuple[EvalSpec, ...], rows: int | None
-) -> None:
-    """Raises `ConfigError` for counts that cannot be, a batch that does not divide over devices and
-    micro-batches, data of less than a batch, and a `best` that names no eval."""
-    where = "config.train"
-    for name in (
-        "batch_size",
-        "microbatches",
-        "log_every_steps",
-        "save_every_steps",
-        "eval_every_steps",
-        "keep",
-        "max_skipped_steps",
-    ):
-        value = getattr(train, name)
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"{where}.{name}", str(value), "at least 1")
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    slices = 1 if train.microbatches == "auto" else train.microbatches
-    unit = devices * slices
-    if train.batch_size % unit:
-        up, down = -(-train.batch_size // unit) * unit, train.batch_size // unit * unit
-        raise ConfigError(
-            f"{where}.batch_size",
-            str(train.batch_size),
-            f"a multiple of {devices} device(s) x {slices} micro-batch(es) = {unit}",
-            f"{where}.batch_size={down or up}",
-        )
-    if rows is not None and rows < train.batch_size:
-        raise ConfigError(
-            f"{where}.batch_size",
-            f"{rows} rows of data for a batch of {train.batch_size}",
-            "at least one whole batch",
-            f"{where}.batch_size={max(rows // unit * unit, unit)} or more data",
-        )
-    if train.best:
-        names = [spec.name for spec in evals]
-        if train.best.split("/")[0] not in names:
-            raise ConfigError(
-                f"{where}.best",
-                repr(train.best),
-                "<eval>/<metric> of config.evals" + (f": {', '.join(names)}" if names else ""),
-                "set config.evals or leave train.best empty",
-            )

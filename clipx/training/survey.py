@@ -11,37 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipx.data.base import Source
 from clipx.parallel import mesh as meshes
-from clipx.training.run import Run
+from clipx.training.feed import TrainingData, loader, own_rows, to_batch
+from clipx.training.run import OpenRun
 from clipx.training.step import make_refresh, make_survey_step, put_features
 from clipx.types import Batch, Features, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Of a run that trains on `source`. `teacher`: the external teacher's rows, by row id, where
-    the objective asks for them."""
+    """Of a run over its data, whose external teacher's rows go with the batches."""
 
-    run: Run
-    source: Source
-    teacher: np.ndarray | None
+    run: OpenRun
+    data: TrainingData
 
     def batches(self, *, start: int) -> Iterator[Batch]:
         """The batches of whole episodes, from the first that starts at step `start` or later: the
-        rows that `Run.feed` gives, under other crops, with the teacher's rows. Nothing is loaded
+        rows that `feed.feed` gives, under other crops, with the teacher's rows. Nothing is loaded
         before the first is asked for; an objective without episodes has none."""
-        run = self.run
-        if (episode := run.objective.episode) is None:
+        run, data = self.run, self.data
+        if (episode := run.objective.episode_steps) is None:
             return
-        sharding = meshes.batch_sharding(run.mesh)
-        held = meshes.local_rows(sharding, run.batch_size)
+        held = own_rows(run)
         first, stop = (-(-step // episode) * episode for step in (start, run.steps))
-        for arrays in run.loader(self.source, held, survey=True).batches(first, stop):
-            arrays = {name: x for name, x in arrays.items() if name not in ("key", "bad")}
-            extra = {} if self.teacher is None else {"teacher": self.teacher[arrays["row"]]}
-            arrays["extra"] = extra
-            yield Batch(**meshes.put_rows(arrays, sharding, held, run.batch_size))
+        for arrays in loader(run, data, held, survey=True).batches(first, stop):
+            extra = {} if data.teacher is None else {"teacher": data.teacher[arrays["row"]]}
+            yield to_batch({**arrays, "extra": extra}, run.mesh, held, run.batch_size)
 
     @functools.cached_property
     def refresh(
@@ -52,14 +47,14 @@ class Survey:
         ...]. Compiled at the first call. The state given to it is used up."""
         run, options = self.run, {"seed": self.run.config.seed}
         embed = make_survey_step(run.objective, microbatches=run.microbatches, **options)
-        extra, width = {}, run.objective.teacher
+        extra, width = {}, run.objective.external_width
         rows = meshes.batch_sharding(run.mesh)
         if width is not None:
             shape = (run.batch_size, width)
             extra["teacher"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
         with jax.set_mesh(run.mesh):
             features = jax.eval_shape(embed, run.state, run.batch.replace(extra=extra), 0)
-        episode = run.objective.episode
+        episode = run.objective.episode_steps
 
         def zeros():
             return jax.tree.map(

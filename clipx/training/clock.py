@@ -1,0 +1,61 @@
+"""Where a run's wall time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+Part = Literal["data", "evaluate", "save", "episode"]
+_PARTS = typing.get_args(Part)
+
+
+class Clock:
+    """Where a run's wall time goes, in seconds: `data` (waiting for a batch), `evaluate`, `save`,
+    `episode` (what comes before an episode's steps), and `train`, which is all the rest.
+
+    Steps run on while Python goes ahead, so that no step has a time of its own: whoever enters
+    another part than `data` first waits for the last step (fetching its metrics does). `totals` is
+    plain, to be saved with the run; `Clock(totals)` goes on from there.
+    """
+
+    def __init__(
+        self,
+        totals: Mapping[str, float] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self._now = now
+        self.totals = dict.fromkeys(("train", *_PARTS), 0.0) | dict(totals or {})
+        self._start = now()
+        self._parts = dict.fromkeys(_PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def time(self, part: Part) -> Iterator[None]:
+        """Counts the seconds inside to `part`. Parts do not nest."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._parts[part] += self._now() - start
+
+    def total(self, part: str | None = None) -> float:
+        """Seconds of a part, or of all, up to now."""
+        if part is None:
+            return sum(self.totals.values()) + self._now() - self._start
+        return self.totals[part] + self._parts[part]
+
+    def interval(self, images: int) -> dict[str, float]:
+        """`images_per_second` and `data_wait_fraction` since the last call, of `train` and `data`
+        alone; ends the interval and adds it to `totals`."""
+        now = self._now()
+        parts = {"train": now - self._start - sum(self._parts.values()), **self._parts}
+        for part, seconds in parts.items():
+            self.totals[part] += seconds
+        self._start, self._parts = now, dict.fromkeys(self._parts, 0.0)
+        stepping = max(parts["train"] + parts["data"], 1e-9)
+        return {
+            "images_per_second": images / stepping,
+            "data_wait_fraction": parts["data"] / stepping,
+        }

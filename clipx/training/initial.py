@@ -1,0 +1,46 @@
+"""What a run starts from: its tokenizer and the state of step 0, from files where the config names
+them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from clipx.data import loader
+from clipx.data.base import Source
+from clipx.data.text import tokenizers
+from clipx.interop import load
+from clipx.parallel import mesh as meshes
+from clipx.training import pretrained
+from clipx.training.run import OpenRun, Run, restore
+from clipx.training.step import init_state
+from clipx.types import TrainState
+
+
+def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
+    """The config's tokenizer: of `config.init_from` where that fits, or trained on the source's
+    captions, where the config names no file."""
+    config = run.config
+    if config.init_from and not load.ignored("text", config.init_ignore):
+        given = pretrained.open_tokenizer(config.init_from)
+        if found := pretrained.tokenizer_for(config.tokenizer, given):
+            return found
+    return tokenizers.build(config.tokenizer, loader.captions(source))
+
+
+def init(run: Run) -> TrainState:
+    """The state of step 0, created where it lies. What starts from files is read here; whether
+    their tokenizer is the run's is compared once the run has one."""
+    tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
+    found = pretrained.entries(run.objective, run.state.params, run.config, tokenizer, restore)
+
+    def create(pretrained):
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.batch)
+        return init_state(
+            run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
+        )
+
+    shardings = jax.tree.map(lambda x: x.sharding, run.state)
+    kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
+    with jax.set_mesh(run.mesh):
+        return jax.jit(create, out_shardings=shardings)(meshes.put_parts(found, kinds))

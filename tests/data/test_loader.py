@@ -1,0 +1,476 @@
+"""Batches follow from (seed, step) alone; a bad row costs one substitute and is named."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.pictures import ROWS, TOKENIZER, Pictures, encode, photo
+
+from clipx.data.base import Example, Source, fingerprint
+from clipx.data.loader import EvaluationSet, Feed, Share, captions, order
+from clipx.data.pictures import crop_box
+from clipx.data.sources.shapes import Shapes
+from clipx.data.sources.webdataset import WebDataset
+from clipx.data.text.augment import TextAugment, TextAugmentConfig
+from clipx.errors import DataError
+
+BATCH = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class WhoAmI(Source):
+    """Says in its captions which process reads it, and whether that one has JAX."""
+
+    main: int = dataclasses.field(default_factory=os.getpid)
+    classes = ()
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        words = "here" if os.getpid() == self.main else "away"
+        words += " with jax" if sys.modules.get("jax") else " without"
+        return Example(photo(16, 16), (words,), row, f"{row}")
+
+
+def feed(source=None, **changes) -> Feed:
+    values = {
+        "source": source or Pictures(),
+        "tokenizer": TOKENIZER,
+        "seed": 1,
+        "batch": BATCH,
+        "positions": np.arange(changes.get("batch", BATCH)),
+        "image_size": 32,
+        "crops": ((0.3, 1.0), (0.3, 1.0)),
+        "flips": (True, True),
+    }
+    return Feed(**(values | changes))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def joined(parts: list[dict]) -> dict:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_each_epoch_is_a_permutation_of_its_own_and_seeds_differ():
+    for rows in (1, 2, 7, 100):
+        at = order(rows, 3)
+        for epoch in range(3):
+            assert sorted(at(epoch, i) for i in range(rows)) == list(range(rows))
+    epochs = [[order(100, seed)(e, i) for i in range(100)] for seed in range(3) for e in range(3)]
+    for a, b in itertools.combinations(epochs, 2):
+        assert np.mean(np.equal(a, b)) < 0.1
+    at = pickle.loads(pickle.dumps(order(100, 2)))
+    assert [at(2, i) for i in range(100)] == epochs[-1]
+
+
+def test_a_batch_has_the_asked_parts():
+    (batch,) = feed().batches(3, 4)
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k not in ("bad", "key")} == {
+        "image": ((BATCH, 2, 32, 32, 3), "uint8"),
+        "text": ((BATCH, 1, 40), "int32"),
+        "row": ((BATCH,), "int32"),
+        "position": ((BATCH,), "int32"),
+    }
+    assert batch["bad"].tolist() == [""] * BATCH
+    assert batch["key"].tolist() == [f"key{row}" for row in batch["row"]]
+    for row, ids in zip(batch["row"], batch["text"][:, 0]):
+        assert TOKENIZER.decode(ids).startswith(f"row {' '.join(str(row))} text")
+
+
+def test_an_epoch_shows_each_row_at_most_once_and_drops_the_remainder():
+    steps = feed().steps_per_epoch
+    assert steps == ROWS // BATCH
+    seen = [batch for batch in feed().batches(0, 2 * steps)]
+    for epoch in (seen[:steps], seen[steps:]):
+        assert len({row for batch in epoch for row in batch["row"].tolist()}) == steps * BATCH
+        positions = [p for batch in epoch for p in batch["position"].tolist()]
+        assert positions == list(range(steps * BATCH))
+    assert not np.array_equal(seen[0]["row"], seen[steps]["row"])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_split_of_the_rows_gives_the_same_batch(processes):
+    whole = list(feed().batches(2, 5))
+    places = np.arange(BATCH).reshape(-1, processes)  # strided, so that no part is a prefix
+    parts = [list(feed(positions=places[:, p]).batches(2, 5)) for p in range(processes)]
+    for step, batch in enumerate(whole):
+        together = joined([part[step] for part in parts])
+        back = np.argsort(places.T.ravel())
+        assert same({name: value[back] for name, value in together.items()}, batch)
+
+
+def test_a_restart_at_any_step_goes_on_with_the_same_batches():
+    whole = list(feed().batches(0, 6))
+    for start in (1, 4, 5):
+        assert all(same(a, b) for a, b in zip(feed().batches(start, 6), whole[start:]))
+    assert list(feed().batches(6, 6)) == []
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (4, 0), (2, 2)])
+def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processes, workers):
+    """Rows as each process records them, put together: those of the epochs' permutations."""
+    at, per_epoch = order(ROWS, 1), ROWS // BATCH
+    wanted = [
+        [at(step // per_epoch, step % per_epoch * BATCH + place) for place in range(BATCH)]
+        for step in range(6)
+    ]
+    for start in (0, 3) if workers else range(6):
+        recorded = [[None] * BATCH for _ in range(start, 6)]
+        for places in np.split(np.arange(BATCH), processes):
+            part = feed(positions=places, workers=workers, image_size=8)
+            for rows, batch in zip(recorded, part.batches(start, 6), strict=True):
+                for place, row in zip(places, batch["row"].tolist()):
+                    rows[place] = row
+        assert recorded == wanted[start:]
+
+
+def test_chunks_do_not_show(monkeypatch):
+    whole = list(feed(batch=40).batches(0, 2))
+    monkeypatch.setattr("clipx.data.loader._CHUNK", 7)
+    assert all(same(a, b) for a, b in zip(feed(batch=40).batches(0, 2), whole))
+
+
+def test_seeds_steps_and_places_draw_differently():
+    source = Shapes(size=24, image_size=32)
+    a = feed(source, batch=24).load(0, np.arange(24))
+    b = feed(source, batch=24).load(1, np.arange(24))
+    c = feed(source, batch=24, seed=2).load(0, np.arange(24))
+    assert sorted(a["row"]) == sorted(b["row"]) == sorted(c["row"])  # the same rows, shuffled
+    for other in (b, c):
+        moved = [np.flatnonzero(other["row"] == row)[0] for row in a["row"]]
+        assert not (a["image"] == other["image"][moved]).all((1, 2, 3, 4)).any()
+    assert not (a["image"][:, 0] == a["image"][:, 1]).all((1, 2, 3)).any()  # two views differ
+
+
+def test_first_takes_the_first_caption_and_random_takes_all():
+    def texts(caption):
+        batches = feed(caption=caption).batches(0, 4)
+        return [TOKENIZER.decode(ids)[-1] for batch in batches for ids in batch["text"][:, 0]]
+
+    assert set(texts("first")) == {"0"}
+    assert min(texts("random").count(i) for i in "012") >= 8
+    first, random = (next(feed(caption=c).batches(0, 1)) for c in ("first", "random"))
+    assert np.array_equal(first["image"], random["image"])  # the crops do not depend on it
+
+
+def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_their_captions():
+    def run(flips, mirror_words=False):
+        source = Pictures(words="left of right")
+        return joined(list(feed(source, flips=flips, mirror_words=mirror_words).batches(0, 4)))
+
+    plain, both, first, pair = (
+        run((False, False)),
+        run((True, True)),
+        run((True, False)),
+        run((True, True), mirror_words=True),
+    )
+
+    def turned(batch):
+        mirrored = (batch["image"] == plain["image"][:, :, :, ::-1]).all((2, 3, 4))
+        assert ((batch["image"] == plain["image"]).all((2, 3, 4)) ^ mirrored).all()
+        return mirrored
+
+    assert (turned(both).sum(0) >= 12).all() and (turned(both).sum(0) <= 36).all()  # of 48
+    assert 12 <= (turned(both)[:, 0] ^ turned(both)[:, 1]).sum() <= 36
+    assert not turned(first)[:, 1].any()
+    assert np.array_equal(turned(first)[:, 0], turned(both)[:, 0])
+    assert np.array_equal(turned(pair)[:, 0], turned(pair)[:, 1])
+    swapped = ["right of left" in TOKENIZER.decode(ids) for ids in pair["text"][:, 0]]
+    assert np.array_equal(swapped, turned(pair)[:, 0])
+    assert np.array_equal(both["text"], plain["text"])
+
+
+def test_all_shows_each_caption_in_turn_one_an_epoch():
+    steps = feed().steps_per_epoch
+    shown = collections.defaultdict(list)
+    for batch in feed(caption="all").batches(0, 3 * steps):
+        for row, ids in zip(batch["row"].tolist(), batch["text"][:, 0]):
+            shown[row].append(TOKENIZER.decode(ids)[-1])
+    turns = [texts for texts in shown.values() if len(texts) == 3]
+    assert len(turns) > 40 and all(sorted(texts) == ["0", "1", "2"] for texts in turns)
+    assert len({texts[0] for texts in turns}) == 3  # the turns do not start together
+
+
+def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one():
+    def texts(source):
+        for batch in feed(source, texts=("caption", "other")).batches(0, 4):
+            yield from ([TOKENIZER.decode(ids) for ids in of_row] for of_row in batch["text"])
+
+    pairs = list(texts(Pictures()))
+    assert all(a[:-1] == b[:-1] and a[-1] != b[-1] for a, b in pairs)
+    assert len({(a[-1], b[-1]) for a, b in pairs}) == 6
+    assert all(a == b for a, b in texts(Pictures(captions=1)))
+
+
+def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
+    augment = TextAugment(TextAugmentConfig(operations=("swap",)))
+    source = Pictures(captions=1, words="one two three four five six")
+
+    def texts():
+        kinds = feed(source, texts=("caption", "augmented"), text_augment=augment)
+        (batch,) = kinds.batches(1, 2)
+        return [[TOKENIZER.decode(ids).split() for ids in of_row] for of_row in batch["text"]]
+
+    assert all(sorted(a) == sorted(b) for a, b in texts())
+    assert sum(a != b for a, b in texts()) > 8
+    assert texts() == texts()
+
+
+def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
+    source = Pictures(captions=1, words="\u4e2d\u6587")
+    with pytest.raises(DataError, match="the first is key.*Chinese"):
+        feed(source, reject_cjk=True).load(0, np.arange(1))
+    assert not feed(source).load(0, np.arange(BATCH))["bad"].any()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (Pictures(bad=(7,)), "key7: empty caption"),
+        (
+            Pictures(broken=(7,)),
+            r"key7: the picture \(\d+ bytes\) cannot be decoded: .*[Tt]runcated.*",
+        ),
+    ],
+)
+def test_a_bad_row_is_replaced_by_the_next_and_named(source, reason):
+    good, got = (joined(list(feed(s).batches(0, 4))) for s in (Pictures(), source))
+    at = order(ROWS, 1)
+    (place,) = [i for i in range(ROWS) if at(0, i) == 7]
+    assert np.flatnonzero(got["bad"] != "").tolist() == [place]
+    (bad,) = json.loads(got["bad"][place])
+    assert bad["row"] == 7 and re.fullmatch(reason, "{key}: {reason}".format(**bad))
+    assert got["row"][place] == at(0, (place + 1) % ROWS)
+    assert got["position"][place] == place
+    others = np.arange(len(got["row"])) != place
+    for name in ("image", "text", "row", "position"):
+        assert np.array_equal(got[name][others], good[name][others])
+
+
+def test_substitutes_wrap_around_and_skip_other_bad_rows():
+    at = order(ROWS, 1)
+    last = [at(0, i) for i in (48, 49)]
+    source = Pictures(bad=tuple(last))
+    batch = feed(source, batch=ROWS).load(0, np.arange(ROWS))
+    assert batch["row"][-2:].tolist() == [at(0, 0)] * 2
+    found = [[bad["key"] for bad in json.loads(text)] for text in batch["bad"][-2:]]
+    assert found == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
+
+
+def test_a_set_with_nothing_usable_stops_the_run():
+    source = Pictures(bad=tuple(range(ROWS)))
+    with pytest.raises(DataError, match=r"^50 rows one after another cannot be used, the first is"):
+        next(feed(source).batches(0, 1))
+
+
+def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
+    shares = [Share(Pictures(), fraction) for fraction in (0.25, 0.5)]
+    rows = [[share[i].row for i in range(len(share))] for share in shares]
+    assert [len(of) for of in rows] == [12, 25] and rows[1][:12] == rows[0] != sorted(rows[0])
+    assert list(shares[0].keys()) == [f"key{row}" for row in rows[0]]
+    assert fingerprint(shares[0]) != fingerprint(shares[1]) != fingerprint(Pictures())
+
+
+@pytest.mark.parametrize("with_replacement", [False, True])
+def test_a_survey_shows_an_episodes_rows_and_captions_under_other_crops(with_replacement):
+    options = {"episode": 5, "with_replacement": with_replacement}
+    training = list(feed(**options).batches(0, 10))
+    survey = list(feed(**options, survey=True).batches(5, 10))
+    positions = np.stack([part["position"] for part in training[5:]])
+    assert sorted(positions.ravel()) == list(range(5 * BATCH))
+    assert (positions == np.arange(BATCH) * 5 + np.arange(5)[:, None]).all()
+    for seen, shown in zip(survey, training[5:], strict=True):
+        for name in ("row", "text", "position", "key"):
+            np.testing.assert_array_equal(seen[name], shown[name])
+        assert (seen["image"] != shown["image"]).any(axis=(1, 2, 3, 4)).all()
+    usual = [part["row"] for part in feed().batches(0, 10)]
+    assert all((part["row"] == row).all() for part, row in zip(training, usual)) != with_replacement
+
+
+def test_rows_with_replacement_are_drawn_evenly_and_again_by_the_same_draws():
+    source = Pictures(rows=BATCH, captions=1)
+    parts = list(feed(source, with_replacement=True, episode=5).batches(0, 40))
+    count = np.bincount(np.concatenate([part["row"] for part in parts]), minlength=BATCH)
+    assert max(np.bincount(parts[0]["row"])) > 1 and min(count) > 15 and max(count) < 70
+    (again,) = feed(source, with_replacement=True, episode=5).batches(33, 34)
+    assert same(again, parts[33])
+
+
+def test_labels_alone_are_no_captions():
+    @dataclasses.dataclass(frozen=True)
+    class Labelled(Pictures):
+        def __getitem__(self, row):
+            return super().__getitem__(row)._replace(texts=())
+
+    with pytest.raises(DataError, match="key.*: no caption$"):
+        feed(Labelled()).load(0, np.arange(2))
+
+
+def test_too_few_rows_for_a_batch():
+    with pytest.raises(
+        DataError, match="has 50 rows, expected at least one batch of 51; a smaller"
+    ):
+        feed(batch=51)
+
+
+def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
+    rng = np.random.default_rng(0)
+    for width, height in ((500, 333), (40, 64)):
+        boxes = [crop_box(width, height, (0.2, 0.8), rng.random((10, 4))) for _ in range(2000)]
+        x, y, w, h = np.array(boxes).T
+        assert (x >= 0).all() and (y >= 0).all()
+        assert (x + w <= width).all() and (y + h <= height).all()
+        area, ratio = w * h / (width * height), w / h
+        assert 0.18 < area.min() < 0.25 and 0.7 < area.max() < 0.82
+        assert 0.72 < ratio.min() < 0.78 and 1.25 < ratio.max() < 1.37
+        for start, room in ((x, width - w), (y, height - h)):
+            assert abs(np.mean(start[room > 0] / room[room > 0]) - 0.5) < 0.03
+
+
+def test_a_crop_that_cannot_fit_is_the_centre():
+    draws = np.random.default_rng(0).random((10, 4))
+    assert crop_box(100, 10, (1.0, 1.0), draws) == (43, 0, 13, 10)
+    assert crop_box(10, 100, (1.0, 1.0), draws) == (0, 43, 10, 13)
+    assert crop_box(80, 80, (1.0, 1.0), draws * 0 + 0.5) == (0, 0, 80, 80)
+
+
+def load_one(image, side=32, **changes) -> np.ndarray:
+    class One(Source):
+        classes = ()
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, row):
+            return Example(image, ("words",), row, "one")
+
+    values = {"batch": 1, "flips": (False,), "crops": ((1.0, 1.0),), "image_size": side}
+    return feed(One(), **(values | changes)).load(0, np.arange(1))["image"][0, 0]
+
+
+@pytest.mark.parametrize("size", [40, 64, 200, 640])
+def test_a_resized_jpeg_is_close_to_pillows(size):
+    data = encode(photo(size, size), quality=90)
+    wanted = Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.abs(load_one(data).astype(int) - np.asarray(wanted)).mean() < 2
+
+
+def test_pixels_are_used_as_they_are():
+    pixels = photo(32, 32)
+    assert np.array_equal(load_one(pixels), pixels)
+    assert np.array_equal(load_one(encode(pixels, "PNG")), pixels)
+    assert np.array_equal(load_one(encode(pixels, "WEBP", lossless=True)), pixels)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_other_modes_become_rgb_in_training_as_in_evaluation(mode):
+    file = io.BytesIO()
+    picture = Image.fromarray(photo(32, 32)).convert(mode)
+    picture.save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
+    wanted = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
+    assert np.abs(load_one(file.getvalue()).astype(int) - wanted).mean() < 2
+
+
+def test_an_orientation_tag_is_ignored_at_every_scale():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for size in (32, 256):
+        tagged, plain = (encode(photo(size, size), exif=e) for e in (exif, Image.Exif()))
+        assert np.array_equal(load_one(tagged), load_one(plain))
+
+
+def test_captions_of_a_set_leave_bad_rows_out():
+    found = list(captions(Pictures(bad=(1,), rows=3)))
+    assert found == [f"row {row} text {i}" for row in (0, 2) for i in range(3)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 100), (100, 48), (32, 32), (33, 77)])
+def test_evaluation_is_resize_and_centre_crop(height, width):
+    class One(Pictures):
+        def __getitem__(self, row):
+            return Example(encode(photo(height, width), "PNG"), ("a",), row, "one", 3)
+
+    examples = EvaluationSet(One(rows=1), 32)
+    picture = Image.fromarray(photo(height, width))
+    short, long = 32, int(32 * max(height, width) / min(height, width))
+    size = (short, long) if width <= height else (long, short)
+    resized = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    top, left = (int(round((n - 32) / 2.0)) for n in resized.shape[:2])
+    (batch,) = examples.batches(4)
+    assert np.array_equal(batch, resized[None, top : top + 32, left : left + 32])
+    assert (examples.label(0), examples.texts(0), len(examples)) == (3, ("a",), 1)
+
+
+def test_evaluation_batches_are_the_rows_in_order_up_to_the_limit():
+    examples = EvaluationSet(Pictures(), 32, limit=7)
+    batches = list(examples.batches(3))
+    assert [len(b) for b in batches] == [3, 3, 1] and len(examples) == 7
+    assert np.array_equal(np.concatenate(batches), [examples.picture(i) for i in range(7)])
+    assert len(EvaluationSet(Pictures(), 32, limit=1000)) == ROWS
+    assert EvaluationSet(Shapes(size=3), 32).classes == Shapes.classes
+    with pytest.raises(IndexError):
+        examples.texts(7)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (Pictures(bad=(2,)), "row 2 of the evaluation set: key2: empty caption"),
+        (
+            Pictures(broken=(2,)),
+            r"row 2 of the evaluation set: key2: the picture \(\d+ bytes\) can",
+        ),
+    ],
+)
+def test_a_bad_example_is_an_error_in_evaluation(source, reason):
+    batches = EvaluationSet(source, 32).batches(2)
+    next(batches)
+    with pytest.raises(DataError, match=f"^{reason}"):
+        next(batches)
+
+
+def test_importing_the_data_folder_imports_no_jax():
+    code = "import sys, clipx.data.loader, clipx.data.sources.shapes, clipx.data.sources.webdataset"
+    code += "; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_workers_load_the_same_batches_without_jax():
+    whole = list(feed().batches(1, 4))
+    assert all(same(a, b) for a, b in zip(feed(workers=2).batches(1, 4), whole, strict=True))
+    for workers, words in ((0, "here"), (1, "away without")):
+        (batch,) = feed(WhoAmI(), batch=8, workers=workers).batches(0, 1)
+        assert all(TOKENIZER.decode(ids).startswith(words) for ids in batch["text"][:, 0])
+
+
+def test_an_error_in_a_worker_reaches_the_run():
+    source = Pictures(bad=tuple(range(ROWS)))
+    with pytest.raises(DataError, match="^50 rows one after another cannot be used"):
+        next(feed(source, workers=1).batches(0, 1))
+
+
+@pytest.mark.skipif("FLICKR8K" not in os.environ, reason="FLICKR8K names no folder of shards")
+def test_real_pictures():
+    source = WebDataset("$FLICKR8K/train-*.tar")
+    (batch,) = feed(source, batch=256, image_size=64).batches(0, 1)
+    assert not batch["bad"].any()
+    images = batch["image"].reshape(512, -1).astype(float)
+    assert 80 < images.mean() < 150 and images.std(1).min() > 5
+    pictures = next(EvaluationSet(WebDataset("$FLICKR8K/test-*.tar"), 64).batches(100))
+    assert pictures.shape == (100, 64, 64, 3)

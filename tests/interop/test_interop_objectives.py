@@ -1,0 +1,104 @@
+"""A small model of each method, trained for two steps, exported to both libraries where they can
+express it, and held to what they say; in every layout of its arrays, on one device and on eight."""
+
+import jax
+import pytest
+from safetensors.numpy import load_file
+from support import tiny
+from support.exports import save
+from support.libraries import NO_OPEN_CLIP, NO_TRANSFORMERS
+from support.runs import small
+
+from clipx.errors import ConfigError
+from clipx.export import Options, export
+from clipx.interop import huggingface, load, open_clip, proof
+
+NONE = NO_OPEN_CLIP or NO_TRANSFORMERS
+pytestmark = [pytest.mark.interop, pytest.mark.skipif(bool(NONE), reason=NONE or "-")]
+
+PLAIN = {"augmentation": "none"}
+RESNET = {"name": "resnet", "variant": "RN50", "width": 4, "blocks": [1, 1, 1, 1]}
+RESNET |= {"image_size": 32, "embed_dim": 16, "dtype": "float32"}
+MAP = {"pool": "attention", "pre_norm": False, "embed_dim": 0, "activation": "gelu_tanh"}
+LAST = {"causal": False, "pool": "last", "embed_dim": 32, "activation": "gelu_tanh"}
+SCAN, QUICK = {"scan": True}, {"activation": "quick_gelu"}
+# the objective, towers, mesh on eight devices (None: one), and why transformers has no such model
+MODELS = {
+    "clip": ({}, {**QUICK, **SCAN}, {**QUICK, **SCAN}, {"data": 4, "fsdp": 2}, ""),
+    "siglip": (PLAIN, MAP, LAST, None, ""),
+    "clip_lite": (
+        {"width": 40},
+        {"embed_dim": 0, "pool": "mean"},
+        {"embed_dim": 0, "width": 24},
+        None,
+        "pools by the mean",
+    ),
+    "declip": (
+        {**PLAIN, "simsiam_width": 12, "queue_size": 48},
+        {"activation": "gelu_tanh"},
+        {"projection_bias": True},
+        None,
+        "bias in the text's projection",
+    ),
+    "slip": (
+        {**PLAIN, "ssl_augmentation": "none", "head_width": 12, "head_dim": 6},
+        {"pre_norm": False, "norm_eps": 1e-6},
+        {},
+        None,
+        "LayerNorm before",
+    ),
+    "filip": ({**PLAIN, "token_width": 6, "top_k": 3}, {}, SCAN, None, ""),
+    "protoclip": (
+        {**PLAIN, "k": 5, "projection_dim": 6, "projection_hidden": 12, "episode_size": 64},
+        RESNET,
+        SCAN,
+        None,
+        "a ResNet",
+    ),
+}
+
+
+def config(name):
+    objective, image, text, mesh, _ = MODELS[name]
+    found = small(("image.pool", "class"), ("text.dropout", "0.0"), ("train.best", ""))
+    image = image if "name" in image else found["image"] | image
+    found |= {
+        "objective": {"name": name, **objective},
+        "image": image,
+        "text": found["text"] | text,
+        "tokenizer": found["tokenizer"] | {"mask": name in ("declip", "filip")},
+        "optimizer": {"learning_rate": 1e-3},
+        "mesh": mesh or {},
+        "evals": {},
+    }
+    return found
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_trained_and_exported(name, tmp_path):
+    mesh, why = MODELS[name][-2:]
+    devices = jax.devices()[: 8 if mesh else 1]
+    folder = save(tmp_path / "run", config(name), steps=2, devices=devices)
+    formats = {"open_clip": open_clip.WEIGHTS, "huggingface": huggingface.WEIGHTS}
+    for format_, weights in formats.items():
+        options = Options(format_, tmp_path / format_, verify=True, pt=format_ == "open_clip")
+        if why and format_ == "huggingface":
+            with pytest.raises(ConfigError, match=why):
+                export(folder, options)
+            continue
+        found = export(folder, options)
+        assert found.image_cosine > proof.COSINE and found.text_cosine > proof.COSINE
+        assert found.logits < proof.RELATIVE
+        again = load.load(tmp_path / format_)
+        arrays = load_file(tmp_path / format_ / weights)
+        if format_ == "open_clip":
+            written, _ = open_clip.to_open_clip(again)
+            torchs = load.load(tmp_path / format_ / "open_clip_pytorch_model.bin").flat
+            assert all(x.tobytes() == torchs[k].tobytes() for k, x in again.flat.items())
+        else:
+            written, *_ = huggingface.to_huggingface(again)
+        assert written.keys() == arrays.keys()
+        assert all(x.tobytes() == arrays[k].tobytes() for k, x in written.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["run", "open_clip", *([] if why else ["huggingface"])]
+    )

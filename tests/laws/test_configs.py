@@ -1,0 +1,134 @@
+"""Law 8: every config parses, binds, assembles and traces one step, and opens no data."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import ROOT
+from support.pixels import Examples
+
+from clipx.config import files
+from clipx.config.binding import find
+from clipx.evaluators.base import Evaluator
+from clipx.training import schema
+from clipx.training.run import assemble
+from clipx.training.step import make_train_step
+from clipx.types import Encoded
+
+FOLDER = ROOT / "configs"
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+SPECS = [f"{file.name}:{variant}".rstrip(":") for file in FILES for variant in files.variants(file)]
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a data source was opened")
+
+    monkeypatch.setattr(schema.SourceSpec, "open", refuse)
+
+
+TRACED = set()
+
+
+def shrunk(config):
+    """The config with towers of few layers: what it says is bound and traced all the same, in a
+    tenth of the time."""
+    few = {"resnet": {"blocks": (1, 1, 1, 1), "width": 32}}
+    for tower in ("image", "text"):
+        config[tower] |= few.get(config[tower]["name"], {"depth": 1})
+    return config
+
+
+def kind(run):
+    """What runs have in common whose steps are made of the same parts: they differ in names of
+    sizes and in numbers, of which one that is 0 leaves a part out. Shapes that do not fit are
+    found as `assemble` traces the forward pass."""
+    made = re.sub(r"\b(variant|init_from|dtype) = '[^']*'", r"\1", repr(run.objective))
+    made = re.sub(r"\d+(\.\d+)?(e-\d+)?", lambda found: str(float(found[0]) != 0), made)
+    return made, run.config.train.microbatches
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_traces(spec):
+    config = shrunk(files.load(f"{FOLDER}/{spec}"))
+    one = assemble(config, jax.devices()[:1])
+    if kind(one) in TRACED:
+        return
+    TRACED.add(kind(one))
+    run = assemble(config, jax.devices())
+    assert (one.mesh.size, run.mesh.size) == (1, 8)
+    assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, run.state)
+    assert one.complete == run.complete
+    step = make_train_step(
+        run.objective,
+        run.optimizer,
+        seed=run.config.seed,
+        microbatches=run.config.train.microbatches,
+    )
+    with jax.set_mesh(run.mesh):
+        state, metrics = jax.eval_shape(step, run.state, run.batch)
+    before, after = (
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (run.state, state)
+    )
+    assert before == after
+    assert {"loss", "loss/chance", "grad_norm", "skipped"} <= set(metrics)
+    assert all(x.shape == () for x in metrics.values())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_assembles_in_full(file):
+    run = assemble(files.load(f"{file}:{files.variants(file)[0]}"), jax.devices()[:1])
+    assert jax.tree.leaves(run.state.params)
+
+
+@pytest.mark.parametrize(
+    "spec, count",
+    [
+        ("clip.py", 151_277_313),
+        ("clip.py:rn50", 102_007_137),
+        ("clip_lite.py:bert_2layers", 85_277_875),
+    ],
+)
+def test_published_size(spec, count):
+    """As OpenAI's and the authors' models."""
+    run = assemble(files.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
+    assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
+
+
+class Alike:
+    """Encodes every picture and text as the same row."""
+
+    def image(self, pictures, fields=()):
+        return Encoded(**{f: np.ones((len(pictures), 2), np.float32) for f in fields or ("unit",)})
+
+    text = image
+
+    def similarity(self, images, texts):
+        return images.unit @ texts.unit.T
+
+
+@functools.cache
+def metrics_of(name):
+    """The names of what an evaluator scores, on eight pictures."""
+    examples = Examples(list(range(8)), classes=tuple("abcdefgh"))
+    cls = find("evaluators", name, Evaluator)
+    given = {"examples", "train_examples"} & {field.name for field in dataclasses.fields(cls)}
+    return cls(**dict.fromkeys(given, examples))(Alike()).keys()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_evals_score_what_best_asks_for(spec):
+    """`best` names an eval of the config, and a metric by a name that eval gives."""
+    config = files.load(f"{FOLDER}/{spec}")
+    if not config["train"]["best"]:
+        return
+    name, metric = config["train"]["best"].split("/")
+    assert name in config["evals"]
+    assert metric in metrics_of(config["evals"][name].get("evaluator", name))

@@ -1,0 +1,211 @@
+"""The floors, read from the imports: they go down only, and some things live in one room."""
+
+import ast
+import fnmatch
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+
+def files_of(folder: str) -> list[str]:
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py"))
+
+
+FILES, TESTS = files_of("clipx"), files_of("tests")
+SOURCES = FILES + TESTS + files_of("configs")
+FLOORS = (
+    ("types", "errors", "config"),
+    ("losses", "models", "ops", "parallel"),
+    ("objectives", "data", "evaluators", "interop"),
+    ("training",),
+    ("planning", "reporting", "serving"),
+    (
+        *("cli", "train", "evaluate", "export", "plan", "dataset"),
+        *("report", "compare", "teacher", "doctor", "bench"),
+    ),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+COMMANDS = tuple(f"clipx/{name}.py" for name in FLOORS[-1])
+# Which files may name what lives in one place. A pattern's `*` crosses folders.
+ONLY = {
+    # attention's kernel is mapped over rows and heads, which the partitioner cannot see into; no
+    # rows meet there, and what makes them meet stays forbidden
+    "jax.shard_map": ("clipx/losses/*", "clipx/ops/kmeans.py", "clipx/models/attention.py"),
+    "jax.experimental.pallas": ("clipx/models/attention.py",),
+    "jax.experimental.shard_map": (),
+    "jax.sharding.Mesh": ("clipx/parallel/mesh.py", "clipx/training/run.py"),
+    "jax.sharding.NamedSharding": ("clipx/parallel/mesh.py", "clipx/training/run.py"),
+    "jax.make_mesh": ("clipx/parallel/mesh.py", "clipx/training/run.py"),
+    **{
+        f"jax.lax.{name}": ("clipx/losses/*", "clipx/ops/kmeans.py")
+        for name in (
+            *("all_gather", "all_to_all", "axis_index", "pmax", "pmean", "pmin", "ppermute"),
+            *("pshuffle", "psum", "psum_scatter", "pvary", "ragged_all_to_all"),
+        )
+    },
+    "grain": ("clipx/data/*",),
+    "tensorflow_datasets": ("clipx/data/*",),
+    "orbax": ("clipx/training/checkpoint.py", "clipx/parallel/processes.py"),
+    "torch": (),
+    "jax._src": (),
+    # grain reads one of absl's flags: the pipeline marks them as parsed where no command did so
+    "absl": (*COMMANDS, "clipx/data/loader.py"),
+}
+
+
+def names(file: str, text: str | None = None) -> set[str]:
+    """Every dotted name that a file imports or reaches through an import: `jax.lax.psum`."""
+    tree = ast.parse((ROOT / file).read_text() if text is None else text, file)
+    found, alias = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                found.add(item.name)
+                top = item.name.partition(".")[0]
+                alias[item.asname or top] = item.name if item.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: a relative import"
+            for item in node.names:
+                found.add(f"{node.module}.{item.name}")
+                alias[item.asname or item.name] = f"{node.module}.{item.name}"
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in alias:
+            found.add(".".join([alias[node.id], *reversed(parts)]))
+    return found
+
+
+def is_part(name: str, whole: str) -> bool:
+    return name == whole or name.startswith(whole + ".")
+
+
+def room(file: str) -> str:
+    """`losses` for clipx/losses/contrastive.py, `mesh` for clipx/parallel/mesh.py."""
+    return file.removeprefix("clipx/").removesuffix(".py").split("/")[0]
+
+
+def broken(file: str, text: str | None = None) -> list[str]:
+    """Every rule that the imports of a file break."""
+    faults, own = [], room(file)
+    for name in sorted(names(file, text)):
+        for what, allowed in ONLY.items():
+            if is_part(name, what) and not any(fnmatch.fnmatch(file, a) for a in allowed):
+                faults.append(f"{name}: {what} is for {', '.join(allowed) or 'nobody'}")
+        if not name.startswith("clipx.") or own == "__init__":
+            continue
+        other = name.split(".")[1]
+        if other not in FLOOR:
+            faults.append(f"{name}: no such room")
+        elif FLOOR[other] > FLOOR[own]:
+            faults.append(f"{name}: floor {FLOOR[other]}, from floor {FLOOR[own]}")
+        elif 0 < FLOOR[own] == FLOOR[other] < 5 and other != own:
+            faults.append(f"{name}: {own} and {other} do not know each other")
+    return faults
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_rules(file):
+    assert room(file) in {*FLOOR, "__init__"}, f"{file} stands on no floor"
+    assert broken(file) == []
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("clipx/losses/x.py", "from clipx.objectives.base import Objective"),
+        ("clipx/data/x.py", "from clipx.training import run"),
+        ("clipx/data/x.py", "import clipx.evaluators.base"),
+        ("clipx/objectives/x.py", "import jax\ndef f(x): return jax.lax.psum(x, 'data')"),
+        ("clipx/objectives/x.py", "from jax import lax as l\ny = l.all_gather(1, 'data')"),
+        ("clipx/training/step.py", "import jax\nf = jax.shard_map(f)"),
+        ("clipx/training/step.py", "import jax.sharding as s\nm = s.Mesh(1, ('a',))"),
+        ("clipx/training/step.py", "from jax.sharding import NamedSharding"),
+        ("clipx/training/run.py", "def f():\n    import grain.python"),
+        ("clipx/training/run.py", "import orbax.checkpoint as ocp"),
+        ("clipx/training/checkpoint.py", "import torch"),
+        ("clipx/training/run.py", "from absl import flags"),
+        ("clipx/losses/x.py", "from jax._src import core"),
+        ("clipx/training/step.py", "import clipx.attic"),
+    ],
+)
+def test_broken_rules_are_seen(file, text):
+    assert len(broken(file, text)) >= 1
+
+
+def taken_from_tests(file: str, text: str | None = None) -> list[str]:
+    """Names that a file imports from test files; `support` alone is there to be shared."""
+    parts = {name: name.split(".") for name in names(file, text)}
+    return sorted(
+        name
+        for name, (top, *rest) in parts.items()
+        if top in ("tests", "conftest") or top.startswith("test_")
+    )
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_no_test_imports_another(file):
+    assert taken_from_tests(file) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from test_train import small",
+        "import test_laws",
+        "def f():\n    from tests.losses.test_siamese import ORACLE",
+        "import conftest",
+    ],
+)
+def test_imports_of_tests_are_seen(text):
+    assert taken_from_tests("tests/test_x.py", text)
+
+
+def test_folders_have_one_order():
+    """Inside a folder imports go downwards only: there is an order without a circle."""
+    inside = {}
+    modules = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
+    for module, file in modules.items():
+        if not file.endswith("__init__.py"):
+            used = names(file)
+            below = {m for m in modules if any(is_part(name, m) for name in used)}
+            inside[module] = below - {module}
+    while inside:
+        lowest = {m for m, below in inside.items() if not below & set(inside)}
+        assert lowest, f"a circle among {sorted(inside)}"
+        inside = {m: below for m, below in inside.items() if m not in lowest}
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_compiles(file):
+    compile((ROOT / file).read_text(), file, "exec")
+
+
+def test_data_needs_no_jax():
+    """What a loading process imports is there without JAX, and brings none in."""
+    modules = [
+        file.removesuffix(".py").replace("/", ".")
+        for file in FILES
+        if file.startswith("clipx/data/") and not file.endswith("__init__.py")
+    ]
+    assert "clipx.data.loader" in modules
+    code = (
+        "import importlib, sys\n"
+        "sys.modules['jax'] = None\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "loaded = [m for m in sys.modules if m.split('.')[0] in ('jaxlib', 'flax', 'optax')]\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,12 @@
+"""What test files share: no test file imports another."""
+
+import json
+import pathlib
+
+TESTS = pathlib.Path(__file__).parents[1]
+ROOT = TESTS.parent
+
+
+def load_oracle(name: str) -> dict:
+    """Numbers that a paper's own code gave; `oracles/README.md` says which."""
+    return json.loads((TESTS / "oracles" / f"{name}.json").read_text())

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import termios
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipx.config.binding import find
+from clipx.errors import MetricsError
+from clipx.evaluators.base import Evaluator
+from clipx.training.clock import Clock
+from clipx.training.metric_table import metric
+from clipx.training.metrics import Metrics, read
+
+
+def run(workdir, start, stop, **settings):
+    with Metrics(
+        workdir, total_steps=40, batch_size=8, steps_per_epoch=10, step=start, **settings
+    ) as metrics:
+        for step in range(start + 1, stop + 1):
+            metrics.progress(step)
+            metrics.log(step, {"loss": jnp.float32(1 / step), "skipped": jnp.int32(0)})
+            if step % 10 == 0:
+                metrics.log(step, {"zero_shot/top1": step / 40})
+
+
+def test_a_line_is_strict_json_with_the_shortest_digits(tmp_path):
+    with Metrics(tmp_path / "new" / "run", total_steps=9, batch_size=32) as metrics:
+        metrics.log(
+            3, {"loss": jnp.float32(0.1), "a": jnp.bfloat16(2), "b": 7, "c": np.float64(1 / 3)}
+        )
+        metrics.log(4, {"loss": float("nan"), "up": jnp.inf, "down": -np.inf})
+    lines = (tmp_path / "new/run/metrics.jsonl").read_text().splitlines()
+    assert lines[0] == (
+        '{"step": 3, "examples": 96, "loss": 0.1, "a": 2.0, "b": 7, "c": 0.3333333333333333}'
+    )
+    assert json.loads(lines[1], parse_constant=pytest.fail)["loss"] == "NaN"
+    row = read(tmp_path / "new/run")[1]
+    assert math.isnan(row["loss"]) and (row["up"], row["down"]) == (math.inf, -math.inf)
+
+
+def test_an_array_is_no_metric(tmp_path):
+    with (
+        Metrics(tmp_path, total_steps=9, batch_size=1) as m,
+        pytest.raises(TypeError, match=r"\(2,"),
+    ):
+        m.log(1, {"loss": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 26, "lo', '{"step": 12, "loss": 1.0}'])
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, tail):
+    run(tmp_path / "whole", 0, 40)
+    run(tmp_path / "killed", 0, 25)
+    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
+        file.write(tail)
+    run(tmp_path / "killed", 20, 40)
+    run(tmp_path / "killed", 40, 40)
+    whole, killed = (tmp_path / n / "metrics.jsonl" for n in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_half_line_is_repaired_and_never_read(tmp_path):
+    run(tmp_path, 0, 5)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"step": 5, "los')
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
+    run(tmp_path, 5, 5)
+    assert file.read_bytes() == whole
+
+
+def test_an_evaluation_repeated_where_the_run_was_saved_is_not_written_twice(tmp_path):
+    run(tmp_path, 0, 10)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with Metrics(tmp_path, total_steps=40, batch_size=8, steps_per_epoch=10, step=10) as metrics:
+        metrics.log(10, {"zero_shot/top1": 0.25})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_from_step_0_keeps_nothing_of_one_that_saved_nothing(tmp_path):
+    with Metrics(tmp_path, total_steps=9, batch_size=8) as metrics:
+        metrics.log(0, {"zero_shot/top1": 0.5})
+    with Metrics(tmp_path, total_steps=9, batch_size=8) as metrics:
+        metrics.log(0, {"zero_shot/top1": 0.25})
+    assert [row["zero_shot/top1"] for row in read(tmp_path)] == [0.25]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    run(tmp_path, 0, 5)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(tmp_path, total_steps=40, batch_size=8, step=5) as metrics:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(MetricsError, match="cannot write .*metrics.jsonl: ") as error:
+                metrics.log(6, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        metrics.log(6, {"loss": 1.0})  # room again
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MetricsError, match="cannot write .*file/run/metrics.jsonl: Not a dir"):
+        run(tmp_path / "file" / "run", 0, 1)
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    run(tmp_path / "run", 0, 10)
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys):
+    run(tmp_path, 9, 10)
+    with Metrics(tmp_path, total_steps=4000, batch_size=8, step=10) as metrics:
+        metrics.log(10, {"zero_shot/top1": 0.5, "zero_shot/class/red": 0.5})
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "step 10/40  epoch 1.00  loss 0.1"
+    assert lines[1] == "step 10/40  epoch 1.00  zero_shot/top1 0.25"
+
+
+def test_the_time_left_leaves_compilation_out(tmp_path, capsys, monkeypatch):
+    seconds = iter([100.0, 110.0])
+    monkeypatch.setattr("clipx.training.metrics.time.monotonic", lambda: next(seconds))
+    with Metrics(tmp_path, total_steps=40, batch_size=8) as metrics:
+        for step in range(1, 12):
+            metrics.progress(step)
+        metrics.log(11, {"loss": 1.0})
+    assert capsys.readouterr().out.endswith("loss 1  00:29 left\n")
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    program = (
+        "import sys; from clipx.training.metrics import Metrics\n"
+        "with Metrics(sys.argv[1], total_steps=4, batch_size=8) as m:\n"
+        "    m.progress(1); m.log(1, {'loss': 2.5}); m.log(1, {'knn/top1': 0.5}); m.progress(4)\n"
+    )
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, stderr=theirs, timeout=60
+    )
+    os.close(theirs)
+    seen = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "4/4" in seen and "loss=2.5" in seen and "step 1/4  knn/top1 0.5" in seen
+    assert done.stdout == b""
+
+
+def test_killed_in_mid_run_the_file_is_whole(tmp_path):
+    program = (
+        "import sys; from clipx.training.metrics import Metrics\n"
+        "with Metrics(sys.argv[1], total_steps=4, batch_size=8) as m:\n"
+        "    for step in range(10**9): m.log(step, {'loss': 1.0})\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(50):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert [row["step"] for row in read(tmp_path)][:50] == list(range(50))
+
+
+def test_tensorboard_absent_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(MetricsError, match=r"pip install 'clipx\[tensorboard\]'"):
+        run(tmp_path, 0, 1, tensorboard=True)
+
+
+def test_tensorboard_gets_every_finite_number(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            seen.append((key, value, step))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    with Metrics(tmp_path, total_steps=9, batch_size=8, step=3, tensorboard=True) as metrics:
+        metrics.log(4, {"loss": 2.0, "bad": math.nan})
+    assert seen == [(str(tmp_path / "tensorboard"), 4), ("loss", 2.0, 4), "closed"]
+
+
+def test_the_clock_parts_what_it_counts():
+    now = [0.0]
+
+    def wait(seconds):
+        now[0] += seconds
+
+    clock = Clock({"train": 100.0}, now=lambda: now[0])
+    with clock.time("data"):
+        wait(2)
+    wait(6)
+    with clock.time("evaluate"):
+        wait(50)
+    with clock.time("save"):
+        wait(5)
+    with clock.time("episode"):
+        wait(7)
+    assert (clock.total("episode"), clock.total()) == (7, 170)
+    assert clock.interval(images=80) == {"images_per_second": 10, "data_wait_fraction": 0.25}
+    assert clock.totals == {"train": 106, "data": 2, "evaluate": 50, "save": 5, "episode": 7}
+    assert (clock.total("episode"), clock.total()) == (7, 170)
+    wait(4)
+    assert clock.interval(images=80) == {"images_per_second": 20, "data_wait_fraction": 0}
+    assert Clock(clock.totals).totals["train"] == 110
+
+
+EVALS = {"cifar10": {"evaluator": "linear_probe"}, "voc": {}, "loss": {"evaluator": "retrieval"}}
+
+
+@pytest.mark.parametrize(
+    "key, better, shown, detail",
+    [
+        ("loss", "less", "number", False),
+        ("loss/contrastive", "less", "number", False),
+        ("loss/chance", None, "number", False),
+        ("batch/R@1", "more", "number", False),
+        ("clusters/text_inertia", "less", "number", False),
+        ("cifar10/top1", "more", "percent", False),
+        ("cifar10/cost", None, "number", False),
+        ("voc/mAP", "more", "percent", False),
+        ("voc/class/a/b", "more", "percent", True),
+        ("loss/mean_recall", "more", "percent", False),  # of an eval by the name of a loss
+        ("loss/image_to_text_median_rank", "less", "number", False),
+        ("knn/k200/top5", "more", "percent", False),  # an eval that the config has lost
+        ("flickr/text_to_image_R@10", "more", "percent", False),  # its evaluator is not known
+        ("bias/a photo of a doctor/b_after", None, "number", False),
+        ("grounding/testA/pointing", "more", "percent", False),
+        ("clustering/ami", "more", "number", False),
+        ("modality_gap/text_std", None, "number", False),
+        ("mine/whatever", None, "number", False),
+        ("whatever", None, "number", False),
+    ],
+)
+def test_what_a_metric_means(key, better, shown, detail):
+    known = metric(key, EVALS)
+    assert (known.better, known.shown, known.detail) == (better, shown, detail)
+
+
+def test_what_clip_benchmark_calls_it():
+    names = {"zero_shot": "top1", "linear_probe": "top1", "retrieval": "text_to_image_R@5"}
+    found = {}
+    for name, key in names.items():
+        evaluator = find("evaluators", name, Evaluator)
+        found[evaluator.task] = metric(f"{name}/{key}", {}).benchmark
+    assert found == {
+        "zeroshot_classification": "acc1",
+        "linear_probe": "lp_acc1",
+        "zeroshot_retrieval": "image_retrieval_recall@5",
+    }
