@@ -14,11 +14,10 @@ import jax
 from clipx.config import binding, files
 from clipx.config.binding import find
 from clipx.errors import ConfigError
-from clipx.evaluators.base import Evaluator, evaluate_all
+from clipx.evaluators.base import Evaluator, declared, evaluate_all
 from clipx.training import pretrained
 from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
-from clipx.training.metric_table import metric
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
 from clipx.types import TrainState
@@ -92,14 +91,17 @@ def results(
             "model": model,
             "pretrained": workdir.name + ("" if step is None else f"_{step}"),
             "task": spec.evaluator.task or evaluator,
-            "metrics": {
-                metric(f"{start}{key}", run.complete["evals"]).benchmark or key: value
-                for key, value in own.items()
-            },
+            "metrics": {_benchmark_name(spec.evaluator, key): x for key, x in own.items()},
             "language": "en",
             "eval": run.complete["evals"][spec.name],
         }
     return entries
+
+
+def _benchmark_name(evaluator: type[Evaluator], key: str) -> str:
+    """CLIP_benchmark's name of a metric; its own where that has none."""
+    known = declared(evaluator.metrics, key)
+    return known and evaluator.metrics[known].benchmark or key
 
 
 def table(found: Mapping[str, float]) -> list[str]:
