@@ -24,7 +24,7 @@ from clipx.errors import (
     RunError,
 )
 from clipx.parallel import processes
-from clipx.parallel.environment import find_place
+from clipx.parallel.environment import find_process
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
@@ -63,15 +63,15 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, An
 def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
     """Joins the other processes of a run of several, once all of them are there with the same
     versions, config and command; a single process is the default and needs nothing."""
-    place = find_place(os.environ)
-    if place is None:
+    info = find_process(os.environ)
+    if info is None:
         return
     values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
     config = {}
     if values.get("config"):
         with contextlib.suppress(ConfigError):  # the command's own to tell
             config = load_config(values["config"], overrides)
-    processes.start(place, config, workdir=values.get("workdir"), overrides=dict(overrides))
+    processes.start(info, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:

@@ -80,12 +80,6 @@ def chip(device_kind: str) -> Chip | None:
     return next(found, None)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's published peak in floating-point operations a second; None where not known."""
-    known = chip(device.device_kind)
-    return known and known.tflops * 1e12
-
-
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """So many slices of one layout of chips of one kind. `name` as it was given."""

@@ -16,13 +16,13 @@ _TPU_PORT = 8482
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of this process among those of a run."""
+class ProcessInfo:
+    """Which of a run's processes this is."""
 
     address: str  # host:port of process 0
     processes: int
     process: int
-    devices: tuple[int, ...] | None  # of this host's, those that are this process's; None: all
+    devices: tuple[int, ...] | None  # local device ids that this process owns; None: all
     found: str  # where this was read
 
     @property
@@ -30,7 +30,7 @@ class Place:
         return int(self.address.rpartition(":")[2])
 
 
-def find_place(environment: Mapping[str, str], metadata=None) -> Place | None:
+def find_process(environment: Mapping[str, str], metadata=None) -> ProcessInfo | None:
     """What the environment says of other processes; None for a single one, which needs nothing.
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID go before what Open MPI, SLURM
@@ -60,7 +60,7 @@ def find_place(environment: Mapping[str, str], metadata=None) -> Place | None:
         raise ConfigError(
             "JAX_PROCESS_ID", str(process), f"less than JAX_NUM_PROCESSES={number}, from 0"
         )
-    return Place(address, number, process, devices, where)
+    return ProcessInfo(address, number, process, devices, where)
 
 
 def _one_device(environment: Mapping[str, str], local: str, several: bool):

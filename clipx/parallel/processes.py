@@ -24,7 +24,7 @@ import jax
 
 from clipx.config.binding import difference, to_lists
 from clipx.errors import ConfigError, HostsError
-from clipx.parallel.environment import Place
+from clipx.parallel.environment import ProcessInfo
 
 _PACKAGES = (
     *("clipx", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
@@ -82,37 +82,37 @@ def _who(process: int, table: list[Mapping[str, Any] | None]) -> str:
     return f"process {process} ({known['host']})" if known else f"process {process}"
 
 
-def meet(place: Place, told: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
+def meet(info: ProcessInfo, told: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
     """What every process said of itself, in their order; `HostsError` after `wait` seconds without
     all of them, naming those that did not come."""
-    own = {"process": place.process, "processes": place.processes}
+    own = {"process": info.process, "processes": info.processes}
     own |= {"host": socket.gethostname(), "facts": dict(told)}
     deadline = time.monotonic() + wait
-    if place.process == 0:
-        reply = _receive(place, own, deadline, wait)
+    if info.process == 0:
+        reply = _receive(info, own, deadline, wait)
     else:
-        reply = _report(place, own, deadline, wait)
+        reply = _report(info, own, deadline, wait)
     if "error" in reply:
         raise HostsError(reply["error"])
     return reply["table"]
 
 
-def _receive(place: Place, own: dict, deadline: float, wait: float) -> dict[str, Any]:
+def _receive(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict[str, Any]:
     """Process 0's part: takes in the others' words, then answers all of them alike."""
     try:
         dual = socket.has_dualstack_ipv6()
         listener = socket.create_server(
-            ("", place.port),
+            ("", info.port),
             family=socket.AF_INET6 if dual else socket.AF_INET,
             dualstack_ipv6=dual,
-            backlog=min(place.processes, 1024),
+            backlog=min(info.processes, 1024),
         )
     except OSError as error:
         raise HostsError(
-            f"process 0 ({own['host']}) cannot listen at port {place.port} ({error.strerror}): "
+            f"process 0 ({own['host']}) cannot listen at port {info.port} ({error.strerror}): "
             "an earlier run may still be there; end it, or choose another port"
         ) from None
-    table: list[dict | None] = [own] + [None] * (place.processes - 1)
+    table: list[dict | None] = [own] + [None] * (info.processes - 1)
     peers: dict[int, socket.socket] = {}
     with listener, contextlib.ExitStack() as stack:
         fault = ""
@@ -128,15 +128,15 @@ def _receive(place: Place, own: dict, deadline: float, wait: float) -> dict[str,
             if number in peers and _alive(peers[number]):
                 hosts = f"{table[number]['host']} and {word['host']}"
                 fault = f"process {number} came twice, from {hosts}: each needs a number of its own"
-            elif word["processes"] != place.processes:
-                said = f"{word['processes']} on {word['host']} and {place.processes} on "
+            elif word["processes"] != info.processes:
+                said = f"{word['processes']} on {word['host']} and {info.processes} on "
                 fault = f"the number of processes is {said}{own['host']}"
             peers[number], table[number % len(table)] = peer, word
         if None in table and not fault:
             missing = [f"process {i}" for i, word in enumerate(table) if word is None]
             came = ", ".join(_who(i, table) for i, word in enumerate(table) if word)
-            fault = f"{', '.join(missing)} of {place.processes} did not come to "
-            fault += f"{place.address} within {wait:.0f} s; there: {came}.\nLook at the log of the "
+            fault = f"{', '.join(missing)} of {info.processes} did not come to "
+            fault += f"{info.address} within {wait:.0f} s; there: {came}.\nLook at the log of the "
             fault += "missing: it may have failed before, or cannot reach that address"
         reply = {"error": fault} if fault else {"table": table}
         line = json.dumps(reply).encode() + b"\n"
@@ -161,9 +161,9 @@ def _alive(peer: socket.socket) -> bool:
         peer.settimeout(5)
 
 
-def _report(place: Place, own: dict, deadline: float, wait: float) -> dict[str, Any]:
+def _report(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict[str, Any]:
     """The part of the others: says who this is until process 0 answers."""
-    host, _, port = place.address.rpartition(":")
+    host, _, port = info.address.rpartition(":")
     line, reason = json.dumps(own).encode() + b"\n", "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -183,20 +183,20 @@ def _report(place: Place, own: dict, deadline: float, wait: float) -> dict[str, 
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise HostsError(
-        f"process {place.process} ({own['host']}) did not reach process 0 at {place.address} "
+        f"process {info.process} ({own['host']}) did not reach process 0 at {info.address} "
         f"within {wait:.0f} s ({reason}). Process 0 is missing, or that address is not its own"
     )
 
 
-def start(place: Place, config: Mapping[str, Any] | None = None, **command: Any) -> None:
+def start(info: ProcessInfo, config: Mapping[str, Any] | None = None, **command: Any) -> None:
     """Joins the other processes of the run, once all are there and run the same."""
-    table = meet(place, facts(config, **command), seconds())
+    table = meet(info, facts(config, **command), seconds())
     refuse_skew(table)
     jax.distributed.initialize(
-        place.address,
-        place.processes,
-        place.process,
-        local_device_ids=place.devices,
+        info.address,
+        info.processes,
+        info.process,
+        local_device_ids=info.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(max(seconds(), 30)),
     )

@@ -1,14 +1,13 @@
 """Names of topologies, what is known of their chips, and meshes over devices that are not here."""
 
 import importlib.util
-import types
 
 import pytest
 from support.tpu import libtpu
 
 from clipx.errors import ConfigError
 from clipx.parallel import chips
-from clipx.parallel.chips import peak_flops
+from clipx.parallel.chips import chip
 from clipx.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -35,9 +34,9 @@ from clipx.parallel.mesh import MeshConfig, make_mesh
         ("cpu", None),
     ],
 )
-def test_peak_flops(kind, tera):
-    peak = peak_flops(types.SimpleNamespace(device_kind=kind))
-    assert peak == (tera and tera * 1e12)
+def test_peaks(kind, tera):
+    known = chip(kind)
+    assert (known and known.tflops) == tera
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from support.shards import pairs, shard
 from clipx import cli
 from clipx.errors import ConfigError, HostsError
 from clipx.parallel import processes
-from clipx.parallel.environment import Place, find_place, read_metadata
+from clipx.parallel.environment import ProcessInfo, find_process, read_metadata
 from clipx.parallel.processes import meet, refuse_skew, refuse_uneven
 from clipx.train import train
 from clipx.training.checkpoint import Checkpoints
@@ -81,7 +81,7 @@ SLICES["attributes/tpu-env"] += "MEGASCALE_COORDINATOR_ADDRESS: '10.1.0.1:8080'\
 )  # fmt: skip
 def test_the_environment_tells_who_we_are(environment, metadata, expected):
     environment = dict(environment) if metadata else environment | NO_TPU
-    found = find_place(environment, lambda key: metadata.get(key, ""))
+    found = find_process(environment, lambda key: metadata.get(key, ""))
     assert expected == (found and (found.address, found.processes, found.process, found.devices))
 
 
@@ -96,7 +96,7 @@ def test_the_environment_tells_who_we_are(environment, metadata, expected):
 )
 def test_half_an_environment_is_an_error(environment, said):
     with pytest.raises(ConfigError, match=".*") as error:
-        find_place(environment | NO_TPU)
+        find_process(environment | NO_TPU)
     assert said in str(error.value)
 
 
@@ -107,7 +107,7 @@ def gather(number, facts, wait=20.0, address=None):
 
     def one(process):
         try:
-            place = Place(address, number, process, None, "a test")
+            place = ProcessInfo(address, number, process, None, "a test")
             results[process] = meet(place, facts[process], wait)
         except HostsError as error:
             results[process] = str(error)
@@ -278,7 +278,7 @@ LATE = """
 import sys, time
 from clipx.errors import HostsError
 from clipx.parallel import environment, processes
-here = environment.Place(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
+here = environment.ProcessInfo(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
 processes.start(here)
 processes.barrier("first")
 if here.process == 1:
@@ -357,7 +357,7 @@ def test_a_command_tells_its_config(monkeypatch):
     values.mark_as_parsed()
     told = []
     monkeypatch.setattr(cli.flags, "FLAGS", values)
-    monkeypatch.setattr(cli, "find_place", lambda environment: "a place")
+    monkeypatch.setattr(cli, "find_process", lambda environment: "a place")
     monkeypatch.setattr(processes, "start", lambda *args, **more: told.append((*args, more)))
     monkeypatch.chdir(ROOT)
     cli.start_processes([("seed", "7")])
