@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip/clip.py
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -120,7 +120,9 @@ def photometry(
 ) -> UInt8[Array, "b h w 3"]:
     """The pictures after the device's part of `policy`: row i from picture i and key i alone.
 
-    The very same array when that part is nothing.
+    The very same array when that part is nothing. Each key gives ten uniform numbers: the coins of
+    jitter, grey, blur and solarise, the order of the jitter, its four strengths, and the blur's
+    sigma. Numbers that a policy does not use are drawn all the same.
     """
     if not any((policy.jitter, policy.grey, policy.blur, policy.solarise)):
         return image
@@ -185,66 +187,6 @@ def _blends(x, kinds, factors):
     return jax.lax.fori_loop(0, kinds.shape[1], step, x)
 
 
-@jax.jit
-def brightness(
-    image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `ImageEnhance.Brightness` makes them; factor 0 is black, 1 changes nothing."""
-    return _pictures(_blend(_planes(image), jnp.float32(0), factor))
-
-
-@jax.jit
-def contrast(image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `ImageEnhance.Contrast` makes them; factor 0 is the mean grey."""
-    x = _planes(image)
-    return _pictures(_blend(x, _mean(_grey(x)), factor))
-
-
-@jax.jit
-def saturation(
-    image: UInt8[Array, "b h w 3"], factor: Float[Array, " b"]
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `ImageEnhance.Color` makes them; factor 0 is greyscale."""
-    x = _planes(image)
-    return _pictures(_blend(x, _grey(x), factor))
-
-
-@jax.jit
-def hue(image: UInt8[Array, "b h w 3"], shift: Float[Array, " b"]) -> UInt8[Array, "b h w 3"]:
-    """Pictures with hues moved by `shift` of the colour circle, -0.5 to 0.5, as torchvision's
-    `adjust_hue` moves Pillow's 8-bit HSV. A shift of 0 still rounds to HSV and back."""
-    return _pictures(_hue(_planes(image), shift))
-
-
-@jax.jit
-def greyscale(image: UInt8[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `convert("L")` makes them, three equal channels."""
-    x = _planes(image)
-    return _pictures(jnp.broadcast_to(_grey(x).astype(jnp.uint8), x.shape))
-
-
-@functools.partial(jax.jit, static_argnames=("most", "kernel"))
-def gaussian_blur(
-    image: UInt8[Array, "b h w 3"],
-    sigma: Float[Array, " b"],
-    *,
-    most: float = 2.0,
-    kernel: int | None = None,
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `ImageFilter.GaussianBlur(sigma)` makes them; with a `kernel`, as torchvision's
-    `gaussian_blur` of that odd width does. `sigma` is in pixels, 0 changes nothing, and what is
-    above `most` counts as `most`: the window's width is fixed when the program is built."""
-    return _pictures(_blur(_planes(image), sigma, most, kernel))
-
-
-@jax.jit
-def solarise(
-    image: UInt8[Array, "b h w 3"], threshold: Int[Array, " b"] | int = 128
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures as `ImageOps.solarize` makes them: levels from `threshold` on are inverted."""
-    return _pictures(_solarise(_planes(image), jnp.broadcast_to(threshold, image.shape[:1])))
-
-
 # Below, x is uint8 [b, 3, h, w]: rows of pixels stay contiguous, which is what vector units like.
 
 
@@ -268,7 +210,8 @@ def _between(u, low: float, high: float):
 
 
 def _blend(x, pivot, factor):
-    """pivot + factor (x - pivot), cut to 0..255, rounded down: `Image.blend`."""
+    """pivot + factor (x - pivot), cut to 0..255, rounded down: `Image.blend`. A factor of 1 changes
+    nothing."""
     factor = _per_row(factor).astype(jnp.float32)
     y = pivot + factor * (x.astype(jnp.float32) - pivot)
     return jnp.floor(jnp.clip(y, 0.0, 255.0)).astype(jnp.uint8)
@@ -290,7 +233,8 @@ def _mean(grey):
 
 
 def _hue(x, shift):
-    """To Pillow's HSV bytes, hue + int(255 shift) modulo 256, and back.
+    """To Pillow's HSV bytes, hue + int(255 shift) modulo 256, and back: torchvision's `adjust_hue`.
+    A shift of 0 still rounds.
 
     With c the chroma, a hue is n / 6c of the circle for a whole n. Divisions that are rounded down
     get half a unit on top, which keeps whole quotients whole however the division rounds.
@@ -317,6 +261,7 @@ def _hue(x, shift):
 
 
 def _solarise(x, threshold):
+    """`ImageOps.solarize`: levels from `threshold` on are inverted."""
     return jnp.where(x.astype(jnp.int32) < _per_row(threshold), x, 255 - x)
 
 
@@ -344,7 +289,10 @@ def _blur_weights(sigma, most: float, kernel: int | None):
 
 
 def _blur(x, sigma, most: float, kernel: int | None):
-    """Along the rows, then down the columns, each in a loop of its own as `_blends` is. Pillow
+    """`ImageFilter.GaussianBlur(sigma)` or, with a `kernel`, torchvision's `gaussian_blur` of that
+    odd width. A sigma of 0 changes nothing; `most` bounds sigma and fixes the window's width.
+
+    Along the rows, then down the columns, each in a loop of its own as `_blends` is. Pillow
     passes a box three times over each and repeats the edge; torchvision passes a Gaussian once and
     reflects, so that the loop is over the channels."""
     weights = _blur_weights(sigma, most, kernel)

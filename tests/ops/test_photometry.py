@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -85,61 +86,79 @@ def adjust_hue(image, shift):
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
+def drawn(keys):
+    """What `photometry` draws of each key: the order and the strengths of a jitter, and a sigma."""
+    numbers = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (10,), jnp.float32))(keys))
+    return numbers[:, 4], numbers[:, 5:9].T, numbers[:, 9]
+
+
+def between(u, low, high):
+    first, last = math.ceil(low * 2**14), math.floor(high * 2**14)
+    return (first + np.floor(u * np.float32(last - first + 1))) / 2**14
+
+
 @pytest.mark.parametrize(
-    "ours, pillow",
+    "name, pillow",
     [
-        (photometry.brightness, ImageEnhance.Brightness),
-        (photometry.contrast, ImageEnhance.Contrast),
-        (photometry.saturation, ImageEnhance.Color),
+        ("brightness", ImageEnhance.Brightness),
+        ("contrast", ImageEnhance.Contrast),
+        ("saturation", ImageEnhance.Color),
     ],
-    ids=["brightness", "contrast", "saturation"],
 )
-def test_enhancements_are_pillows(pictures, ours, pillow):
-    """To the bit for the factors that `photometry` draws, near it for any."""
-    enhance = lambda im, f: pillow(im).enhance(float(f))  # noqa: E731
-    factors = np.linspace(0, 2, ROWS, dtype=np.float32)
-    assert_near(ours(pictures, factors), by_pillow(pictures, enhance, factors))
-    factors = np.round(factors * 2**14) / 2**14
-    got = np.asarray(ours(pictures, factors))
+def test_enhancements_are_pillows(pictures, name, pillow):
+    """To the bit, for factors from 0 to 2."""
+    pictures, keys = np.tile(pictures, (4, 1, 1, 1)), row_keys(4 * ROWS)
+    place = ("brightness", "contrast", "saturation").index(name)
+    factors = between(drawn(keys)[1][place], 0.0, 2.0)
+    assert factors.min() < 0.1 and factors.max() > 1.9
+    got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, **{name: 1.0})))
     assert got.dtype == np.uint8
+    enhance = lambda im, f: pillow(im).enhance(float(f))  # noqa: E731
     np.testing.assert_array_equal(got, by_pillow(pictures, enhance, factors))
 
 
 def test_hue_is_torchvisions_on_pillow(pictures):
-    shifts = np.linspace(-0.5, 0.5, ROWS, dtype=np.float32)
+    keys = row_keys(ROWS)
+    shifts = between(drawn(keys)[1][3], -0.5, 0.5)
+    assert shifts.min() < -0.3 and shifts.max() > 0.3
     expected = by_pillow(pictures, adjust_hue, shifts)
-    assert_near(photometry.hue(pictures, shifts), expected)
-    assert np.mean(np.asarray(photometry.hue(pictures, shifts)) != expected) < 0.02
+    got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, hue=0.5)))
+    assert_near(got, expected)
+    assert np.mean(got != expected) < 0.02
 
 
-def test_hue_of_every_kind_of_colour():
+@pytest.mark.parametrize("most", [1e-9, 0.1, 0.5])
+def test_hue_of_every_kind_of_colour(most):
+    """The first is a shift of 0, which rounds to HSV and back."""
     levels = np.array([0, 1, 2, 84, 85, 127, 128, 170, 254, 255], np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, 10, 100, 3)
-    for shift in (-0.3, 0.0, 0.1):
-        expected = by_pillow(cube, adjust_hue, [shift])
-        assert_near(photometry.hue(cube, np.array([shift])), expected)
+    cubes, keys = np.tile(cube, (6, 1, 1, 1)), row_keys(6)
+    expected = by_pillow(cubes, adjust_hue, between(drawn(keys)[1][3], -most, most))
+    assert_near(photometry.photometry(cubes, keys, Policy(jitter=1.0, hue=most)), expected)
 
 
 def test_greyscale_and_solarise_are_pillows(pictures):
     grey = by_pillow(pictures, lambda im: im.convert("L").convert("RGB"))
-    np.testing.assert_array_equal(photometry.greyscale(pictures), grey)
+    got = photometry.photometry(pictures, row_keys(ROWS), Policy(grey=1.0))
+    np.testing.assert_array_equal(got, grey)
     solarised = by_pillow(pictures, ImageOps.solarize)
-    np.testing.assert_array_equal(photometry.solarise(pictures), solarised)
-    thresholds = np.arange(ROWS) * 24
-    solarised = by_pillow(pictures, lambda im, t: ImageOps.solarize(im, int(t)), thresholds)
-    np.testing.assert_array_equal(photometry.solarise(pictures, thresholds), solarised)
+    got = photometry.photometry(pictures, row_keys(ROWS), Policy(solarise=1.0))
+    np.testing.assert_array_equal(got, solarised)
 
 
 @pytest.mark.parametrize("sigmas", [(0.0, 2.0), (3.0, 4.0)], ids=str)
 def test_blur_is_pillows(pictures, sigmas):
-    sigma = np.linspace(*sigmas, ROWS, dtype=np.float32)
+    keys = row_keys(ROWS)
+    sigma = between(drawn(keys)[2], *sigmas)
+    assert np.ptp(sigma) > 0.7 * np.ptp(sigmas)
     blur = lambda im, s: im.filter(ImageFilter.GaussianBlur(float(s)))  # noqa: E731
-    expected = by_pillow(pictures, blur, sigma)
-    assert_near(photometry.gaussian_blur(pictures, sigma, most=sigmas[1]), expected)
+    got = photometry.photometry(pictures, keys, Policy(blur=1.0, blur_sigma=sigmas))
+    assert_near(got, by_pillow(pictures, blur, sigma))
 
 
 def test_blur_with_a_kernel_is_torchvisions(pictures):
-    sigma = np.linspace(0.1, 2, ROWS)
+    keys = row_keys(ROWS)
+    sigma = between(drawn(keys)[2], 0.1, 2.0)
     offset = np.arange(-10, 11)
     expected = []
     for picture, s in zip(pictures, sigma):
@@ -148,18 +167,16 @@ def test_blur_with_a_kernel_is_torchvisions(pictures):
         wide = np.pad(picture.astype(np.float64), ((10, 10), (10, 10), (0, 0)), mode="reflect")
         tall = sum(w * wide[i : i + HEIGHT] for i, w in enumerate(window))
         expected.append(sum(w * tall[:, i : i + WIDTH] for i, w in enumerate(window)))
-    got = photometry.gaussian_blur(pictures, sigma.astype(np.float32), kernel=21)
+    policy = Policy(blur=1.0, blur_sigma=(0.1, 2.0), blur_kernel=21)
+    got = photometry.photometry(pictures, keys, policy)
     assert_near(got, np.round(expected))
     assert np.max(np.abs(np.asarray(got, np.float64) - expected)) < 2
 
 
-def test_blur_of_nothing_and_of_more_than_most(image):
-    rows = len(image)
-    for kernel in (None, 21):
-        still = photometry.gaussian_blur(image, np.zeros(rows, np.float32), kernel=kernel)
-        np.testing.assert_array_equal(still, image)
-    most, more = (photometry.gaussian_blur(image, np.full(rows, s, np.float32)) for s in (2.0, 9.0))
-    np.testing.assert_array_equal(most, more)
+@pytest.mark.parametrize("kernel", [None, 21])
+def test_blur_of_nothing(image, kernel):
+    policy = Policy(blur=1.0, blur_sigma=(0.0, 0.0), blur_kernel=kernel)
+    np.testing.assert_array_equal(photometry.photometry(image, row_keys(len(image)), policy), image)
 
 
 def test_policies_are_the_papers():
@@ -216,13 +233,17 @@ def test_coins(one_picture, kernel):
 def test_order_of_the_operations(one_picture):
     """Grey, then blur, then solarise: where all coins fall, the row is the three in this order."""
     policy = Policy(grey=1.0, blur=1.0, blur_sigma=(1.0, 1.0), solarise=1.0)
-    rows = one_picture[:2]
-    expected = photometry.gaussian_blur(photometry.greyscale(rows), np.ones(2, np.float32))
-    got = photometry.photometry(rows, row_keys(2), policy)
-    np.testing.assert_array_equal(got, photometry.solarise(expected))
-    assert np.any(
-        np.asarray(photometry.gaussian_blur(photometry.solarise(rows), np.ones(2))) != got
-    )
+    rows, keys = one_picture[:2], row_keys(2)
+
+    def after(*names):
+        x = rows
+        for name in names:
+            x = photometry.photometry(x, keys, Policy(**{name: 1.0}, blur_sigma=(1.0, 1.0)))
+        return np.asarray(x)
+
+    got = photometry.photometry(rows, keys, policy)
+    np.testing.assert_array_equal(got, after("grey", "blur", "solarise"))
+    assert np.any(after("solarise", "grey", "blur") != got)
 
 
 @pytest.mark.parametrize(
@@ -254,25 +275,23 @@ def test_hue_shifts_both_ways():
 
 def test_all_24_orders(image):
     """Each of 24 slices of the draw is one order of the four, and no two are the same."""
-    picture = jnp.broadcast_to(image[0], (24, 32, 32, 3))
-    policy = Policy(jitter=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.4)
-    strengths = jnp.broadcast_to(jnp.array([0.9, 0.2, 0.95, 0.8], jnp.float32), (24, 4))
-    chosen, order = jnp.ones(24, bool), (jnp.arange(24, dtype=jnp.float32) + 0.5) / 24
-    jitter = jax.jit(
-        lambda x: photometry._blends(*photometry._jitter(x, chosen, order, strengths, policy))
-    )
-    x = np.asarray(jitter(jnp.moveaxis(picture, -1, 1)))
-    got = {row.tobytes() for row in np.moveaxis(x, 1, -1)}
-    drawn = [photometry._between(strengths[:1, i], 0.2, 1.8) for i in range(3)]
-    drawn.append(photometry._between(strengths[:1, 3], -0.4, 0.4))
-    each = (photometry.brightness, photometry.contrast, photometry.saturation, photometry.hue)
-    expected = set()
-    for permutation in itertools.permutations(range(4)):
-        row = picture[:1]
-        for i in permutation:
-            row = each[i](row, drawn[i])
-        expected.add(np.asarray(row[0]).tobytes())
-    assert len(expected) == 24 and got == expected
+    count = 600
+    pictures, keys = np.broadcast_to(image[:1], (count, *image[0].shape)), row_keys(count)
+    strengths = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.4)
+    got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, **strengths)))
+    slices = np.floor(drawn(keys)[0] * 24).astype(int)
+    orders = {}
+    for permutation in itertools.permutations(strengths):
+        x = pictures
+        for name in permutation:  # the same keys, so the same factors
+            x = photometry.photometry(x, keys, Policy(jitter=1.0, **{name: strengths[name]}))
+        same = (np.asarray(x) == got).all((1, 2, 3))
+        for i in range(24):
+            if same[slices == i].all():
+                orders.setdefault(i, []).append(permutation)
+    assert sorted(orders) == list(range(24)) and np.bincount(slices).min() > 8
+    assert all(len(found) == 1 for found in orders.values())
+    assert len({found[0] for found in orders.values()}) == 24
 
 
 ALL = dataclasses.replace(POLICIES["mocov2"], solarise=0.2)
