@@ -30,9 +30,10 @@ from clipx.config import binding as configs
 from clipx.data import features as features_of
 from clipx.data import row_arrays as files
 from clipx.data.base import Source, expand_user, fingerprint
+from clipx.data.config import DataConfig
 from clipx.errors import ConfigError, RunError
 from clipx.ops import kmeans, pca
-from clipx.training.schema import DataConfig, SourceSpec, split
+from clipx.training.schema import SourceSpec, split
 
 _TILE = 8192  # rows that are read or projected together
 _FIT_ROWS = 1_024_000  # from which components are found, at most; faiss's bound at width 1024

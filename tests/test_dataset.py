@@ -22,9 +22,9 @@ from clipx.data.base import fingerprint
 from clipx.data.sources.folder import Folder
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
-from clipx.data.verify import script, verify
+from clipx.data.verify import script, token_counter, verify
 from clipx.errors import ConfigError, DataError
-from clipx.planning import feed_speed
+from clipx.planning import feed_comparison, feed_speed
 from clipx.training.checkpoint import read_json
 
 CAPTIONS = [
@@ -122,12 +122,12 @@ def test_tokens_are_counted_where_a_tokenizer_is_at_hand(folder):
     merges = folder / "merges.txt"
     merges.write_text("#version: 0.2\nt h\n")
     tokenizer = {"name": "clip_bpe", "vocab_size": 515, "context": 8, "path": str(merges)}
-    count = dataset._count_tokens({"tokenizer": tokenizer})
+    count = token_counter(tokenizer)
     report = verify(Table(section(folder)["data"]["path"]), count_tokens=count)
     assert report["captions"]["lengths"]["tokens"]["least"] == len("asquare") + 2
     trained = {"name": "sentencepiece", "vocab_size": 64, "context": 8}
-    assert dataset._count_tokens({"tokenizer": trained}) is None
-    assert dataset._count_tokens({}) is None
+    assert token_counter(trained) is None
+    assert token_counter(None) is None
 
 
 def digests(path):
@@ -255,9 +255,7 @@ def test_the_verdict(wanted, said):
     assert feed_speed.verdict(100, wanted, 2).startswith(said)
 
 
-def test_another_loader_runs_beside(folder, monkeypatch):
-    monkeypatch.setattr(feed_speed, "_FILES", 64)
-    monkeypatch.setattr(feed_speed, "_ROUNDS", 2)
+def test_another_loader_runs_beside(folder):
     script = folder / "other.py"
     script.write_text(
         "import json, sys\n"
@@ -266,22 +264,21 @@ def test_another_loader_runs_beside(folder, monkeypatch):
         "    spent = {'two\\n': 64.0, 'one\\n': 32.0}[line]\n"
         "    print(json.dumps({'seconds': spent, 'cpu': spent}), flush=True)\n"
     )
-    found = feed_speed.against(script, passes=64)
+    found = feed_comparison.against(script, passes=64, files=64, rounds=2)
     assert found.versions == "other 1.0" and found.files == 64 and 10 < found.kilobytes < 60
     for (_, own, other, ratio), rate in zip(found.rows, (1.0, 2.0)):
         assert other.per_core == other.wall == rate
         assert own.per_core > 0 and ratio > 0
-    assert "| two views, as DeCLIP | " in "\n".join(feed_speed.markdown(found))
+    assert "| two views, as DeCLIP | " in "\n".join(feed_comparison.markdown(found))
 
 
 def test_another_loader_that_cannot_run_is_told_in_a_line(folder):
     with pytest.raises(DataError, match="a checkout of clipx"):
-        feed_speed.against(folder / "nowhere.py")
+        feed_comparison.against(folder / "nowhere.py")
     script = folder / "broken.py"
     script.write_text("import no_such_package\n")
-    other = feed_speed._other(script, str(folder), 64, 1)
-    with pytest.raises(DataError, match="No module named 'no_such_package'"), other:
-        pass
+    with pytest.raises(DataError, match="No module named 'no_such_package'"):
+        feed_comparison.against(script, files=8)
 
 
 def test_an_unknown_command_names_them_all(capsys):

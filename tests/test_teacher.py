@@ -11,12 +11,14 @@ import sys
 import numpy as np
 import pytest
 from support import ROOT
+from support.loaders import build_loader
 from support.pictures import TOKENIZER, Pictures, encode, photo
 
 from clipx import teacher
-from clipx.data import features, loader
+from clipx.data import features
 from clipx.data import row_arrays as files
 from clipx.data.base import fingerprint
+from clipx.data.order import chosen, order, share
 from clipx.data.pairs import paired
 from clipx.data.sources.table import Table
 from clipx.errors import ConfigError, DataError
@@ -439,7 +441,7 @@ def test_neighbours_share_a_cluster(rows, clusters):
 
 def test_partners_and_their_places_change_from_epoch_to_epoch():
     of = np.arange(200, dtype=np.int32) % 5
-    at = loader.order(200, 3, of)
+    at = order(200, 3, of)
     epochs = [[at(epoch, i) for i in range(200)] for epoch in range(4)]
     partners = [{frozenset(e[i : i + 2]) for i in range(0, 200, 2)} for e in epochs]
     for epoch in range(1, 4):
@@ -449,18 +451,17 @@ def test_partners_and_their_places_change_from_epoch_to_epoch():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for epoch in (2, 0, 3):  # in any order, from any process and thread
             assert list(pool.map(lambda i, e=epoch: again(e, i), range(200))) == epochs[epoch]
-    assert [loader.order(200, 4, of)(0, i) for i in range(200)] != epochs[0]
+    assert [order(200, 4, of)(0, i) for i in range(200)] != epochs[0]
 
 
-def feed(**changes):
+def loader(**changes):
     source = changes.pop("source", Pictures())
-    values = {"seed": 1, "batch": 12, "positions": np.arange(12), "image_size": 8, **changes}
-    return loader.Feed(source, TOKENIZER, **values)
+    return build_loader(source, TOKENIZER, batch_size=12, image_size=8, **changes)
 
 
 def test_half_of_the_negatives_of_clip_lite_are_partners():
     of = (np.arange(len(Pictures())) % 6).astype(np.int32)
-    batches = list(feed(clusters=of).batches(0, 4))
+    batches = list(loader(clusters=of).batches(0, 4))
     rows = np.concatenate([batch["row"] for batch in batches])
     assert len(set(rows.tolist())) == len(rows) == 48
     hard = random = 0
@@ -474,10 +475,10 @@ def test_half_of_the_negatives_of_clip_lite_are_partners():
 
 def test_a_share_of_the_rows_has_pairs_of_its_own():
     of = (np.arange(len(Pictures())) % 6).astype(np.int32)
-    chosen = loader.chosen(len(of), 0.6)
-    shared = feed(source=loader.share(Pictures(), 0.6), clusters=of[chosen])
+    kept = chosen(len(of), 0.6)
+    shared = loader(source=share(Pictures(), 0.6), clusters=of[kept])
     (batch,) = shared.batches(0, 1)
-    assert set(batch["row"].tolist()) <= set(chosen.tolist())
+    assert set(batch["row"].tolist()) <= set(kept.tolist())
     own = of[batch["row"]].reshape(-1, 2)
     assert np.mean(own[:, 0] == own[:, 1]) >= 0.5
 

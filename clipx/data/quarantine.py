@@ -22,7 +22,7 @@ class Quarantine:
                     continue
 
     def add(self, step: int, bad: str) -> list[str]:
-        """Takes in one place's `bad` of a `Feed`; what to tell of rows that were not known yet."""
+        """Records one place's `bad` of a `Loader`. Returns a line for each row not known yet."""
         new = [row for row in json.loads(bad) if row["row"] not in self._rows]
         if new:
             with self._path.open("a", encoding="utf-8") as file:

@@ -11,14 +11,16 @@ import io
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from clipx.config.binding import bind
 from clipx.data import pictures
 from clipx.data.base import Example, Source
+from clipx.data.text import tokenizers
 from clipx.errors import BadSample
 
 _CHUNK = 32  # rows that one thread takes at a time
@@ -79,6 +81,18 @@ class _Seen(NamedTuple):
     digest: int
     label: int | None
     texts: list[tuple[int, int, int, str]]  # characters, tokens, digest, script
+
+
+def token_counter(section: Mapping[str, Any] | None) -> Callable[[str], int] | None:
+    """What says how many tokens a caption has, uncut, by the tokenizer of `config.tokenizer`; None
+    without a tokenizer, and where one would first have to be trained."""
+    if section is None:
+        return None
+    bound = bind(tokenizers.TokenizerConfig, section, where="config.tokenizer")
+    if bound.name == "sentencepiece" and not bound.path:
+        return None
+    tokenizer = tokenizers.build(bound)
+    return lambda text: len(tokenizer.body(text)) + 2  # its marks
 
 
 def _look(source: Source, count_tokens: Callable[[str], int] | None, row: int) -> _Seen | BadSample:

@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipx.config import binding as configs
 from clipx.data.base import Source
 from clipx.errors import BadSample, DataError, RunError
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
 from clipx.parallel.environment import read_metadata
 from clipx.training.checkpoint import prepare_workdir
-from clipx.training.schema import DataConfig, EvalSpec, SourceSpec, split
+from clipx.training.schema import EvalSpec, data_section
 
 TPU_LOCK = "/tmp/libtpu_lockfile"
 _SLOW = 1e9  # bytes a second; wires between hosts or GPUs that train do better
@@ -174,9 +173,7 @@ def check_workdir(workdir: str) -> Iterator[Finding]:
 def sources(config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Source]]]:
     """What a config reads: its place there, and what opens it."""
     if "data" in config:
-        data, rest = split(config["data"], DataConfig, "config.data")
-        beside = configs.fields(DataConfig)
-        yield "config.data", SourceSpec.check(rest, data.source, "config.data", beside).open
+        yield "config.data", data_section(config["data"])[1].open
     for name, section in config.get("evals", {}).items():
         for field, spec in EvalSpec.check(name, section).sources.items():
             yield f"config.evals.{name} ({field})", spec.open

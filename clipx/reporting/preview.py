@@ -64,7 +64,7 @@ def shown(
     views: Sequence[UInt8[np.ndarray, "b side side 3"]],
     texts: Sequence[str],
 ) -> Iterator[Shown]:
-    """What a `Feed` over `source` loaded, row by row; `views` are its pictures after photometry,
+    """What a `Loader` over `source` loaded, row by row; `views` are its pictures after photometry,
     `texts` the kinds of its texts."""
     names = dict(enumerate(source.classes))
     for i, (row, bad) in enumerate(zip(pieces["row"].tolist(), pieces["bad"].tolist())):

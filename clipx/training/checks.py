@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from clipx.data.config import DataConfig
 from clipx.errors import ConfigError
 from clipx.objectives.base import Objective
 from clipx.parallel.mesh import Mesh
-from clipx.training.schema import DataConfig, EvalSpec, TrainConfig
+from clipx.training.schema import EvalSpec, TrainConfig
 
 
 def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:

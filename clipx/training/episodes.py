@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from clipx.data.loader import Feed
+from clipx.data.loader import Loader
 from clipx.errors import MetricsError
 from clipx.training.checkpoint import read_json, write_json
 
@@ -139,16 +139,17 @@ def read(path: pathlib.Path) -> Episode:
         raise ValueError(f"not the file of an episode: {error}") from None
 
 
-def loading(feed: Feed, step: int) -> Load:
+def loading(loader: Loader, step: int) -> Load:
     """What loads the pictures and captions of an episode that starts at `step`: the first views of
-    both, as `feed` crops and chooses them."""
+    both, as `loader` crops and chooses them."""
+    episode_steps = loader.schedule.sampling.episode_steps
 
     def load(places: Sequence[int]) -> tuple[list[np.ndarray], list[str]]:
         pieces = [
-            feed.load(step + place % feed.episode, np.array([place // feed.episode]))
+            loader.load(step + place % episode_steps, np.array([place // episode_steps]))
             for place in places
         ]
-        captions = [feed.tokenizer.decode(piece["text"][0, 0]) for piece in pieces]
+        captions = [loader.tokenizer.decode(piece["text"][0, 0]) for piece in pieces]
         return [piece["image"][0, 0] for piece in pieces], captions
 
     return load

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data import loader as loading
 from clipx.data import row_arrays
 from clipx.data.base import Source, fingerprint
-from clipx.data.text.augment import TextAugment
+from clipx.data.loader import Loader
+from clipx.data.order import Sampling, chosen, share
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.run import OpenRun, Run
@@ -36,7 +36,7 @@ class TrainingData:
 def open_data(run: Run) -> TrainingData:
     """The run's training data. Raises `DataError` for a teacher or clusters made for other rows."""
     data, whole = run.data, run.source.open()
-    source = loading.share(whole, data.fraction)
+    source = share(whole, data.fraction)
     digest = fingerprint(source)
     if data.teacher is None and data.clusters is None:
         return TrainingData(source, digest)
@@ -52,37 +52,28 @@ def open_data(run: Run) -> TrainingData:
     if data.clusters is not None:
         clusters = row_arrays.open_clusters(data.clusters, **made_for)
         if source is not whole:
-            clusters = clusters[loading.chosen(len(clusters), data.fraction)]
+            clusters = clusters[chosen(len(clusters), data.fraction)]
     return TrainingData(source, digest, teacher, clusters)
 
 
 def loader(
     run: OpenRun, data: TrainingData, positions: np.ndarray, *, survey: bool = False
-) -> loading.Feed:
+) -> Loader:
     """What loads the rows at `positions` of every batch; with `survey`, of every batch of the
     passes before episodes. Raises `ConfigError` where a text that the objective asks for cannot be
     made, `DataError` for less data than a batch."""
-    views, objective = run.objective.views, run.objective
-    augmented = "augmented" in views.texts
-    return loading.Feed(
+    objective = run.objective
+    return Loader(
         data.source,
         run.tokenizer,
+        objective.views,
+        run.data,
         seed=run.config.seed,
-        batch=run.batch_size,
+        batch_size=run.batch_size,
         positions=positions,
         image_size=objective.image.image_size,
-        crops=tuple(view.scale for view in views.pictures),
-        flips=tuple(view.flip for view in views.pictures),
-        mirror_words=views.mirror_words,
-        texts=views.texts,
-        caption=run.data.caption,
-        reject_cjk=run.data.reject_cjk,
-        text_augment=TextAugment(run.data.text_augment) if augmented else None,
-        workers=run.data.workers,
-        episode=objective.episode_steps,
-        with_replacement=objective.with_replacement,
+        sampling=Sampling(objective.episode_steps, objective.with_replacement, data.clusters),
         survey=survey,
-        clusters=data.clusters,
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from clipx.config import binding
 from clipx.config.binding import bind, duration
+from clipx.data.config import DataConfig
 from clipx.data.text import tokenizers
 from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
@@ -27,7 +28,7 @@ from clipx.training.checkpoint import Checkpoints, read_json
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import locked
-from clipx.training.schema import Config, DataConfig, EvalSpec, SourceSpec, split
+from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.training.step import batch_loss, make_train_step
 from clipx.types import Batch, TrainState
 
@@ -181,12 +182,11 @@ def assemble(config: Mapping, devices=None) -> Run:
     mesh = meshes.make_mesh(bound.mesh, devices)
     train = bound.train
     objective, sections = bind_objective(bound)
-    data, rest = split(bound.data, DataConfig, "config.data")
+    data, source = data_section(bound.data)
     checks.check_clusters(
         data, train.batch_size, getattr(objective, "groups", 1), objective.with_replacement
     )
     checks.check_episodes(train, data, objective, sections["objective"]["name"])
-    source = SourceSpec.check(rest, data.source, "config.data", binding.fields(DataConfig))
     evals = tuple(EvalSpec.check(name, section) for name, section in bound.evals.items())
     checks.check_train(train, mesh, evals)
     schedule = make_schedule(

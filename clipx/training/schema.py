@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from clipx.config import binding as configs
 from clipx.config.binding import bind, find
-from clipx.data import loader
 from clipx.data.base import Source
-from clipx.data.manifests import MANIFESTS
+from clipx.data.config import DataConfig
+from clipx.data.evaluation import EvaluationSet
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
-from clipx.data.text.augment import TextAugmentConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.models.bert import BERT
@@ -37,28 +36,6 @@ class TrainConfig:
     max_skipped_steps: int = 5  # so many steps without a finite gradient in a row stop the run
     tensorboard: bool = False
     episode_pictures: bool = False  # of each episode, a map and some prototypes in report.html
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The keys of `config.data` beside its source's own."""
-
-    source: str
-    fraction: float = 1.0  # of the rows: so many, chosen once and for all
-    workers: int = 0  # processes that decode; 0: threads of this one
-    caption: Literal["random", "first", "all"] = "random"  # of several; all: in turn, one an epoch
-    reject_cjk: bool = False  # a caption with Chinese characters counts as bad, as DeCLIP has it
-    text_augment: TextAugmentConfig = TextAugmentConfig()  # of objectives that ask for it
-    teacher: str | None = None  # rows that `clipx.teacher` wrote, for objectives that ask for them
-    clusters: str | None = (
-        None  # that `clipx.teacher` wrote: rows 2i and 2i + 1 of a batch share one
-    )
-    manifest: Literal[*MANIFESTS] | None = None  # the known set that this is, or is a part of
-    max_bad_fraction: float = 0.01  # of the rows read; more stop the run
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ConfigError("DataConfig.fraction", str(self.fraction), "more than 0, at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +113,28 @@ class SourceSpec:
     def open(self) -> Source:
         return self.cls(**self.values)
 
+    def parts(self, where: str) -> Iterator[tuple[str, SourceSpec]]:
+        """The sources that files stand behind, each with its place in the config: this one, or
+        those of a mixture."""
+        if self.name != "mixture":
+            yield where, self
+            return
+        for name, section in self.values["parts"].items():
+            own, section = f"{where}.parts.{name}", dict(section)
+            section.pop("weight", None)
+            yield from SourceSpec.check(section, section.pop("source"), own).parts(own)
+
     def dump(self) -> dict[str, Any]:
         return {"source": self.name, **configs.dump_values(self.cls, self.values)}
+
+
+def data_section(section: Mapping | None) -> tuple[DataConfig, SourceSpec]:
+    """`config.data`, checked alone: the other sections may be wrong, or not there. Nothing is
+    opened. Raises `ConfigError`, also for a config without the section."""
+    if not isinstance(section, Mapping):
+        raise ConfigError("config.data", "nothing", "a section with a source", "set config.data")
+    data, rest = split(section, DataConfig, "config.data")
+    return data, SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
 
 
 # what an evaluator may have as fields that a config does not set, and the config's key for it
@@ -198,12 +195,12 @@ class EvalSpec:
         rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
         return configs.dump(self.config) | rest | sources
 
-    def examples(self, image_size: int, field: str = "examples") -> loader.EvaluationSet | None:
+    def examples(self, image_size: int, field: str = "examples") -> EvaluationSet | None:
         """The examples of one of the evaluator's sources; None where it has no such source."""
         if field not in self.sources:
             return None
         limit = self.config.limit if field == "examples" else None
-        return loader.EvaluationSet(self.sources[field].open(), image_size, limit=limit)
+        return EvaluationSet(self.sources[field].open(), image_size, limit=limit)
 
     def open(self, image_size: int) -> Evaluator:
         given = {field: self.examples(image_size, field) for field in self.sources}

@@ -16,14 +16,17 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from support.loaders import build_loader
 from support.pictures import ROWS, TOKENIZER, Pictures, encode, photo
 
 from clipx.data.base import Example, Source, fingerprint
-from clipx.data.loader import EvaluationSet, Feed, Share, captions, order
+from clipx.data.evaluation import EvaluationSet
+from clipx.data.loader import Loader, captions
+from clipx.data.order import Share, order
 from clipx.data.pictures import crop_box
 from clipx.data.sources.shapes import Shapes
 from clipx.data.sources.webdataset import WebDataset
-from clipx.data.text.augment import TextAugment, TextAugmentConfig
+from clipx.data.text.augment import TextAugmentConfig
 from clipx.errors import DataError
 
 BATCH = 12
@@ -45,18 +48,10 @@ class WhoAmI(Source):
         return Example(photo(16, 16), (words,), row, f"{row}")
 
 
-def feed(source=None, **changes) -> Feed:
-    values = {
-        "source": source or Pictures(),
-        "tokenizer": TOKENIZER,
-        "seed": 1,
-        "batch": BATCH,
-        "positions": np.arange(changes.get("batch", BATCH)),
-        "image_size": 32,
-        "crops": ((0.3, 1.0), (0.3, 1.0)),
-        "flips": (True, True),
-    }
-    return Feed(**(values | changes))
+def loader(source=None, **changes) -> Loader:
+    views = {"crops": ((0.3, 1.0), (0.3, 1.0)), "flips": (True, True)}
+    changes = {"batch_size": BATCH, **views, **changes}
+    return build_loader(source or Pictures(), TOKENIZER, **changes)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -80,7 +75,7 @@ def test_each_epoch_is_a_permutation_of_its_own_and_seeds_differ():
 
 
 def test_a_batch_has_the_asked_parts():
-    (batch,) = feed().batches(3, 4)
+    (batch,) = loader().batches(3, 4)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k not in ("bad", "key")} == {
         "image": ((BATCH, 2, 32, 32, 3), "uint8"),
         "text": ((BATCH, 1, 40), "int32"),
@@ -94,9 +89,9 @@ def test_a_batch_has_the_asked_parts():
 
 
 def test_an_epoch_shows_each_row_at_most_once_and_drops_the_remainder():
-    steps = feed().steps_per_epoch
+    steps = loader().steps_per_epoch
     assert steps == ROWS // BATCH
-    seen = [batch for batch in feed().batches(0, 2 * steps)]
+    seen = [batch for batch in loader().batches(0, 2 * steps)]
     for epoch in (seen[:steps], seen[steps:]):
         assert len({row for batch in epoch for row in batch["row"].tolist()}) == steps * BATCH
         positions = [p for batch in epoch for p in batch["position"].tolist()]
@@ -106,9 +101,9 @@ def test_an_epoch_shows_each_row_at_most_once_and_drops_the_remainder():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_split_of_the_rows_gives_the_same_batch(processes):
-    whole = list(feed().batches(2, 5))
+    whole = list(loader().batches(2, 5))
     places = np.arange(BATCH).reshape(-1, processes)  # strided, so that no part is a prefix
-    parts = [list(feed(positions=places[:, p]).batches(2, 5)) for p in range(processes)]
+    parts = [list(loader(positions=places[:, p]).batches(2, 5)) for p in range(processes)]
     for step, batch in enumerate(whole):
         together = joined([part[step] for part in parts])
         back = np.argsort(places.T.ravel())
@@ -116,10 +111,10 @@ def test_any_split_of_the_rows_gives_the_same_batch(processes):
 
 
 def test_a_restart_at_any_step_goes_on_with_the_same_batches():
-    whole = list(feed().batches(0, 6))
+    whole = list(loader().batches(0, 6))
     for start in (1, 4, 5):
-        assert all(same(a, b) for a, b in zip(feed().batches(start, 6), whole[start:]))
-    assert list(feed().batches(6, 6)) == []
+        assert all(same(a, b) for a, b in zip(loader().batches(start, 6), whole[start:]))
+    assert list(loader().batches(6, 6)) == []
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (4, 0), (2, 2)])
@@ -133,7 +128,7 @@ def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processe
     for start in (0, 3) if workers else range(6):
         recorded = [[None] * BATCH for _ in range(start, 6)]
         for places in np.split(np.arange(BATCH), processes):
-            part = feed(positions=places, workers=workers, image_size=8)
+            part = loader(positions=places, workers=workers, image_size=8)
             for rows, batch in zip(recorded, part.batches(start, 6), strict=True):
                 for place, row in zip(places, batch["row"].tolist()):
                     rows[place] = row
@@ -141,16 +136,16 @@ def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processe
 
 
 def test_chunks_do_not_show(monkeypatch):
-    whole = list(feed(batch=40).batches(0, 2))
-    monkeypatch.setattr("clipx.data.loader._CHUNK", 7)
-    assert all(same(a, b) for a, b in zip(feed(batch=40).batches(0, 2), whole))
+    whole = list(loader(batch_size=40).batches(0, 2))
+    monkeypatch.setattr("clipx.data.loader.CHUNK", 7)
+    assert all(same(a, b) for a, b in zip(loader(batch_size=40).batches(0, 2), whole))
 
 
 def test_seeds_steps_and_places_draw_differently():
     source = Shapes(size=24, image_size=32)
-    a = feed(source, batch=24).load(0, np.arange(24))
-    b = feed(source, batch=24).load(1, np.arange(24))
-    c = feed(source, batch=24, seed=2).load(0, np.arange(24))
+    a = loader(source, batch_size=24).load(0, np.arange(24))
+    b = loader(source, batch_size=24).load(1, np.arange(24))
+    c = loader(source, batch_size=24, seed=2).load(0, np.arange(24))
     assert sorted(a["row"]) == sorted(b["row"]) == sorted(c["row"])  # the same rows, shuffled
     for other in (b, c):
         moved = [np.flatnonzero(other["row"] == row)[0] for row in a["row"]]
@@ -160,19 +155,19 @@ def test_seeds_steps_and_places_draw_differently():
 
 def test_first_takes_the_first_caption_and_random_takes_all():
     def texts(caption):
-        batches = feed(caption=caption).batches(0, 4)
+        batches = loader(caption=caption).batches(0, 4)
         return [TOKENIZER.decode(ids)[-1] for batch in batches for ids in batch["text"][:, 0]]
 
     assert set(texts("first")) == {"0"}
     assert min(texts("random").count(i) for i in "012") >= 8
-    first, random = (next(feed(caption=c).batches(0, 1)) for c in ("first", "random"))
+    first, random = (next(loader(caption=c).batches(0, 1)) for c in ("first", "random"))
     assert np.array_equal(first["image"], random["image"])  # the crops do not depend on it
 
 
 def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_their_captions():
     def run(flips, mirror_words=False):
         source = Pictures(words="left of right")
-        return joined(list(feed(source, flips=flips, mirror_words=mirror_words).batches(0, 4)))
+        return joined(list(loader(source, flips=flips, mirror_words=mirror_words).batches(0, 4)))
 
     plain, both, first, pair = (
         run((False, False)),
@@ -197,9 +192,9 @@ def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_thei
 
 
 def test_all_shows_each_caption_in_turn_one_an_epoch():
-    steps = feed().steps_per_epoch
+    steps = loader().steps_per_epoch
     shown = collections.defaultdict(list)
-    for batch in feed(caption="all").batches(0, 3 * steps):
+    for batch in loader(caption="all").batches(0, 3 * steps):
         for row, ids in zip(batch["row"].tolist(), batch["text"][:, 0]):
             shown[row].append(TOKENIZER.decode(ids)[-1])
     turns = [texts for texts in shown.values() if len(texts) == 3]
@@ -209,7 +204,7 @@ def test_all_shows_each_caption_in_turn_one_an_epoch():
 
 def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one():
     def texts(source):
-        for batch in feed(source, texts=("caption", "other")).batches(0, 4):
+        for batch in loader(source, texts=("caption", "other")).batches(0, 4):
             yield from ([TOKENIZER.decode(ids) for ids in of_row] for of_row in batch["text"])
 
     pairs = list(texts(Pictures()))
@@ -219,11 +214,11 @@ def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one
 
 
 def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
-    augment = TextAugment(TextAugmentConfig(operations=("swap",)))
+    augment = TextAugmentConfig(operations=("swap",))
     source = Pictures(captions=1, words="one two three four five six")
 
     def texts():
-        kinds = feed(source, texts=("caption", "augmented"), text_augment=augment)
+        kinds = loader(source, texts=("caption", "augmented"), text_augment=augment)
         (batch,) = kinds.batches(1, 2)
         return [[TOKENIZER.decode(ids).split() for ids in of_row] for of_row in batch["text"]]
 
@@ -235,8 +230,8 @@ def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
 def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
     source = Pictures(captions=1, words="\u4e2d\u6587")
     with pytest.raises(DataError, match="the first is key.*Chinese"):
-        feed(source, reject_cjk=True).load(0, np.arange(1))
-    assert not feed(source).load(0, np.arange(BATCH))["bad"].any()
+        loader(source, reject_cjk=True).load(0, np.arange(1))
+    assert not loader(source).load(0, np.arange(BATCH))["bad"].any()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +245,7 @@ def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
     ],
 )
 def test_a_bad_row_is_replaced_by_the_next_and_named(source, reason):
-    good, got = (joined(list(feed(s).batches(0, 4))) for s in (Pictures(), source))
+    good, got = (joined(list(loader(s).batches(0, 4))) for s in (Pictures(), source))
     at = order(ROWS, 1)
     (place,) = [i for i in range(ROWS) if at(0, i) == 7]
     assert np.flatnonzero(got["bad"] != "").tolist() == [place]
@@ -267,7 +262,7 @@ def test_substitutes_wrap_around_and_skip_other_bad_rows():
     at = order(ROWS, 1)
     last = [at(0, i) for i in (48, 49)]
     source = Pictures(bad=tuple(last))
-    batch = feed(source, batch=ROWS).load(0, np.arange(ROWS))
+    batch = loader(source, batch_size=ROWS).load(0, np.arange(ROWS))
     assert batch["row"][-2:].tolist() == [at(0, 0)] * 2
     found = [[bad["key"] for bad in json.loads(text)] for text in batch["bad"][-2:]]
     assert found == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
@@ -276,7 +271,7 @@ def test_substitutes_wrap_around_and_skip_other_bad_rows():
 def test_a_set_with_nothing_usable_stops_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
     with pytest.raises(DataError, match=r"^50 rows one after another cannot be used, the first is"):
-        next(feed(source).batches(0, 1))
+        next(loader(source).batches(0, 1))
 
 
 def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
@@ -289,9 +284,9 @@ def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
 
 @pytest.mark.parametrize("with_replacement", [False, True])
 def test_a_survey_shows_an_episodes_rows_and_captions_under_other_crops(with_replacement):
-    options = {"episode": 5, "with_replacement": with_replacement}
-    training = list(feed(**options).batches(0, 10))
-    survey = list(feed(**options, survey=True).batches(5, 10))
+    options = {"episode_steps": 5, "with_replacement": with_replacement}
+    training = list(loader(**options).batches(0, 10))
+    survey = list(loader(**options, survey=True).batches(5, 10))
     positions = np.stack([part["position"] for part in training[5:]])
     assert sorted(positions.ravel()) == list(range(5 * BATCH))
     assert (positions == np.arange(BATCH) * 5 + np.arange(5)[:, None]).all()
@@ -299,16 +294,16 @@ def test_a_survey_shows_an_episodes_rows_and_captions_under_other_crops(with_rep
         for name in ("row", "text", "position", "key"):
             np.testing.assert_array_equal(seen[name], shown[name])
         assert (seen["image"] != shown["image"]).any(axis=(1, 2, 3, 4)).all()
-    usual = [part["row"] for part in feed().batches(0, 10)]
+    usual = [part["row"] for part in loader().batches(0, 10)]
     assert all((part["row"] == row).all() for part, row in zip(training, usual)) != with_replacement
 
 
 def test_rows_with_replacement_are_drawn_evenly_and_again_by_the_same_draws():
     source = Pictures(rows=BATCH, captions=1)
-    parts = list(feed(source, with_replacement=True, episode=5).batches(0, 40))
+    parts = list(loader(source, with_replacement=True, episode_steps=5).batches(0, 40))
     count = np.bincount(np.concatenate([part["row"] for part in parts]), minlength=BATCH)
     assert max(np.bincount(parts[0]["row"])) > 1 and min(count) > 15 and max(count) < 70
-    (again,) = feed(source, with_replacement=True, episode=5).batches(33, 34)
+    (again,) = loader(source, with_replacement=True, episode_steps=5).batches(33, 34)
     assert same(again, parts[33])
 
 
@@ -319,14 +314,14 @@ def test_labels_alone_are_no_captions():
             return super().__getitem__(row)._replace(texts=())
 
     with pytest.raises(DataError, match="key.*: no caption$"):
-        feed(Labelled()).load(0, np.arange(2))
+        loader(Labelled()).load(0, np.arange(2))
 
 
 def test_too_few_rows_for_a_batch():
     with pytest.raises(
         DataError, match="has 50 rows, expected at least one batch of 51; a smaller"
     ):
-        feed(batch=51)
+        loader(batch_size=51)
 
 
 def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
@@ -360,8 +355,8 @@ def load_one(image, side=32, **changes) -> np.ndarray:
         def __getitem__(self, row):
             return Example(image, ("words",), row, "one")
 
-    values = {"batch": 1, "flips": (False,), "crops": ((1.0, 1.0),), "image_size": side}
-    return feed(One(), **(values | changes)).load(0, np.arange(1))["image"][0, 0]
+    values = {"batch_size": 1, "flips": (False,), "crops": ((1.0, 1.0),), "image_size": side}
+    return loader(One(), **(values | changes)).load(0, np.arange(1))["image"][0, 0]
 
 
 @pytest.mark.parametrize("size", [40, 64, 200, 640])
@@ -452,23 +447,23 @@ def test_importing_the_data_folder_imports_no_jax():
 
 
 def test_workers_load_the_same_batches_without_jax():
-    whole = list(feed().batches(1, 4))
-    assert all(same(a, b) for a, b in zip(feed(workers=2).batches(1, 4), whole, strict=True))
+    whole = list(loader().batches(1, 4))
+    assert all(same(a, b) for a, b in zip(loader(workers=2).batches(1, 4), whole, strict=True))
     for workers, words in ((0, "here"), (1, "away without")):
-        (batch,) = feed(WhoAmI(), batch=8, workers=workers).batches(0, 1)
+        (batch,) = loader(WhoAmI(), batch_size=8, workers=workers).batches(0, 1)
         assert all(TOKENIZER.decode(ids).startswith(words) for ids in batch["text"][:, 0])
 
 
 def test_an_error_in_a_worker_reaches_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
     with pytest.raises(DataError, match="^50 rows one after another cannot be used"):
-        next(feed(source, workers=1).batches(0, 1))
+        next(loader(source, workers=1).batches(0, 1))
 
 
 @pytest.mark.skipif("FLICKR8K" not in os.environ, reason="FLICKR8K names no folder of shards")
 def test_real_pictures():
     source = WebDataset("$FLICKR8K/train-*.tar")
-    (batch,) = feed(source, batch=256, image_size=64).batches(0, 1)
+    (batch,) = loader(source, batch_size=256, image_size=64).batches(0, 1)
     assert not batch["bad"].any()
     images = batch["image"].reshape(512, -1).astype(float)
     assert 80 < images.mean() < 150 and images.std(1).min() > 5

@@ -13,9 +13,9 @@ import resource
 import cv2
 import numpy as np
 import pytest
+from support.loaders import build_loader
 
 from clipx.data import pack
-from clipx.data.loader import Feed
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
 from clipx.data.text import tokenizers
@@ -64,19 +64,18 @@ def test_memory_is_flat(shards, workers):
     source = WebDataset(shards)
     captions = [text for row in range(ROWS) for text in source[row].texts]
     tokenizer = tokenizers.build(TokenizerConfig("sentencepiece", 64, 32), captions)
-    feed = Feed(
+    loader = build_loader(
         source,
         tokenizer,
         seed=0,
-        batch=BATCH,
-        positions=np.arange(BATCH),
+        batch_size=BATCH,
         image_size=SIDE,
         crops=((0.2, 1.0),) * 2,
         flips=(True, True),
         workers=workers,
     )
     seen, looks = 0, []
-    for batch in feed.batches(0, SAMPLES // BATCH):
+    for batch in loader.batches(0, SAMPLES // BATCH):
         seen += len(batch["row"])
         if seen >= WARM and seen % EVERY == 0:
             looks.append(resident(os.getpid()))

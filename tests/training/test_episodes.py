@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from support.loaders import build_loader
 
-from clipx.data.loader import Feed
 from clipx.data.sources.shapes import Shapes
 from clipx.errors import MetricsError
 from clipx.training import episodes
@@ -185,12 +185,13 @@ class Words:
 def test_loading_gives_what_the_episode_trains_on():
     """Places in the episode, found again among the batches of its steps."""
     source = Shapes(size=40, image_size=16)
-    feed = Feed(source, Words(), 3, 8, np.arange(8), 16, episode=3, with_replacement=True)
+    options = {"episode_steps": 3, "with_replacement": True}
+    loader = build_loader(source, Words(), batch_size=8, seed=3, image_size=16, **options)
     places, pictures, captions = [5, 23, 0, 14], {}, {}
-    for batch in feed.batches(6, 9):
+    for batch in loader.batches(6, 9):
         for place, image, ids in zip(batch["position"], batch["image"], batch["text"]):
-            pictures[place], captions[place] = image[0], feed.tokenizer.decode(ids[0])
+            pictures[place], captions[place] = image[0], loader.tokenizer.decode(ids[0])
     assert sorted(pictures) == list(range(24))
-    found, texts = episodes.loading(feed, 6)(places)
+    found, texts = episodes.loading(loader, 6)(places)
     np.testing.assert_array_equal(found, [pictures[p] for p in places])
     assert texts == [captions[p] for p in places]

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from support.loaders import build_loader
 from support.tfds import build
 
-from clipx.data.loader import EvaluationSet, Feed
+from clipx.data.evaluation import EvaluationSet
+from clipx.data.loader import Loader
 from clipx.data.sources.table import Table
 from clipx.data.sources.tfds import Tfds
 from clipx.data.sources.webdataset import WebDataset
@@ -63,9 +65,9 @@ def write(path, members: dict[str, bytes | str]) -> str:
     return str(path)
 
 
-def feed(source, tokenizer, batch: int, **changes) -> Feed:
-    values = {"image_size": SIDE, "positions": np.arange(batch), "seed": 3} | changes
-    return Feed(source, tokenizer, batch=batch, **values)
+def loader(source, tokenizer, batch_size: int, **changes) -> Loader:
+    values = {"image_size": SIDE, "seed": 3} | changes
+    return build_loader(source, tokenizer, batch_size=batch_size, **values)
 
 
 def drawn() -> list[tuple[str, bytes, list[str]]]:
@@ -144,7 +146,7 @@ def sources(request, tmp_path_factory):
 def test_a_set_gives_the_same_batches_from_every_source(sources, other, tokenizer):
     crops, flips = ((0.2, 1.0), (0.5, 1.0)), (True, True)
     a, b = (
-        feed(sources[name], tokenizer, 8, crops=crops, flips=flips, texts=("caption", "other"))
+        loader(sources[name], tokenizer, 8, crops=crops, flips=flips, texts=("caption", "other"))
         for name in ("webdataset", other)
     )
     assert len(a.source) == len(b.source) in (20, 64)
@@ -158,7 +160,7 @@ def test_a_set_gives_the_same_batches_from_every_source(sources, other, tokenize
 @pytest.mark.parametrize("sources", [drawn], indirect=True)
 def test_a_loading_process_reads_what_this_one_does(sources, tokenizer):
     source = sources["tfds"]  # with more to carry over than the others
-    plain, away = (feed(source, tokenizer, 8, workers=n).batches(0, 2) for n in (0, 1))
+    plain, away = (loader(source, tokenizer, 8, workers=n).batches(0, 2) for n in (0, 1))
     for ours, theirs in zip(plain, away, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -179,7 +181,7 @@ def test_uneven_shards_do_not_constrain_batches(tmp_path, tokenizer):
         members |= {f"{n}.txt": n for n in names}
         write(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
         at += size
-    data = feed(WebDataset(str(tmp_path / "*.tar")), tokenizer, 4)
+    data = loader(WebDataset(str(tmp_path / "*.tar")), tokenizer, 4)
     for epoch in range(2):
         rows = [b["row"].tolist() for b in data.batches(3 * epoch, 3 * epoch + 3)]
         assert sorted(sum(rows, [])) == list(range(12))
@@ -194,7 +196,7 @@ def test_a_truncated_shard_is_an_error_or_as_said_its_whole_samples(tmp_path, to
     with pytest.raises(DataError, match=r"x\.tar: truncated or damaged; the last whole member is"):
         WebDataset(path)
     source = WebDataset(path, truncated="keep")
-    batch = feed(source, tokenizer, len(source)).load(0, np.arange(len(source)))
+    batch = loader(source, tokenizer, len(source)).load(0, np.arange(len(source)))
     assert 0 < len(source) < 5 and not batch["bad"].any()
 
 
@@ -203,7 +205,7 @@ def load(tmp_path, tokenizer, picture: bytes, words: str | bytes = "words", kind
     members = {"a.png": encode(photo(99), "PNG"), "a.txt": "good"}
     path = write(tmp_path / "x.tar", members | {f"odd.{kind}": picture, "odd.txt": words})
     source = WebDataset(path)
-    batch = feed(source, tokenizer, 2, crops=((1.0, 1.0),)).load(0, np.arange(2))
+    batch = loader(source, tokenizer, 2, crops=((1.0, 1.0),)).load(0, np.arange(2))
     good = batch["row"].tolist().index(0)
     assert np.array_equal(batch["image"][good, 0], photo(99))
     if 1 not in batch["row"]:

@@ -1,0 +1,61 @@
+"""The examples of an evaluator."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+
+from clipx.data import pictures
+from clipx.data.base import Example, Source
+from clipx.errors import BadSample, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    """The first `limit` rows of `source`, with pictures as open_clip's evaluation transform makes
+    them: the shorter side resized to `image_size` (Pillow, bicubic), cut to the centre.
+
+    Raises `DataError` for a bad example: nothing is skipped or replaced.
+    """
+
+    source: Source
+    image_size: int
+    limit: int | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return min(len(self.source), self.limit or len(self.source))
+
+    def texts(self, row: int) -> tuple[str, ...]:
+        return self._example(row).texts
+
+    def label(self, row: int) -> int | None:
+        return self._example(row).label
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """uint8 pictures in the order of the rows, `size` at a time but for the last."""
+        with concurrent.futures.ThreadPoolExecutor(min(pictures.cores(), 16)) as pool:
+            for start in range(0, len(self), size):
+                rows = range(start, min(start + size, len(self)))
+                yield np.stack(list(pool.map(self.picture, rows)))
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        try:
+            return pictures.evaluation(self._example(row), self.image_size)
+        except BadSample as error:
+            raise DataError(f"row {row} of the evaluation set: {error}") from None
+
+    def _example(self, row: int) -> Example:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        try:
+            return self.source[row]
+        except BadSample as error:
+            raise DataError(f"row {row} of the evaluation set: {error}") from None

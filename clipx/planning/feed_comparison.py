@@ -1,0 +1,215 @@
+"""clipx's loader beside a PyTorch DataLoader, over pictures that are drawn for it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from clipx.data import pictures
+from clipx.data.config import DataConfig
+from clipx.data.loader import Loader, captions
+from clipx.data.sources.table import Table
+from clipx.data.text import tokenizers
+from clipx.data.text.tokenizers import TokenizerConfig
+from clipx.errors import DataError
+from clipx.types import View, Views
+
+SHORT, _LONG = 256, 341  # sides of the drawn pictures
+_BATCH = 64  # of the two loaders
+
+
+class Speed(NamedTuple):
+    """Medians of the rounds."""
+
+    per_core: float  # examples for each second of CPU time, of all processes together
+    wall: float  # examples a second
+
+
+class Comparison(NamedTuple):
+    versions: str
+    workers: int  # threads of clipx, processes of the other
+    files: int  # drawn JPEGs
+    rounds: int
+    kilobytes: float  # of one, on average
+    rows: list[tuple[str, Speed, Speed, float]]  # what, clipx, other, median ratio per core
+
+
+def against(
+    script: pathlib.Path,
+    *,
+    passes: int = 1280,
+    files: int = 256,
+    rounds: int = 5,
+    say=lambda text: None,
+) -> Comparison:
+    """`Loader` beside the loader of `script` over the same drawn pictures, with as many threads as
+    the other has processes: one round of each after the other, the medians of all `rounds`.
+
+    Raises `DataError` if the script is not there, or cannot run.
+    """
+    if not script.is_file():
+        raise DataError(f"{script}: not there; --against=torch runs from a checkout of clipx")
+    workers = min(pictures.cores(), 16)
+    passes -= passes % _BATCH
+    with tempfile.TemporaryDirectory(prefix="clipx-bench-") as folder:
+        say(f"drawing {files} pictures")
+        kilobytes = draw(pathlib.Path(folder), files) / 1000
+        with _other(script, folder, passes, workers) as (versions, ask):
+            measured = []
+            loaders = {
+                "two": _loader(folder, ((0.2, 1.0),) * 2),
+                "one": _loader(folder, ((0.9, 1.0),)),
+            }
+            for number in range(rounds + 1):
+                say(f"round {number} of {rounds}" if number else "warming up")
+                sides = (lambda kind: _pass(loaders[kind], passes), ask)
+                order = (0, 1) if number % 2 else (1, 0)  # neither is always the first
+                found = {(kind, i): sides[i](kind) for kind in loaders for i in order}
+                measured += [found] * (number > 0)
+    rows = []
+    for kind, name in (("two", "two views, as DeCLIP"), ("one", "one view, as open_clip")):
+        own, other = ([_speed(one[kind, i], passes) for one in measured] for i in (0, 1))
+        ratio = statistics.median(a.per_core / b.per_core for a, b in zip(own, other))
+        rows.append((name, _median(own), _median(other), ratio))
+    return Comparison(versions, workers, files, rounds, kilobytes, rows)
+
+
+def _speed(spent: dict[str, float], passes: int) -> Speed:
+    return Speed(passes / spent["cpu"], passes / spent["seconds"])
+
+
+def _median(speeds: list[Speed]) -> Speed:
+    return Speed(*(statistics.median(column) for column in zip(*speeds)))
+
+
+def _loader(folder: str, crops: tuple[tuple[float, float], ...]) -> Loader:
+    source = Table(f"{folder}/pictures.csv")
+    tokenizer = tokenizers.build(TokenizerConfig("sentencepiece", 64, 77), captions(source))
+    pictures = tuple(View(crop, len(crops) > 1, None) for crop in crops)
+    return Loader(
+        source,
+        tokenizer,
+        Views(pictures),
+        DataConfig("table"),
+        seed=0,
+        batch_size=_BATCH,
+        positions=np.arange(_BATCH),
+        image_size=224,
+    )
+
+
+def _pass(loader: Loader, passes: int) -> dict[str, float]:
+    cpu, start = time.process_time(), time.perf_counter()
+    for _ in loader.batches(0, passes // _BATCH):
+        pass
+    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+
+
+@contextlib.contextmanager
+def _other(script: pathlib.Path, folder: str, passes: int, workers: int) -> Iterator[tuple]:
+    """The other loader's versions, and what measures one pass of it."""
+    options = {"pictures": passes, "batch": _BATCH, "workers": workers}
+    command = [sys.executable, str(script), folder, *(f"--{k}={v}" for k, v in options.items())]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+
+        def answer() -> dict[str, Any]:
+            line = process.stdout.readline()
+            if not line:
+                last = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+                raise DataError(
+                    f"{script}: {last}; it needs pip install torch torchvision, in this environment"
+                )
+            return json.loads(line)
+
+        def ask(kind: str) -> dict[str, float]:
+            process.stdin.write(kind + "\n")
+            process.stdin.flush()
+            return answer()
+
+        try:
+            ready = answer()
+            yield ", ".join(f"{k} {v}" for k, v in ready.items() if k != "ready"), ask
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def draw(folder: pathlib.Path, count: int) -> float:
+    """Writes JPEGs of 256 on the shorter side, with about the detail and the edges of photographs,
+    and pictures.csv; their mean size in bytes."""
+    rng = np.random.default_rng(0)
+    textures = [_texture(rng, slope) for slope in np.linspace(1.0, 2.0, 8)]
+    words = ("a", "red", "dog", "two", "children", "on", "grass", "near", "the", "blue", "house")
+    sizes = []
+    with (folder / "pictures.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("filepath", "caption"))
+        for i in range(count):
+            path = folder / f"{i:04d}.jpg"
+            height, width = (SHORT, _LONG) if i % 4 else (_LONG, SHORT)
+            picture = np.ascontiguousarray(_photo(rng, textures)[:height, :width])
+            data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            path.write_bytes(data.tobytes())
+            sizes.append(len(data))
+            table.writerow((path.name, " ".join(rng.choice(words, 10))))
+    return statistics.mean(sizes)
+
+
+def _texture(rng: np.random.Generator, slope: float) -> np.ndarray:
+    """Noise of mean 0 and deviation 1 whose amplitude falls as 1 / frequency ** slope."""
+    frequency = np.hypot(np.fft.fftfreq(_LONG)[:, None], np.fft.rfftfreq(_LONG)[None])
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.normal(size=(_LONG, _LONG))) / frequency**slope
+    noise = np.fft.irfft2(spectrum, (_LONG, _LONG))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def _photo(rng: np.random.Generator, textures: Sequence[np.ndarray]) -> np.ndarray:
+    """Textured patches with sharp edges."""
+    picture = None
+    for _ in range(4):
+        texture = np.roll(
+            textures[rng.integers(len(textures))], rng.integers(_LONG, size=2), (0, 1)
+        )
+        contrast, colour = rng.uniform(10, 40, 3), rng.normal(128, 45, 3)
+        patch = (texture[..., None] * contrast + colour).astype(np.float32)
+        if picture is None:
+            picture = patch
+            continue
+        mask = np.zeros((_LONG, _LONG), np.uint8)
+        corners = rng.uniform(-0.2, 1.2, (6, 2)) * _LONG
+        cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
+        picture = np.where(mask[..., None] > 0, patch, picture)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def markdown(found: Comparison) -> list[str]:
+    """The comparison as a table for a README."""
+    lines = [
+        "| images/s per core | clipx | PyTorch DataLoader | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, own, other, ratio in found.rows:
+        lines.append(f"| {name} | {own.per_core:,.0f} | {other.per_core:,.0f} | {ratio:.1f} |")
+    lines.append(
+        f"\nImages per second of CPU time, medians of {found.rounds} rounds in turns: "
+        f"{found.workers} threads of clipx, {found.workers} worker processes of PyTorch "
+        f"({found.versions}), {found.files} drawn JPEGs of {SHORT} px and {found.kilobytes:.0f} "
+        "kB, 224-px views. "
+        "clipx also tokenises captions; its photometry runs on the device."
+    )
+    return lines

@@ -1,0 +1,37 @@
+"""A run on one device, over whatever data there is: to look at its data, or to time its loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipx.training.feed import TrainingData, open_data, to_batch
+from clipx.training.initial import open_tokenizer
+from clipx.training.run import OpenRun, assemble, with_data
+from clipx.training.step import row_keys
+
+
+def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
+    """The run of `config` on one device, without evals, and its data. The batch is cut to the rows
+    that there are."""
+    alone = {**config, "mesh": {}, "evals": {}, "train": {**config.get("train", {}), "best": ""}}
+    run = assemble(alone, jax.devices()[:1])
+    data = open_data(run)
+    tokenizer = open_tokenizer(run, data.source)
+    if len(data) < run.batch_size:
+        alone["train"] |= {"batch_size": max(len(data), 1), "microbatches": 1}
+        run = assemble(alone, jax.devices()[:1])
+    return with_data(run, len(data), tokenizer), data
+
+
+def after_photometry(run: OpenRun, pieces: Mapping[str, np.ndarray]) -> Iterator[jax.Array]:
+    """Each picture view as the towers get it at step 0, before it is normalised, uint8
+    [b, h, w, 3]. `pieces`: what a loader gave."""
+    rows = len(pieces["row"])
+    batch = to_batch(pieces, run.mesh, np.arange(rows), rows)
+    keys = row_keys(run.config.seed, 0, rows)
+    for view in range(len(run.objective.views.pictures)):
+        yield run.objective.picture(batch, keys, view)
