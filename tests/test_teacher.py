@@ -24,6 +24,7 @@ from clipx.data.sources.table import Table
 from clipx.errors import ConfigError, DataError
 from clipx.models.heads import next_row
 from clipx.ops import pca
+from clipx.serving import teacher_rows
 
 ROWS = 30
 THINGS = ("dog", "cat", "boat")
@@ -123,13 +124,13 @@ def test_a_users_rows_are_normalised_and_cut(config, tmp_path, capsys):
 def test_rows_beyond_the_bound_do_not_shape_the_components(config, tmp_path, monkeypatch):
     given = drawn(ROWS)
     np.save(tmp_path / "own.npy", given)
-    monkeypatch.setattr(teacher, "_FIT_ROWS", 20)
-    monkeypatch.setattr(teacher, "_TILE", 8)
+    monkeypatch.setattr(teacher_rows, "FIT_ROWS", 20)
+    monkeypatch.setattr(teacher_rows, "TILE", 8)
     found = make(config, tmp_path, features=str(tmp_path / "own.npy"))
     kept = np.random.default_rng(0).permutation(ROWS)[:20]
     few = pca.fit(lambda: [unit(given[np.sort(kept)])], 4)
     np.testing.assert_allclose(found, pca.project(few, unit(given)), atol=1e-5)
-    monkeypatch.setattr(teacher, "_FIT_ROWS", ROWS)
+    monkeypatch.setattr(teacher_rows, "FIT_ROWS", ROWS)
     assert np.abs(make(config, tmp_path, "all", features=str(tmp_path / "own.npy")) - found).max()
 
 
