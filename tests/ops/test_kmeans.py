@@ -76,8 +76,6 @@ def faiss_rows(n, k, redo):
 
 def test_recorded_objective():
     """From the rows of faiss's best of three, its objective and its labels."""
-    if not ORACLE.exists():
-        pytest.skip("the recorded numbers are not there")
     expected = ORACLE["kmeans"]
     assert faiss_rows(300, 12, 0).tolist() == expected["init_rows_redo0"]
     x = recorded()
