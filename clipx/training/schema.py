@@ -16,7 +16,6 @@ from clipx.data.text import tokenizers
 from clipx.data.text.augment import TextAugmentConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
-from clipx.models.bert import BERT
 from clipx.models.layers import Tower
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import MeshConfig
@@ -215,11 +214,11 @@ class EvalSpec:
 
 def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:
     """Raises `ConfigError` where there is no start mark for a text tower to be read out at."""
-    if tokenizer.sot_id is None and isinstance(text, BERT):
+    if tokenizer.sot_id is None and text.needs_start_mark:
         raise ConfigError(
             "config.tokenizer.marks",
             repr(tokenizer.marks),
-            "'both': BERT is read out at the start mark",
+            f"'both': {type(text).__name__} is read out at the start mark",
             "config.tokenizer.marks=both",
         )
 
