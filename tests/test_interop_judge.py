@@ -15,7 +15,7 @@ from test_train import small
 
 from clipx.data.sources.shapes import Shapes
 from clipx.evaluate import evaluate
-from clipx.export import Options, export
+from clipx.serving.export import Options, export
 
 JUDGE = pathlib.Path(__file__).parents[1] / "benchmarks" / "judge.py"
 NO_JUDGE = missing("torch", "open_clip", "transformers", "open_clip_train")

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import json
 import types
 import warnings
 
@@ -13,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from clipx.data.text import tokenizers, vocabulary
 from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven
-from clipx.interop import base, guests, load, open_clip, proof, tokenizer
+from clipx.interop import libraries, load, open_clip, tokenizer, verify
+from clipx.interop import model as models
 from clipx.models.bert import BERT
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
@@ -23,6 +23,7 @@ VIT = {"variant": "ViT-Ti/16", "image_size": 32, "width": 32, "depth": 2, "heads
 RESNET = {"variant": "RN50", "image_size": 64, "width": 4, "blocks": (1, 2, 1, 1)}
 TEXT = {"width": 32, "depth": 2, "heads": 2, "context": 16}
 BOTH = {"embed_dim": 24, "dtype": "float32"}
+FORMAT = open_clip.OpenClip()
 
 
 def missing(*names) -> str:
@@ -31,7 +32,7 @@ def missing(*names) -> str:
         warnings.simplefilter("ignore")
         try:
             for name in names:
-                proof.library(name)
+                libraries.require(name)
         except MissingLibrary as error:
             return f"{error}: pip install 'clipx[interop]'"
     return ""
@@ -57,7 +58,7 @@ def variables(tower, seed):
         fan_in = x.size // x.shape[-1] if len(x.shape) > 1 else 9
         return (rng.normal(size=x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, base.shapes(tower))
+    return jax.tree_util.tree_map_with_path(leaf, models.shapes(tower))
 
 
 def model(image, text, words, bias=None, scale=2.5):
@@ -66,7 +67,7 @@ def model(image, text, words, bias=None, scale=2.5):
         kind: {n: v[kind] for n, v in parts.items() if kind in v}
         for kind in ("params", "batch_stats")
     }
-    return base.make_model(
+    return models.make_model(
         image,
         text,
         kinds,
@@ -80,7 +81,7 @@ def model(image, text, words, bias=None, scale=2.5):
 
 def words_of(config, plain=True):
     ids = {k: getattr(config, k) for k in ("pad_id", "sot_id", "eot_id", "mask_id")}
-    return base.Words(config.name, config.vocab_size, config.context, **ids, plain=plain)
+    return models.Words(config.name, config.vocab_size, config.context, **ids, plain=plain)
 
 
 def clip_words(mask=False):
@@ -92,17 +93,13 @@ def clip_words(mask=False):
 
 def few_words(size=40, plain=True):
     """Ids for tests without a tokenizer."""
-    words = base.Words("clip_bpe", size, 16, 0, size - 2, size - 1, size - 3, plain)
+    words = models.Words("clip_bpe", size, 16, 0, size - 2, size - 1, size - 3, plain)
     return words, TEXT | {"vocab_size": size, "eot_id": size - 1}
 
 
 def write(folder, written, files=None):
-    arrays, config = open_clip.to_open_clip(written, str(folder))
     folder.mkdir(exist_ok=True)
-    save_file(arrays, folder / open_clip.WEIGHTS)
-    (folder / open_clip.CONFIG).write_text(json.dumps(config))
-    if found := guests.config(written):
-        (folder / "config.json").write_text(json.dumps(found))
+    FORMAT.write(written, folder, str(folder))
     for name, text in (files or {}).items():
         (folder / name).write_text(text)
     return folder
@@ -146,7 +143,7 @@ def test_written_and_read_again(name, scan, tmp_path):
     table = first.params["text"]["token_embedding"]
     mine = np.asarray(fitted["params"]["text"]["token_embedding"])
     np.testing.assert_array_equal(np.delete(mine, 37, 0), np.delete(table, 37, 0))
-    whole = base.make_model(image, first.text, fitted, **rest(first))
+    whole = models.make_model(image, first.text, fitted, **rest(first))
     for path, x in first.flat.items():
         if not path.endswith("token_embedding"):
             np.testing.assert_array_equal(whole.flat[path], x, err_msg=path)
@@ -156,7 +153,7 @@ def test_timms_resnet_and_bert_come_back(tmp_path):
     """CLIP-Lite's towers, whose widths differ: zeros fill the narrower one's projection."""
     fields = {"vocab_size": 150, "width": 32, "depth": 2, "heads": 2, "positions": 20}
     none = {"embed_dim": 0, "dtype": "float32"}
-    words = base.Words("wordpiece", 150, 16, 0, 101, 102, 103, plain=False)
+    words = models.Words("wordpiece", 150, 16, 0, 101, 102, 103, plain=False)
     image = ResNet(variant="resnet18", image_size=32, **none)
     first = model(image, BERT(context=16, **fields, **none), words)
     folder = write(tmp_path / "a", first)
@@ -166,7 +163,7 @@ def test_timms_resnet_and_bert_come_back(tmp_path):
     assert a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
     assert again.words.kind == "wordpiece" and again.text.positions == 20
     ids = np.array([[101, 110, 120, 102, *[0] * 12]], np.int32)
-    said, same = (proof.ours(m, proof.pictures(32)[:2], ids) for m in (first, again))
+    said, same = (verify.ours(m, verify.pictures(32)[:2], ids) for m in (first, again))
     np.testing.assert_allclose(said.logits, same.logits, rtol=1e-5)
 
 
@@ -179,7 +176,7 @@ def test_names_are_open_clips():
     """Names and shapes as open_clip 3 lists them for such a model."""
     words, text = few_words()
     written = model(ViT(**VIT, **BOTH), TextTransformer(**text, **BOTH), words)
-    arrays, _ = open_clip.to_open_clip(written)
+    arrays = FORMAT.arrays(written)
     shapes = {name: x.shape for name, x in arrays.items()}
     block = "visual.transformer.resblocks.1"
     expected = {
@@ -213,7 +210,7 @@ def test_what_has_no_place_is_refused(image, text, says):
     words, fields = few_words()
     written = model(ViT(**VIT | BOTH | image), TextTransformer(**fields | BOTH | text), words)
     with pytest.raises(NotExpressible, match=says):
-        open_clip.to_open_clip(written)
+        FORMAT.arrays(written)
 
 
 @with_open_clip
@@ -224,9 +221,7 @@ def test_proof_vit(tmp_path):
     both = BOTH | {"activation": "quick_gelu", "norm_eps": 1e-6}
     image, text = ViT(**VIT, **both), TextTransformer(**text, projection_bias=True, **both)
     written = model(image, text, words)
-    found = proof.prove(
-        "open_clip", write(tmp_path / "a", written), written, tokenizers.build(config)
-    )
+    found = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5 and not found.odd
 
 
@@ -241,13 +236,13 @@ def test_proof_resnet(tmp_path):
     written = model(ResNet(**RESNET, **BOTH), TextTransformer(**fields, **BOTH), words, bias=-3)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words.without_mask(), "clip")
-    found = proof.prove("open_clip", write(tmp_path / "a", written, files), written, made)
+    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
     with pytest.raises(NotProven, match="cosine of a picture"):
-        proof.prove("open_clip", tmp_path / "a", written, made)
+        verify.prove(FORMAT, tmp_path / "a", written, made)
 
 
 @with_open_clip
@@ -259,7 +254,7 @@ def test_proof_without_a_class_token(pool, pre_norm, tmp_path):
     image = ViT(**VIT, pool=pool, pre_norm=pre_norm, activation=acts[0], **BOTH)
     written = model(image, TextTransformer(**text, activation=acts[1], **BOTH), words)
     folder = write(tmp_path / "a", written)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-4
 
 
@@ -280,7 +275,7 @@ def test_proof_plain_resnet_and_bert(tmp_path):
     written = model(ResNet(variant="resnet18", image_size=32, **none), text, words)
     files = tokenizer.files(vocabulary.word_pieces(pieces), words, "clip_lite")
     folder = write(tmp_path / "a", written, files)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.text_cosine > 0.9999999
 
 
@@ -288,8 +283,8 @@ def test_proof_plain_resnet_and_bert(tmp_path):
 @pytest.mark.parametrize("side, length", [(2, 9), (3, 20), (6, 5)])
 def test_positions_are_resized_as_open_clip_does(side, length):
     """By its own functions, on the arrays that it would load."""
-    torch = proof.library("torch")
-    theirs = proof.library("open_clip.model")
+    torch = libraries.require("torch")
+    theirs = libraries.require("open_clip.model")
     rng = np.random.default_rng(0)
     grid, line = (rng.normal(size=(n, 5)).astype(np.float32) for n in (17, 11))
     state = {
@@ -310,12 +305,12 @@ def test_positions_are_resized_as_open_clip_does(side, length):
 def test_proof_tanh_and_torchs_own_file(tmp_path):
     """A class token and GELU by tanh in both towers; the same arrays read out of torch's files: a
     state, a training's checkpoint, a whole model as OpenAI's."""
-    torch = proof.library("torch")
+    torch = libraries.require("torch")
     config, words, text = clip_words()
     both = BOTH | {"activation": "gelu_tanh"}
     written = model(ViT(**VIT, **both), TextTransformer(**text, **both), words)
     folder = write(tmp_path / "a", written)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
     arrays = {k: torch.from_numpy(x) for k, x in load_file(folder / open_clip.WEIGHTS).items()}
     training = {"epoch": 1, "state_dict": {f"module.{k}": x for k, x in arrays.items()}}
@@ -326,8 +321,8 @@ def test_proof_tanh_and_torchs_own_file(tmp_path):
     (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes()[:-999])
     with pytest.raises(ConfigError, match="a whole file of torch's"):
         load.load(folder / "c.pt")
-    open_clip_ = proof.library("open_clip")
-    with proof.quiet():
+    open_clip_ = libraries.require("open_clip")
+    with libraries.quiet():
         whole = open_clip_.create_model(f"local-dir:{folder}").eval()
         script = torch.jit.script(whole)
         script.save(folder / "script.pt")
@@ -349,19 +344,20 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     (folder / open_clip.WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with check(match="a whole safetensors file"):
         load.load(folder)
-    arrays, config = open_clip.to_open_clip(written)
+    arrays, configs = FORMAT.arrays(written), FORMAT.configs(written, "")
+    config = configs[open_clip.CONFIG]
     del arrays["ln_final.bias"]
     with check(match=r"no ln_final\.bias"):
-        open_clip.from_open_clip(arrays, config)
-    arrays, _ = open_clip.to_open_clip(written)
+        FORMAT.read(arrays, configs.get)
+    arrays = FORMAT.arrays(written)
     with check(match="extra"):
-        open_clip.from_open_clip(arrays | {"extra": np.zeros(3)}, config)
+        FORMAT.read(arrays | {"extra": np.zeros(3)}, configs.get)
     config["model_cfg"]["text_cfg"]["layers"] = 1
     with check(match=r"transformer\.resblocks\.1"):
-        open_clip.from_open_clip(arrays, config)
+        FORMAT.read(arrays, configs.get)
     config["model_cfg"]["vision_cfg"]["qk_norm"] = True
     with check(match="qk_norm"):
-        open_clip.from_open_clip(arrays, config)
+        FORMAT.read(arrays, configs.get)
 
 
 def test_other_towers_are_listed_and_refused():
