@@ -15,8 +15,8 @@ from support.libraries import with_open_clip, with_transformers
 from support.runs import small
 
 from clipx.errors import CheckpointError, ConfigError, MissingLibrary, NotProven, RunError
-from clipx.export import Options, export
-from clipx.interop import card, load, open_clip, proof, tokenizer
+from clipx.interop import card, libraries, load, open_clip, tokenizer, verify
+from clipx.serving.export import Options, export
 from clipx.training.run import restore
 
 
@@ -26,14 +26,15 @@ def workdir(tmp_path_factory):
     return save(tmp_path_factory.mktemp("clip"), small(CLASS))
 
 
-def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch):
     """Without the libraries the folder is written and says that nobody has checked it."""
 
     def none(name):
         raise MissingLibrary(f"{name} is not installed")
 
-    monkeypatch.setattr(proof, "library", none)
-    assert export(workdir, Options("open_clip", tmp_path / "a", license="mit")) is None
+    monkeypatch.setattr(libraries, "require", none)
+    found = export(workdir, Options("open_clip", tmp_path / "a", license="mit"))
+    assert found.proof is None
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {
         *("README.md", open_clip.CONFIG, open_clip.WEIGHTS),
@@ -42,7 +43,8 @@ def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "a" / "README.md").read_text()
     assert "Not verified: torch is not installed." in text
     assert "license: mit" in text and "96 (3 steps at batch 32)" in text
-    assert "not verified: torch is not installed" in capsys.readouterr().out
+    assert "not verified: torch is not installed" in str(found)
+    assert str(found).endswith(f"written to {tmp_path / 'a'}")
     _, state = restore(workdir)
     again = load.load(tmp_path / "a")
     np.testing.assert_array_equal(
@@ -71,19 +73,19 @@ def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
         export(workdir, options(step="2"))
     with pytest.raises(ConfigError, match="config.json"):
         export(tmp_path / "nowhere", options())
-    monkeypatch.setattr(proof, "needs", lambda *_, **__: None)
+    monkeypatch.setattr(verify, "needs", lambda *_, **__: None)
 
     def refuse(*_):
         raise NotProven("the least cosine of a picture is 0.5")
 
-    monkeypatch.setattr(proof, "prove", refuse)
+    monkeypatch.setattr(verify, "prove", refuse)
     with pytest.raises(RunError, match="was not kept: the least cosine"):
         export(workdir, options())
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(proof, "prove", full)
+    monkeypatch.setattr(verify, "prove", full)
     with pytest.raises(RunError, match="No space left"):
         export(workdir, options())
     cut = shutil.copytree(workdir, tmp_path / "there" / "cut")
@@ -105,8 +107,8 @@ def test_a_format_without_a_place_names_the_one_that_has(tmp_path):
 
 @with_transformers
 def test_huggingface_proves_a_run(workdir, tmp_path):
-    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True))
-    assert found.logits < proof.RELATIVE
+    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
+    assert found.logits < verify.RELATIVE
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["architectures"] == ["CLIPModel"]
     assert "Loaded by torch" in (tmp_path / "a" / "README.md").read_text()
@@ -152,16 +154,16 @@ def test_the_cards_recipe_scores_as_the_run_does(critic, tmp_path, monkeypatch):
     config["optimizer"] = {"rules": [{"pattern": ".*"}]}  # one critic has no scale to bound
     folder = save(tmp_path / "run", config)
     # the proof itself is tested where the formats are
-    verify = critic == "dot"
-    export(folder, Options("open_clip", tmp_path / "a", verify=verify, with_heads=True))
+    proven = critic == "dot"
+    export(folder, Options("open_clip", tmp_path / "a", verify=proven, with_heads=True))
     text = (tmp_path / "a" / "README.md").read_text()
     assert "by a head of its own" in text and "zeros fill them up to 32" in text
     score = recipe(tmp_path / "a", monkeypatch)["score"]
     run, state = restore(folder)
-    pictures, captions = np.stack(proof.pictures(16)), CAPTIONS[:3]
+    pictures, captions = np.stack(verify.pictures(16)), CAPTIONS[:3]
     encode = run.encode(state)
     images, texts = encode.image(pictures), encode.text(captions)
-    said = proof.ours(load.load(tmp_path / "a"), pictures, run.tokenizer(captions))
+    said = verify.ours(load.load(tmp_path / "a"), pictures, run.tokenizer(captions))
     scores = score(said.image, said.text)
     own = encode.similarity(images, texts)
     if critic == "dot":

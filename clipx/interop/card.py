@@ -1,42 +1,14 @@
-"""README.md of an export, by the Hugging Face Hub's conventions, and how its heads are loaded."""
+"""README.md of an export, as the Hugging Face Hub wants it, with code that loads its heads."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from clipx.interop.proof import COSINE, RELATIVE, Proof
+from clipx.interop.base import Format
+from clipx.interop.verify import COSINE, RELATIVE, Proof
 
 HEADS = "heads.safetensors"
-
-_LOAD = {
-    "open_clip": """import open_clip, torch
-from PIL import Image
-
-model, _, transform = open_clip.create_model_and_transforms("local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
-model.eval()
-with torch.no_grad():
-    image = model.encode_image(transform(Image.open("a.jpg"))[None], normalize=True)
-    text = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)
-print(image @ text.T)""",
-    "huggingface": """import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{folder}").eval()
-processor = AutoProcessor.from_pretrained("{folder}")
-inputs = processor(
-    text=["a dog", "a cat"],
-    images=Image.open("a.jpg"),
-    return_tensors="pt",
-    padding="max_length",
-    truncation=True,
-)
-with torch.no_grad():
-    print(model(**inputs).logits_per_image)""",
-}
-_LIBRARY = {"open_clip": "open_clip", "huggingface": "transformers"}
 
 _LAYERS = '''import numpy as np
 from safetensors.numpy import load_file
@@ -76,7 +48,7 @@ def mlp(name, x):
             x = batch_norm(f"{{name}}/norm_{{i}}", x)
         x = relu(x) if i < count - 1 else x
     return x'''
-# what stands on the layers, by an array that tells of it
+# code for each kind of head, by an array that only this kind has
 _HEADS = {
     "params/image_text/left/fc/kernel": '''def side(name, x):
     hidden = relu(batch_norm(f"{name}/norm", dense(f"{name}/fc", x)))
@@ -119,7 +91,7 @@ def text_tokens(x):
 class Facts:
     """What a card tells of a run."""
 
-    format: str
+    format: Format
     folder: str
     name: str
     method: str
@@ -130,9 +102,9 @@ class Facts:
     metrics: Mapping[str, float]
     proof: Proof | None
     unproven: str  # why there is no proof
-    left_out: Collection[str]  # the heads' names
+    left_out: Collection[str]  # names of the heads
     with_heads: bool
-    heads: Collection[str]  # every array of the heads
+    heads: Collection[str]  # names of all arrays of the heads
     notes: Collection[str]
 
 
@@ -141,9 +113,9 @@ def card(facts: Facts) -> str:
     sections = [
         _header(facts),
         f"# {facts.name}\n\nTrained with clipx by {facts.method}, and exported to "
-        f"{_LIBRARY[facts.format]}'s format.",
+        f"{facts.format.library}'s format.",
         _list({"Towers": facts.towers, "Data": facts.data, "Samples seen": facts.seen}),
-        "## Load it\n\n" + _code(_LOAD[facts.format].format(folder=facts.folder)) + "\n\n"
+        "## Load it\n\n" + _code(facts.format.loading.format(folder=facts.folder)) + "\n\n"
         f"clipx trains it on with `--config.init_from={facts.folder}`, and evaluates it with "
         f"`python -m clipx.evaluate --init_from={facts.folder}`.",
         *(["## To know\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
@@ -160,7 +132,7 @@ def _header(facts: Facts) -> str:
         [
             "---",
             f"license: {facts.license}",
-            f"library_name: {_LIBRARY[facts.format]}",
+            f"library_name: {facts.format.library}",
             "pipeline_tag: zero-shot-image-classification",
             "tags:",
             *(f"- {tag}" for tag in dict.fromkeys(tags)),

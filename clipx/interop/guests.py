@@ -1,9 +1,9 @@
-"""Towers that open_clip has made for it: by timm, a ViT without class token and the plain ResNet;
-by transformers, BERT.
+"""Towers that open_clip builds through other libraries: through timm, a ViT without class token and
+the plain ResNet; through transformers, BERT.
 
-A named ResNet needs nothing more. The others are described by a `config.json` that timm or
-transformers looks for where open_clip's config says: in the export itself, by its whole path, since
-neither is told from where open_clip was loaded.
+timm knows the plain ResNet by its name. The other two need a `config.json`, which lies in the
+export. open_clip's config gives its whole path: timm and transformers are not told from where
+open_clip was loaded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import base
-from clipx.interop.base import Model, Rule
+from clipx.interop import rules
+from clipx.interop.model import Model, ratio, vit_shape
+from clipx.interop.open_clip_layout import Layout
+from clipx.interop.rules import Rule
 from clipx.models.bert import BERT
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.vit import ViT
@@ -24,30 +26,65 @@ from clipx.models.vit import ViT
 _TIMM_EPS = 1e-6  # of every LayerNorm that timm's ViT makes from JSON
 
 
-def vision_config(image: ViT | ResNet, folder: str) -> dict[str, Any]:
-    """open_clip's section for a tower of timm's."""
-    name = f"local-dir:{folder}"
-    if isinstance(image, ResNet):
-        name = image.variant
-        if image.shape != (PLAIN[image.variant][0], 64):
-            raise NotExpressible(
-                f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
-                f"channels, and this one {image.shape[0]} and {image.shape[1]}"
-            )
+def _timm_section(name: str, pool: str, size: int) -> dict[str, Any]:
     return {
-        "image_size": image.image_size,
+        "image_size": size,
         "timm_model_name": name,
         "timm_model_pretrained": False,
-        "timm_pool": "map" if getattr(image, "pool", "mean") == "attention" else "avg",
+        "timm_pool": pool,
         "timm_proj": "linear",
     }
 
 
-def text_config(text: BERT, folder: str) -> dict[str, Any]:
-    """open_clip's section for a BERT of transformers'."""
+def _vit_section(model: Model, folder: str) -> dict[str, Any]:
+    pool = "map" if model.image.pool == "attention" else "avg"
+    return _timm_section(f"local-dir:{folder}", pool, model.image.image_size)
+
+
+def _vit_config(model: Model) -> dict[str, Any]:
+    """What timm reads of the ViT in `config.json`."""
+    image = model.image
+    width, depth, heads, mlp_width, patch = image.shape
     return {
-        "context_length": text.context,
-        "vocab_size": text.vocab_size,
+        "architecture": "vit_base_patch16_224",  # whose sizes `model_args` replaces
+        "num_classes": 0,
+        "num_features": width,
+        "model_args": {
+            "img_size": image.image_size,
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": ratio(mlp_width, width),
+            "class_token": False,
+            "global_pool": "map" if image.pool == "attention" else "avg",
+            "fc_norm": False,
+            "pre_norm": image.pre_norm,
+            "act_layer": image.activation,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, image.image_size, image.image_size],
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "num_classes": 0,
+        },
+    }
+
+
+def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
+    image = model.image
+    if image.shape != (PLAIN[image.variant][0], 64):
+        raise NotExpressible(
+            f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
+            f"channels, and this one {image.shape[0]} and {image.shape[1]}"
+        )
+    return _timm_section(image.variant, "avg", image.image_size)
+
+
+def _bert_section(model: Model, folder: str) -> dict[str, Any]:
+    return {
+        "context_length": model.text.context,
+        "vocab_size": model.text.vocab_size,
         "hf_model_name": folder,
         "hf_model_pretrained": False,
         "hf_tokenizer_name": ".",
@@ -56,54 +93,142 @@ def text_config(text: BERT, folder: str) -> dict[str, Any]:
     }
 
 
-def config(model: Model) -> dict[str, Any]:
-    """What `config.json` says of the towers that are made after it; {} where none is."""
-    found: dict[str, Any] = {}
-    image, text = model.image, model.text
-    if isinstance(image, ViT) and image.pool != "class":
-        width, depth, heads, mlp_width, patch = image.shape
-        found |= {
-            "architecture": "vit_base_patch16_224",  # whose sizes these replace
-            "num_classes": 0,
-            "num_features": width,
-            "model_args": {
-                "img_size": image.image_size,
-                "patch_size": patch,
-                "embed_dim": width,
-                "depth": depth,
-                "num_heads": heads,
-                "mlp_ratio": base.ratio(mlp_width, width),
-                "class_token": False,
-                "global_pool": "map" if image.pool == "attention" else "avg",
-                "fc_norm": False,
-                "pre_norm": image.pre_norm,
-                "act_layer": image.activation,
-            },
-            "pretrained_cfg": {
-                "input_size": [3, image.image_size, image.image_size],
-                "mean": list(model.mean),
-                "std": list(model.std),
-                "num_classes": 0,
-            },
-        }
-    if isinstance(text, BERT):
-        found |= {
-            "model_type": "bert",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "num_hidden_layers": text.depth,
-            "num_attention_heads": text.heads,
-            "intermediate_size": round(text.width * text.mlp_ratio),
-            "max_position_embeddings": text.positions,
-            "type_vocab_size": 2,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-12,
-            "pad_token_id": text.pad_id,
-        }
-    return found
+def _bert_config(model: Model) -> dict[str, Any]:
+    """What transformers reads of BERT in `config.json`."""
+    text = model.text
+    return {
+        "model_type": "bert",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "num_hidden_layers": text.depth,
+        "num_attention_heads": text.heads,
+        "intermediate_size": round(text.width * text.mlp_ratio),
+        "max_position_embeddings": text.positions,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": text.pad_id,
+    }
 
 
-# of timm's names of SigLIP's ViTs, and ours
+def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
+    if tower.embed_dim:
+        return rules.scaled(rules.dense(ours, theirs, bias=False), factor)
+    copy = rules.identity(width, tower.backbone_width)
+    return [rules.constant(f"{theirs}.weight", lambda: np.float32(factor) * copy())]
+
+
+def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
+    """A ViT of timm's. Its LayerNorms add 1e-6 to a variance whatever `norm_eps` is, so the tokens
+    between blocks are scaled until 1e-6 is the same share of their variance."""
+    channels, depth, heads, *_ = image.shape
+    scale = float((_TIMM_EPS / image.norm_eps) ** 0.5)
+    a, b = "params/image", "visual.trunk"
+    layout = [
+        rules.conv(f"{a}/patch_embedding", f"{b}.patch_embed.proj"),
+        _positions(image, channels, f"{a}/positional_embedding", b),
+        *(rules.norm(f"{a}/ln_pre", f"{b}.norm_pre") if image.pre_norm else ()),
+    ]
+    for i in range(depth):
+        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
+        layout += rules.heads_out(f"{ours}/attn/out", f"{theirs}.attn.proj", heads)
+        layout += rules.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2")
+    layout = rules.scaled(layout, scale)
+    for i in range(depth):
+        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
+        layout += [
+            *rules.norm(f"{ours}/ln_1", f"{theirs}.norm1"),
+            *rules.heads_in((f"{ours}/attn/qkv",), (f"{theirs}.attn.qkv",), heads, (3,)),
+            *rules.norm(f"{ours}/ln_2", f"{theirs}.norm2"),
+            *rules.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
+        ]
+    layout += rules.norm(f"{a}/ln_post", f"{b}.norm")
+    head = (image, width, f"{a}/projection", "visual.head.proj")
+    if image.pool == "mean":
+        return layout + _head(*head)
+    ours, theirs = f"{a}/pool", f"{b}.attn_pool"
+    out = rules.dense(f"{ours}/out", f"{theirs}.proj")
+    return [
+        *layout,
+        Rule((f"{ours}/probe",), (f"{theirs}.latent",), lambda x: (x[None],), lambda x: (x[0],)),
+        *rules.heads_in((f"{ours}/attn/q",), (f"{theirs}.q",), heads, (1,)),
+        *rules.heads_in((f"{ours}/attn/kv",), (f"{theirs}.kv",), heads, (2,)),
+        *rules.scaled(out + rules.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2"), scale),
+        *rules.norm(f"{ours}/ln", f"{theirs}.norm"),
+        *rules.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
+        *_head(*head, 1 / scale),
+    ]
+
+
+def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
+    """Positions, and the bias of timm's patch embedding where no norm follows. The same bias is
+    added to every patch, so reading adds it to every position."""
+    position, bias = f"{trunk}.pos_embed", f"{trunk}.patch_embed.proj.bias"
+    if image.pre_norm:
+        return Rule((ours,), (position,), lambda x: (x[None],), lambda x: (x[0],))
+    return Rule(
+        (ours,),
+        (position, bias),
+        lambda x: (x[None], np.zeros(channels, np.float32)),
+        lambda x, bias: (x[0] + bias,),
+    )
+
+
+def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
+    """torchvision's ResNet under timm's names."""
+    layout = []
+
+    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str):
+        layout.append(rules.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
+        layout.extend(rules.batch_norm("image", ours[1], f"{theirs}{norm}"))
+
+    conv_and_norm(("conv1", "bn1"), "visual.trunk.", "conv1", "bn1")
+    (blocks, channels), bottleneck = image.shape, PLAIN[image.variant][1]
+    for stage, count in enumerate(blocks):
+        after = 64 * 2**stage * (4 if bottleneck else 1)
+        for block in range(count):
+            a, b = f"stage_{stage}_{block}", f"visual.trunk.layer{stage + 1}.{block}."
+            for i in range(1, 4 if bottleneck else 3):
+                conv_and_norm((f"{a}/conv{i}", f"{a}/bn{i}"), b, f"conv{i}", f"bn{i}")
+            if channels != after or (stage and not block):
+                ours = (f"{a}/conv_shortcut", f"{a}/bn_shortcut")
+                conv_and_norm(ours, b, "downsample.0", "downsample.1")
+            channels = after
+    return layout + _head(image, width, "params/image/projection", "visual.head.proj")
+
+
+def _bert_rules(text: BERT, width: int, dropped: int | None) -> list[Rule]:
+    a, b = "params/text", "text.transformer"
+    tables = {"token": "word", "positional": "position", "type": "token_type"}
+    layout = [
+        *(
+            rules.same(f"{a}/{ours}_embedding", f"{b}.embeddings.{theirs}_embeddings.weight")
+            for ours, theirs in tables.items()
+        ),
+        *rules.norm(f"{a}/ln_embedding", f"{b}.embeddings.LayerNorm"),
+        *rules.dense(f"{a}/pooler", f"{b}.pooler.dense"),
+    ]
+    for i in range(text.depth):
+        ours, theirs = f"{a}/block_{i}", f"{b}.encoder.layer.{i}"
+        names = tuple(f"{theirs}.attention.self.{n}" for n in ("query", "key", "value"))
+        out = f"{theirs}.attention.output.dense"
+        layout += [
+            *rules.heads_in((f"{ours}/attn/qkv",), names, text.heads, (3,)),
+            *rules.heads_out(f"{ours}/attn/out", out, text.heads),
+            *rules.norm(f"{ours}/ln_attn", f"{theirs}.attention.output.LayerNorm"),
+            *rules.dense(f"{ours}/mlp/fc", f"{theirs}.intermediate.dense"),
+            *rules.dense(f"{ours}/mlp/proj", f"{theirs}.output.dense"),
+            *rules.norm(f"{ours}/ln_mlp", f"{theirs}.output.LayerNorm"),
+        ]
+    return layout + _head(text, width, f"{a}/projection", "text.proj")
+
+
+VIT = Layout(_vit_section, _vit_rules, _vit_config)
+RESNET = Layout(_resnet_section, _resnet_rules)
+BERT_LAYOUT = Layout(_bert_section, _bert_rules, _bert_config)
+
+
+# timm's names of SigLIP's ViTs, and the sizes of clipx's
 _SIGLIP = re.compile(r"vit_(base|large|so400m)_patch(\d+)_siglip(_gap)?_\d+$")
 _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 
@@ -111,8 +236,11 @@ _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 def image_tower(
     section: Mapping[str, Any], embed_dim: int, size: int, guest: Mapping[str, Any], where: str
 ) -> ViT | ResNet:
-    """The tower that timm makes from open_clip's section and, where that names a folder, `guest`,
-    its config. Raises `ConfigError` for another model of timm's."""
+    """The tower that timm builds from open_clip's section.
+
+    guest: the content of the folder's `config.json`, which the section may point at. Raises
+    `ConfigError`, found at `where`, for another model of timm's.
+    """
     where, name = f"{where}: vision_cfg", section["timm_model_name"]
     projections = {"linear": embed_dim, "none": 0}
     _only(f"{where}.timm_proj", section.get("timm_proj", "linear"), *projections)
@@ -134,7 +262,7 @@ def image_tower(
     width = args["embed_dim"]
     shape = (width, args["depth"], args["num_heads"], int(width * args["mlp_ratio"]))
     return ViT(
-        **base.vit_shape(shape, args["patch_size"]),
+        **vit_shape(shape, args["patch_size"]),
         pre_norm=args["pre_norm"],
         activation=args["act_layer"],
         **common,
@@ -144,8 +272,8 @@ def image_tower(
 def text_tower(
     section: Mapping[str, Any], embed_dim: int, guest: Mapping[str, Any], where: str
 ) -> BERT:
-    """The BERT that transformers makes from open_clip's section and `guest`, the config of the
-    folder that it names. Raises `ConfigError` for another model."""
+    """The BERT that transformers builds from open_clip's section and `guest`, the content of the
+    folder's `config.json`. Raises `ConfigError`, found at `where`, for another model."""
     where = f"{where}: text_cfg"
     if guest.get("model_type") != "bert":
         found = f"{section['hf_model_name']!r}, and no config.json of a BERT beside it"
@@ -170,117 +298,3 @@ def text_tower(
 def _only(where: str, found: Any, *known: Any) -> None:
     if found not in known:
         raise ConfigError(where, repr(found), " or ".join(map(repr, known)))
-
-
-def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
-    if tower.embed_dim:
-        return base.scaled(base.dense(ours, theirs, bias=False), factor)
-    copy = base.identity(width, base.tower_width(tower))
-    return [base.constant(f"{theirs}.weight", lambda: np.float32(factor) * copy())]
-
-
-def vit_rules(image: ViT, width: int) -> list[Rule]:
-    """A ViT of timm's. Its LayerNorms add 1e-6 to a variance whatever the tower's: the stream of
-    tokens is scaled so that this is the same part of it."""
-    channels, depth, heads, *_ = image.shape
-    scale = float((_TIMM_EPS / image.norm_eps) ** 0.5)
-    a, b = "params/image", "visual.trunk"
-    rules = [
-        base.conv(f"{a}/patch_embedding", f"{b}.patch_embed.proj"),
-        _positions(image, channels, f"{a}/positional_embedding", b),
-        *(base.norm(f"{a}/ln_pre", f"{b}.norm_pre") if image.pre_norm else ()),
-    ]
-    for i in range(depth):
-        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
-        rules += base.heads_out(f"{ours}/attn/out", f"{theirs}.attn.proj", heads)
-        rules += base.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2")
-    rules = base.scaled(rules, scale)
-    for i in range(depth):
-        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
-        rules += [
-            *base.norm(f"{ours}/ln_1", f"{theirs}.norm1"),
-            *base.heads_in((f"{ours}/attn/qkv",), (f"{theirs}.attn.qkv",), heads, (3,)),
-            *base.norm(f"{ours}/ln_2", f"{theirs}.norm2"),
-            *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
-        ]
-    rules += base.norm(f"{a}/ln_post", f"{b}.norm")
-    head = (image, width, f"{a}/projection", "visual.head.proj")
-    if image.pool == "mean":
-        return rules + _head(*head)
-    ours, theirs = f"{a}/pool", f"{b}.attn_pool"
-    out = base.dense(f"{ours}/out", f"{theirs}.proj")
-    return [
-        *rules,
-        base.Rule(
-            (f"{ours}/probe",), (f"{theirs}.latent",), lambda x: (x[None],), lambda x: (x[0],)
-        ),
-        *base.heads_in((f"{ours}/attn/q",), (f"{theirs}.q",), heads, (1,)),
-        *base.heads_in((f"{ours}/attn/kv",), (f"{theirs}.kv",), heads, (2,)),
-        *base.scaled(out + base.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2"), scale),
-        *base.norm(f"{ours}/ln", f"{theirs}.norm"),
-        *base.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
-        *_head(*head, 1 / scale),
-    ]
-
-
-def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
-    """Positions and, without a norm after them, the bias of all patches alike, which is part of
-    every position."""
-    position, bias = f"{trunk}.pos_embed", f"{trunk}.patch_embed.proj.bias"
-    if image.pre_norm:
-        return base.Rule((ours,), (position,), lambda x: (x[None],), lambda x: (x[0],))
-    return base.Rule(
-        (ours,),
-        (position, bias),
-        lambda x: (x[None], np.zeros(channels, np.float32)),
-        lambda x, bias: (x[0] + bias,),
-    )
-
-
-def resnet_rules(image: ResNet, width: int) -> list[Rule]:
-    """torchvision's ResNet, as timm has it."""
-    rules = []
-
-    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str):
-        rules.append(base.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
-        rules.extend(base.batch_norm("image", ours[1], f"{theirs}{norm}"))
-
-    conv_and_norm(("conv1", "bn1"), "visual.trunk.", "conv1", "bn1")
-    (blocks, channels), bottleneck = image.shape, PLAIN[image.variant][1]
-    for stage, count in enumerate(blocks):
-        after = 64 * 2**stage * (4 if bottleneck else 1)
-        for block in range(count):
-            a, b = f"stage_{stage}_{block}", f"visual.trunk.layer{stage + 1}.{block}."
-            for i in range(1, 4 if bottleneck else 3):
-                conv_and_norm((f"{a}/conv{i}", f"{a}/bn{i}"), b, f"conv{i}", f"bn{i}")
-            if channels != after or (stage and not block):
-                ours = (f"{a}/conv_shortcut", f"{a}/bn_shortcut")
-                conv_and_norm(ours, b, "downsample.0", "downsample.1")
-            channels = after
-    return rules + _head(image, width, "params/image/projection", "visual.head.proj")
-
-
-def bert_rules(text: BERT, width: int) -> list[Rule]:
-    a, b = "params/text", "text.transformer"
-    tables = {"token": "word", "positional": "position", "type": "token_type"}
-    rules = [
-        *(
-            base.same(f"{a}/{ours}_embedding", f"{b}.embeddings.{theirs}_embeddings.weight")
-            for ours, theirs in tables.items()
-        ),
-        *base.norm(f"{a}/ln_embedding", f"{b}.embeddings.LayerNorm"),
-        *base.dense(f"{a}/pooler", f"{b}.pooler.dense"),
-    ]
-    for i in range(text.depth):
-        ours, theirs = f"{a}/block_{i}", f"{b}.encoder.layer.{i}"
-        names = tuple(f"{theirs}.attention.self.{n}" for n in ("query", "key", "value"))
-        out = f"{theirs}.attention.output.dense"
-        rules += [
-            *base.heads_in((f"{ours}/attn/qkv",), names, text.heads, (3,)),
-            *base.heads_out(f"{ours}/attn/out", out, text.heads),
-            *base.norm(f"{ours}/ln_attn", f"{theirs}.attention.output.LayerNorm"),
-            *base.dense(f"{ours}/mlp/fc", f"{theirs}.intermediate.dense"),
-            *base.dense(f"{ours}/mlp/proj", f"{theirs}.output.dense"),
-            *base.norm(f"{ours}/ln_mlp", f"{theirs}.output.LayerNorm"),
-        ]
-    return rules + _head(text, width, f"{a}/projection", "text.proj")

@@ -1,117 +1,160 @@
-"""Hugging Face's names and layouts: a folder of `CLIPModel` or of `SiglipModel`, written and read
-(transformers 5, `modeling_clip.py`, `modeling_siglip.py`)."""
+"""transformers' format: a folder of `CLIPModel`, or of `SiglipModel` if the picture tower pools by
+attention (transformers 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import base
-from clipx.interop.base import Arrays, Model, Rule
+from clipx.interop import huggingface_layout as layout
+from clipx.interop import libraries, rules, tokenizer
+from clipx.interop.base import Format, Said, read_json
+from clipx.interop.huggingface_layout import ACTIVATIONS, CONFIG
+from clipx.interop.model import Model, Words, check_padding, check_widths, checked, make_model
+from clipx.interop.rules import Arrays
+from clipx.models.layers import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.ops import photometry
 
-WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # where transformers 5 keeps a preprocessor too
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
+_IMAGE, _TEXT = ViT, TextTransformer  # the only towers that transformers' classes have
 _ELSE = "; --format=open_clip can"
 
 
-def to_huggingface(model: Model) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
-    """The arrays, the config and the preprocessor's config of `CLIPModel` or, for a picture that is
-    pooled by attention, `SiglipModel`.
+class HuggingFace(Format):
+    """What transformers' `AutoModel.from_pretrained("FOLDER")` loads."""
 
-    Raises `NotExpressible` for what the class has not.
-    """
+    name = "huggingface"
+    library = "transformers"
+    judges = ("torch", "transformers")
+    config = CONFIG
+    weights = WEIGHTS
+    torch_weights = "pytorch_model.bin"
+    weights_read = (WEIGHTS, WEIGHTS + ".index.json", torch_weights)
+    expected = f"{CONFIG} of CLIP or SigLIP and {WEIGHTS}"
+    loading = """import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{folder}").eval()
+processor = AutoProcessor.from_pretrained("{folder}")
+inputs = processor(
+    text=["a dog", "a cat"],
+    images=Image.open("a.jpg"),
+    return_tensors="pt",
+    padding="max_length",
+    truncation=True,
+)
+with torch.no_grad():
+    print(model(**inputs).logits_per_image)"""
+    metadata = {"format": "pt"}
+    exact_cleaning = frozenset({"siglip"})
+
+    def arrays(self, model: Model) -> Arrays:
+        _check(model)
+        siglip = _is_siglip(model)
+        towers = (model.image, model.text, model.width, model.words.dropped)
+        arrays = rules.write(layout.tower_rules(*towers, siglip), model.flat)
+        scale = np.asarray(model.logit_scale, np.float32)
+        if siglip:
+            bias = np.zeros(()) if model.logit_bias is None else model.logit_bias
+            arrays["logit_scale"] = scale.reshape(1)
+            arrays["logit_bias"] = np.asarray(bias, np.float32).reshape(1)
+        else:
+            arrays["logit_scale"] = scale
+        return arrays
+
+    def configs(self, model: Model, folder: str) -> dict[str, Any]:
+        _check(model)
+        kind = "Siglip" if _is_siglip(model) else "CLIP"
+        return {CONFIG: _config(model, kind), PREPROCESSOR: _preprocessor(model, kind)}
+
+    def attention_mask(self, model: Model) -> bool:
+        return not _is_siglip(model)
+
+    def notes(self, model: Model, folder: str) -> list[str]:
+        return ['Texts are padded to the context: `padding="max_length"`.']
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        return "model_type" in config
+
+    def names(self, arrays: Mapping[str, np.ndarray]) -> bool:
+        return "text_model.final_layer_norm.weight" in arrays
+
+    def read(
+        self, arrays: Mapping[str, np.ndarray], config: Callable[[str], Any], file: str = "a file"
+    ) -> Model:
+        preprocessor = config(PREPROCESSOR)
+        if preprocessor is None:
+            preprocessor = (config(PROCESSOR) or {}).get("image_processor")
+        return _read(arrays, config(CONFIG) or {}, preprocessor or {})
+
+    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | None:
+        """Of a SigLIP folder with the files of a `SiglipTokenizer`."""
+        pieces = folder / tokenizer.PIECES
+        if not pieces.is_file():
+            return None
+        config = read_json(folder / CONFIG, where) or {}
+        settings = read_json(folder / tokenizer.SETTINGS, where) or {}
+        named = settings.get("tokenizer_class", tokenizer.SIGLIP)
+        if config.get("model_type") != "siglip" or named != tokenizer.SIGLIP:
+            return None
+        size, context = layout.words_size(config.get("text_config") or {}, siglip=True)
+        tokenizer.check_siglip(settings, where)
+        return {
+            "name": "sentencepiece",
+            "vocab_size": size,
+            "context": context,
+            "path": str(pieces),
+            "cleaning": "siglip",
+            "marks": "end",
+        }
+
+    def says(self, folder: pathlib.Path, images, captions):
+        torch, transformers = libraries.require("torch"), libraries.require("transformers")
+        with libraries.quiet(), torch.no_grad():
+            transformers.utils.logging.set_verbosity_error()
+            transformers.utils.logging.disable_progress_bar()
+            model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            inputs = processor(
+                text=list(captions),
+                images=[Image.fromarray(x) for x in images],
+                return_tensors="pt",
+                padding="max_length",
+                truncation=True,
+            )
+            said = model(**inputs)
+            # `said` has normalised features alone
+            image = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+            rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
+            text = model.get_text_features(**rest).pooler_output
+        ids = inputs["input_ids"].numpy()
+        return Said(*(x.numpy() for x in (image, text, said.logits_per_image))), ids
+
+
+def _is_siglip(model: Model) -> bool:
+    return model.image.pool == "attention"
+
+
+def _check(model: Model) -> None:
+    """Raises `NotExpressible` for what neither class has."""
     image, text = model.image, model.text
-    if not isinstance(image, ViT):
+    if type(image) is not _IMAGE:
         raise NotExpressible(f"transformers has no CLIP with a {type(image).__name__}{_ELSE}")
-    if not isinstance(text, TextTransformer):
+    if type(text) is not _TEXT:
         raise NotExpressible(f"CLIPModel has no text tower like {type(text).__name__}")
-    base.check_widths(model)
-    siglip = image.pool == "attention"
-    (_check_siglip if siglip else _check_clip)(model)
-    base.check_padding(model, own=False)
-    kind = "Siglip" if siglip else "CLIP"
-    words, (width, depth, heads, mlp_width, patch) = model.words.without_mask(), image.shape
-    vision_config = _sizes(width, depth, heads, mlp_width, image) | {
-        "model_type": f"{kind.lower()}_vision_model",
-        "image_size": image.image_size,
-        "patch_size": patch,
-        "num_channels": 3,
-    }
-    mlp_width = round(text.width * text.mlp_ratio)
-    text_config = _sizes(text.width, text.depth, text.heads, mlp_width, text) | {
-        "model_type": f"{kind.lower()}_text_model",
-        "vocab_size": words.vocab_size,
-        "max_position_embeddings": text.context,
-        # in a causal tower padding changes nothing, and CLIP's tokenizer pads with the end mark
-        "pad_token_id": words.eot_id if words.plain else words.pad_id,
-        "bos_token_id": words.sot_id,
-        "eos_token_id": words.eot_id,
-    }
-    if siglip:
-        text_config["projection_size"] = model.width
-        config: dict[str, Any] = {}
-    else:
-        for section in (vision_config, text_config):
-            section["projection_dim"] = model.width
-        config = {"projection_dim": model.width}
-    config |= {
-        "architectures": [f"{kind}Model"],
-        "model_type": kind.lower(),
-        "dtype": "float32",
-        "initializer_factor": 1.0,
-        "text_config": text_config,
-        "vision_config": vision_config,
-    }
-    arrays = base.write(_rules(model, siglip), model.flat)
-    scale = np.asarray(model.logit_scale, np.float32)
-    if siglip:
-        bias = np.zeros(()) if model.logit_bias is None else model.logit_bias
-        arrays["logit_scale"] = scale.reshape(1)
-        arrays["logit_bias"] = np.asarray(bias, np.float32).reshape(1)
-    else:
-        arrays["logit_scale"] = scale
-    return arrays, config, _preprocessor(model, kind)
-
-
-def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp_width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "hidden_act": _ACTIVATIONS[tower.activation],
-        "layer_norm_eps": tower.norm_eps,
-        "attention_dropout": 0.0,
-    }
-
-
-def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
-    """The shorter side to the model's size, then the centre, as in evaluation; or both sides."""
-    size = model.image.image_size
-    whole, centre = {"height": size, "width": size}, model.resize == "shortest"
-    return {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "processor_class": f"{kind}Processor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size} if centre else whole,
-        "resample": _RESAMPLE[model.interpolation],
-        "do_center_crop": centre,
-        **({"crop_size": whole} if centre else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(model.mean),
-        "image_std": list(model.std),
-    }
+    check_widths(model)
+    (_check_siglip if _is_siglip(model) else _check_clip)(model)
+    check_padding(model, own=False)
 
 
 def _refuse(faults: Mapping[str, bool], cls: str) -> None:
@@ -154,134 +197,119 @@ def _check_siglip(model: Model) -> None:
     )
 
 
-def _rules(model: Model, siglip: bool) -> list[Rule]:
-    image, text, width = model.image, model.text, model.width
-    return [
-        *(_siglip_vision(image) if siglip else _clip_vision(image, width)),
-        *_text(text, width, model.words.dropped, siglip),
-    ]
+def _config(model: Model, kind: str) -> dict[str, Any]:
+    """`config.json`. kind: "CLIP" or "Siglip", as the names of transformers' classes begin."""
+    image, text, words = model.image, model.text, model.words.without_mask()
+    width, depth, heads, mlp_width, patch = image.shape
+    vision_config = _sizes(width, depth, heads, mlp_width, image) | {
+        "model_type": f"{kind.lower()}_vision_model",
+        "image_size": image.image_size,
+        "patch_size": patch,
+        "num_channels": 3,
+    }
+    mlp_width = round(text.width * text.mlp_ratio)
+    text_config = _sizes(text.width, text.depth, text.heads, mlp_width, text) | {
+        "model_type": f"{kind.lower()}_text_model",
+        "vocab_size": words.vocab_size,
+        "max_position_embeddings": text.context,
+        # CLIP's tokenizer pads with the end mark; a causal tower does not see it
+        "pad_token_id": words.eot_id if words.plain else words.pad_id,
+        "bos_token_id": words.sot_id,
+        "eos_token_id": words.eot_id,
+    }
+    if kind == "Siglip":
+        text_config["projection_size"] = model.width
+        config: dict[str, Any] = {}
+    else:
+        for section in (vision_config, text_config):
+            section["projection_dim"] = model.width
+        config = {"projection_dim": model.width}
+    return config | {
+        "architectures": [f"{kind}Model"],
+        "model_type": kind.lower(),
+        "dtype": "float32",
+        "initializer_factor": 1.0,
+        "text_config": text_config,
+        "vision_config": vision_config,
+    }
 
 
-def _blocks(ours: str, theirs: str, depth: int, heads: int) -> list[Rule]:
-    rules = []
-    for i in range(depth):
-        a, b = f"{ours}/transformer/block_{i}", f"{theirs}.encoder.layers.{i}"
-        names = tuple(f"{b}.self_attn.{n}_proj" for n in "qkv")
-        rules += [
-            *base.norm(f"{a}/ln_1", f"{b}.layer_norm1"),
-            *base.heads_in((f"{a}/attn/qkv",), names, heads, (3,)),
-            *base.heads_out(f"{a}/attn/out", f"{b}.self_attn.out_proj", heads),
-            *base.norm(f"{a}/ln_2", f"{b}.layer_norm2"),
-            *base.dense(f"{a}/mlp/fc", f"{b}.mlp.fc1"),
-            *base.dense(f"{a}/mlp/proj", f"{b}.mlp.fc2"),
-        ]
-    return rules
+def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> dict[str, Any]:
+    """The entries that both sections have."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "hidden_act": ACTIVATIONS[tower.activation],
+        "layer_norm_eps": tower.norm_eps,
+        "attention_dropout": 0.0,
+    }
 
 
-def _clip_vision(image: ViT, width: int) -> list[Rule]:
-    a, b = "params/image", "vision_model"
-    _, depth, heads, *_ = image.shape
-    rules = [
-        base.conv(f"{a}/patch_embedding", f"{b}.embeddings.patch_embedding"),
-        base.same(f"{a}/class_embedding", f"{b}.embeddings.class_embedding"),
-        base.same(f"{a}/positional_embedding", f"{b}.embeddings.position_embedding.weight"),
-        *base.norm(f"{a}/ln_pre", f"{b}.pre_layrnorm"),  # transformers' spelling
-        *_blocks(a, b, depth, heads),
-        *base.norm(f"{a}/ln_post", f"{b}.post_layernorm"),
-    ]
-    return rules + _projection(image, f"{a}/projection", "visual_projection", width)
+def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
+    """`preprocessor_config.json`: resizes the shorter side and cuts out the centre, as clipx does
+    in evaluations, or resizes both sides."""
+    size = model.image.image_size
+    whole, centre = {"height": size, "width": size}, model.resize == "shortest"
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "processor_class": f"{kind}Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if centre else whole,
+        "resample": _RESAMPLE[model.interpolation],
+        "do_center_crop": centre,
+        **({"crop_size": whole} if centre else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.mean),
+        "image_std": list(model.std),
+    }
 
 
-def _projection(tower, ours: str, theirs: str, width: int) -> list[Rule]:
-    if tower.embed_dim:
-        return base.dense(ours, theirs, bias=False)
-    copy = base.identity(width, base.tower_width(tower))
-    return [base.constant(f"{theirs}.weight", copy)]
-
-
-def _siglip_vision(image: ViT) -> list[Rule]:
-    a, b = "params/image", "vision_model"
-    width, depth, heads, *_ = image.shape
-    pool, head = f"{a}/pool", f"{b}.head"
-    # a bias of all patches alike is part of every position
-    positions = base.Rule(
-        (f"{a}/positional_embedding",),
-        (f"{b}.embeddings.position_embedding.weight", f"{b}.embeddings.patch_embedding.bias"),
-        lambda x: (x, np.zeros(width, np.float32)),
-        lambda x, bias: (x + bias,),
-    )
-    pooled = (f"{pool}/attn/q", f"{pool}/attn/kv")
-    return [
-        base.conv(f"{a}/patch_embedding", f"{b}.embeddings.patch_embedding"),
-        positions,
-        *_blocks(a, b, depth, heads),
-        *base.norm(f"{a}/ln_post", f"{b}.post_layernorm"),
-        base.Rule((f"{pool}/probe",), (f"{head}.probe",), lambda x: (x[None],), lambda x: (x[0],)),
-        *base.heads_in(pooled, (f"{head}.attention.in_proj",), heads, (1, 2), "_"),
-        *base.dense(f"{pool}/out", f"{head}.attention.out_proj"),
-        *base.norm(f"{pool}/ln", f"{head}.layernorm"),
-        *base.dense(f"{pool}/mlp/fc", f"{head}.mlp.fc1"),
-        *base.dense(f"{pool}/mlp/proj", f"{head}.mlp.fc2"),
-    ]
-
-
-def _text(text: TextTransformer, width: int, dropped: int | None, siglip: bool) -> list[Rule]:
-    a, b = "params/text", "text_model"
-    rules = [
-        base.words(f"{a}/token_embedding", f"{b}.embeddings.token_embedding.weight", dropped),
-        base.same(f"{a}/positional_embedding", f"{b}.embeddings.position_embedding.weight"),
-        *_blocks(a, b, text.depth, text.heads),
-        *base.norm(f"{a}/ln_final", f"{b}.final_layer_norm"),
-    ]
-    if not siglip:
-        return rules + _projection(text, f"{a}/projection", "text_projection", width)
-    if text.embed_dim and text.projection_bias:
-        return rules + base.dense(f"{a}/projection", f"{b}.head")
-    none = base.constant(f"{b}.head.bias", lambda: np.zeros(width, np.float32))
-    return [*rules, *_projection(text, f"{a}/projection", f"{b}.head", width), none]
-
-
-def from_huggingface(
-    arrays: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
-    preprocessor: Mapping[str, Any] | None = None,
+def _read(
+    arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> Model:
-    """The model of a CLIP or SigLIP folder, its configs as JSON has them.
+    """The model of a CLIP or SigLIP folder, from the contents of its configs.
 
-    Raises `ConfigError` for another architecture, for what our towers have not, and for arrays that
-    do not fit the config.
+    Raises `ConfigError` for another architecture, for what no tower of clipx does, and for arrays
+    that do not fit the config.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise ConfigError(f"{CONFIG}: model_type", repr(kind), "'clip' or 'siglip'")
     siglip = kind == "siglip"
     vision, words = config.get("vision_config") or {}, config.get("text_config") or {}
-    image, text = _towers(vision, words, config, siglip)
+    image, text = layout.towers(vision, words, config, siglip)
     arrays = {
-        # old files have a level more
+        # old files have one more level of names
         name.replace("text_model.text_model.", "text_model."): x
         for name, x in arrays.items()
     }
     scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
-    seen = preprocessor or {}
     mean, std = ((0.5,) * 3,) * 2 if siglip else (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
     resample = {number: name for name, number in _RESAMPLE.items()}
     pictures = {
-        "mean": tuple(seen.get("image_mean", mean)),
-        "std": tuple(seen.get("image_std", std)),
-        # SigLIP's processor has both sides resized, CLIP's cuts the centre
-        "resize": "shortest" if seen.get("do_center_crop", not siglip) else "squash",
-        "interpolation": resample.get(seen.get("resample", 3), "bicubic"),
+        "mean": tuple(preprocessor.get("image_mean", mean)),
+        "std": tuple(preprocessor.get("image_std", std)),
+        # SigLIP's processor resizes both sides, CLIP's cuts out the centre
+        "resize": "shortest" if preprocessor.get("do_center_crop", not siglip) else "squash",
+        "interpolation": resample.get(preprocessor.get("resample", 3), "bicubic"),
     }
-    shell = Model(
-        image=image,
-        text=text,
-        params={},
-        batch_stats={},
-        logit_scale=np.float32(scalars.get("logit_scale", 0)).reshape(()),
-        logit_bias=np.float32(scalars["logit_bias"]).reshape(()) if siglip else None,
+    logit_scale = np.float32(scalars.get("logit_scale", 0)).reshape(())
+    logit_bias = np.float32(scalars["logit_bias"]).reshape(()) if siglip else None
+    width = max(image.output_width, text.output_width)
+    variables = rules.read(layout.tower_rules(image, text, width, None, siglip), arrays, WEIGHTS)
+    whole = make_model(
+        image,
+        text,
+        variables,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
         **pictures,
-        words=base.Words(
+        words=Words(
             kind="sentencepiece" if siglip else "clip_bpe",
             vocab_size=text.vocab_size,
             context=text.context,
@@ -291,68 +319,4 @@ def from_huggingface(
             plain=not siglip and text.vocab_size == 49408,
         ),
     )
-    variables = base.read(_rules(shell, siglip), arrays, WEIGHTS)
-    rest = {k: getattr(shell, k) for k in ("logit_scale", "logit_bias", "words")} | pictures
-    return base.same_everywhere(base.make_model(image, text, variables, **rest), WEIGHTS)
-
-
-def words_size(words: Mapping[str, Any], *, siglip: bool) -> tuple[int, int]:
-    """Rows of the table of words and tokens of a text, by a `text_config`."""
-    size, context = (32000, 64) if siglip else (49408, 77)
-    return words.get("vocab_size") or size, words.get("max_position_embeddings", context)
-
-
-def _towers(vision, words, config, siglip: bool) -> tuple[ViT, TextTransformer]:
-    """Both towers by their configs; what a config leaves out is the class's default."""
-    act, eps = ("gelu_pytorch_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
-    known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
-    for name, section in (("vision_config", vision), ("text_config", words)):
-        found = section.get("hidden_act", act)
-        if found not in known:
-            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(found), ", ".join(known))
-
-    def common(section):
-        return {
-            "activation": known[section.get("hidden_act", act)],
-            "norm_eps": section.get("layer_norm_eps", eps),
-        }
-
-    width = vision.get("hidden_size", 768)
-    shape = (
-        width,
-        vision.get("num_hidden_layers", 12),
-        vision.get("num_attention_heads", 12),
-        vision.get("intermediate_size", 3072),
-    )
-    image = ViT(
-        **base.vit_shape(shape, vision.get("patch_size", 16 if siglip else 32)),
-        image_size=vision.get("image_size", 224),
-        embed_dim=0 if siglip else config.get("projection_dim", 512),
-        pool="attention" if siglip else "class",
-        pre_norm=not siglip,
-        **common(vision),
-    )
-    narrow = words.get("hidden_size", 768 if siglip else 512)
-    vocabulary, context = words_size(words, siglip=siglip)
-    end = words.get("eos_token_id", 49407)
-    # what old configs say whatever the tokenizer, and SigLIP's to this day: CLIP's last id
-    if end == 2 or end >= vocabulary or (siglip and end == 49407):
-        end = 1 if siglip else vocabulary - 1
-    text = TextTransformer(
-        vocab_size=vocabulary,
-        context=context,
-        width=narrow,
-        depth=words.get("num_hidden_layers", 12),
-        heads=words.get("num_attention_heads", 12 if siglip else 8),
-        mlp_ratio=words.get("intermediate_size", 3072 if siglip else 2048) / narrow,
-        causal=not siglip,
-        pool="last" if siglip else "eot",
-        eot_id=end,
-        pad_id=words.get("pad_token_id", 1) if siglip else 0,
-        projection_bias=siglip,
-        embed_dim=(words.get("projection_size") or narrow)
-        if siglip
-        else config.get("projection_dim", 512),
-        **common(words),
-    )
-    return image, text
+    return checked(whole, WEIGHTS)

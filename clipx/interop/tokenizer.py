@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop.base import Words
+from clipx.interop.model import Words
 
 if TYPE_CHECKING:
     import tokenizers
@@ -90,16 +90,18 @@ def siglip_files(model: bytes, context: int) -> dict[str, str | bytes]:
     return {PIECES: model, SETTINGS: _dump(settings)}
 
 
-def check_siglip(settings: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for settings of a `SiglipTokenizer` under which it does something else
-    than Google's."""
+def check_siglip(settings: Mapping[str, Any], where: str) -> None:
+    """Raises `ConfigError`, found at `where`, for settings of a `SiglipTokenizer` under which it
+    gives other ids than Google's."""
     wanted = {"do_lower_case": True, "sp_model_kwargs": {}}
     wanted |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     for name, value in wanted.items():
         found = settings.get(name)
         found = found.get("content", found) if isinstance(found, Mapping) else found
         if found not in (None, value):
-            raise ConfigError(f"{SETTINGS}: {name}", repr(found), f"{value!r}, as Google's SigLIP")
+            raise ConfigError(
+                f"{where}: {SETTINGS}: {name}", repr(found), f"{value!r}, as Google's SigLIP"
+            )
 
 
 def files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +106,9 @@ class BERT(Tower):
     depth takes its first layers.
     """
 
+    from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
+    needs_start_mark: ClassVar[bool] = True
+
     vocab_size: int = 30522
     context: int = 30  # tokens that the tokenizer delivers
     positions: int = 512  # rows of the table of positions
@@ -135,6 +139,16 @@ class BERT(Tower):
             f"at least {self.context}",
         )
         check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
+
+    @property
+    def backbone_width(self) -> int:
+        """The width of a block."""
+        return self.width
+
+    @property
+    def unseen_settings(self) -> dict[str, Any]:
+        """The heads. Positions are no matter: a text takes the first rows of a longer table."""
+        return {"heads": self.heads}
 
     @nn.compact
     def __call__(

@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,13 +90,30 @@ def text_lengths(ids: Int32[Array, "b n"], eot_id: int, pad_id: int) -> Int[Arra
     return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
 
 
+class PositionTable(NamedTuple):
+    """Where a tower keeps learned positions that can be resized for other inputs."""
+
+    path: tuple[str, ...]  # of the table [rows, channels], in the tower's `params`
+    first: int  # rows in front of the positions, a class token's: they have no place
+    shape: tuple[int, ...]  # what the other rows cover: (side, side) patches, or (tokens,)
+
+
 class Tower(nn.Module):
     """Base of every tower: pictures or token ids in, `Encoded` out. Its fields are config keys.
 
     `__call__(x, *, train=False, keys=None) -> Encoded` fills every field; row i of each comes from
     row i of `x` and `keys[i]` (BatchNorm in training excepted). `keys` are typed PRNG keys, needed
     only when `train` and `dropout`.
+
+    Code outside of `clipx/models/` never tests which tower it has. A tower declares what others
+    need to know: `from_tokenizer`, `needs_start_mark`, `backbone_width`, `position_table` and
+    `unseen_settings`. None of these is a config key.
     """
+
+    # fields that a config's tokenizer gives, and its tower's section may not
+    from_tokenizer: ClassVar[tuple[str, ...]] = ()
+    # whether the tower is read out at the start mark of a text, so that every text must have one
+    needs_start_mark: ClassVar[bool] = False
 
     embed_dim: int = 512  # width of the shared space; 0: no projection, raw is the backbone
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
@@ -109,6 +126,28 @@ class Tower(nn.Module):
     def check(self) -> None:
         """Raises `ConfigError` for fields that cannot go together. Runs on every Linen clone."""
         check(self.embed_dim >= 0, self.at("embed_dim"), self.embed_dim, "0 or more")
+
+    @property
+    def backbone_width(self) -> int:
+        """Channels of `Encoded.backbone`."""
+        raise NotImplementedError(f"{type(self).__name__}.backbone_width")
+
+    @property
+    def output_width(self) -> int:
+        """Channels of `Encoded.raw`: of the projection, or of the backbone without one."""
+        return self.embed_dim or self.backbone_width
+
+    @property
+    def position_table(self) -> PositionTable | None:
+        """The positions that change with the size of pictures or the length of texts; None where
+        any size that the config allows takes the same array."""
+        return None
+
+    @property
+    def unseen_settings(self) -> dict[str, Any]:
+        """The settings that change the output and leave the shapes of arrays as they are. Models
+        that differ in one of them are different models, whatever their arrays."""
+        return {}
 
     @nn.nowrap
     def at(self, field: str) -> str:

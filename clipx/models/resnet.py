@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 from clipx.models.layers import (
     BatchNorm,
     PoolAttention,
+    PositionTable,
     Tower,
     check,
     check_name,
@@ -183,6 +184,27 @@ class ResNet(Tower):
         """Of the attention pool: 64 wide each (clip/model.py, CLIP)."""
         blocks, width = self.shape
         return max(width * 2 ** (len(blocks) + 1) // 64, 1)
+
+    @property
+    def backbone_width(self) -> int:
+        """Channels of the last feature map."""
+        blocks, width = self.shape
+        bottleneck = self.modified or PLAIN[self.variant][1]
+        return width * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
+
+    @property
+    def position_table(self) -> PositionTable | None:
+        """Of the attention pool: one row a place of the last feature map, behind the mean token's.
+        The plain one has none."""
+        if not self.modified:
+            return None
+        side = self.image_size // 2 ** (len(self.shape[0]) + 1)
+        return PositionTable(("pool", "positional_embedding"), 1, (side, side))
+
+    @property
+    def unseen_settings(self) -> dict[str, Any]:
+        """The heads of the attention pool."""
+        return {"heads": self.heads}
 
     @nn.compact
     def __call__(

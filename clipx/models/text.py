@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32, Key
 from clipx.models.layers import (
     Activation,
     LayerNorm,
+    PositionTable,
     Tower,
     check,
     dropout_keys,
@@ -31,6 +32,8 @@ class TextTransformer(Tower):
     also the id of "!", so an id alone does not make a padding). `tokens` of the result are all
     tokens after the last LayerNorm. Texts may be shorter than `context`.
     """
+
+    from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
 
     vocab_size: int = 49408
     context: int = 77  # tokens
@@ -69,6 +72,23 @@ class TextTransformer(Tower):
                 f"{self.eot_id} with a vocabulary of {self.vocab_size}",
                 "an id of the vocabulary",
             )
+
+    @property
+    def backbone_width(self) -> int:
+        """The width of a block."""
+        return self.width
+
+    @property
+    def position_table(self) -> PositionTable:
+        """One row a token."""
+        return PositionTable(("positional_embedding",), 0, (self.context,))
+
+    @property
+    def unseen_settings(self) -> dict[str, Any]:
+        """Fields. In a causal tower masked padding changes nothing."""
+        names = ("activation", "norm_eps", "heads", "pool", "causal")
+        found = {name: getattr(self, name) for name in names}
+        return found | {"mask_padding": self.mask_padding and not self.causal}
 
     @nn.compact
     def __call__(

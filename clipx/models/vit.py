@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from clipx.models.layers import (
     Activation,
     LayerNorm,
     PoolAttention,
+    PositionTable,
     Tower,
     check,
     check_name,
@@ -137,6 +138,28 @@ class ViT(Tower):
             round(width * ratio),
             int(digits) if self.patch is None else self.patch,
         )
+
+    @property
+    def backbone_width(self) -> int:
+        """The width of a block."""
+        return self.shape[0]
+
+    @property
+    def position_table(self) -> PositionTable:
+        """One row a patch, behind the class token's."""
+        side = self.image_size // self.shape[-1]
+        return PositionTable(("positional_embedding",), int(self.pool == "class"), (side, side))
+
+    @property
+    def unseen_settings(self) -> dict[str, Any]:
+        """Fields, and the heads that the variant says."""
+        return {
+            "activation": self.activation,
+            "norm_eps": self.norm_eps,
+            "heads": self.shape[2],
+            "pool": self.pool,
+            "pre_norm": self.pre_norm,
+        }
 
     @nn.compact
     def __call__(

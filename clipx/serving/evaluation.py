@@ -158,7 +158,7 @@ def evaluate_file(
     keep at `path`; also written to a file for each eval in `out`, by default `evaluation` beside
     its weights. What differs from clipx's evaluation, such as "preprocessing", must be in `ignore`.
     """
-    model, tokenizer = pretrained.open_model(path, restore)
+    model, tokenizer = pretrained.open_model(path)
     devices = len(jax.devices())
     config = pretrained.sections(path, model, tokenizer) | {
         "data": {"source": "shapes"},  # not opened: nothing is trained

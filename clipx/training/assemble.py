@@ -22,8 +22,6 @@ from clipx.training.schema import Config, check_marks, named
 from clipx.training.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
-_TEXT_FILLED = {name: f"tokenizer.{name}" for name in ("vocab_size", "context", "eot_id", "pad_id")}
-
 
 def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]]:
     """The objective with its towers, none of them locked yet, and the complete sections of the
@@ -34,7 +32,8 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
         "objectives", Objective, config.objective, "config.objective"
     )
     image = bind(image_cls, image_section, where="config.image")
-    text = bind(text_cls, text_section, where="config.text", **filled(config, _TEXT_FILLED))
+    words = {name: f"tokenizer.{name}" for name in text_cls.from_tokenizer}
+    text = bind(text_cls, text_section, where="config.text", **filled(config, words))
     check_marks(config.tokenizer, text)
     objective = bind(
         objective_cls,
@@ -49,7 +48,7 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
     return objective, {
         "objective": {"name": objective_name, **binding.dump(objective, given=given)},
         "image": {"name": image_name, **binding.dump(image)},
-        "text": {"name": text_name, **binding.dump(text, given=_TEXT_FILLED)},
+        "text": {"name": text_name, **binding.dump(text, given=words)},
     }
 
 

@@ -12,7 +12,7 @@ from clipx.data.text import tokenizers
 from clipx.interop import load
 from clipx.parallel import mesh as meshes
 from clipx.training import pretrained
-from clipx.training.run import OpenRun, Run, restore
+from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
 from clipx.types import TrainState
 
@@ -32,7 +32,7 @@ def init(run: Run) -> TrainState:
     """The state of step 0, created where it lies. What starts from files is read here; whether
     their tokenizer is the run's is compared once the run has one."""
     tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
-    found = pretrained.entries(run.objective, run.state.params, run.config, tokenizer, restore)
+    found = pretrained.entries(run.objective, run.state.params, run.config, tokenizer)
 
     def create(pretrained):
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.batch)

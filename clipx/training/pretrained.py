@@ -1,11 +1,11 @@
-"""What `config.init_from` is, and how it fits a run: a workdir of clipx, or a model as open_clip or
-transformers keep it, with the tokenizer that belongs to it."""
+"""What `config.init_from` names, and how it fits a run: a workdir of clipx, or a model as open_clip
+or transformers keeps it, with its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,24 +16,24 @@ from clipx.config import binding as configs
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError
-from clipx.interop import base, huggingface, load, proof
-from clipx.interop import tokenizer as formats
-from clipx.interop.base import Model, Words
-from clipx.models.bert import BERT
-from clipx.models.text import TextTransformer
+from clipx.interop import load, verify
+from clipx.interop import tokenizer as files
+from clipx.interop.formats import FORMATS
+from clipx.interop.model import Model, Words, cpu, make_model
+from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.training.checkpoint import read_json
+from clipx.training.run import restore
 from clipx.training.schema import Config
 from clipx.types import PyTree, TrainState
 
 WHERE = "config.init_from"
-Restore = Callable[..., tuple[Any, TrainState]]  # `run.restore`, whose file imports this one
 _SCALARS = ("logit_scale", "logit_bias")
 
 
 def workdir(path: str) -> tuple[pathlib.Path, str] | None:
-    """The workdir that `path` is, or whose checkpoint it is, and the step, "" for none; None where
-    it is something else."""
+    """(workdir, step) if `path` is a workdir or one of its checkpoints, with step "" for a workdir;
+    else None."""
     folder = pathlib.Path(path).expanduser().absolute()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         return folder.parents[1], folder.name
@@ -43,13 +43,13 @@ def workdir(path: str) -> tuple[pathlib.Path, str] | None:
 def split(
     objective: Objective, tokenizer: Tokenizer, state: TrainState
 ) -> tuple[Model, dict[str, np.ndarray]]:
-    """The two towers of a run's state, with what a score needs beside them, and every other array
-    that was learned or kept: heads, queues, prototypes and the mask's embedding."""
+    """The model in a run's state, and every other array by its path: heads, queues, prototypes and
+    the mask's embedding."""
     params = jax.tree.map(np.asarray, state.params)
     scale = params.get("logit_scale", _critics_scale(params))
     cap = getattr(objective, "logit_scale_cap", None)
     scale = scale if cap is None else min(scale, np.log(cap))
-    model = base.make_model(
+    model = make_model(
         objective.image,
         objective.text,
         {"params": params, "batch_stats": jax.tree.map(np.asarray, state.batch_stats)},
@@ -73,26 +73,26 @@ def split(
 
 
 def _critics_scale(params: Mapping[str, Any]) -> np.ndarray:
-    """The scale inside a head, where the objective has none itself; the logarithm of 1 if none."""
+    """The log scale inside a head, for objectives without one of their own; 0 if there is none."""
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     found = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
     return found[0] if found else np.float32(0)
 
 
 def words(tokenizer: Tokenizer) -> Words:
-    """A tokenizer's ids, as the formats know them."""
+    """A tokenizer's ids, as an export needs them."""
     config = tokenizer.config
     ids = ("vocab_size", "context", "pad_id", "sot_id", "eot_id", "mask_id")
     plain = config.name == "clip_bpe" and config.cleaning == "clip"
     return Words(
         kind=config.name,
         **{name: getattr(config, name) for name in ids},
-        plain=plain and formats.is_openai(tokenizer.save()),
+        plain=plain and files.is_openai(tokenizer.save()),
     )
 
 
 def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tokenizer saved, without the mask's id, which no text gives."""
+    """What a tokenizer saved, without the id of the mask, which no text has."""
     config = dict(saved["config"])
     if config["mask"] and config["name"] != "wordpiece":
         config["vocab_size"] -= 1
@@ -100,15 +100,15 @@ def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_tokenizer(path: str) -> Tokenizer | None:
-    """The tokenizer of the model at `path`; None where it is none of ours. No weight is read."""
+    """The tokenizer of the model at `path`; None if clipx has no such one. Reads no weights."""
     file = pathlib.Path(path).expanduser()
     if found := workdir(path):
         saved = found[0] / "tokenizer.json"
     else:
         folder = file if file.is_dir() else file.parent
-        saved = folder / formats.CLIPX
+        saved = folder / files.CLIPX
         if not saved.is_file():
-            return _siglip_tokenizer(folder)
+            return _library_tokenizer(folder)
     try:
         return tokenizers.load(read_json(saved))
     except ConfigError as error:
@@ -118,43 +118,36 @@ def open_tokenizer(path: str) -> Tokenizer | None:
         raise ConfigError(WHERE, f"{saved} ({error})", "a tokenizer that clipx wrote") from None
 
 
-def _siglip_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-    """What transformers' `SiglipTokenizer` does with the files of a SigLIP folder; None where it
-    has none. Raises `ConfigError` for files under which it does something else than Google's."""
-    pieces = folder / formats.PIECES
-    if not pieces.is_file():
+def _library_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of clipx that does what the folder's own does, such as transformers'
+    `SiglipTokenizer`; None if there is none. Raises `ConfigError` for files under which the two
+    would differ."""
+    fields = next(filter(None, (f.tokenizer_fields(folder, WHERE) for f in FORMATS)), None)
+    if fields is None:
         return None
-    config = load.read_json(folder / huggingface.CONFIG, WHERE) or {}
-    settings = load.read_json(folder / formats.SETTINGS, WHERE) or {}
-    named = settings.get("tokenizer_class", formats.SIGLIP)
-    if config.get("model_type") != "siglip" or named != formats.SIGLIP:
-        return None
-    size, context = huggingface.words_size(config.get("text_config") or {}, siglip=True)
-    fields = {"path": str(pieces), "cleaning": "siglip", "marks": "end"}
     try:
-        formats.check_siglip(settings)
-        tokenizer = tokenizers.build(TokenizerConfig("sentencepiece", size, context, **fields))
+        tokenizer = tokenizers.build(TokenizerConfig(**fields))
     except ConfigError as error:
         error.where = f"{WHERE}: {error.where}"
         raise
-    # U+2581 is what that class puts before every text
+    # transformers puts U+2581 before every text; Google's pieces make nothing of it
     if tokenizer.body("\u2581 a a") != 2 * tokenizer.body("a"):
         found = "a model that keeps white space before a text, or puts none there"
         expected = "one normalised by nmt_nfkc with a dummy prefix, as Google's"
-        raise ConfigError(f"{WHERE}: {formats.PIECES}", found, expected)
+        raise ConfigError(f"{WHERE}: {files.PIECES}", found, expected)
     return tokenizer
 
 
 def openai_tokenizer(model: Model) -> Tokenizer | None:
-    """CLIP's own, where a model of another library has its words."""
+    """OpenAI's tokenizer, if the model has its words; else None."""
     if not model.words.plain or model.words.vocab_size != TokenizerConfig("clip_bpe").vocab_size:
         return None
     return tokenizers.build(TokenizerConfig("clip_bpe", context=model.words.context))
 
 
 def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer | None:
-    """The given tokenizer under `config`, where that would train a SentencePiece model of its own
-    and has room for this one; else None."""
+    """The given tokenizer under `config`, if `config` would else train a SentencePiece model with
+    the same marks and number of words; else None."""
     own = config.name == "sentencepiece" and not config.path
     if given is None or given.config.name != config.name or not own:
         return None
@@ -165,8 +158,8 @@ def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer
     return tokenizers.load(given.save() | {"config": dataclasses.asdict(config)})
 
 
-def open_model(path: str, restore: Restore) -> tuple[Model, Tokenizer | None]:
-    """The model that `config.init_from` names and its tokenizer, None where it is none of ours."""
+def open_model(path: str) -> tuple[Model, Tokenizer | None]:
+    """The model that `config.init_from` names, and its tokenizer: None if clipx has no such one."""
     found = workdir(path)
     if found is None:
         model, given = load.load(path), open_tokenizer(path)
@@ -177,8 +170,8 @@ def open_model(path: str, restore: Restore) -> tuple[Model, Tokenizer | None]:
     try:
         own = read_json(folder / "config.json")
         bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        # beside what the run itself holds on its devices, where the host can take it
-        devices = jax.devices() if jax.process_count() > 1 else [proof.cpu()]
+        # on the host if it can hold the model: the devices hold the run's own state
+        devices = jax.devices() if jax.process_count() > 1 else [cpu()]
         step = step or ("best" if own["train"]["best"] else "latest")
         run, state = restore(folder, step, config=bare, devices=devices)
     except ConfigError as error:
@@ -192,7 +185,6 @@ def entries(
     params: PyTree,
     config: Config,
     tokenizer: Tokenizer | None,
-    restore: Restore,
 ) -> dict[str, PyTree]:
     """The parts of a run's `params` and `batch_stats` that come from files: of `config.init_from`,
     or of a tower's own.
@@ -209,7 +201,7 @@ def entries(
         found = f"{path!r}, and one of config.{twice[0]} too"
         fix = f"config.init_ignore=('{twice[0]}',)"
         raise ConfigError(WHERE, found, "one file for each tower", fix)
-    model, given = open_model(path, restore)
+    model, given = open_model(path)
     found = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
     found["params"] |= towers
     return found
@@ -256,7 +248,7 @@ def fit(
 
 
 def _other_words(model, config: TokenizerConfig, tokenizer, given) -> list[str]:
-    """A line for all that a text's ids differ in."""
+    """A fault for each difference between the ids of texts."""
     theirs, faults = model.words.without_mask(), []
     if theirs.kind != config.name:
         return [f"tokenizer.name: {theirs.kind!r}, and {config.name!r} in the config"]
@@ -270,33 +262,30 @@ def _other_words(model, config: TokenizerConfig, tokenizer, given) -> list[str]:
     for name in differ:
         a, b = getattr(given.config, name), getattr(config, name)
         faults.append(f"tokenizer.{name}: {a!r}, and {b!r} in the config")
-    if not differ and any(given.body(text) != tokenizer.body(text) for text in proof.CAPTIONS):
+    if not differ and any(given.body(text) != tokenizer.body(text) for text in verify.CAPTIONS):
         faults.append("tokenizer: the same captions are cut into other tokens")
     return faults
 
 
 def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A config's objective, towers and tokenizer that are those of a model. Raises `ConfigError`
-    where its tokenizer is none of ours."""
+    """The sections of a config that describe a model: objective, towers and tokenizer. Raises
+    `ConfigError` for a tokenizer that clipx has not. path: of the model, for messages."""
     if tokenizer is None:
         raise ConfigError(
             "--init_from",
             f"{path}, whose texts are cut by a tokenizer that clipx has not",
-            f"CLIP's own words; {formats.PIECES} of a {formats.SIGLIP} in the folder; or "
-            f"{formats.CLIPX}, which clipx.export writes",
+            f"CLIP's own words; {files.PIECES} of a {files.SIGLIP} in the folder; or "
+            f"{files.CLIPX}, which clipx.export writes",
         )
     config = dataclasses.replace(tokenizer.config, context=model.text.context)
-    given = ("vocab_size", "context", "eot_id", "pad_id")
     for name in ("vocab_size", "eot_id"):
         if getattr(config, name) != getattr(model.text, name):
             found = f"{getattr(config, name)}, and {getattr(model.text, name)} in {path}"
-            raise ConfigError(f"{formats.CLIPX}: {name}", found, "the tokenizer of this model")
+            raise ConfigError(f"{files.CLIPX}: {name}", found, "the tokenizer of this model")
 
-    def tower(module) -> dict[str, Any]:
+    def tower(module: Tower) -> dict[str, Any]:
         name = type(module).__module__.rpartition(".")[2]
-        return {"name": name} | configs.dump(
-            module, given if isinstance(module, (TextTransformer, BERT)) else ()
-        )
+        return {"name": name} | configs.dump(module, module.from_tokenizer)
 
     return {
         "objective": {

@@ -15,7 +15,6 @@ from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
-from clipx.models.bert import BERT
 from clipx.models.layers import Tower
 from clipx.parallel.mesh import MeshConfig
 from clipx.training.optimizer import OptimizerConfig
@@ -211,10 +210,10 @@ class EvalSpec:
 
 def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:
     """Raises `ConfigError` where there is no start mark for a text tower to be read out at."""
-    if tokenizer.sot_id is None and isinstance(text, BERT):
+    if tokenizer.sot_id is None and text.needs_start_mark:
         raise ConfigError(
             "config.tokenizer.marks",
             repr(tokenizer.marks),
-            "'both': BERT is read out at the start mark",
+            f"'both': {type(text).__name__} is read out at the start mark",
             "config.tokenizer.marks=both",
         )

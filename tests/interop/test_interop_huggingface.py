@@ -7,17 +7,17 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from support.libraries import with_transformers
 from support.towers import BOTH, RESNET, TEXT, VIT, few_words, model, words_of
 
 from clipx.data.text import tokenizers, vocabulary
 from clipx.errors import NotExpressible
-from clipx.interop import huggingface, load, proof, tokenizer
+from clipx.interop import huggingface, libraries, load, tokenizer, verify
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
+FORMAT = huggingface.HuggingFace()
 SIGLIP = (  # Google's: GELU by tanh
     ViT(
         **VIT | {"pool": "attention", "pre_norm": False, "activation": "gelu_tanh"},
@@ -30,11 +30,8 @@ SIGLIP = (  # Google's: GELU by tanh
 
 
 def write(folder, written, files=None):
-    arrays, config, preprocessor = huggingface.to_huggingface(written)
     folder.mkdir(exist_ok=True)
-    save_file(arrays, folder / huggingface.WEIGHTS, metadata={"format": "pt"})
-    (folder / huggingface.CONFIG).write_text(json.dumps(config))
-    (folder / huggingface.PREPROCESSOR).write_text(json.dumps(preprocessor))
+    FORMAT.write(written, folder, str(folder))
     for name, text in (files or {}).items():
         (folder / name).write_text(text)
     return folder
@@ -53,12 +50,15 @@ def both_kinds():
 def test_written_and_read_again(kind, tmp_path):
     first = list(both_kinds())[kind]
     again = load.load(write(tmp_path / "a", first))
-    a, b = (huggingface.to_huggingface(m) for m in (first, again))
-    assert a[0].keys() == b[0].keys() and a[2] == b[2]
-    assert all(a[0][k].tobytes() == b[0][k].tobytes() for k in a[0])
+    a, b = (FORMAT.arrays(m) for m in (first, again))
+    assert a.keys() == b.keys()
+    assert all(a[k].tobytes() == b[k].tobytes() for k in a)
+    a, b = (FORMAT.configs(m, "") for m in (first, again))
+    assert a[huggingface.PREPROCESSOR] == b[huggingface.PREPROCESSOR]
     for section in ("text_config", "vision_config"):
-        same = {k: v for k, v in a[1][section].items() if not k.endswith("token_id")}
-        assert same == {k: b[1][section][k] for k in same}
+        a_section, b_section = (x[huggingface.CONFIG][section] for x in (a, b))
+        same = {k: v for k, v in a_section.items() if not k.endswith("token_id")}
+        assert same == {k: b_section[k] for k in same}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_what_has_no_place_is_refused(image, text, bias, says):
     words, fields = few_words()
     written = model(image, TextTransformer(**fields | BOTH | text), words, bias)
     with pytest.raises(NotExpressible, match=says):
-        huggingface.to_huggingface(written)
+        FORMAT.arrays(written)
 
 
 def test_padding_that_counts_must_be_trainings():
@@ -85,13 +85,13 @@ def test_padding_that_counts_must_be_trainings():
     first = list(both_kinds())[1]
     words = dataclasses.replace(first.words, kind="clip_bpe")
     with pytest.raises(NotExpressible, match="SentencePiece"):
-        huggingface.to_huggingface(dataclasses.replace(first, words=words))
+        FORMAT.arrays(dataclasses.replace(first, words=words))
 
 
 def saved_by_transformers(folder, written):
     """What transformers itself writes of a model is read to the bit, and as the same towers."""
-    transformers = proof.library("transformers")
-    with proof.quiet():
+    transformers = libraries.require("transformers")
+    with libraries.quiet():
         transformers.AutoModel.from_pretrained(folder / "a").save_pretrained(folder / "b")
     again, gone = load.load(folder / "b"), written.words.dropped
     for path, x in written.flat.items():
@@ -119,7 +119,7 @@ def test_proof_clip(tmp_path):
     core = vocabulary.byte_pairs("\n".join(merges))
     files = tokenizer.clip_files("\n".join(merges), core.get_vocab(), 16)
     made = tokenizers.build(config)
-    found = proof.prove("huggingface", write(tmp_path / "a", written, files), written, made)
+    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
 
@@ -136,7 +136,7 @@ def test_proof_siglip(kind, tmp_path):
     written = model(image, TextTransformer(**fields), words, bias=-4)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words, "clip", attention_mask=False)
-    found = proof.prove("huggingface", write(tmp_path / "a", written, files), written, made)
+    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
 
@@ -144,10 +144,10 @@ def test_proof_siglip(kind, tmp_path):
 def test_patches_bias_becomes_part_of_positions(tmp_path):
     """Google's SigLIP has one, our towers have not."""
     first = list(both_kinds())[1]
-    arrays, config, _ = huggingface.to_huggingface(first)
+    arrays, configs = FORMAT.arrays(first), FORMAT.configs(first, "")
     bias = np.arange(32, dtype=np.float32)
     arrays["vision_model.embeddings.patch_embedding.bias"] = bias
-    again = huggingface.from_huggingface(arrays, config)
+    again = FORMAT.read(arrays, configs.get)
     np.testing.assert_array_equal(
         again.params["image"]["positional_embedding"],
         first.params["image"]["positional_embedding"] + bias,
@@ -157,11 +157,13 @@ def test_patches_bias_becomes_part_of_positions(tmp_path):
 @pytest.mark.parametrize("marks", [{}, {"eos_token_id": 49407, "pad_token_id": 1}])
 def test_siglips_own_marks_whatever_its_config_says(marks):
     """The class's defaults are CLIP's ids, which a large vocabulary of its own has too."""
-    arrays, config, _ = huggingface.to_huggingface(list(both_kinds())[1])
+    first = list(both_kinds())[1]
+    arrays, configs = FORMAT.arrays(first), FORMAT.configs(first, "")
+    config = configs[huggingface.CONFIG]
     words = {k: v for k, v in config["text_config"].items() if not k.endswith("token_id")}
     arrays["text_model.embeddings.token_embedding.weight"] = np.zeros((50_000, 32), np.float32)
     config["text_config"] = words | {"vocab_size": 50_000} | marks
-    text = huggingface.from_huggingface(arrays, config).text
+    text = FORMAT.read(arrays, configs.get).text
     assert (text.vocab_size, text.eot_id, text.pad_id) == (50_000, 1, 1)
 
 

@@ -15,8 +15,8 @@ from support.libraries import asked, missing
 from support.runs import small
 
 from clipx.data.sources.shapes import Shapes
-from clipx.export import Options, export
 from clipx.serving.evaluation import evaluate
+from clipx.serving.export import Options, export
 
 JUDGE = ROOT / "benchmarks" / "judge.py"
 NO_JUDGE = missing("torch", "open_clip", "transformers", "open_clip_train")

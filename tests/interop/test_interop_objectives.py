@@ -10,8 +10,9 @@ from support.libraries import NO_OPEN_CLIP, NO_TRANSFORMERS
 from support.runs import small
 
 from clipx.errors import ConfigError
-from clipx.export import Options, export
-from clipx.interop import huggingface, load, open_clip, proof
+from clipx.interop import load, verify
+from clipx.interop.formats import FORMATS
+from clipx.serving.export import Options, export
 
 NONE = NO_OPEN_CLIP or NO_TRANSFORMERS
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(bool(NONE), reason=NONE or "-")]
@@ -79,24 +80,22 @@ def test_trained_and_exported(name, tmp_path):
     mesh, why = MODELS[name][-2:]
     devices = jax.devices()[: 8 if mesh else 1]
     folder = save(tmp_path / "run", config(name), steps=2, devices=devices)
-    formats = {"open_clip": open_clip.WEIGHTS, "huggingface": huggingface.WEIGHTS}
-    for format_, weights in formats.items():
-        options = Options(format_, tmp_path / format_, verify=True, pt=format_ == "open_clip")
-        if why and format_ == "huggingface":
+    for format_ in FORMATS:
+        pt = format_.name == "open_clip"
+        options = Options(format_.name, tmp_path / format_.name, verify=True, pt=pt)
+        if why and format_.name == "huggingface":
             with pytest.raises(ConfigError, match=why):
                 export(folder, options)
             continue
-        found = export(folder, options)
-        assert found.image_cosine > proof.COSINE and found.text_cosine > proof.COSINE
-        assert found.logits < proof.RELATIVE
-        again = load.load(tmp_path / format_)
-        arrays = load_file(tmp_path / format_ / weights)
-        if format_ == "open_clip":
-            written, _ = open_clip.to_open_clip(again)
-            torchs = load.load(tmp_path / format_ / "open_clip_pytorch_model.bin").flat
+        found = export(folder, options).proof
+        assert found.image_cosine > verify.COSINE and found.text_cosine > verify.COSINE
+        assert found.logits < verify.RELATIVE
+        again = load.load(options.out)
+        arrays = load_file(options.out / format_.weights)
+        if pt:
+            torchs = load.load(options.out / "open_clip_pytorch_model.bin").flat
             assert all(x.tobytes() == torchs[k].tobytes() for k, x in again.flat.items())
-        else:
-            written, *_ = huggingface.to_huggingface(again)
+        written = format_.arrays(again)
         assert written.keys() == arrays.keys()
         assert all(x.tobytes() == arrays[k].tobytes() for k, x in written.items())
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import json
 import types
 
 import numpy as np
@@ -13,11 +12,14 @@ from support.towers import BOTH, RESNET, TEXT, VIT, few_words, model, words_of
 
 from clipx.data.text import tokenizers, vocabulary
 from clipx.errors import ConfigError, NotExpressible, NotProven
-from clipx.interop import base, guests, load, open_clip, proof, tokenizer
+from clipx.interop import libraries, load, open_clip, tokenizer, verify
+from clipx.interop import model as models
 from clipx.models.bert import BERT
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
+
+FORMAT = open_clip.OpenClip()
 
 
 def clip_words(mask=False):
@@ -28,12 +30,8 @@ def clip_words(mask=False):
 
 
 def write(folder, written, files=None):
-    arrays, config = open_clip.to_open_clip(written, str(folder))
     folder.mkdir(exist_ok=True)
-    save_file(arrays, folder / open_clip.WEIGHTS)
-    (folder / open_clip.CONFIG).write_text(json.dumps(config))
-    if found := guests.config(written):
-        (folder / "config.json").write_text(json.dumps(found))
+    FORMAT.write(written, folder, str(folder))
     for name, text in (files or {}).items():
         (folder / name).write_text(text)
     return folder
@@ -77,7 +75,7 @@ def test_written_and_read_again(name, scan, tmp_path):
     table = first.params["text"]["token_embedding"]
     mine = np.asarray(fitted["params"]["text"]["token_embedding"])
     np.testing.assert_array_equal(np.delete(mine, 37, 0), np.delete(table, 37, 0))
-    whole = base.make_model(image, first.text, fitted, **rest(first))
+    whole = models.make_model(image, first.text, fitted, **rest(first))
     for path, x in first.flat.items():
         if not path.endswith("token_embedding"):
             np.testing.assert_array_equal(whole.flat[path], x, err_msg=path)
@@ -87,7 +85,7 @@ def test_timms_resnet_and_bert_come_back(tmp_path):
     """CLIP-Lite's towers, whose widths differ: zeros fill the narrower one's projection."""
     fields = {"vocab_size": 150, "width": 32, "depth": 2, "heads": 2, "positions": 20}
     none = {"embed_dim": 0, "dtype": "float32"}
-    words = base.Words("wordpiece", 150, 16, 0, 101, 102, 103, plain=False)
+    words = models.Words("wordpiece", 150, 16, 0, 101, 102, 103, plain=False)
     image = ResNet(variant="resnet18", image_size=32, **none)
     first = model(image, BERT(context=16, **fields, **none), words)
     folder = write(tmp_path / "a", first)
@@ -97,7 +95,7 @@ def test_timms_resnet_and_bert_come_back(tmp_path):
     assert a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
     assert again.words.kind == "wordpiece" and again.text.positions == 20
     ids = np.array([[101, 110, 120, 102, *[0] * 12]], np.int32)
-    said, same = (proof.ours(m, proof.pictures(32)[:2], ids) for m in (first, again))
+    said, same = (verify.ours(m, verify.pictures(32)[:2], ids) for m in (first, again))
     np.testing.assert_allclose(said.logits, same.logits, rtol=1e-5)
 
 
@@ -110,7 +108,7 @@ def test_names_are_open_clips():
     """Names and shapes as open_clip 3 lists them for such a model."""
     words, text = few_words()
     written = model(ViT(**VIT, **BOTH), TextTransformer(**text, **BOTH), words)
-    arrays, _ = open_clip.to_open_clip(written)
+    arrays = FORMAT.arrays(written)
     shapes = {name: x.shape for name, x in arrays.items()}
     block = "visual.transformer.resblocks.1"
     expected = {
@@ -144,7 +142,7 @@ def test_what_has_no_place_is_refused(image, text, says):
     words, fields = few_words()
     written = model(ViT(**VIT | BOTH | image), TextTransformer(**fields | BOTH | text), words)
     with pytest.raises(NotExpressible, match=says):
-        open_clip.to_open_clip(written)
+        FORMAT.arrays(written)
 
 
 @with_open_clip
@@ -155,9 +153,7 @@ def test_proof_vit(tmp_path):
     both = BOTH | {"activation": "quick_gelu", "norm_eps": 1e-6}
     image, text = ViT(**VIT, **both), TextTransformer(**text, projection_bias=True, **both)
     written = model(image, text, words)
-    found = proof.prove(
-        "open_clip", write(tmp_path / "a", written), written, tokenizers.build(config)
-    )
+    found = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5 and not found.odd
 
 
@@ -172,13 +168,13 @@ def test_proof_resnet(tmp_path):
     written = model(ResNet(**RESNET, **BOTH), TextTransformer(**fields, **BOTH), words, bias=-3)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words.without_mask(), "clip")
-    found = proof.prove("open_clip", write(tmp_path / "a", written, files), written, made)
+    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
     with pytest.raises(NotProven, match="cosine of a picture"):
-        proof.prove("open_clip", tmp_path / "a", written, made)
+        verify.prove(FORMAT, tmp_path / "a", written, made)
 
 
 @with_open_clip
@@ -190,7 +186,7 @@ def test_proof_without_a_class_token(pool, pre_norm, tmp_path):
     image = ViT(**VIT, pool=pool, pre_norm=pre_norm, activation=acts[0], **BOTH)
     written = model(image, TextTransformer(**text, activation=acts[1], **BOTH), words)
     folder = write(tmp_path / "a", written)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-4
 
 
@@ -211,7 +207,7 @@ def test_proof_plain_resnet_and_bert(tmp_path):
     written = model(ResNet(variant="resnet18", image_size=32, **none), text, words)
     files = tokenizer.files(vocabulary.word_pieces(pieces), words, "clip_lite")
     folder = write(tmp_path / "a", written, files)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.text_cosine > 0.9999999
 
 
@@ -219,8 +215,8 @@ def test_proof_plain_resnet_and_bert(tmp_path):
 @pytest.mark.parametrize("side, length", [(2, 9), (3, 20), (6, 5)])
 def test_positions_are_resized_as_open_clip_does(side, length):
     """By its own functions, on the arrays that it would load."""
-    torch = proof.library("torch")
-    theirs = proof.library("open_clip.model")
+    torch = libraries.require("torch")
+    theirs = libraries.require("open_clip.model")
     rng = np.random.default_rng(0)
     grid, line = (rng.normal(size=(n, 5)).astype(np.float32) for n in (17, 11))
     state = {
@@ -241,12 +237,12 @@ def test_positions_are_resized_as_open_clip_does(side, length):
 def test_proof_tanh_and_torchs_own_file(tmp_path):
     """A class token and GELU by tanh in both towers; the same arrays read out of torch's files: a
     state, a training's checkpoint, a whole model as OpenAI's."""
-    torch = proof.library("torch")
+    torch = libraries.require("torch")
     config, words, text = clip_words()
     both = BOTH | {"activation": "gelu_tanh"}
     written = model(ViT(**VIT, **both), TextTransformer(**text, **both), words)
     folder = write(tmp_path / "a", written)
-    found = proof.prove("open_clip", folder, written, tokenizers.build(config))
+    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert found.image_cosine > 0.9999999 and found.logits < 1e-5
     arrays = {k: torch.from_numpy(x) for k, x in load_file(folder / open_clip.WEIGHTS).items()}
     training = {"epoch": 1, "state_dict": {f"module.{k}": x for k, x in arrays.items()}}
@@ -257,8 +253,8 @@ def test_proof_tanh_and_torchs_own_file(tmp_path):
     (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes()[:-999])
     with pytest.raises(ConfigError, match="a whole file of torch's"):
         load.load(folder / "c.pt")
-    open_clip_ = proof.library("open_clip")
-    with proof.quiet():
+    open_clip_ = libraries.require("open_clip")
+    with libraries.quiet():
         whole = open_clip_.create_model(f"local-dir:{folder}").eval()
         script = torch.jit.script(whole)
         script.save(folder / "script.pt")
@@ -280,19 +276,20 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     (folder / open_clip.WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with check(match="a whole safetensors file"):
         load.load(folder)
-    arrays, config = open_clip.to_open_clip(written)
+    arrays, configs = FORMAT.arrays(written), FORMAT.configs(written, "")
+    config = configs[open_clip.CONFIG]
     del arrays["ln_final.bias"]
     with check(match=r"no ln_final\.bias"):
-        open_clip.from_open_clip(arrays, config)
-    arrays, _ = open_clip.to_open_clip(written)
+        FORMAT.read(arrays, configs.get)
+    arrays = FORMAT.arrays(written)
     with check(match="extra"):
-        open_clip.from_open_clip(arrays | {"extra": np.zeros(3)}, config)
+        FORMAT.read(arrays | {"extra": np.zeros(3)}, configs.get)
     config["model_cfg"]["text_cfg"]["layers"] = 1
     with check(match=r"transformer\.resblocks\.1"):
-        open_clip.from_open_clip(arrays, config)
+        FORMAT.read(arrays, configs.get)
     config["model_cfg"]["vision_cfg"]["qk_norm"] = True
     with check(match="qk_norm"):
-        open_clip.from_open_clip(arrays, config)
+        FORMAT.read(arrays, configs.get)
 
 
 def test_other_towers_are_listed_and_refused():

@@ -16,14 +16,14 @@ from support.libraries import with_open_clip, with_transformers
 from support.runs import small
 
 from clipx.errors import ConfigError, DataError, NotProven
-from clipx.export import Options, export
-from clipx.interop import huggingface, load, proof, tokenizer
+from clipx.interop import huggingface, libraries, load, tokenizer, verify
 from clipx.ops import photometry
 from clipx.serving.evaluation import evaluate_file
+from clipx.serving.export import Options, export
 from clipx.training import pretrained
 from clipx.training.feed import open_data
 from clipx.training.initial import init, open_tokenizer
-from clipx.training.run import assemble, restore, with_data
+from clipx.training.run import assemble, with_data
 
 CONTEXT = 24
 CAPTIONS = [
@@ -34,8 +34,8 @@ CAPTIONS = [
 ] * 20
 TEXTS = [
     *CAPTIONS[:4],
-    *proof.CAPTIONS,
-    *proof.ODD_CAPTIONS,
+    *verify.CAPTIONS,
+    *verify.ODD_CAPTIONS,
     *("", " ", "?!", "...", "- a dog", "! ? a dog", '"Dogs," she said', "don't—stop", "<b>dog</b>"),
     *(
         "A  DOG\n\twith\u00a0a\u200bball\u3000",
@@ -168,7 +168,7 @@ def test_an_export_is_such_a_folder(workdir, tmp_path):
 
     run, state = begin()
     assert run.tokenizer(TEXTS).tolist() == again(TEXTS).tolist()
-    model, _ = pretrained.open_model(str(workdir), restore)
+    model, _ = pretrained.open_model(str(workdir))
     for name in ("image", "text"):
         found = jax.tree.map(np.asarray, state.params[name])
         jax.tree.map(np.testing.assert_array_equal, found, model.params[name])
@@ -184,7 +184,7 @@ def test_an_export_is_such_a_folder(workdir, tmp_path):
 
 
 def siglip_tokenizer(path, **options):
-    transformers = proof.library("transformers")
+    transformers = libraries.require("transformers")
     return transformers.SiglipTokenizer(str(path), **options)
 
 
@@ -202,7 +202,7 @@ def test_ids_are_transformers(kind, rule, context, tmp_path):
     mark that a text spells is the one thing that differs: letters here, an id there."""
     model = pieces(model_type=kind, normalization_rule_name=rule)
     folder = google(tmp_path / "a", model, text={"max_position_embeddings": context})
-    ours, theirs = pretrained.open_tokenizer(str(folder)), proof.library("transformers")
+    ours, theirs = pretrained.open_tokenizer(str(folder)), libraries.require("transformers")
     theirs = theirs.AutoTokenizer.from_pretrained(folder)
     assert type(theirs).__name__ == tokenizer.SIGLIP
     np.testing.assert_array_equal(ours(TEXTS), their_ids(theirs, TEXTS, context))
@@ -217,22 +217,22 @@ def test_ids_are_transformers(kind, rule, context, tmp_path):
 @with_transformers
 def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
     """The proof loads `SiglipTokenizer`, and would see other ids, also those that pad."""
-    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True))
+    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
     assert found.odd == () and found.logits < 1e-5
-    processor = proof.library("transformers").AutoProcessor.from_pretrained(tmp_path / "a")
+    processor = libraries.require("transformers").AutoProcessor.from_pretrained(tmp_path / "a")
     assert type(processor.tokenizer).__name__ == tokenizer.SIGLIP
     inputs = processor(text=TEXTS, padding="max_length", truncation=True)
     assert inputs.keys() == {"input_ids"}
-    model, ours = pretrained.open_model(str(workdir), restore)
+    model, ours = pretrained.open_model(str(workdir))
     np.testing.assert_array_equal(ours(TEXTS), np.array(inputs["input_ids"]))
     settings = json.loads((tmp_path / "a" / tokenizer.SETTINGS).read_text())
     padded = json.dumps(settings | {"pad_token": "<pad>"})
     (tmp_path / "a" / tokenizer.SETTINGS).write_text(padded)
     with pytest.raises(NotProven, match="cosine of a caption"):
-        proof.prove("huggingface", tmp_path / "a", model, ours)
+        verify.prove(huggingface.HuggingFace(), tmp_path / "a", model, ours)
     (tmp_path / "a" / tokenizer.PIECES).write_bytes(pieces(vocab_size=70))
     with pytest.raises(NotProven, match="into other tokens"):
-        proof.prove("huggingface", tmp_path / "a", model, ours)
+        verify.prove(huggingface.HuggingFace(), tmp_path / "a", model, ours)
 
 
 @with_transformers
@@ -246,12 +246,12 @@ def test_export_of_other_words_without_a_start_mark(kind, tmp_path):
         "of a CLIP": small(CLASS, ("tokenizer.marks", "end"), ("tokenizer.cleaning", "siglip")),
     }
     folder = save(tmp_path / "run", made[kind])
-    found = export(folder, Options("huggingface", tmp_path / "a", verify=True))
+    found = export(folder, Options("huggingface", tmp_path / "a", verify=True)).proof
     assert found.logits < 1e-5
-    theirs = proof.library("transformers").AutoTokenizer.from_pretrained(tmp_path / "a")
+    theirs = libraries.require("transformers").AutoTokenizer.from_pretrained(tmp_path / "a")
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id) == (1, 1, None)
     assert (type(theirs).__name__ == tokenizer.SIGLIP) == (kind == "with a mask")
-    _, ours = pretrained.open_model(str(folder), restore)
+    _, ours = pretrained.open_model(str(folder))
     np.testing.assert_array_equal(ours(CAPTIONS[:4]), their_ids(theirs, CAPTIONS[:4], ours.context))
 
 
@@ -262,10 +262,10 @@ def test_export_to_open_clip(pool, tmp_path):
     itself mends before, entities and quotation marks, is reported."""
     towers = [("image.embed_dim", "32"), ("text.projection_bias", "False"), ("text.pool", pool)]
     folder = save(tmp_path / "run", config(*towers, ("tokenizer.vocab_size", "80")))
-    found = export(folder, Options("open_clip", tmp_path / "a", verify=True))
-    assert found.odd == proof.ODD_CAPTIONS[1:] and found.logits < 1e-4
-    _, ours = pretrained.open_model(str(folder), restore)
-    theirs = proof.library("open_clip").get_tokenizer(f"local-dir:{tmp_path / 'a'}")
+    found = export(folder, Options("open_clip", tmp_path / "a", verify=True)).proof
+    assert found.odd == verify.ODD_CAPTIONS[1:] and found.logits < 1e-4
+    _, ours = pretrained.open_model(str(folder))
+    theirs = libraries.require("open_clip").get_tokenizer(f"local-dir:{tmp_path / 'a'}")
     usual = [t for t in TEXTS if t.isascii() and "&" not in t and "\0" not in t]
     np.testing.assert_array_equal(ours(usual), theirs(usual).numpy())
 
@@ -274,7 +274,7 @@ def test_export_to_open_clip(pool, tmp_path):
 def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     """A random `SiglipModel` that transformers saved with its processor: the same logits, an
     evaluation, and the same bits and ids when it is exported again."""
-    torch, transformers = proof.library("torch"), proof.library("transformers")
+    torch, transformers = libraries.require("torch"), libraries.require("transformers")
     (tmp_path / "spiece.model").write_bytes(pieces())
     words = siglip_tokenizer(
         tmp_path / "spiece.model", model_max_length=CONTEXT, model_input_names=["input_ids"]
@@ -286,7 +286,7 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
         vision_config=sizes | {"image_size": 32, "patch_size": 8},
     )
     torch.manual_seed(0)
-    with proof.quiet():
+    with libraries.quiet():
         theirs = transformers.SiglipModel(own).eval()
         with torch.no_grad():
             for x in theirs.parameters():
@@ -301,28 +301,26 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     found = evaluate_file(str(tmp_path / "a"), evals, ["preprocessing"])
     assert found.keys() >= {"retrieval/mean_recall"}
 
-    own = pretrained.sections(
-        str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a"), restore)
-    )
+    own = pretrained.sections(str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a")))
     own |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
     own |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
     run = assemble(own)
     run = with_data(run, 256, open_tokenizer(run, None))
     state = init(run)
-    images = np.stack(proof.pictures(32))
+    images = np.stack(verify.pictures(32))
     ids = run.tokenizer(TEXTS)
     np.testing.assert_array_equal(ids, their_ids(words, TEXTS, CONTEXT))
-    with proof.quiet(), torch.no_grad():
+    with libraries.quiet(), torch.no_grad():
         seen = np.array(photometry.normalize(images, (0.5,) * 3, (0.5,) * 3)).transpose(0, 3, 1, 2)
         said = theirs(pixel_values=torch.tensor(seen), input_ids=torch.tensor(ids).long())
     model, _ = pretrained.split(run.objective, run.tokenizer, state)
-    ours = proof.ours(model, images, ids).logits
+    ours = verify.ours(model, images, ids).logits
     expected = said.logits_per_image.numpy()
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
     folder = keep(tmp_path / "run", run, state, 0)
-    proven = export(folder, Options("huggingface", tmp_path / "b", verify=True))
+    proven = export(folder, Options("huggingface", tmp_path / "b", verify=True)).proof
     assert proven.odd == () and proven.logits < 1e-5
     first, again = (load_file(tmp_path / x / huggingface.WEIGHTS) for x in "ab")
     embeddings = "vision_model.embeddings."

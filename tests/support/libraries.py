@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from clipx.errors import MissingLibrary
-from clipx.interop import proof
+from clipx.interop import libraries
 
 
 def missing(*names) -> str:
@@ -14,7 +14,7 @@ def missing(*names) -> str:
         warnings.simplefilter("ignore")
         try:
             for name in names:
-                proof.library(name)
+                libraries.require(name)
         except MissingLibrary as error:
             return f"{error}: pip install 'clipx[interop]'"
     return ""

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from clipx.interop import base
+from clipx.interop import model as models
 
 VIT = {"variant": "ViT-Ti/16", "image_size": 32, "width": 32, "depth": 2, "heads": 2}
 RESNET = {"variant": "RN50", "image_size": 64, "width": 4, "blocks": (1, 2, 1, 1)}
@@ -21,7 +21,7 @@ def variables(tower, seed):
         fan_in = x.size // x.shape[-1] if len(x.shape) > 1 else 9
         return (rng.normal(size=x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, base.shapes(tower))
+    return jax.tree_util.tree_map_with_path(leaf, models.shapes(tower))
 
 
 def model(image, text, words, bias=None, scale=2.5):
@@ -30,7 +30,7 @@ def model(image, text, words, bias=None, scale=2.5):
         kind: {n: v[kind] for n, v in parts.items() if kind in v}
         for kind in ("params", "batch_stats")
     }
-    return base.make_model(
+    return models.make_model(
         image,
         text,
         kinds,
@@ -44,10 +44,10 @@ def model(image, text, words, bias=None, scale=2.5):
 
 def words_of(config, plain=True):
     ids = {k: getattr(config, k) for k in ("pad_id", "sot_id", "eot_id", "mask_id")}
-    return base.Words(config.name, config.vocab_size, config.context, **ids, plain=plain)
+    return models.Words(config.name, config.vocab_size, config.context, **ids, plain=plain)
 
 
 def few_words(size=40, plain=True):
     """Ids for tests without a tokenizer."""
-    words = base.Words("clip_bpe", size, 16, 0, size - 2, size - 1, size - 3, plain)
+    words = models.Words("clip_bpe", size, 16, 0, size - 2, size - 1, size - 3, plain)
     return words, TEXT | {"vocab_size": size, "eot_id": size - 1}

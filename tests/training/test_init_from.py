@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 from support.exports import CLASS, save
 from support.runs import small
 
-from clipx.errors import ConfigError
-from clipx.export import Options, export
-from clipx.interop import huggingface, load, open_clip, tokenizer
+from clipx.errors import ConfigError, MissingLibrary
+from clipx.interop import huggingface, libraries, load, open_clip, tokenizer
+from clipx.models.transformer import unstack_blocks
 from clipx.serving.evaluation import evaluate, evaluate_file
+from clipx.serving.export import Options, export
 from clipx.train import train
 from clipx.training import pretrained
 from clipx.training.initial import init
@@ -47,7 +48,7 @@ def begin(path, *overrides):
 def unstacked(state):
     """The towers and the scale, one entry a block."""
     parts = {k: v for k, v in state.params.items() if k in ("image", "text", "logit_scale")}
-    return pretrained.base.unstack_blocks(jax.tree.map(np.asarray, parts))
+    return unstack_blocks(jax.tree.map(np.asarray, parts))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_heads_are_new_and_a_tower_may_be(sources):
     config["init_ignore"] = ["text", "logit_*", "mean", "std"]
     state = init(assemble(config))
     given = load.load(sources["open_clip"]).params["image"]
-    found = pretrained.base.unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
+    found = unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
     jax.tree.map(np.testing.assert_array_equal, found, given)
     assert state.params["logit_scale"] == 1.5
     assert "block_1" in state.params["text"]["transformer"]
@@ -96,7 +97,7 @@ def test_fine_tuning(sources, tmp_path):
     assert train(config, str(tmp_path / "run")) == 0
     run, state = restore(tmp_path / "run")
     given = load.load(folder)
-    kept = pretrained.base.unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
+    kept = unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
     jax.tree.map(np.testing.assert_array_equal, kept, given.params["image"])
     text = state.params["text"]
     assert np.any(text["ln_final"]["scale"] != given.params["text"]["ln_final"]["scale"])
@@ -166,7 +167,8 @@ def test_what_a_file_says_of_pictures_counts(sources, tmp_path):
     assert listed(folder)[0] == ["preprocessing"]
     again = load.load(folder)
     assert again.resize == "squash"
-    assert huggingface.to_huggingface(again)[2]["size"] == squash["size"]
+    written = huggingface.HuggingFace().configs(again, "")
+    assert written[huggingface.PREPROCESSOR]["size"] == squash["size"]
 
 
 def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
@@ -195,9 +197,9 @@ def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
     (tmp_path / "model.pt").write_bytes(b"x")
 
     def none(name):
-        raise load.proof.MissingLibrary(f"{name} is not installed")
+        raise MissingLibrary(f"{name} is not installed")
 
-    monkeypatch.setattr(load.proof, "library", none)
+    monkeypatch.setattr(libraries, "require", none)
     fails(tmp_path / "model.pt", "torch is not installed")
 
 

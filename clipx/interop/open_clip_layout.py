@@ -1,0 +1,298 @@
+"""open_clip's own towers: their sections of a config, and the names and layouts of their arrays
+(open_clip 3, `model.py`, `transformer.py`, `modified_resnet.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipx.errors import ConfigError, NotExpressible
+from clipx.interop import rules
+from clipx.interop.model import Model, check_padding, ratio, vit_shape
+from clipx.interop.rules import Rule
+from clipx.models.layers import Tower
+from clipx.models.resnet import MODIFIED, ResNet
+from clipx.models.text import TextTransformer
+from clipx.models.vit import ViT
+
+CONFIG = "open_clip_config.json"
+_PADDED = "texts whose padding is not attended to, which its config has no word for"
+
+
+class Layout(NamedTuple):
+    """How open_clip has one kind of tower."""
+
+    # the tower's section of the config, for an export that will be loaded from a folder. Raises
+    # `NotExpressible` for a tower that the section cannot describe.
+    section: Callable[[Model, str], dict[str, Any]]
+    # (tower, width of the shared space, row that the table of words leaves out)
+    rules: Callable[[Any, int, int | None], list[Rule]]
+    # what `config.json` says of the tower, for those that open_clip builds through other libraries
+    guest: Callable[[Model], dict[str, Any]] | None = None
+    quick_gelu: bool = False  # whether the config's one flag for both towers is about this one
+
+
+def _own_config(tower: Tower) -> dict[str, Any]:
+    """The entries of a section for norms and activations other than open_clip's default."""
+    found: dict[str, Any] = {}
+    if tower.norm_eps != 1e-5:
+        found["norm_kwargs"] = {"eps": tower.norm_eps}
+    if tower.activation == "gelu_tanh":
+        found["act_kwargs"] = {"approximate": "tanh"}
+    return found
+
+
+def _vit_section(model: Model, folder: str) -> dict[str, Any]:
+    image = model.image
+    width, depth, heads, mlp_width, patch = image.shape
+    return {
+        "image_size": image.image_size,
+        "patch_size": patch,
+        "width": width,
+        "layers": depth,
+        "head_width": width // heads,
+        "mlp_ratio": ratio(mlp_width, width),
+        **({} if image.pre_norm else {"no_ln_pre": True}),
+        **_own_config(image),
+    }
+
+
+def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
+    ours = "params/image"
+    layout = [
+        rules.conv(f"{ours}/patch_embedding", "visual.conv1"),
+        rules.same(f"{ours}/class_embedding", "visual.class_embedding"),
+        rules.same(f"{ours}/positional_embedding", "visual.positional_embedding"),
+        *(rules.norm(f"{ours}/ln_pre", "visual.ln_pre") if image.pre_norm else ()),
+        *rules.norm(f"{ours}/ln_post", "visual.ln_post"),
+    ]
+    _, depth, heads, *_ = image.shape
+    layout += _block_rules(f"{ours}/transformer", "visual.transformer.resblocks", depth, heads)
+    if image.embed_dim:
+        return [*layout, rules.same(f"{ours}/projection/kernel", "visual.proj")]
+    return [*layout, rules.constant("visual.proj", rules.identity(image.backbone_width, width))]
+
+
+def _block_rules(ours: str, theirs: str, depth: int, heads: int) -> list[Rule]:
+    layout = []
+    for i in range(depth):
+        a, b = f"{ours}/block_{i}", f"{theirs}.{i}"
+        layout += [
+            *rules.norm(f"{a}/ln_1", f"{b}.ln_1"),
+            *rules.heads_in((f"{a}/attn/qkv",), (f"{b}.attn.in_proj",), heads, (3,), "_"),
+            *rules.heads_out(f"{a}/attn/out", f"{b}.attn.out_proj", heads),
+            *rules.norm(f"{a}/ln_2", f"{b}.ln_2"),
+            *rules.dense(f"{a}/mlp/fc", f"{b}.mlp.c_fc"),
+            *rules.dense(f"{a}/mlp/proj", f"{b}.mlp.c_proj"),
+        ]
+    return layout
+
+
+def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
+    image = model.image
+    blocks, width = image.shape
+    if len(blocks) != 4:
+        raise NotExpressible(
+            f"open_clip's modified ResNet has four stages, and this one {len(blocks)}"
+        )
+    return {
+        "image_size": image.image_size,
+        "layers": list(blocks),
+        "width": width,
+        "head_width": width * 32 // image.heads,
+        "patch_size": None,
+    }
+
+
+def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
+    layout = []
+
+    def conv_and_norm(ours, theirs, conv, norm):
+        layout.append(rules.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
+        layout.extend(rules.batch_norm("image", ours[1], f"{theirs}{norm}"))
+
+    for i in (1, 2, 3):
+        conv_and_norm((f"conv{i}", f"bn{i}"), "visual.", f"conv{i}", f"bn{i}")
+    blocks, stem = image.shape
+    channels = stem
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            a, b = f"stage_{stage}_{block}", f"visual.layer{stage + 1}.{block}."
+            for i in (1, 2, 3):
+                conv_and_norm((f"{a}/conv{i}", f"{a}/bn{i}"), b, f"conv{i}", f"bn{i}")
+            after = stem * 2**stage * 4
+            if channels != after or (stage and not block):
+                ours = (f"{a}/conv_shortcut", f"{a}/bn_shortcut")
+                conv_and_norm(ours, b, "downsample.0", "downsample.1")
+            channels = after
+    ours, pool = "params/image/pool", "visual.attnpool"
+    names = tuple(f"{pool}.{n}_proj" for n in "qkv")
+    layout += [
+        rules.same(f"{ours}/positional_embedding", f"{pool}.positional_embedding"),
+        *rules.heads_in((f"{ours}/attn/q", f"{ours}/attn/kv"), names, image.heads, (1, 2)),
+    ]
+    if image.embed_dim:
+        return layout + rules.dense("params/image/projection", f"{pool}.c_proj")
+    return [
+        *layout,
+        rules.constant(f"{pool}.c_proj.weight", rules.identity(width, image.backbone_width)),
+        rules.constant(f"{pool}.c_proj.bias", lambda: np.zeros(width, np.float32)),
+    ]
+
+
+def _text_section(model: Model, folder: str) -> dict[str, Any]:
+    text = model.text
+    check_padding(model, own=model.words.plain)
+    words = model.words.without_mask()
+    pool = _pool(text)
+    if pool == "eos" and words.plain:
+        pool = "argmax"  # CLIP's own tokenizer ends a text with its last id
+    return {
+        "context_length": text.context,
+        "vocab_size": words.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.depth,
+        "mlp_ratio": ratio(round(text.width * text.mlp_ratio), text.width),
+        "pool_type": pool,
+        **({"pad_id": words.pad_id, "eos_id": words.eot_id} if pool != "argmax" else {}),
+        **({} if text.causal else {"no_causal_mask": True}),
+        **({"proj_bias": True} if text.embed_dim and text.projection_bias else {}),
+        **({} if words.plain else {"hf_tokenizer_name": "."}),  # the folder itself
+        **_own_config(text),
+    }
+
+
+def _pool(text: TextTransformer) -> str:
+    """open_clip's name for where a text is read out."""
+    if text.pool == "mean":
+        raise NotExpressible("open_clip's text tower has no mean over tokens")
+    if not text.causal and text.mask_padding:
+        raise NotExpressible(f"open_clip's text tower cannot take {_PADDED}")
+    # a causal tower with masked padding reads out at the end mark: nothing after it counts
+    at_end = text.pool == "eot" or text.mask_padding
+    return "eos" if at_end else "last"
+
+
+def _text_rules(text: TextTransformer, width: int, dropped: int | None) -> list[Rule]:
+    ours = "params/text"
+    layout = [
+        rules.words(f"{ours}/token_embedding", "token_embedding.weight", dropped),
+        rules.same(f"{ours}/positional_embedding", "positional_embedding"),
+        *rules.norm(f"{ours}/ln_final", "ln_final"),
+        *_block_rules(f"{ours}/transformer", "transformer.resblocks", text.depth, text.heads),
+    ]
+    if not text.embed_dim:
+        return [*layout, rules.constant("text_projection", rules.identity(text.width, width))]
+    if text.projection_bias:
+        return layout + rules.dense(f"{ours}/projection", "text_projection")
+    return [*layout, rules.same(f"{ours}/projection/kernel", "text_projection")]
+
+
+VIT = Layout(_vit_section, _vit_rules, quick_gelu=True)
+RESNET = Layout(_resnet_section, _resnet_rules)
+TEXT = Layout(_text_section, _text_rules, quick_gelu=True)
+
+
+def _common(model: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that both transformers have."""
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    if kwargs := section.get("act_kwargs"):
+        if kwargs != {"approximate": "tanh"} or model.get("quick_gelu"):
+            raise ConfigError(f"{CONFIG}: act_kwargs", repr(kwargs), "{'approximate': 'tanh'}")
+        activation = "gelu_tanh"
+    return {
+        "embed_dim": model["embed_dim"],
+        "activation": activation,
+        "norm_eps": (section.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
+
+
+def image_tower(model: Mapping[str, Any], size: int) -> ViT | ResNet:
+    """The picture tower of a `model_cfg`, for pictures of `size` pixels. Raises `ConfigError` for
+    one that clipx has not."""
+    section = model["vision_cfg"]
+    layers, width = section.get("layers", 12), section.get("width", 768)
+    if not isinstance(layers, int):
+        known = {v: k for k, v in MODIFIED.items()}
+        variant = known.get((tuple(layers), width))
+        own = {} if variant else {"blocks": tuple(layers), "width": width}
+        return ResNet(
+            embed_dim=model["embed_dim"], image_size=size, variant=variant or "RN50", **own
+        )
+    pool = section.get("pool_type", "tok")
+    if pool != "tok":
+        raise ConfigError(f"{CONFIG}: vision_cfg.pool_type", repr(pool), "'tok'")
+    heads = width // section.get("head_width", 64)
+    shape = (width, layers, heads, int(width * section.get("mlp_ratio", 4.0)))
+    return ViT(
+        **vit_shape(shape, section.get("patch_size", 16)),
+        image_size=size,
+        pre_norm=not section.get("no_ln_pre", False),
+        **_common(model, section),
+    )
+
+
+def text_tower(model: Mapping[str, Any]) -> TextTransformer:
+    """The text tower of a `model_cfg`. Raises `ConfigError` for one that clipx has not."""
+    section = model["text_cfg"]
+    words, pool = section.get("vocab_size", 49408), section.get("pool_type", "argmax")
+    if pool not in ("argmax", "eos", "last"):
+        raise ConfigError(f"{CONFIG}: text_cfg.pool_type", repr(pool), "'argmax', 'eos' or 'last'")
+    return TextTransformer(
+        vocab_size=words,
+        context=section.get("context_length", 77),
+        width=section.get("width", 512),
+        depth=section.get("layers", 12),
+        heads=section.get("heads", 8),
+        mlp_ratio=section.get("mlp_ratio", 4.0),
+        causal=not section.get("no_causal_mask", False),
+        pool="last" if pool == "last" else "eot",
+        eot_id=words - 1 if pool == "argmax" else section.get("eos_id", 2),
+        pad_id=section.get("pad_id", 0),
+        projection_bias=bool(section.get("proj_bias", False)),
+        **_common(model, section),
+    )
+
+
+def config_of(arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
+    """The config of arrays that have none: sizes as the arrays show them, heads of 64 channels and
+    QuickGELU as in OpenAI's models (open_clip, build_model_from_openai_state_dict).
+
+    Raises `ConfigError`, its `where` empty, for arrays of another model. file: for the message.
+    """
+    arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
+    if not {"visual.conv1.weight", "ln_final.weight", "text_projection"} <= arrays.keys():
+        raise ConfigError(
+            "", f"{file}, with {min(arrays, default='no arrays')}", "CLIP in open_clip's names"
+        )
+
+    def count(start: str, part: int) -> int:
+        return len({name.split(".")[part] for name in arrays if name.startswith(start)})
+
+    if "visual.proj" in arrays:
+        width, _, patch, _ = arrays["visual.conv1.weight"].shape
+        side = round((len(arrays["visual.positional_embedding"]) - 1) ** 0.5)
+        layers = count("visual.transformer.resblocks.", 3)
+        vision = {"layers": layers, "width": width, "patch_size": patch, "image_size": patch * side}
+    else:
+        stages = [count(f"visual.layer{i}.", 2) for i in (1, 2, 3, 4)]
+        side = round((len(arrays["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+        width = len(arrays["visual.layer1.0.conv1.weight"])
+        vision = {"layers": stages, "width": width, "image_size": 32 * side}
+    words, width = arrays["token_embedding.weight"].shape
+    text = {
+        "context_length": len(arrays["positional_embedding"]),
+        "vocab_size": words,
+        "width": width,
+        "heads": max(width // 64, 1),
+        "layers": count("transformer.resblocks.", 2),
+    }
+    return {
+        "embed_dim": arrays["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }

@@ -1,0 +1,208 @@
+"""Rules between the arrays of clipx and those of a library: names, layouts and dtypes.
+
+A rule goes both ways and loses nothing: what was read is written again to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from clipx.errors import ConfigError
+from clipx.types import PyTree
+
+Arrays = dict[str, np.ndarray]
+
+
+class Rule(NamedTuple):
+    """How arrays of clipx become arrays of a library, and back."""
+
+    ours: tuple[str, ...]  # paths, as `Model.flat` has them
+    theirs: tuple[str, ...]  # names in the library's file
+    out: Callable[..., tuple[np.ndarray, ...]]  # (*ours) -> theirs
+    back: Callable[..., tuple[np.ndarray, ...]]  # (*theirs) -> ours; None for a missing array
+
+
+def write(rules: Iterable[Rule], arrays: Arrays) -> Arrays:
+    """The library's arrays, contiguous, from `arrays` of clipx by path. Raises `ValueError` for an
+    array that no rule takes."""
+    left, found = dict(arrays), {}
+    for rule in rules:
+        made = rule.out(*(left.pop(path) for path in rule.ours))
+        found |= {name: np.ascontiguousarray(x) for name, x in zip(rule.theirs, made, strict=True)}
+    if left:
+        raise ValueError(f"no rule for {', '.join(sorted(left))}")
+    return found
+
+
+# Ends of names that some versions of a library stored although they compute them: may be missing,
+# and are never read.
+_NOT_LEARNED = ("num_batches_tracked", "position_ids", "attn_mask")
+_NOT_LEARNED += ("input_resolution", "context_length", "vocab_size")  # in OpenAI's scripts
+
+
+def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) -> PyTree:
+    """{"params": ..., "batch_stats": ...} in float32, from a library's arrays by name. Raises
+    `ConfigError` at `where` for the first array that is missing, and for one that no rule reads."""
+    left, found = dict(arrays), {}
+    for rule in rules:
+        missing = [name for name in rule.theirs if name not in left and not _computed(name)]
+        if missing:
+            raise ConfigError(
+                where,
+                f"no {missing[0]}",
+                f"the {len(list(arrays))} arrays of a model as its config describes it",
+                "a whole file, or the config that belongs to it",
+            )
+        theirs = [left.pop(name, None) for name in rule.theirs]
+        theirs = [x if x is None else np.asarray(x).astype(np.float32) for x in theirs]
+        found |= dict(zip(rule.ours, rule.back(*theirs), strict=True))
+    left = [name for name in left if not _computed(name)]
+    if left:
+        raise ConfigError(
+            where,
+            f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else ""),
+            "no arrays beyond those of the model that the config describes",
+        )
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def _computed(name: str) -> bool:
+    return name.endswith(_NOT_LEARNED)
+
+
+def same(ours: str, theirs: str) -> Rule:
+    """An array without any change."""
+    return Rule((ours,), (theirs,), lambda x: (x,), lambda x: (x,))
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """A dense kernel [in, out] as torch's weight [out, in]."""
+    return Rule((ours,), (theirs,), lambda x: (x.T,), lambda x: (x.T,))
+
+
+def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """A dense layer: kernel, and bias where it has one."""
+    rules = [transposed(f"{ours}/kernel", f"{theirs}.weight")]
+    return rules + [same(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+def norm(ours: str, theirs: str) -> list[Rule]:
+    """Scale and bias of a normalisation."""
+    return [same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def conv(ours: str, theirs: str) -> Rule:
+    """A kernel [h, w, in, out] as torch's [out, in, h, w]."""
+    return Rule(
+        (f"{ours}/kernel",),
+        (f"{theirs}.weight",),
+        lambda x: (x.transpose(3, 2, 0, 1),),
+        lambda x: (x.transpose(2, 3, 1, 0),),
+    )
+
+
+def batch_norm(tower: str, ours: str, theirs: str) -> list[Rule]:
+    """A BatchNorm of the tower `tower` ("image" or "text") with its running statistics. torch also
+    keeps a count of batches, which is written as 0 and never read."""
+    stats = f"batch_stats/{tower}/{ours}"
+    count = Rule((), (f"{theirs}.num_batches_tracked",), lambda: (np.int64(0),), lambda _: ())
+    return [
+        *norm(f"params/{tower}/{ours}", theirs),
+        same(f"{stats}/mean", f"{theirs}.running_mean"),
+        same(f"{stats}/var", f"{theirs}.running_var"),
+        count,
+    ]
+
+
+def heads_in(
+    ours: tuple[str, ...],
+    theirs: tuple[str, ...],
+    heads: int,
+    parts: tuple[int, ...],
+    before: str = ".",
+) -> list[Rule]:
+    """The projections to queries, keys and values.
+
+    ours: modules. Module i holds `parts[i]` projections in one kernel
+    [c, parts, heads, head width], without the axis of parts if it holds one.
+    theirs: names of torch's weights [rows, c]: one for each projection, or one for all of them.
+    before: what stands between such a name and "weight" or "bias".
+    """
+
+    def out(weight: bool, *arrays):
+        rows = []
+        for x, count in zip(arrays, parts):
+            x = x.reshape(len(x) if weight else 1, count, -1)
+            rows += list(x.transpose(1, 2, 0) if weight else x[0])
+        return tuple(np.concatenate(part) for part in np.split(np.stack(rows), len(theirs)))
+
+    def back(weight: bool, *arrays):
+        rows = np.concatenate(arrays)
+        rows = rows.reshape(sum(parts), -1, *rows.shape[1:])
+        found, start = [], 0
+        for count in parts:
+            x = rows[start : start + count]
+            x = x.transpose(2, 0, 1) if weight else x
+            axes = (count,) * (count > 1)
+            found.append(x.reshape(*x.shape[:1] * weight, *axes, heads, -1))
+            start += count
+        return tuple(found)
+
+    def rule(leaf: str, ending: str, weight: bool) -> Rule:
+        return Rule(
+            tuple(f"{name}/{leaf}" for name in ours),
+            tuple(name + ending for name in theirs),
+            functools.partial(out, weight),
+            functools.partial(back, weight),
+        )
+
+    return [rule("kernel", f"{before}weight", True), rule("bias", f"{before}bias", False)]
+
+
+def heads_out(ours: str, theirs: str, heads: int) -> list[Rule]:
+    """The projection of the joined heads, in clipx a kernel [heads, head width, c]."""
+    kernel = Rule(
+        (f"{ours}/kernel",),
+        (f"{theirs}.weight",),
+        lambda x: (x.reshape(-1, x.shape[-1]).T,),
+        lambda x: (x.T.reshape(heads, -1, len(x)),),
+    )
+    return [kernel, same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def words(path: str, theirs: str, dropped: int | None) -> Rule:
+    """The table of words; the library's is without the row `dropped`."""
+
+    def out(x):
+        return (x if dropped is None else np.delete(x, dropped, axis=0),)
+
+    return Rule((path,), (theirs,), out, lambda x: (x,))
+
+
+def constant(theirs: str, make: Callable[[], np.ndarray]) -> Rule:
+    """An array that the library needs and clipx has not. Its value changes no output."""
+    return Rule((), (theirs,), lambda: (make(),), lambda _: ())
+
+
+def scaled(rules: Iterable[Rule], factor: float) -> list[Rule]:
+    """The same rules, with the library's arrays `factor` times clipx's."""
+    if factor == 1:
+        return list(rules)
+
+    def times(function: Callable, by: float):
+        return lambda *arrays: tuple(np.float32(by) * x for x in function(*arrays))
+
+    return [
+        rule._replace(out=times(rule.out, factor), back=times(rule.back, 1 / factor))
+        for rule in rules
+    ]
+
+
+def identity(rows: int, columns: int) -> Callable[[], np.ndarray]:
+    """Makes a projection [rows, columns] that copies its input, padded with zeros."""
+    return lambda: np.eye(rows, columns, dtype=np.float32)

@@ -1,0 +1,53 @@
+"""A run's tokenizer as the files that a library loads."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from clipx.data.text import vocabulary
+from clipx.data.text.tokenizers import Tokenizer
+from clipx.errors import ConfigError
+from clipx.interop import tokenizer
+from clipx.interop.base import Format
+from clipx.interop.model import Model
+
+
+def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> dict[str, str | bytes]:
+    """The files of a run's tokenizer `own`, by name; {} if the library has it itself."""
+    if format_.has_tokenizer(model):
+        return {}
+    words, config, saved = model.words.without_mask(), own.config, own.save()
+    attention_mask = format_.attention_mask(model)
+    if not attention_mask and config.marks == "end" and config.cleaning == "siglip":
+        return tokenizer.siglip_files(base64.b64decode(saved["payload"]), words.context)
+    if words.kind == "clip_bpe":
+        merges = _merges(saved)
+        core = vocabulary.byte_pairs(merges)
+        if config.cleaning == "clip":
+            return tokenizer.clip_files(merges, core.get_vocab(), words.context)
+    elif words.kind == "wordpiece":
+        core = vocabulary.word_pieces(tokenizer.unpacked(saved))
+    else:
+        core = tokenizer.sentencepiece(base64.b64decode(saved["payload"]))
+    return tokenizer.files(core, words, config.cleaning, attention_mask=attention_mask)
+
+
+def _merges(saved: Mapping[str, Any]) -> str:
+    """The merges of a CLIP tokenizer: its own, or OpenAI's out of the package open_clip. Raises
+    `ConfigError` without it."""
+    if saved["payload"]:
+        return tokenizer.unpacked(saved)
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        raise ConfigError(
+            "config.tokenizer.path",
+            "nothing, and instant_clip_tokenizer does not give its merges",
+            "a file of CLIP's merges, to write a tokenizer for transformers",
+            "pip install 'clipx[interop]', whose open_clip carries it",
+        )
+    path = pathlib.Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    return vocabulary.read_merges(str(path), 49408, 2)
