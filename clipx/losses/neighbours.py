@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from clipx.losses.tiles import first_row, product, spread, tiles, wide
+from clipx.losses.pairwise import product, wide
+from clipx.losses.tiles import first_row, spread, tiles
 from clipx.types import batch_axes
 
 

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from clipx.losses import ring
 from clipx.losses.forms import pick_form
+from clipx.losses.pairwise import NEVER, Rows, product
 from clipx.losses.reductions import LOG_SUM_EXP
-from clipx.losses.ring import Rows
-from clipx.losses.tiles import NEVER, product, size
+from clipx.losses.tiles import size
 from clipx.types import batch_axes, constrain_rows
 
 
@@ -135,7 +135,7 @@ def _ring(student, table, targets, scale, hard):
         return jnp.take(rows.constants, columns, axis=1, mode="fill", fill_value=0).astype(dtype)
 
     visitors, scale = Rows((), (table, columns)), jnp.asarray(scale, dtype)
-    lse, _ = ring.meet(score, LOG_SUM_EXP, Rows(student), visitors, (scale,))
+    lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, Rows(student), visitors, (scale,))
     meant = ring.mix(weigh, Rows((), targets), Rows(table, columns))
     within = (targets >= 0) & (targets < k) if hard else jnp.sum(targets, axis=1)
     return within * lse - scale * jnp.sum(student * meant, axis=1)
