@@ -6,14 +6,19 @@ of `gather`, the median over the same turns; MiB of temporaries per device, as c
 share of numbers in value and gradients whose bits differ from those of `gather`. On one device an
 assembly is a ring.
 
-Could one form serve all sizes? Two busy cores, jax 0.10.2, b = 16 to 2048, width 64 and 512
-(`late_interaction`: 16 and 64 rows, width 64):
+Could one form serve all sizes? Two cores that other programs used too, jax 0.10.2, 16 to 2048 rows
+of width 64 and 512 (`late_interaction`: 16 and 64 rows of width 64). Median (least to most):
 
-    to replace gather    devices  time over gather's     numbers with other bits
-    ring                 1        0.25 to 1.4            InfoNCE 33-64 %, SigLIP to 22 %, NT-Xent
-                                                         39-60 %, FILIP 76-81 %   (float32)
-    assembly             8        0.5 to 1.2, one 1.55   the same
-    ring                 8        1.5 to 6 for b <= 512  the same
+    in place of gather          time over gather's     temporaries over gather's
+    ring, 1 device, <= 512      0.96 (0.25 to 1.27)    0.80
+    ring, 1 device, 2048        1.13 (0.36 to 1.38)    0.29
+    assembly, 8, <= 512         0.91 (0.51 to 1.55)    0.99
+    assembly, 8, 2048           0.95 (0.84 to 1.44)    0.90
+    ring, 8, <= 512             2.86 (0.90 to 6.00)    0.33
+    ring, 8, 2048               1.18 (0.66 to 1.83)    0.21
+
+    numbers with other bits: float32 InfoNCE 27-71 %, SigLIP 0-22 %, NT-Xent 39-72 %, FILIP
+    76-81 %; bfloat16 InfoNCE 0-7 %, SigLIP below 0.5 %, NT-Xent 31-43 %, FILIP 36-40 %; R@1 none
 
 No: the hand-written gradient of a log-sum-exp, exp(x - lse), rounds otherwise than autodiff's
 softmax, so runs of small batches would not resume in their bits. Speed and memory are no reason:
