@@ -18,13 +18,14 @@ of width 64 and 512 (`late_interaction`: 16 and 64 rows of width 64). Median (le
     ring, 8, 2048               1.18 (0.66 to 1.83)    0.21
 
     numbers with other bits: float32 InfoNCE 27-71 %, SigLIP 0-22 %, NT-Xent 39-72 %, FILIP
-    76-81 %; bfloat16 InfoNCE 0-7 %, SigLIP below 0.5 %, NT-Xent 31-43 %, FILIP 36-40 %; R@1 none
+    76-81 %; bfloat16 InfoNCE 0-7 %, SigLIP below 0.5 %, NT-Xent 31-43 %, FILIP 36-40 %; R@1, whose
+    values are 0 and 1, below 0.5 %
 
-No: the hand-written gradient of a log-sum-exp, exp(x - lse), rounds otherwise than autodiff's
-softmax, so runs of small batches would not resume in their bits. Speed and memory are no reason:
-an assembly takes about gather's time and mostly less memory. If a release may change these bits,
+No, because of the bits: runs of small batches would not resume in theirs. Gradients by hand, such
+as exp(x - lse), round otherwise than autodiff's. Speed alone would allow an assembly on several
+devices; one device loses an eighth at 2048 rows; memory gains. If a release may change these bits,
 "gather" can go. Until then InfoNCE and SigLIP are written once for all forms, and NT-Xent, FILIP
-and R@1 keep a gathered form beside the other, as they add up in another order.
+and R@1, whose two forms add up or compare in another order, keep a gathered form beside the other.
 """
 
 from __future__ import annotations
