@@ -2,18 +2,22 @@
 
 Each returns a value per row; the mean is the caller's. Rows come unit-normalised. Called inside
 `jax.set_mesh(...)`, rows are spread over the batch axes; without a mesh the same code runs on one
-device, and the numbers agree. Three forms compute the same, and none keeps a b x B block:
+device, and the numbers agree. Three forms compute the same, and none holds a b x B block:
 
-    gather: one tower is gathered, the other stays where it is and meets it tile by tile; a tile is
-      recomputed in the backward pass.
+    gather: one tower is gathered, and the rows of the other meet it tile by tile. Gradients are
+      autodiff's; the backward pass computes each tile anew.
     assembly: the same with gradients written by hand: fewer passes over each tile.
-    ring: nothing is gathered. One tower goes round the devices, in the backward pass once more with
-      its gradients; memory does not grow with the rows of other devices (`clipx.losses.ring`).
+    ring: nothing is gathered. One tower travels round the devices, in the backward pass once more
+      with its gradients. Memory does not grow with the rows of other devices.
 
-`form=None` chooses by `pick_form`.
+`form=None` chooses by `pick_form`. A loss is written once: its logits, its exclusions and what it
+makes of the reduced numbers serve all forms, of which `_gathered` is the first and
+`clipx.losses.ring` the others.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +26,19 @@ from jaxtyping import Array, Float, Int
 
 from clipx.losses import ring
 from clipx.losses.forms import Form, pick_form
-from clipx.losses.reductions import LARGEST, LOG_SUM_EXP, SUM_SOFTPLUS
-from clipx.losses.ring import Rows
-from clipx.losses.tiles import (
+from clipx.losses.pairwise import (
     NEVER,
-    gather,
+    Rows,
+    excluded_pairs,
     group_size,
     matches,
     narrow,
     narrow_product,
     product,
-    row_numbers,
-    spread,
-    stranger,
-    tiles,
     wide,
 )
+from clipx.losses.reductions import LARGEST, LOG_SUM_EXP, SUM_SOFTPLUS, Reduction
+from clipx.losses.tiles import gather, row_numbers, spread, tiles
 
 
 def info_nce(
@@ -58,55 +59,17 @@ def info_nce(
     `chunk` is the number of rows a tile holds; None picks it. Source: CLIP (arXiv 2103.00020),
     figure 3; the log-sum-exp runs in float32 for any input.
     """
-    size, total = group_size(a, b, groups), a.shape[0]
-    masked = ids is not None or groups > 1
-    scale = jnp.asarray(scale, wide(a))
-    form = pick_form(form, b)
-    if form != "gather":
-        row_lse, column_lse = ring.meet(
-            _score(a, size),
-            LOG_SUM_EXP,
-            _rows(a, ids, masked),
-            _rows(b, ids, masked),
-            (scale,),
-            chunk=chunk,
-            columns=symmetric,
-            together=form == "assembly",
-        )
-        match = scale * matches(a, b)
+    size = group_size(a, b, groups)
+    scalars = (jnp.asarray(scale, wide(a)),)
+
+    def finish(a, b, scalars):
+        match = scalars[0] * matches(a, b)
         if not symmetric:
-            return row_lse - match
-        return 0.5 * (row_lse - match) + 0.5 * (column_lse - match)
+            return lambda row_lse, _: row_lse - match
+        return lambda row_lse, column_lse: 0.5 * (row_lse - match) + 0.5 * (column_lse - match)
 
-    def local(axes, rows, scalars):
-        a, b, ids = rows
-        (scale,) = scalars
-        all_b, all_ids = gather(b, axes), gather(ids, axes)
-        index = row_numbers(axes, a.shape[0])
-
-        def tile(columns, rows, valid):
-            a, ids, index = rows
-            logits = scale * product(a, all_b)
-            if masked:
-                foreign = stranger(index, ids, jnp.arange(total), all_ids, size)
-                logits = jnp.where(foreign, NEVER, logits)
-            if not symmetric:
-                return columns, jax.nn.logsumexp(logits, axis=1)
-            column = jax.nn.logsumexp(jnp.where(valid[:, None], logits, NEVER), axis=0)
-            return jnp.logaddexp(columns, column), jax.nn.logsumexp(logits, axis=1)
-
-        match = scale * matches(a, b)
-        columns = jnp.full(total if symmetric else 0, NEVER, match.dtype)
-        columns, row_lse = tiles(tile, columns, (a, ids, index), chunk, total, axes)
-        if not symmetric:
-            return row_lse - match
-        if axes:  # each device has seen its own rows of every column
-            peak = lax.pmax(lax.stop_gradient(columns), axes)
-            share = lax.psum_scatter(jnp.exp(columns - peak), axes, tiled=True)
-            columns = jnp.log(share) + peak[index]
-        return 0.5 * (row_lse - match) + 0.5 * (columns - match)
-
-    return spread(local, (a, b, ids), (scale,))
+    options = {"size": size, "columns": symmetric, "chunk": chunk, "form": pick_form(form, b)}
+    return _pairwise_loss(LOG_SUM_EXP, finish, a, b, ids, scalars, **options)
 
 
 def sigmoid(
@@ -126,40 +89,15 @@ def sigmoid(
     over rows is the loss of arXiv 2303.15343, algorithm 1. No label matrix is built, since
     softplus(-x) = softplus(x) - x. `ids`, `groups` and `chunk` as in `info_nce`.
     """
-    size, total = group_size(a, b, groups), a.shape[0]
-    masked = ids is not None or groups > 1
-    scale, bias = jnp.asarray(scale, wide(a)), jnp.asarray(bias, wide(a))
-    form = pick_form(form, b)
-    if form != "gather":
-        pairs, _ = ring.meet(
-            _score(a, size),
-            SUM_SOFTPLUS,
-            _rows(a, ids, masked),
-            _rows(b, ids, masked),
-            (scale, bias),
-            chunk=chunk,
-            together=form == "assembly",
-        )
-        return pairs - (scale * matches(a, b) + bias)
+    size = group_size(a, b, groups)
+    scalars = jnp.asarray(scale, wide(a)), jnp.asarray(bias, wide(a))
 
-    def local(axes, rows, scalars):
-        a, b, ids = rows
+    def finish(a, b, scalars):
         scale, bias = scalars
-        all_b, all_ids = gather(b, axes), gather(ids, axes)
-        index = row_numbers(axes, a.shape[0])
+        return lambda pairs, _: pairs - (scale * matches(a, b) + bias)
 
-        def tile(carry, rows, valid):
-            a, ids, index = rows
-            pairs = jax.nn.softplus(scale * product(a, all_b) + bias)
-            if masked:
-                foreign = stranger(index, ids, jnp.arange(total), all_ids, size)
-                pairs = jnp.where(foreign, 0.0, pairs)
-            return carry, jnp.sum(pairs, axis=1)
-
-        _, pairs = tiles(tile, (), (a, ids, index), chunk, total, axes)
-        return pairs - (scale * matches(a, b) + bias)
-
-    return spread(local, (a, b, ids), (scale, bias))
+    options = {"size": size, "columns": False, "chunk": chunk, "form": pick_form(form, b)}
+    return _pairwise_loss(SUM_SOFTPLUS, finish, a, b, ids, scalars, **options)
 
 
 def nt_xent(
@@ -183,31 +121,30 @@ def nt_xent(
     if form != "gather":  # all views meet all views: rows 2i and 2i + 1 are row i's
         views = _rows(jnp.stack([a, b], axis=1).reshape(2 * total, -1), None, True)
         score = _score(a, size and 2 * size, itself=False)
-        how = {"chunk": chunk, "together": form == "assembly"}
-        lse, _ = ring.meet(score, LOG_SUM_EXP, views, views, (scale,), **how)
+        options = {"chunk": chunk, "form": form}
+        lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, views, views, (scale,), **options)
         return jnp.mean(lse.reshape(total, 2), axis=1) - scale * matches(a, b)
 
     def local(axes, rows, scalars):
         a, b = rows
-        (scale,) = scalars
         all_a, all_b = gather(a, axes), gather(b, axes)
         index = row_numbers(axes, a.shape[0])
 
         def tile(carry, rows, valid):
             a, b, index = rows
             own = index[:, None] == jnp.arange(total)
-            foreign = stranger(index, None, jnp.arange(total), None, size)
+            excluded = excluded_pairs(index, None, jnp.arange(total), None, size)
 
             def anchors(x, same, other):
-                same = jnp.where(own | foreign, NEVER, scale * product(x, same))
-                other = jnp.where(foreign, NEVER, scale * product(x, other))
+                same = jnp.where(own | excluded, NEVER, _logits(x, same, scalars, product))
+                other = jnp.where(excluded, NEVER, _logits(x, other, scalars, product))
                 lse = jax.nn.logsumexp
                 return jnp.logaddexp(lse(same, axis=1), lse(other, axis=1))
 
             return carry, 0.5 * anchors(a, all_a, all_b) + 0.5 * anchors(b, all_b, all_a)
 
         _, lse = tiles(tile, (), (a, b, index), chunk, 4 * total, axes)
-        return lse - scale * matches(a, b)
+        return lse - scalars[0] * matches(a, b)
 
     return spread(local, (a, b), (scale,))
 
@@ -230,16 +167,16 @@ def recall_at_1(
     if form != "gather":
         score, one = _score(a, size, itself=False), jnp.ones((), wide(a))
 
-        def nearer(rows, visitors, scalars):
+        def not_below_match(rows, visitors, scalars):
             constants, match = rows.constants
             scores = score(Rows(rows.values, constants), visitors, scalars)
             return (scores >= match[:, None]).astype(scores.dtype)
 
         rows, match = _rows(a, None, True), ring.matches(a, b, chunk=chunk)
         rows = rows._replace(constants=(rows.constants, match))
-        how = {"chunk": chunk, "together": form == "assembly"}
-        found, _ = ring.meet(nearer, LARGEST, rows, _rows(b, None, True), (one,), **how)
-        return (found < 1).astype(found.dtype)
+        visitors, options = _rows(b, None, True), {"chunk": chunk, "form": form}
+        worse, _ = ring.pairwise_reduce(not_below_match, LARGEST, rows, visitors, (one,), **options)
+        return (worse < 1).astype(worse.dtype)
 
     def local(axes, rows, scalars):
         a, b = rows
@@ -252,7 +189,7 @@ def recall_at_1(
             match = jnp.take_along_axis(scores, index[:, None], axis=1)
             other = (scores >= match) & (jnp.arange(total) != index[:, None])
             if groups > 1:
-                other &= ~stranger(index, None, jnp.arange(total), None, size)
+                other &= ~excluded_pairs(index, None, jnp.arange(total), None, size)
             return carry, 1.0 - jnp.any(other, axis=1).astype(scores.dtype)
 
         return tiles(tile, (), (a, index), chunk, total, axes)[1]
@@ -260,26 +197,85 @@ def recall_at_1(
     return spread(local, (a, b), ())
 
 
+def _logits(a, b, scalars, multiply):
+    """scale·a·b [c t] of all pairs, plus the bias if `scalars` has one."""
+    scale, *bias = scalars
+    logits = scale * multiply(a, b)
+    return logits + bias[0] if bias else logits
+
+
+def _pairwise_loss(
+    reduction: Reduction, finish: Callable, a, b, ids, scalars, *, size, columns, chunk, form
+):
+    """A loss that is made of one reduction of `_logits` over each row's pairs.
+
+    `finish(a, b, scalars)` returns the function from the rows' reductions, and with `columns` those
+    of b's rows, to values per row. It is called on each device's rows or on the whole batch.
+    """
+    masked = ids is not None or size is not None
+    if form == "gather":
+        return _gathered(reduction, finish, a, b, ids, scalars, size, columns, chunk, masked)
+    rows, visitors = _rows(a, ids, masked), _rows(b, ids, masked)
+    options = {"chunk": chunk, "columns": columns, "form": form}
+    score = _score(a, size)
+    reduced = ring.pairwise_reduce(score, reduction, rows, visitors, scalars, **options)
+    return finish(a, b, scalars)(*reduced)
+
+
+def _gathered(reduction, finish, a, b, ids, scalars, size, columns, chunk, masked):
+    """`_pairwise_loss` in the form "gather"."""
+    total, nothing = a.shape[0], reduction.start
+
+    def local(axes, rows, scalars):
+        a, b, ids = rows
+        all_b, all_ids = gather(b, axes), gather(ids, axes)
+        index = row_numbers(axes, a.shape[0])
+
+        def tile(carry, rows, valid):
+            a, ids, index = rows
+            each = reduction.each(_logits(a, all_b, scalars, product))
+            if masked:
+                excluded = excluded_pairs(index, ids, jnp.arange(total), all_ids, size)
+                each = jnp.where(excluded, nothing, each)
+            if columns:
+                column = reduction.of(jnp.where(valid[:, None], each, nothing), axis=0)
+                carry = reduction.join(carry, column)
+            return carry, reduction.of(each, axis=1)
+
+        finished, carry = finish(a, b, scalars), ()
+        if reduction.share:
+            carry = jnp.full(total if columns else 0, nothing, scalars[0].dtype)
+        of_columns, of_rows = tiles(tile, carry, (a, ids, index), chunk, total, axes)
+        if axes and columns:  # a device has seen its own rows of every column
+            of_columns = reduction.share_differentiably(of_columns, axes, index)
+        return finished(of_rows, of_columns)
+
+    return spread(local, (a, b, ids), scalars)
+
+
 def _rows(values, ids, masked):
-    """What goes round: rows, and where a mask needs them their numbers and ids."""
+    """`Rows` with what a mask needs: their places in the batch, and ids."""
     return Rows(values, (jnp.arange(values.shape[0]), ids) if masked else None)
 
 
 def _score(like, size, *, itself=True):
-    """scale·a·b [c, t] of rows like these, plus a bias if there is one; `NEVER` for strangers and,
-    unless `itself`, for a row and the one of its own number."""
+    """The score of `ring.pairwise_reduce` for rows like these.
+
+    Excluded pairs, and without `itself` the pairs of one place, are `NEVER`.
+    """
     dtype = narrow(like)
 
     def score(rows, visitors, scalars):
-        scale, *bias = scalars
-        logits = scale * narrow_product(rows.values, visitors.values, dtype)
-        logits = logits + bias[0] if bias else logits
+        def multiply(a, b):
+            return narrow_product(a, b, dtype)
+
+        logits = _logits(rows.values, visitors.values, scalars, multiply)
         if rows.constants is None:
             return logits
         (index, ids), (columns, all_ids) = rows.constants, visitors.constants
-        never = stranger(index, ids, columns, all_ids, size)
+        excluded = excluded_pairs(index, ids, columns, all_ids, size)
         if not itself:
-            never |= index[:, None] == columns
-        return jnp.where(never, NEVER, logits)
+            excluded |= index[:, None] == columns
+        return jnp.where(excluded, NEVER, logits)
 
     return score

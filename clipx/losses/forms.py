@@ -1,4 +1,4 @@
-"""The forms of losses in which rows meet, and which suits how many rows."""
+"""The forms of a pairwise loss, and the choice between them by the number of rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Form = Literal["gather", "assembly", "ring"]
 
 
 def pick_form(form: Form | None, visitors) -> Form:
-    """`form`, or what suits these rows on the mesh that is set.
+    """`form`, or the one that suits these rows on the mesh that is set.
 
-    The TPU's compiler says of InfoNCE on v5e chips, width 512, bfloat16, in MiB a chip and millions
-    of cycles:
+    Raises `ValueError` for a form that does not exist. Estimates of the TPU's compiler for InfoNCE
+    on v5e chips, width 512, bfloat16, in MiB per chip and millions of cycles:
 
         rows on chips      gather       assembly     ring
          16,384 on  16      71, 2.2     104, 1.0     19, 3.0
@@ -22,8 +22,8 @@ def pick_form(form: Form | None, visitors) -> Form:
          32,768 on 256      81, 0.6     113, 0.3      2, 6.1
       1,048,576 on 256                               67, 370
 
-    So a ring of few rows has many short stops, and where memory is no matter an assembly is
-    fastest. Small batches are gathered: their numbers are, to the bit, what they have always been.
+    A ring of few rows has many short stops. An assembly is fastest where its memory fits. Small
+    batches are gathered, so that their numbers keep their bits (`benchmarks/loss_forms.py`).
     """
     if form is not None:
         if form not in get_args(Form):

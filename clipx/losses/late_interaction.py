@@ -9,29 +9,28 @@ from jaxtyping import Array, Bool, Float
 
 from clipx.losses import ring
 from clipx.losses.forms import Form, pick_form
-from clipx.losses.reductions import LOG_SUM_EXP
-from clipx.losses.ring import Rows
-from clipx.losses.tiles import (
+from clipx.losses.pairwise import (
     NEVER,
-    gather,
+    Rows,
+    excluded_pairs,
     group_size,
     narrow,
     narrow_product,
-    row_numbers,
-    spread,
-    stranger,
-    tiles,
     wide,
 )
+from clipx.losses.reductions import LOG_SUM_EXP
+from clipx.losses.tiles import gather, row_numbers, spread, tiles
 
 
 def _scores(a, b, a_mask, b_mask, narrow_to=None):
-    """Of every row of a with every row of b: the mean, over a's tokens that count, of the largest
-    product with one of b's that counts."""
+    """Scores [i t] of all pairs: the mean over a's tokens of the largest product with a token of b.
+
+    Tokens that a mask leaves out do not count. `narrow_to` is the dtype of products in a ring.
+    """
     if narrow_to is None:
         highest, out = lax.Precision.HIGHEST, wide(a)
         products = jnp.einsum("ind,tmd->intm", a, b, preferred_element_type=out, precision=highest)
-    else:  # of rows in a ring
+    else:
         (i, n, d), (t, m, _) = a.shape, b.shape
         products = narrow_product(a.reshape(-1, d), b.reshape(-1, d), narrow_to)
         products = products.reshape(i, n, t, m)
@@ -45,8 +44,11 @@ def _scores(a, b, a_mask, b_mask, narrow_to=None):
 
 
 def _select(a, b, a_mask, b_mask, top_k):
-    """Each row's `top_k` tokens of a, and which of them count, by the sum of their products with
-    the same row's tokens of b. That sum is one product, with the sum of b's tokens."""
+    """(tokens, mask) of the `top_k` tokens of each row of a.
+
+    They have the largest sums of products with the same row's tokens of b. A sum is one product,
+    with the sum of b's tokens.
+    """
     if top_k is None or top_k >= a.shape[1]:
         return a, a_mask
     b = b.astype(wide(a)) if b_mask is None else jnp.where(b_mask[..., None], b, 0).astype(wide(a))
@@ -110,7 +112,7 @@ def late_interaction(
     if form != "gather":
         kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
         return sum(
-            0.5 * _toward(*x, *y, scale, size, chunk, form)
+            0.5 * _ring_half(*x, *y, scale, size, chunk, form)
             for x, y in zip(((a, a_mask), (b, b_mask)), kept)
         )
 
@@ -126,8 +128,8 @@ def late_interaction(
                 x, x_mask, index = rows
                 logits = scale * _scores(x, y, x_mask, y_mask)
                 if groups > 1:
-                    foreign = stranger(index, None, jnp.arange(total), None, size)
-                    logits = jnp.where(foreign, NEVER, logits)
+                    excluded = excluded_pairs(index, None, jnp.arange(total), None, size)
+                    logits = jnp.where(excluded, NEVER, logits)
                 match = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
                 return carry, jax.nn.logsumexp(logits, axis=1) - match
 
@@ -141,8 +143,8 @@ def late_interaction(
     return spread(local, (a, b, a_mask, b_mask), (scale,))
 
 
-def _toward(x, x_mask, y, y_mask, scale, size, chunk, form):
-    """One half of the ring: rows of x stay, the kept tokens of y go round."""
+def _ring_half(x, x_mask, y, y_mask, scale, size, chunk, form):
+    """The loss x→y without a gather: rows of x stay, the kept tokens of y are the visitors."""
     dtype = narrow(x)
     index = None if size is None else jnp.arange(x.shape[0])
 
@@ -151,12 +153,12 @@ def _toward(x, x_mask, y, y_mask, scale, size, chunk, form):
         logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, dtype)
         if size is None:
             return logits
-        return jnp.where(stranger(index, None, columns, None, size), NEVER, logits)
+        return jnp.where(excluded_pairs(index, None, columns, None, size), NEVER, logits)
 
     rows, visitors = Rows(x, (index, x_mask)), Rows(y, (index, y_mask))
     elements = x.shape[1] * y.shape[1]
-    how = {"chunk": chunk, "elements": elements, "together": form == "assembly"}
-    lse, _ = ring.meet(score, LOG_SUM_EXP, rows, visitors, (scale,), **how)
+    options = {"chunk": chunk, "elements": elements, "form": form}
+    lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, rows, visitors, (scale,), **options)
 
     def own(axes, rows, scalars):
         def pair(row):

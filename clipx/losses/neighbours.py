@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from clipx.losses.tiles import first_row, product, spread, tiles, wide
+from clipx.losses.pairwise import product, wide
+from clipx.losses.tiles import first_row, spread, tiles
 from clipx.types import batch_axes
 
 
@@ -18,9 +19,10 @@ def nearest(
 ) -> Float[Array, "b d"]:
     """The bank's row of largest cosine with each row of `query`, as it is stored; ties: the first.
 
-    No gradient flows. The bank is whole on every device and searched in tiles of `chunk` rows of
-    `query`. A bank [g k d] holds one for each of g groups of b/g rows, as g devices that share
-    nothing would. Source: DeCLIP (arXiv 2110.05208), section 3.2.
+    No gradient flows. The bank is replicated, and searched in tiles of `chunk` rows of `query`. A
+    bank [g k d] is g banks, one for each group of b/g rows, as on g devices that share nothing.
+    Raises `ValueError` for rows that do not divide into the banks. Source: DeCLIP (arXiv
+    2110.05208), section 3.2.
     """
     groups = bank.shape[0] if bank.ndim == 3 else 1
     if query.shape[0] % groups:
@@ -54,12 +56,13 @@ def enqueue(
 ) -> tuple[Float[Array, "*g k d"], Int[Array, ""]]:
     """The queue with `rows` written from `pointer` on, and the next pointer.
 
-    Rows that reach or pass the end put the pointer back to 0, and those beyond it are dropped, as
-    DeCLIP's memory bank has it (memory_bank.py): nothing wraps. Call `nearest` first: a batch is
-    not to find itself. A queue [g k d] has one for each of g groups of b/g rows. No gradient flows.
+    Nothing wraps, as in DeCLIP's memory bank (memory_bank.py): rows beyond the end are dropped, and
+    the pointer returns to 0 once the end is reached. Call `nearest` first, or a batch finds itself.
+    A queue [g k d] is g queues, one for each group of b/g rows. No gradient flows. Raises
+    `ValueError` for rows that do not divide into the queues.
     """
     rows = lax.stop_gradient(rows).astype(queue.dtype)
-    if batch_axes():  # the queue is whole on every device
+    if batch_axes():  # the queue is replicated
         rows = lax.with_sharding_constraint(rows, P())
     groups = queue.shape[0] if queue.ndim == 3 else 1
     if rows.shape[0] % groups:

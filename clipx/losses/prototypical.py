@@ -1,7 +1,7 @@
-"""Losses in which every row picks the prototype of its cluster, and what they are made from.
+"""Losses in which every row picks the prototype of its cluster.
 
-Prototypes are constants: no gradient reaches a table or a target, only the rows that pick. Every
-result is float32, or float64 for float64 inputs.
+Prototypes and targets are constants: gradients reach the rows alone. Every result is float32, or
+float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from jaxtyping import Array, Float, Int
 
 from clipx.losses import ring
 from clipx.losses.forms import pick_form
+from clipx.losses.pairwise import NEVER, Rows, product, wide
 from clipx.losses.reductions import LOG_SUM_EXP
-from clipx.losses.ring import Rows
-from clipx.losses.tiles import NEVER, product, size
+from clipx.losses.tiles import size
 from clipx.types import batch_axes, constrain_rows
 
 
 @partial(jax.jit, static_argnames="k")
 def _sums(labels, x, k):
-    """Sums [k, d] of the rows of each label, and how many they are.
+    """(sums [k d], counts [k]) of the rows of each label.
 
-    Rows are sorted and scanned rather than scattered, so that the order in which they are added,
-    which a GPU's scatter leaves open, is fixed.
+    Rows are sorted and scanned, not scattered: a GPU's scatter adds them in any order.
     """
     order = jnp.argsort(labels, stable=True)
     labels, x = labels[order], x[order]
@@ -51,11 +50,11 @@ def back_translate(
 
     A teacher's clusters become prototypes in the student's own space: Prototypical Back Translation
     (ProtoCLIP, arXiv 2206.10996; training/clustering.py, `PBT`). Rows whose label is not in
-    0..k-1 count nowhere. The table is whole on every device, and its bits are the same from call to
-    call. No gradient flows.
+    0..k-1 count nowhere. The table is replicated, and its bits are the same from call to call. No
+    gradient flows.
     """
     axes = batch_axes()
-    x = lax.stop_gradient(jnp.asarray(features, _wide(features)))
+    x = lax.stop_gradient(jnp.asarray(features, wide(features)))
 
     def local(labels, x):
         sums, counts = _sums(labels, x, k)
@@ -72,15 +71,15 @@ def targets(
 ) -> Float[Array, "b k"]:
     """The distribution over prototypes that each row is to learn, from its label alone.
 
-    The softmax of the products of the label's prototype with all of them, itself included, over
-    `temperature`, a Python number; at temperature 0 the label itself, one-hot, of which only the
-    number of `prototypes` matters. Products and softmax run in float32 at least, as a temperature
-    of 0.01 leaves no room for rounding. No gradient flows. Source: ProtoCLIP, training/loss.py,
+    It is the softmax of the products of the label's prototype with all prototypes, itself included,
+    over `temperature`, a Python number. At temperature 0 it is the label, one-hot. Products and
+    softmax run in float32 at least, since a temperature of 0.01 magnifies rounding. No gradient
+    flows. Raises `ValueError` for a negative temperature. Source: ProtoCLIP, training/loss.py,
     `ProtoLoss`.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: expected 0, which is one-hot, or more")
-    table = lax.stop_gradient(jnp.asarray(prototypes, _wide(prototypes)))
+    table = lax.stop_gradient(jnp.asarray(prototypes, wide(prototypes)))
     if not temperature:
         return constrain_rows(jax.nn.one_hot(labels, len(table), dtype=table.dtype))
     return jax.nn.softmax(_products(table[labels], table) / temperature, axis=1)
@@ -96,12 +95,14 @@ def prototypical(
 ) -> Float[Array, " b"]:
     """Cross-entropy, in nats, of each row's choice among the prototypes against its target.
 
-    Targets are distributions, or labels alone, which stand for their one-hot. The logits are
-    `scale` times the products with the prototypes as they are: those of a tight cluster are longer,
-    and one of zeros has a logit of 0. With `form="gather"` the table is whole on every device, and
-    so are a row's logits; with "ring" the table is spread and goes round, and logits come in tiles;
-    None: the ring where a device's logits are 2**25 or more. Source: ProtoCLIP (arXiv 2206.10996),
-    training/loss.py, `ProtoLoss`, whose value is the mean over rows.
+    Targets are distributions, or labels, which stand for their one-hot. The logits are `scale`
+    times the products with the prototypes, which are not normalised: those of a tight cluster are
+    longer, and a prototype of zeros has a logit of 0.
+
+    With `form="gather"` each device holds the table and all logits of its rows. With "ring" the
+    table travels round the devices, and logits come in tiles. None takes the ring for 2**25 logits
+    per device or more. Source: ProtoCLIP (arXiv 2206.10996), training/loss.py, `ProtoLoss`, whose
+    value is the mean over rows.
     """
     (b, _), k = student.shape, len(prototypes)
     prototypes, targets = lax.stop_gradient((prototypes, targets))
@@ -111,14 +112,14 @@ def prototypical(
     if pick_form(form, prototypes) == "ring":
         return _ring(student, prototypes, targets, scale, hard)
     if hard:
-        targets = constrain_rows(jax.nn.one_hot(targets, k, dtype=_wide(prototypes)))
+        targets = constrain_rows(jax.nn.one_hot(targets, k, dtype=wide(prototypes)))
     logits = scale * _products(student, prototypes)
     return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1)
 
 
 def _ring(student, table, targets, scale, hard):
     """-Σ t·(l - lse) = lse·Σ t - scale·student·(Σ t·prototype), whose last sum is a constant."""
-    k, dtype = len(table), _wide(student, table)
+    k, dtype = len(table), wide(student, table)
     student, table = student.astype(dtype), table.astype(dtype)
     pad = -k % size(batch_axes())  # the same number on each device
     table, columns = jnp.pad(table, ((0, pad), (0, 0))), jnp.arange(k + pad)
@@ -135,7 +136,7 @@ def _ring(student, table, targets, scale, hard):
         return jnp.take(rows.constants, columns, axis=1, mode="fill", fill_value=0).astype(dtype)
 
     visitors, scale = Rows((), (table, columns)), jnp.asarray(scale, dtype)
-    lse, _ = ring.meet(score, LOG_SUM_EXP, Rows(student), visitors, (scale,))
+    lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, Rows(student), visitors, (scale,))
     meant = ring.mix(weigh, Rows((), targets), Rows(table, columns))
     within = (targets >= 0) & (targets < k) if hard else jnp.sum(targets, axis=1)
     return within * lse - scale * jnp.sum(student * meant, axis=1)
@@ -149,13 +150,9 @@ def prototype_accuracy(
     return (picked == labels).astype(jnp.float32)
 
 
-def _wide(*arrays):
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
 def _products(rows, table):
-    """The product of every row with every row of a table that is whole on each device."""
-    dtype = _wide(rows, table)
+    """The products of all rows with all rows of a replicated table."""
+    dtype = wide(rows, table)
     rows, table = constrain_rows(jnp.asarray(rows, dtype)), jnp.asarray(table, dtype)
     highest = lax.Precision.HIGHEST
     return constrain_rows(jnp.einsum("bd,kd->bk", rows, table, precision=highest))

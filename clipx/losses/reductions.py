@@ -1,4 +1,4 @@
-"""How a row's logits become one number: the log of their exponentials' sum, and others."""
+"""Reductions of a row's logits to one number: log-sum-exp, sum of softplus, largest."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-from clipx.losses.tiles import NEVER
+from clipx.losses.pairwise import NEVER
 
 
 class Reduction(NamedTuple):
-    """How logits become one number for each row, piece by piece."""
+    """A reduction that can be taken tile by tile: `of(each(logits))`, then `join`."""
 
-    start: float  # of no logits
-    of: Callable  # (logits, axis)
-    join: Callable  # of the numbers of two pieces
-    slope: Callable | None  # (logits, the whole row's number): derivative by each logit
-    share: Callable | None = None  # (numbers of pieces [B], axes): a device's of the joined ones
+    start: float  # the reduction of no logits
+    each: Callable  # logits -> elements
+    of: Callable  # (elements, axis) -> numbers
+    join: Callable  # the numbers of two tiles -> those of both together
+    slope: Callable | None  # (logits, the row's number) -> derivative by each logit
+    # Joins the numbers [B] of all devices and returns each device's own [B/devices]. The first, of
+    # (numbers, axes), has no gradient; the second, of (numbers, axes, the own rows' places), has.
+    share: Callable | None = None
+    share_differentiably: Callable | None = None
+
+    def reduce(self, logits: Float[Array, "c t"], axis: int) -> Float[Array, " _"]:
+        """The number of each row (axis 1) or column (axis 0) of a tile."""
+        return self.of(self.each(logits), axis=axis)
 
 
 def _share_log_sum_exp(pieces, axes):
@@ -29,17 +38,28 @@ def _share_log_sum_exp(pieces, axes):
     return jnp.log(total) + lax.dynamic_slice_in_dim(peak, own, total.shape[0])
 
 
+def _share_log_sum_exp_differentiably(pieces, axes, index):
+    peak = lax.pmax(lax.stop_gradient(pieces), axes)
+    total = lax.psum_scatter(jnp.exp(pieces - peak), axes, tiled=True)
+    return jnp.log(total) + peak[index]
+
+
 LOG_SUM_EXP = Reduction(
-    NEVER,
-    jax.nn.logsumexp,
-    jnp.logaddexp,
-    lambda logits, whole: jnp.exp(logits - whole),
-    _share_log_sum_exp,
+    start=NEVER,
+    each=lambda logits: logits,
+    of=jax.nn.logsumexp,
+    join=jnp.logaddexp,
+    slope=lambda logits, whole: jnp.exp(logits - whole),
+    share=_share_log_sum_exp,
+    share_differentiably=_share_log_sum_exp_differentiably,
 )
 SUM_SOFTPLUS = Reduction(
-    0.0,
-    lambda logits, axis: jnp.sum(jax.nn.softplus(logits), axis=axis),
-    jnp.add,
-    lambda logits, whole: jax.nn.sigmoid(logits),
+    start=0.0,
+    each=jax.nn.softplus,
+    of=jnp.sum,
+    join=jnp.add,
+    slope=lambda logits, whole: jax.nn.sigmoid(logits),
 )
-LARGEST = Reduction(NEVER, jnp.max, jnp.maximum, None)
+LARGEST = Reduction(
+    start=NEVER, each=lambda logits: logits, of=jnp.max, join=jnp.maximum, slope=None
+)

@@ -1,11 +1,13 @@
-"""Rows that meet all others without being gathered.
+"""Pairwise reductions with gradients written by hand: the forms "ring" and "assembly".
 
-Each device keeps its rows. Its visitors, as many rows of the other tower, go round the devices, and
-at each stop every row meets every visitor in tiles. What a row has seen is summed up in one
-number, which visitors can carry too. Nothing of a tile is kept: the backward pass sends the
-visitors round again, with their numbers and their gradients so far, and computes each tile anew.
-With one device nothing travels, and the tiles are the same. In an assembly all visitors are at each
-device at a time, which costs memory, and their gradients are summed and spread again.
+Ring: each device keeps its rows. The rows of the other tower, its visitors, travel from device to
+device. At each stop every row meets every visitor, tile by tile, and each keeps one number. The
+backward pass sends the visitors round again, with their numbers and their gradients so far, and
+computes each tile anew. So memory does not grow with the rows of other devices. On one device
+nothing travels.
+
+Assembly: each device gathers all visitors at once. Their gradients are summed over devices and
+scattered. This costs memory, and saves the stops.
 """
 
 from __future__ import annotations
@@ -13,38 +15,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
+from clipx.losses.pairwise import NEVER, Rows, narrow, narrow_product, wide
 from clipx.losses.reductions import LARGEST, Reduction
-from clipx.losses.tiles import (
-    NEVER,
-    check_spread,
-    gather,
-    narrow,
-    narrow_product,
-    scan,
-    size,
-    split,
-    wide,
-)
-from clipx.types import PyTree, batch_axes
+from clipx.losses.tiles import check_spread, gather, scan, size, split
+from clipx.types import batch_axes
 
 _TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
 
 
-class Rows(NamedTuple):
-    """Arrays with the row axis first: those that gradients reach, and those that none does."""
-
-    values: PyTree
-    constants: PyTree = ()
-
-
-def meet(
+def pairwise_reduce(
     score: Callable,
     reduction: Reduction,
     rows: Rows,
@@ -54,27 +41,31 @@ def meet(
     chunk: int | None = None,
     elements: int = 1,
     columns: bool = False,
-    together: bool = False,
-):
-    """(a number for each row, one for each visitor or None without `columns`): the `reduction` of
-    `score(rows, visitors, scalars)` [c, t] over everybody met.
+    form: Literal["assembly", "ring"] = "ring",
+) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    """(a number per row, a number per visitor): the `reduction` of the logits of all their pairs.
 
-    `score` sees a tile of each: `values` as float32 at least, `constants` as they are. It holds
-    `elements` numbers for each pair, and masks by `NEVER`. With `together` all visitors are
-    gathered instead of going round. Called in the global view.
+    The logits are `score(rows, visitors, scalars)` [c t] of a tile of each, where `values` are
+    float32 at least and `constants` as given; excluded pairs are `NEVER`. A score computes
+    `elements` numbers for each pair. Without `columns` the visitors' numbers are None. `chunk` is
+    the number of rows, and of visitors, of a tile; None picks it. Called in the global view. Raises
+    `ValueError` for rows that do not divide by the number of devices.
     """
     axes = batch_axes()
     for one in (rows, visitors):
         if axes:
             check_spread(len(jax.tree.leaves(one)[0]), axes)
-    together = together and bool(axes)
+    together = form == "assembly" and bool(axes)
     ring = _Ring(score, reduction, axes, size(axes), chunk, elements, columns, together)
-    return _meet(ring, rows, visitors, scalars)
+    return _reduce(ring, rows, visitors, scalars)
 
 
 def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None):
-    """[b d]: the sum of the visitors' values, each times its `weigh(rows, visitors)` [c t]; float32
-    at least. No gradient flows, and what pads a tile has values of 0."""
+    """Weighted sums [b d] of the visitors' values, float32 at least.
+
+    `weigh(rows, visitors)` gives the weights [c t] of a tile. It may weigh padding, whose values
+    are 0. No gradient flows.
+    """
     axes = batch_axes()
     ring = _Ring(None, LARGEST, axes, size(axes), chunk, 1, False)
 
@@ -104,7 +95,7 @@ def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None
 
 
 def matches(a, b, *, chunk: int | None = None):
-    """The product of each row with its match, to the bit what a tile of both holds."""
+    """The product of each row with its match, the same to the bit as in a tile of both."""
     axes = batch_axes()
     ring = _Ring(None, LARGEST, axes, size(axes), chunk, 1, False)
 
@@ -119,27 +110,29 @@ def matches(a, b, *, chunk: int | None = None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _meet(ring, rows, visitors, scalars):
-    return ring.spread(ring.meetings, rows, visitors, scalars=scalars, out=2)
+def _reduce(ring, rows, visitors, scalars):
+    return ring.spread(ring.reduce, rows, visitors, scalars=scalars, out=2)
 
 
-def _meet_forward(ring, rows, visitors, scalars):
-    met = _meet(ring, rows, visitors, scalars)
-    return met, (rows, visitors, scalars, met)
+def _reduce_forward(ring, rows, visitors, scalars):
+    reduced = _reduce(ring, rows, visitors, scalars)
+    return reduced, (rows, visitors, scalars, reduced)
 
 
-def _meet_backward(ring, kept, slopes):
-    rows, visitors, scalars, met = kept
-    marked = [(one, whole, slope) for one, whole, slope in zip((rows, visitors), met, slopes)]
-    *values, scalars = ring.spread(ring.slopes, *marked, scalars=scalars, out=3)
+def _reduce_backward(ring, kept, slopes):
+    rows, visitors, scalars, reduced = kept
+    marked = list(zip((rows, visitors), reduced, slopes))
+    *values, scalars = ring.spread(ring.gradients, *marked, scalars=scalars, out=3)
     return (*(Rows(x, None) for x in values), scalars)
 
 
-_meet.defvjp(_meet_forward, _meet_backward)
+_reduce.defvjp(_reduce_forward, _reduce_backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
+    """What is static in a reduction. Its methods run on each device's rows."""
+
     score: Callable
     reduction: Reduction
     axes: tuple[str, ...]
@@ -147,14 +140,14 @@ class _Ring:
     chunk: int | None
     elements: int
     columns: bool
-    together: bool = False  # all visitors stop once, everywhere at a time
+    together: bool = False  # an assembly: all visitors are gathered
 
-    def meetings(self, rows, visitors, scalars):
-        """What `meet` returns, of each device's rows."""
+    def reduce(self, rows, visitors, scalars):
+        """What `pairwise_reduce` returns, of each device's rows."""
         visitors = self.arrive(visitors)
         sides = self.sides(rows, visitors)
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
-        scalars, of, join = self.vary(scalars), self.reduction.of, self.reduction.join
+        scalars, reduce, join = self.vary(scalars), self.reduction.reduce, self.reduction.join
 
         def nothing(tree):
             shape = jax.tree.leaves(tree)[0].shape[:2]
@@ -166,8 +159,8 @@ class _Ring:
             def tile(column, rows):
                 x, x_real, row = rows
                 logits = self.logits(_widened(x), _widened(y), (x_real, y_real), scalars)
-                column = join(column, of(logits, axis=0)) if self.columns else None
-                return column, join(row, of(logits, axis=1))
+                column = join(column, reduce(logits, axis=0)) if self.columns else None
+                return column, join(row, reduce(logits, axis=1))
 
             column, seen = scan(tile, column, (x, x_real, seen))
             return seen, column
@@ -182,14 +175,14 @@ class _Ring:
         start = y, nothing(x), nothing(y) if self.columns else None
         _, seen, columns = self.round(stop, start)
         columns = _rows(self.send(columns), visitors)
-        if self.together and self.columns:  # of each device's own rows
+        if self.together and self.columns:  # each device keeps its own
             columns = self.reduction.share(columns, self.axes)
         return _rows(seen, rows), columns
 
-    def slopes(self, rows, visitors, scalars):
-        """Gradients for the values of each device's rows, of its visitors, and for the scalars.
+    def gradients(self, rows, visitors, scalars):
+        """Gradients by the values of each device's rows, those of its visitors, and the scalars.
 
-        Both come as (rows, their numbers, these numbers' slopes)."""
+        `rows` and `visitors` come as (`Rows`, their numbers, the gradients by these numbers)."""
         visitors = self.arrive(visitors)
         sides = self.sides(rows[0], visitors[0])
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
@@ -204,7 +197,7 @@ class _Ring:
             def tile(carry, rows):
                 dx, dy, ds = carry
                 i, x, x_real = rows
-                gx, gy, gs = self.tile_slopes(x, y, (x_real, y_real), scalars)
+                gx, gy, gs = self.tile_gradients(x, y, (x_real, y_real), scalars)
                 dx = jax.tree.map(lambda d, g: d.at[i].add(g), dx, gx)
                 return (dx, _sum(dy, gy), _sum(ds, gs)), None
 
@@ -230,8 +223,8 @@ class _Ring:
         )
         return dx, dy, lax.psum(ds, self.axes) if self.axes else ds
 
-    def tile_slopes(self, x, y, real, scalars):
-        """Gradients for a tile of rows, for one of visitors, and for the scalars."""
+    def tile_gradients(self, x, y, real, scalars):
+        """Gradients by the values of a tile of rows, of a tile of visitors, and by the scalars."""
         (x, whole, slope), (y, column_whole, column_slope) = x, y
 
         def logits(x_values, y_values, scalars):
@@ -246,7 +239,7 @@ class _Ring:
         return pull(each)
 
     def logits(self, x, y, real, scalars):
-        """Of a tile of rows with one of visitors; those of padding are never."""
+        """The logits of a tile of rows and one of visitors; `NEVER` for padding."""
         logits = self.score(x, y, scalars)
         for here, axis in zip(real, (1, 0)):
             if here is not None:
@@ -254,12 +247,12 @@ class _Ring:
         return logits
 
     def sides(self, rows, visitors) -> tuple[int, int]:
-        """How many rows a tile holds, and how many visitors.
+        """(rows of a tile, visitors of a tile).
 
-        Left to us, a tile's logits take as much memory as a device's rows, within bounds: beside
-        these it does not count, and the larger the fewer cycles. By the TPU's compiler, 1,048,576
-        rows of InfoNCE on 16 v5e chips: 12.1 G cycles and 833 MiB with tiles of 2**18, 6.0 G and
-        897 with 2**20, 4.1 G and 898 with 2**22.
+        Without `chunk` a tile's logits take as much memory as a device's rows, within bounds. That
+        is little beside the rows, and larger tiles take fewer cycles. By the TPU's compiler,
+        1,048,576 rows of InfoNCE on 16 v5e chips: 12.1 G cycles and 833 MiB with tiles of 2**18,
+        6.0 G and 897 with 2**20, 4.1 G and 898 with 2**22.
         """
         if self.chunk:
             return self.chunk, self.chunk
@@ -273,7 +266,7 @@ class _Ring:
         return side, max(1, 2 ** (pairs.bit_length() - 1) // side)
 
     def cut(self, tree, side):
-        """Tiles [count c ...] of a device's rows, and which of these are real; None: all are."""
+        """(tiles [count c ...] of a device's rows, mask of those that are no padding or None)."""
         b = len(jax.tree.leaves(tree)[0])
         chunk = min(b, side)
         count = -(-b // chunk)
@@ -282,26 +275,28 @@ class _Ring:
         return cut, None if count * chunk == b else split(jnp.ones(b, bool), count, chunk)
 
     def arrive(self, visitors):
+        """The visitors of a device's first stop: in an assembly all, in a ring its own."""
         return (
             jax.tree.map(partial(gather, axes=self.axes), visitors) if self.together else visitors
         )
 
     def round(self, stop, carry):
-        """Every visitor stops at every device, and is then one before its own."""
+        """Runs `stop` as often as visitors stop. Each then is at the device before its own."""
         if not self.axes or self.together:
             return stop(carry, None)[0]
         return lax.scan(stop, carry, length=self.devices)[0]
 
     def send(self, tree):
-        """From each device to the next."""
+        """Sends arrays from each device to the next."""
         if not self.axes or self.together:
             return tree
         turn = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, turn), tree)
 
     def spread(self, fn, *rows, scalars, out):
-        """`fn(*rows, scalars)` on each device's rows. It returns `out` trees: rows, or in the third
-        place scalars."""
+        """Calls `fn(*rows, scalars)` on each device's rows.
+
+        It returns `out` trees: two of rows, and the third of scalars."""
         if not self.axes:
             return fn(*rows, scalars)
         specs = P(self.axes), P(self.axes), P()
@@ -309,7 +304,7 @@ class _Ring:
         return jax.shard_map(fn, in_specs=specs, out_specs=out)(*rows, scalars)
 
     def vary(self, tree):
-        """A scan's carry must be as device-varying going in as it is coming out."""
+        """The tree, marked as device-varying: a scan's carry must be so from the start."""
         return (
             jax.tree.map(lambda x: lax.pcast(x, self.axes, to="varying"), tree)
             if self.axes
@@ -318,7 +313,7 @@ class _Ring:
 
 
 def _rows(tree, like):
-    """What tiles [count c ...] hold, without their padding: as many as `like` has."""
+    """The rows of tiles [count c ...] without their padding: as many as `like` has."""
     b = len(jax.tree.leaves(like)[0])
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tree)
 

@@ -1,4 +1,4 @@
-"""What losses in which rows meet are made from: rows spread over devices, and met tile by tile."""
+"""Rows spread over devices, and loops over tiles of a device's rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from clipx.types import batch_axes
 
-NEVER = -1e30  # a masked logit: finite, so that no gradient is NaN
 TILE = 2**22  # elements of one tile when `chunk` is None: 16 MiB of float32
 
 
-def wide(*arrays):
-    """Float32, or float64 where an array is."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
 def spread(rows_fn, rows: tuple, scalars: tuple):
-    """`rows_fn(axes, rows, scalars)` on each device's rows; what it returns has rows too."""
+    """Calls `rows_fn(axes, rows, scalars)` on each device's rows. All that it returns has rows too.
+
+    Raises `ValueError` where the rows do not divide by the number of devices.
+    """
     axes = batch_axes()
     if not axes:
         return rows_fn((), rows, scalars)
@@ -36,11 +33,12 @@ def spread(rows_fn, rows: tuple, scalars: tuple):
 
 
 def size(axes) -> int:
-    """How many devices the rows are spread over."""
+    """The number of devices along these mesh axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
 
 
-def check_spread(b, axes):
+def check_spread(b: int, axes) -> None:
+    """Raises `ValueError` where b rows do not divide by the number of devices."""
     devices = size(axes)
     if b % devices:
         raise ValueError(
@@ -49,31 +47,23 @@ def check_spread(b, axes):
         )
 
 
-def group_size(a, b, groups: int) -> int | None:
-    """Rows of each of so many groups, None where there is one. Raises `ValueError` for towers whose
-    rows differ in shape, and for rows that do not divide into the groups."""
-    if a.shape != b.shape:
-        raise ValueError(f"the two towers' rows differ in shape: {a.shape} and {b.shape}")
-    if groups < 1 or a.shape[0] % groups:
-        raise ValueError(f"{a.shape[0]} rows do not divide into groups={groups}")
-    return a.shape[0] // groups if groups > 1 else None
-
-
 def gather(x, axes):
+    """The rows of all devices; None stays None."""
     return lax.all_gather(x, axes, tiled=True) if axes and x is not None else x
 
 
-def first_row(axes, b):
+def first_row(axes, b: int):
+    """The place in the whole batch of a device's first row, where each device has b."""
     return lax.axis_index(axes) * b if axes else 0
 
 
-def row_numbers(axes, b):
-    """The places of a device's rows among those of all devices."""
+def row_numbers(axes, b: int):
+    """The places in the whole batch of a device's b rows."""
     return first_row(axes, b) + jnp.arange(b)
 
 
 def split(x, count, chunk):
-    """[count chunk ...] of rows, the last tile padded with zeros."""
+    """Rows as tiles [count chunk ...]; the last tile is padded with zeros."""
     pad = count * chunk - x.shape[0]
     if pad:
         x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
@@ -81,8 +71,12 @@ def split(x, count, chunk):
 
 
 def tiles(fn, carry, rows, chunk, total, axes):
-    """Scans `fn(carry, rows, valid) -> (carry, per-row out)` over tiles of rows, each recomputed in
-    the backward pass. The last tile is padded; `valid` says which of its rows are real."""
+    """Scans `fn(carry, rows, valid) -> (carry, per-row out)` over tiles of rows. Returns the same.
+
+    The backward pass computes each tile anew. A tile has `chunk` rows; None: so many that a tile of
+    `chunk` x `total` has at most `TILE` elements. The last tile is padded, and `valid` marks the
+    rows that are not padding.
+    """
     b = jax.tree.leaves(rows)[0].shape[0]
     chunk = min(b, chunk or max(1, TILE // total))
     count = -(-b // chunk)
@@ -104,55 +98,3 @@ def scan(fn, carry, xs):
         return lax.scan(fn, carry, xs)
     carry, ys = fn(carry, jax.tree.map(lambda x: x[0], xs))
     return carry, jax.tree.map(lambda y: y[None], ys)
-
-
-def product(a, b):
-    """a @ b.T, accumulated in float32 at least and never rounded below the inputs' own dtype."""
-    if a.dtype == b.dtype == jnp.bfloat16:
-        return narrow_product(a.astype(jnp.float32), b.astype(jnp.float32), jnp.bfloat16)
-    highest = lax.Precision.HIGHEST
-    return jnp.einsum("id,jd->ij", a, b, preferred_element_type=wide(a), precision=highest)
-
-
-def narrow(x):
-    """The dtype in which rows of x are multiplied: theirs where a gradient fits its range."""
-    return jnp.bfloat16 if x.dtype == jnp.bfloat16 else wide(x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def narrow_product(a, b, dtype):
-    """a @ b.T of wide rows that were of `dtype` before, at that dtype's speed in both passes: three
-    products of bfloat16 instead of one, and twice six of float32."""
-    return _einsum("id,jd->ij", a, b, dtype)
-
-
-def _einsum(how, a, b, dtype):
-    a, b, out = a.astype(dtype), b.astype(dtype), wide(a)
-    highest = lax.Precision.HIGHEST
-    return jnp.einsum(how, a, b, preferred_element_type=out, precision=highest)
-
-
-def _narrow_backward(dtype, rows, slopes):
-    a, b = rows
-    return _einsum("ij,jd->id", slopes, b, dtype), _einsum("ij,id->jd", slopes, a, dtype)
-
-
-narrow_product.defvjp(
-    lambda a, b, dtype: (_einsum("id,jd->ij", a, b, dtype), (a, b)), _narrow_backward
-)
-
-
-def matches(a, b):
-    """The product of each row with its own match."""
-    return jnp.sum(a.astype(wide(a)) * b.astype(wide(a)), axis=-1)
-
-
-def stranger(index, ids, columns, all_ids, size: int | None):
-    """Which rows [c, t] are neither row i itself nor its negative: another pair with the same id,
-    or a row of another group, of `size` rows; None: there is one group."""
-    out = jnp.zeros((index.shape[0], columns.shape[0]), bool)
-    if all_ids is not None:
-        out |= (ids[:, None] == all_ids[None, :]) & (index[:, None] != columns[None, :])
-    if size is not None:
-        out |= (index // size)[:, None] != (columns // size)[None, :]
-    return out

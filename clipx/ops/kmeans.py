@@ -32,14 +32,18 @@ from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from clipx.errors import ConfigError
+from clipx.ops.lloyd import (
+    Plan,
+    from_fixed,
+    make_plan,
+    nearest_centroid,
+    split_empty,
+    to_fixed,
+    unit,
+)
 from clipx.types import batch_axes
 
-_SPLIT = 1 / 1024  # how far the halves of a split cluster are put apart
 _BETTER = 1 - 1e-6  # a later restart must win by more than rounding, which the topology decides
-# Elements of a tile of rows x centroids, and its centroids at most: a CPU core's cache holds the
-# one, while an accelerator wants products large enough to fill it.
-_TILES = {"cpu": (2**18, 2**10)}
-_LARGE_TILE = (2**25, 2**13)
 
 
 class KMeans(NamedTuple):
@@ -50,26 +54,6 @@ class KMeans(NamedTuple):
     assignment: Int32[Array, " n"]  # the nearest centroid; of equally near ones the first
     inertia: Float[Array, ""]  # sum of squared distances to it
     counts: Int32[Array, " k"]
-
-
-class _Plan(NamedTuple):
-    """All that is static in a clustering of n rows by k centroids."""
-
-    n: int
-    k: int
-    rows: int  # of a tile
-    columns: int  # centroids of a tile
-    bits: int  # of one limb of a sum in fixed point
-    spherical: bool
-
-    @property
-    def limbs(self) -> int:
-        return -(-24 // self.bits)
-
-    @property
-    def precision(self) -> int:
-        """Bits of a column's largest value that count: no fewer than a float32 has."""
-        return min(30, self.bits * self.limbs)
 
 
 def fit(
@@ -120,7 +104,7 @@ def fit(
 
 
 def _check(x, k, iterations, restarts, init, spherical, chunk):
-    """The plan, and the centroids to start from where they are given."""
+    """(the plan, the given centroids or None). Raises `ConfigError` for what cannot be."""
 
     def wrong(what, found, expected, fix=""):
         return ConfigError(f"kmeans.fit: {what}", str(found), expected, fix)
@@ -142,15 +126,8 @@ def _check(x, k, iterations, restarts, init, spherical, chunk):
             raise wrong("restarts", f"{restarts} with given centroids", "1: all would be the same")
     elif init not in ("random_rows", "kmeans++"):
         raise wrong("init", repr(init), "'random_rows', 'kmeans++' or centroids [k d]")
-    bits = min(15, 31 - n.bit_length())  # n limbs of them add up to less than 2**31
-    tile, columns = _TILES.get(jax.default_backend(), _LARGE_TILE)
-    columns = -(-k // -(-k // columns))
-    plan = _Plan(n, k, 1, columns, bits, spherical)
-    rows = chunk or max(1, tile // max(columns, plan.limbs * d))
-    own = -(-n // _devices())
-    return plan._replace(
-        rows=-(-own // -(-own // rows))
-    ), given  # tiles of one size, little padding
+    plan = make_plan(n, d, k, devices=_devices(), spherical=spherical, chunk=chunk)
+    return plan, given
 
 
 def _devices() -> int:
@@ -174,17 +151,13 @@ def _first_row(axes, rows):
     return lax.axis_index(axes) * rows.shape[0] if axes else 0
 
 
-def _unit(x):
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
 def _prepare(plan, x):
-    """Rows of float32, padded with weightless zeros to whole tiles on every device, and the
-    exponent of a power of two above each column's values."""
+    """(float32 rows, exponents): rows padded with zeros to full tiles on every device, and for each
+    column the exponent of a power of two above its values. Padding is counted nowhere."""
     x = jnp.asarray(x, jnp.float32)
     x = jnp.where(jnp.isfinite(x), x, 0)
     if plan.spherical:
-        x = _unit(x)
+        x = unit(x)
     x = jnp.pad(x, ((0, -plan.n % (_devices() * plan.rows)), (0, 0)))
     if batch_axes():
         x = lax.with_sharding_constraint(x, P(batch_axes()))
@@ -192,14 +165,25 @@ def _prepare(plan, x):
     return x, jnp.maximum(jnp.frexp(largest)[1], -96)  # below, its inverse would overflow
 
 
-def _start(plan, init, rows, given, key):
-    """The centroids to begin with [k d]."""
+def start_centroids(
+    plan: Plan,
+    init: Literal["random_rows", "kmeans++", "given"],
+    rows: Float[Array, "m d"],
+    given: Float[Array, "k d"] | None,
+    key: Array,
+) -> Float[Array, "k d"]:
+    """The centroids that a run starts from; with "given", the `given` ones.
+
+    `rows` are the plan's n rows, and padding after them.
+    """
     if init == "given":
-        return _unit(given.astype(jnp.float32)) if plan.spherical else given.astype(jnp.float32)
+        return unit(given.astype(jnp.float32)) if plan.spherical else given.astype(jnp.float32)
     if init == "kmeans++":
-        return _spread(partial(_plus_plus, plan), ("rows", "whole"), ("whole",))(rows, key)[0]
+        return _spread(partial(_plus_plus, plan), ("rows", "replicated"), ("replicated",))(
+            rows, key
+        )[0]
     chosen = jax.random.choice(key, plan.n, (plan.k,), replace=False).astype(jnp.int32)
-    return _spread(_take, ("rows", "whole"), ("whole",))(rows, chosen)[0]
+    return _spread(_take, ("rows", "replicated"), ("replicated",))(rows, chosen)[0]
 
 
 def _take(axes, rows, chosen):
@@ -210,7 +194,7 @@ def _take(axes, rows, chosen):
 
 
 def _plus_plus(plan, axes, rows, key):
-    """Each row races with the time Exp(1) / (its squared distance), and the first one is drawn."""
+    """Draws by squared distance: of times Exp(1) / distance² of each row, the least wins."""
     place = _first_row(axes, rows) + jnp.arange(rows.shape[0], dtype=jnp.int32)
 
     def draw(distance, step):
@@ -231,44 +215,6 @@ def _plus_plus(plan, axes, rows, key):
     return (jnp.concatenate([first[None], others]),)
 
 
-def _nearest(plan, rows, centroids):
-    """The nearest centroid of each row of a tile, by the largest x·c - |c|²/2.
-
-    A largest value and then its place are two passes that a CPU vectorises; an argmax is not."""
-    tiles = -(-plan.k // plan.columns)
-    pad = tiles * plan.columns - plan.k
-    half = 0.5 * jnp.sum(jnp.square(centroids), axis=1)
-    half = jnp.pad(half, (0, pad), constant_values=jnp.inf).reshape(tiles, plan.columns)
-    centroids = jnp.pad(centroids, ((0, pad), (0, 0))).reshape(tiles, plan.columns, -1)
-
-    def look(best, tile):
-        centroids, half, first = tile
-        score = jnp.matmul(centroids, rows.T, precision=lax.Precision.HIGHEST) - half[:, None]
-        top = jnp.max(score, axis=0)
-        place = first + jnp.arange(plan.columns, dtype=jnp.int32)[:, None]
-        place = jnp.min(jnp.where(score == top, place, plan.k - 1), axis=0)
-        nearer = top > best[0]
-        return (jnp.where(nearer, top, best[0]), jnp.where(nearer, place, best[1])), None
-
-    none = jnp.full_like(rows[:, 0], -jnp.inf)
-    firsts = plan.columns * jnp.arange(tiles, dtype=jnp.int32)
-    best = none, jnp.zeros_like(none, jnp.int32)
-    return lax.scan(look, best, (centroids, half, firsts), unroll=tiles == 1)[0][1]
-
-
-def _fixed(plan, rows, exponent):
-    """The rows in fixed point, as limbs side by side [b limbs*d]: the last is signed."""
-    whole = jnp.round(jnp.ldexp(rows, plan.precision - exponent)).astype(jnp.int32)
-    limbs = [whole >> (i * plan.bits) for i in range(plan.limbs)]
-    return jnp.concatenate([x & (2**plan.bits - 1) for x in limbs[:-1]] + limbs[-1:], axis=1)
-
-
-def _float(plan, sums, exponent):
-    parts = jnp.split(sums.astype(jnp.float32), plan.limbs, axis=1)
-    total = sum(part * 2.0 ** (i * plan.bits) for i, part in enumerate(parts))
-    return jnp.ldexp(total, exponent - plan.precision)
-
-
 def _sweep(plan, rows, exponent, centroids):
     """One assignment of all rows: (assignment, squared distances, sums in fixed point, counts)."""
 
@@ -277,10 +223,10 @@ def _sweep(plan, rows, exponent, centroids):
 
         def tile(carry, x):
             rows, place = x
-            nearest = _nearest(plan, rows, centroids)
+            nearest = nearest_centroid(plan, rows, centroids)
             distance = jnp.sum(jnp.square(rows - centroids[nearest]), axis=1)
             valid = place < plan.n
-            sums = carry[0].at[nearest].add(_fixed(plan, rows, exponent))
+            sums = carry[0].at[nearest].add(to_fixed(plan, rows, exponent))
             counts = carry[1].at[nearest].add(valid.astype(jnp.int32))
             return (sums, counts), (nearest, jnp.where(valid, distance, 0))
 
@@ -293,35 +239,19 @@ def _sweep(plan, rows, exponent, centroids):
         nearest, distance = (a.reshape(-1) for a in out)
         return nearest, distance, *(_over_devices(lax.psum, a, axes) for a in carry)
 
-    spread = _spread(local, ("rows", "whole", "whole"), ("rows", "rows", "whole", "whole"))
+    spread = _spread(
+        local, ("rows", "replicated", "replicated"), ("rows", "rows", "replicated", "replicated")
+    )
     return spread(rows, exponent, centroids)
 
 
 def _step(plan, rows, exponent, centroids, key):
     """The centroids after one iteration, and the inertia of its assignment."""
     _, distance, sums, counts = _sweep(plan, rows, exponent, centroids)
-    moved = _float(plan, sums, exponent) / jnp.maximum(counts, 1)[:, None]
+    moved = from_fixed(plan, sums, exponent) / jnp.maximum(counts, 1)[:, None]
     moved = jnp.where(counts[:, None] > 0, moved, centroids)
-    moved = _split_empty(plan, moved, counts.astype(jnp.float32), key)
-    return (_unit(moved) if plan.spherical else moved), jnp.sum(distance)
-
-
-def _split_empty(plan, centroids, counts, key):
-    alternate = jnp.where(jnp.arange(centroids.shape[1]) % 2, -_SPLIT, _SPLIT)
-
-    def split(state):
-        centroids, counts, draw = state
-        empty = jnp.argmin(counts)  # the first of those without members
-        chance = jnp.cumsum(jnp.maximum(counts - 1, 0))
-        u = jax.random.uniform(jax.random.fold_in(key, draw)) * chance[-1]
-        donor = jnp.searchsorted(chance, u, side="right")
-        half = counts[donor] / 2
-        centroids = centroids.at[empty].set(centroids[donor] * (1 + alternate))
-        centroids = centroids.at[donor].multiply(1 - alternate)
-        return centroids, counts.at[empty].set(half).at[donor].set(half), draw + 1
-
-    state = centroids, counts, jnp.int32(0)
-    return lax.while_loop(lambda state: jnp.any(state[1] == 0), split, state)[0]
+    moved = split_empty(moved, counts.astype(jnp.float32), key)
+    return (unit(moved) if plan.spherical else moved), jnp.sum(distance)
 
 
 def _last(plan, rows, exponent, centroids):
@@ -330,7 +260,7 @@ def _last(plan, rows, exponent, centroids):
 
 
 def _keys(key, restart):
-    """For the start of a run, and for its iterations to fold their number in."""
+    """A key for the start of a run, and one into which its iterations fold their number."""
     return jax.random.split(jax.random.fold_in(key, restart))
 
 
@@ -350,7 +280,7 @@ def _fit(plan, init, iterations, restarts, x, given, key):
         def goes_on(state):
             return (state[0] < iterations) & state[3]
 
-        first = jnp.int32(0), _start(plan, init, rows, given, start), jnp.float32(0), True
+        first = jnp.int32(0), start_centroids(plan, init, rows, given, start), jnp.float32(0), True
         found = lax.while_loop(goes_on, step, first)[1:3]
         better = (found[1] < best[1] * _BETTER) | (r == 0)
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
@@ -361,13 +291,13 @@ def _fit(plan, init, iterations, restarts, x, given, key):
 
 
 _jit_prepare = jax.jit(_prepare, static_argnums=0)
-_jit_start = jax.jit(_start, static_argnums=(0, 1))
+_jit_start = jax.jit(start_centroids, static_argnums=(0, 1))
 _jit_step = jax.jit(_step, static_argnums=0)
 _jit_last = jax.jit(_last, static_argnums=0)
 
 
 def _fit_from_host(plan, init, iterations, restarts, x, given, key, progress):
-    """As `_fit`, every iteration a program of its own."""
+    """As `_fit`, with a program for each iteration, so that the host can report in between."""
     began = time.perf_counter()
     rows, exponent = _jit_prepare(plan, x)
     bar = tqdm(total=restarts * iterations, desc=f"k-means, k={plan.k}", disable=callable(progress))

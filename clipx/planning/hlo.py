@@ -15,56 +15,22 @@ import re
 from collections.abc import Iterator
 
 from clipx.errors import HloError
+from clipx.planning.hlo_loops import count_trips
+from clipx.planning.hlo_text import Computation, Instruction, parse, size
 
-_HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
-_OPCODE = re.compile(r"\s*([\w-]+)\(")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_NAME = re.compile(r"%([\w.-]+)")
-_BITS = re.compile(r"\d+")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.-]+)")
-_BRANCH_LIST = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 _FIRST = 'custom_call_target="AsyncCollectiveStart"'
-_INDEX = re.compile(r"\bindex=(\d+)")
-_MOVES = ("copy", "copy-start", "copy-done", "bitcast", "convert")
 _SPARSE = 'async_execution_thread="sparsecore"'
 _FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter", "send"),  # a send goes to another slice
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    type: str
-    opcode: str
-    arguments: str  # what stands between the parentheses
-    rest: str  # attributes
-
-    @property
-    def operands(self) -> list[str]:
-        return _NAME.findall(self.arguments)
-
-    def called(self) -> dict[str, str]:
-        """The computations it calls, by the attribute that names them."""
-        return dict(_CALLED.findall(self.rest))
-
-    def branches(self) -> list[str]:
-        listed = _BRANCH_LIST.search(self.rest)
-        return _NAME.findall(listed[1]) if listed else _BRANCHES.findall(self.rest)
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,68 +102,13 @@ def charge(kernel: Operation, *, peak: float, bandwidth: float) -> float:
 
 def read(text: str) -> Program:
     """The costs in a compiled program's text. Raises `HloError` for a kernel that declares none."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     open_loops: dict[str, None] = {}
     operations = list(_walk(computations, entry, 1, open_loops))
     # a chain may begin before a loop and go on inside
     begun = {(o.kind, o.chain) for o in operations if o.begins}
     kept = (o for o in operations if o.begins or (o.kind, o.chain) not in begun)
     return Program(tuple(kept), tuple(open_loops))
-
-
-def size(type_: str) -> int:
-    """Bytes of a shape or tuple of shapes as it lies in memory: tiles are padded."""
-    total = 0
-    for dtype, dims, layout in _SHAPE.findall(type_):
-        if dtype in ("token", "opaque"):
-            continue
-        shape = [int(d.lstrip("<=")) for d in dims.split(",") if d]
-        order, _, tiling = layout.partition(":")
-        minor = [int(d) for d in order.split(",") if d]
-        tile = re.match(r"T\(([\d,]*)\)", tiling)
-        sides = [int(d) for d in tile[1].split(",") if d] if tile else []
-        for side, axis in zip(reversed(sides), minor, strict=False):
-            shape[axis] = -(-shape[axis] // side) * side
-        bits = 1 if dtype == "pred" else int((_BITS.search(dtype) or ["8"])[0])
-        total += math.prod(shape) * max(bits, 8 if dtype == "pred" else 1) // 8
-    return total
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if current is None:
-            if header := _HEADER.match(line):
-                current = computations.setdefault(header[2], {})
-                entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[2], line[found.end() :])
-            current[instruction.name] = instruction
-    if not entry:
-        raise HloError("no ENTRY computation: is this the text of a compiled program?")
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    opcode = _OPCODE.match(text, end)
-    if not opcode:
-        raise HloError(f"no operation in the line of %{name}")
-    close = _closing(text, opcode.end() - 1)
-    return Instruction(name, text[:end], opcode[1], text[opcode.end() : close - 1], text[close:])
-
-
-def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for place in re.finditer(r"[()]", text[start:]):
-        depth += 1 if place[0] == "(" else -1
-        if not depth:
-            return start + place.end()
-    raise HloError(f"a parenthesis that nothing closes: {text[start : start + 80]}")
 
 
 def _walk(
@@ -210,7 +121,7 @@ def _walk(
         source = (_SOURCE.search(i.rest) or ["", ""])[1]
         cycles = int((_CYCLES.search(i.rest) or [0, 0])[1])
         if i.opcode == "while":
-            trips = _trips(computations, computation, i)
+            trips = count_trips(computations, computation, i)
             if trips is None:
                 open_loops[i.name] = None
             yield from _walk(computations, called["body"], times * (trips or 1), open_loops)
@@ -252,92 +163,6 @@ def _walk(
 
 def _weight(operations: list[Operation]) -> tuple[int, int]:
     return sum(o.cycles * o.times for o in operations), sum(o.bytes for o in operations)
-
-
-def _trips(
-    computations: dict[str, Computation], computation: Computation, loop: Instruction
-) -> int | None:
-    """How often a loop runs: what the compiler says, or the constant that its counter, from a
-    constant on and one by one, is compared with; None where only the data tell."""
-    if known := _TRIPS.search(loop.rest):
-        return int(known[1])
-    condition = computations[loop.called()["condition"]]
-    body = computations[loop.called()["body"]]
-
-    def carried(place: int) -> list[Instruction | None]:
-        """What stands at `place` before the loop, and after a turn of it."""
-        given = computation[loop.operands[0]]
-        return [_element(computation, given, place), _element(body, _root(body), place)]
-
-    def constant(i: Instruction | None, where: Computation) -> int | None:
-        """Of a constant, or of what is carried and no turn changes."""
-        if i is None:
-            return None
-        i = _origin(where, i)
-        if i.opcode == "constant" and i.arguments.isdigit():
-            return int(i.arguments)
-        place = None if where is computation else _place(where, i)
-        if place is None:
-            return None
-        first, after = carried(place)
-        return constant(first, computation) if after and _place(body, after) == place else None
-
-    compared = _comparison(computations, condition)
-    if compared is None:
-        return None
-    counter, bound = (_origin(condition, i) for i in compared)
-    place, stop = _place(condition, counter), constant(bound, condition)
-    if place is None or stop is None:
-        return None
-    first, after = carried(place)
-    start = constant(first, computation)
-    if start is None or after is None or after.opcode != "add":
-        return None
-    steps = [constant(body[n], body) for n in after.operands]
-    return max(stop - start, 0) if 1 in steps else None
-
-
-def _comparison(
-    computations: dict[str, Computation], condition: Computation
-) -> list[Instruction] | None:
-    """The two that a loop's condition compares, the first less than the second."""
-    root = _root(condition)
-    inner = computations[root.called()["calls"]] if root.opcode == "fusion" else condition
-    compares = [i for i in inner.values() if i.opcode == "compare"]
-    if len(compares) != 1 or "direction=LT" not in compares[0].rest:
-        return None
-    given = {}
-    if inner is not condition:  # the comparison alone, its operands given
-        given = dict(
-            zip([i.name for i in inner.values() if i.opcode == "parameter"], root.operands)
-        )
-    return [condition[given[n]] if n in given else inner[n] for n in compares[0].operands]
-
-
-def _place(computation: Computation, i: Instruction) -> int | None:
-    """Which element of what a computation is given `i` is; None: no element of it."""
-    if i.opcode != "get-tuple-element" or computation[i.operands[0]].opcode != "parameter":
-        return None
-    return int(_INDEX.search(i.rest)[1])
-
-
-def _root(computation: Computation) -> Instruction:
-    return list(computation.values())[-1]
-
-
-def _origin(computation: Computation, i: Instruction) -> Instruction:
-    """What a value is before it is moved."""
-    while i.opcode in _MOVES and i.operands and i.operands[0] in computation:
-        i = computation[i.operands[0]]
-    return i
-
-
-def _element(computation: Computation, made: Instruction, place: int) -> Instruction | None:
-    """What stands at `place` of a tuple."""
-    made = _origin(computation, made)
-    if made.opcode != "tuple":
-        return None
-    return _origin(computation, computation[made.operands[place]])
 
 
 def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:

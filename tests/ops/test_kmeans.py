@@ -11,7 +11,7 @@ import pytest
 from support import load_oracle
 
 from clipx.errors import ConfigError
-from clipx.ops import kmeans
+from clipx.ops import kmeans, lloyd
 from clipx.parallel import mesh as meshes
 
 KEY = jax.random.key(0)
@@ -141,9 +141,9 @@ def test_kmeans_plus_plus_finds_far_clusters():
 
 def test_kmeans_plus_plus_draws_by_squared_distance():
     x = np.float32([[0], [1], [3]])
-    plan, _ = kmeans._check(x, 2, 1, 1, "kmeans++", False, None)
+    plan = lloyd.make_plan(3, 1, 2)
     start = jax.jit(
-        jax.vmap(lambda key: kmeans._start(plan, "kmeans++", jnp.asarray(x), None, key))
+        jax.vmap(lambda key: kmeans.start_centroids(plan, "kmeans++", jnp.asarray(x), None, key))
     )
     first, second = np.moveaxis(np.asarray(start(jax.random.split(KEY, 6000)))[..., 0], 1, 0)
     for a, b, chance in ((0, 3, 0.9), (1, 3, 0.8), (3, 0, 9 / 13)):
@@ -156,14 +156,14 @@ def test_tiles_change_nothing(monkeypatch):
     """Neither those of rows nor those of centroids, and equal centroids go to the first."""
     x = mixture()
     whole = fit(x, restarts=1)
-    monkeypatch.setitem(kmeans._TILES, "cpu", (2**10, 5))
+    monkeypatch.setitem(lloyd.TILES, "cpu", (2**10, 5))
     found = fit(x, restarts=1, chunk=100)
     np.testing.assert_allclose(found.inertia, whole.inertia, rtol=1e-6)
     assert np.mean(np.asarray(found.assignment) == whole.assignment) >= 0.999
-    plan, _ = kmeans._check(x, K, 1, 1, "random_rows", False, None)
+    plan = lloyd.make_plan(N, D, K)
     same = jnp.tile(x[:3], (4, 1))
     assert plan.columns < 6  # the second of equal ones is in another tile, and so on
-    nearest = kmeans._nearest(plan, jnp.asarray(x[:100]), same)
+    nearest = lloyd.nearest_centroid(plan, jnp.asarray(x[:100]), same)
     assert set(np.asarray(nearest)) == {0, 1, 2}
 
 
@@ -178,10 +178,9 @@ def test_empty_clusters_are_split():
 
 def test_a_split():
     """The donor is drawn by its members less one, and the halves are put 1/1024 apart."""
-    plan, _ = kmeans._check(np.zeros((14, 3)), 4, 1, 1, "random_rows", False, None)
     centroids = jnp.asarray([[1.0, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]])
     counts = jnp.asarray([4.0, 0, 9, 1])  # the last has no member to spare
-    split = jax.jit(jax.vmap(lambda key: kmeans._split_empty(plan, centroids, counts, key)))
+    split = jax.jit(jax.vmap(lambda key: lloyd.split_empty(centroids, counts, key)))
     found = np.asarray(split(jax.random.split(KEY, 4000)))
     donor = np.where(found[:, 1, 0] > 2, 2, 0)
     assert abs(np.mean(donor == 2) - 8 / 11) < 0.03
@@ -221,12 +220,12 @@ def test_spherical():
 @pytest.mark.parametrize("n", [100, 70_000, 600_000, 10_000_000])
 def test_fixed_point_keeps_what_a_float_does(n):
     x = np.float32(np.random.default_rng(0).standard_normal((64, 3)) * [1e-30, 1, 1e12])
-    plan, _ = kmeans._check(np.broadcast_to(np.float32(0), (n, 3)), 1, 1, 1, "random_rows", 0, None)
+    plan = lloyd.make_plan(n, 3, 1)
     exponent = jnp.frexp(jnp.abs(x).max(0))[1]
-    fixed = kmeans._fixed(plan, x, exponent)
+    fixed = lloyd.to_fixed(plan, x, exponent)
     assert n * 2 ** (plan.bits) <= 2**31
     assert np.abs(np.asarray(fixed)).max() <= 2**plan.bits
-    total = kmeans._float(plan, fixed.sum(0, keepdims=True), exponent)[0]
+    total = lloyd.from_fixed(plan, fixed.sum(0, keepdims=True), exponent)[0]
     error = np.abs(total - x.astype(np.float64).sum(0)) / np.abs(x).max(0)
     assert np.all(error < 64 * 2.0**-23)
 

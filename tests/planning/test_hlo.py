@@ -12,6 +12,7 @@ from clipx.errors import HloError
 from clipx.parallel.chips import parse
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from clipx.planning import hlo
+from clipx.planning.hlo_text import size
 
 CONFIG = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 KERNEL = (
@@ -181,7 +182,7 @@ def test_a_kernel_that_declares_nothing_is_an_error():
     ],
 )
 def test_size_pads_tiles(type_, expected):
-    assert hlo.size(type_) == expected
+    assert size(type_) == expected
 
 
 @pytest.mark.parametrize(
