@@ -31,6 +31,7 @@ import clipx
 ROOT = pathlib.Path(clipx.__file__).parents[1]
 # of an equation, what says where it came from and not what it computes
 _NAMES = ("name", "name_stack", "debug_info", "name_and_src_info", "metadata", "src_info")
+_NAMES += ("fwd", "bwd", "fwd_jaxpr_thunk", "jvp_jaxpr_fun")  # functions that nothing is traced of
 _TIMES = ("images_per_second", "seconds", "wait", "share_of_time", "mfu", "memory_gib", "predicted")
 SMALL = (
     "image.width=32 image.depth=1 image.heads=2 text.width=32 text.depth=1 text.heads=2 "
@@ -72,9 +73,13 @@ def plain(value) -> str:
         return "{" + ",".join(f"{k}:{plain(v)}" for k, v in sorted(value.items(), key=str)) + "}"
     if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
         return equations(value)
+    if isinstance(value, (set, frozenset)):
+        return "{" + ",".join(sorted(map(plain, value))) + "}"
     if callable(value) and not isinstance(value, type):
         return "function"
-    return re.sub(r" at 0x[0-9a-f]+|<function [^>]*>|clipx[\w./]*", "", repr(value))
+    if "frozenset" in (text := repr(value)):  # an order of its own in each process
+        text = re.sub(r"\{([^{}]*)\}", lambda m: ",".join(sorted(m[1].split(", "))), text)
+    return re.sub(r" at 0x[0-9a-f]+|<function [^>]*>|clipx[\w./]*", "", text)
 
 
 def equations(jaxpr) -> str:
