@@ -15,7 +15,6 @@ from support.loaders import build_loader
 from support.pictures import TOKENIZER, Pictures, encode, photo
 
 from clipx import teacher
-from clipx.data import features
 from clipx.data import row_arrays as files
 from clipx.data.base import fingerprint
 from clipx.data.order import chosen, order, share
@@ -24,7 +23,7 @@ from clipx.data.sources.table import Table
 from clipx.errors import ConfigError, DataError
 from clipx.models.heads import next_row
 from clipx.ops import pca
-from clipx.serving import teacher_rows
+from clipx.serving import teacher_features, teacher_rows
 
 ROWS = 30
 THINGS = ("dog", "cat", "boat")
@@ -160,7 +159,7 @@ def test_word_counts_tell_things_and_places_apart(config, tmp_path):
     apart = np.linalg.norm(first[:, None] - first[None], axis=-1)
     assert apart[same].max() < 1e-5 < distance[same].max()  # second captions differ
     assert json.loads((tmp_path / "first.json").read_text())["captions"] == "first"
-    tiles = features.word_counts(Table(config["data"]["path"]), True)
+    tiles = teacher_features.word_counts(Table(config["data"]["path"]), True)
     x = tiles(0, ROWS)
     used = np.arange(ROWS) != NOWHERE
     np.testing.assert_allclose(np.linalg.norm(x[used], axis=1), 1, rtol=1e-5)
@@ -229,17 +228,19 @@ LONG = "a dog " * 60
 @pytest.mark.parametrize("padding", ["mask", "zero"])
 def test_a_caption_is_the_mean_of_its_tokens(roberta, padding):
     texts = [captions(1)[1], LONG, captions(2)[0], captions(4)[0]]
-    found = features.TextModel(str(roberta), padding, 2, "")(texts)
+    found = teacher_features.TextModel(str(roberta), padding, 2, "")(texts)
     expected = [by_hand(roberta, text, padding == "zero") for text in texts]
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert found.dtype == np.float32
-    other = features.TextModel(str(roberta), "mask" if padding == "zero" else "zero", 4, "")(texts)
+    other = teacher_features.TextModel(
+        str(roberta), "mask" if padding == "zero" else "zero", 4, ""
+    )(texts)
     assert np.abs(found - other).max() > 1e-2
 
 
 @pytest.mark.slow  # the import of transformers alone
 def test_a_row_is_the_mean_of_its_captions(config, tmp_path, roberta):
-    model = features.TextModel(str(roberta), "mask", 64, "")
+    model = teacher_features.TextModel(str(roberta), "mask", 64, "")
     rows = np.stack([model(captions(row)).mean(0) for row in range(ROWS)])
     rows[NOWHERE] = 0
     used = np.arange(ROWS) != NOWHERE
@@ -256,10 +257,10 @@ def test_a_model_that_is_not_there_is_one_line(roberta, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("/no/such/folder", str(tmp_path / "empty")):
         with pytest.raises(ConfigError, match="a folder with a Hugging Face text") as error:
-            features.TextModel(name, "mask", 4, "")
+            teacher_features.TextModel(name, "mask", 4, "")
         assert name in str(error.value) and len(str(error.value)) < 600
     with pytest.raises(ConfigError, match="--device"):
-        features.TextModel(str(roberta), "mask", 4, "abacus")
+        teacher_features.TextModel(str(roberta), "mask", 4, "abacus")
 
 
 @pytest.mark.slow  # the import of transformers alone
@@ -272,17 +273,17 @@ def test_missing_weights_are_not_drawn_at_random(roberta, tmp_path):
     kept = {name: x for name, x in weights.items() if "attention.self.query" not in name}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"without encoder\.layer\.0\.attention\.self\.query"):
-        features.TextModel(str(tmp_path), "mask", 4, "")
+        teacher_features.TextModel(str(tmp_path), "mask", 4, "")
 
 
 def test_without_its_packages_a_model_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'clipx\[teacher\]'"):
-        features.TextModel("roberta-large", "mask", 4, "")
+        teacher_features.TextModel("roberta-large", "mask", 4, "")
 
 
 def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_BLOCK", 8)
+    monkeypatch.setattr(teacher_features, "_BLOCK", 8)
     source, aside, about = Table(config["data"]["path"]), tmp_path / ".t.raw", {"model": "x"}
     seen = []
 
@@ -294,15 +295,15 @@ def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
 
     stop_at = 3  # the first call tells the width
     with pytest.raises(KeyboardInterrupt):
-        features.embedded(source, False, encode, aside, about)
+        teacher_features.embedded(source, False, encode, aside, about)
     aside.write_bytes(aside.read_bytes() + b"half a row")
     stop_at, before = None, len(seen)
-    found = features.embedded(source, False, encode, aside, about)(0, ROWS)
+    found = teacher_features.embedded(source, False, encode, aside, about)(0, ROWS)
     assert seen[before + 1][0] == captions(16)[0]
-    whole = features.embedded(source, False, encode, tmp_path / ".u.raw", about)(0, ROWS)
+    whole = teacher_features.embedded(source, False, encode, tmp_path / ".u.raw", about)(0, ROWS)
     assert np.array_equal(found, whole) and not found[NOWHERE].any()
     before = len(seen)
-    features.embedded(source, False, encode, aside, {"model": "another"})
+    teacher_features.embedded(source, False, encode, aside, {"model": "another"})
     assert seen[before + 1][0] == captions(0)[0]  # nothing of another model is kept
 
 

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from clipx.data import features as features_of
 from clipx.data import row_arrays as files
 from clipx.data.base import Source, expand_user, fingerprint
 from clipx.data.config import DataConfig
 from clipx.errors import ConfigError
 from clipx.ops import kmeans, pca
+from clipx.serving import teacher_features as features_of
 from clipx.training.schema import data_section
 
 TILE = 8192  # rows that are read or projected together
