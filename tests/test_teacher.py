@@ -283,7 +283,7 @@ def test_without_its_packages_a_model_names_the_extra(monkeypatch):
 
 
 def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_features, "_BLOCK", 8)
+    monkeypatch.setattr(teacher_features, "BLOCK", 8)
     source, aside, about = Table(config["data"]["path"]), tmp_path / ".t.raw", {"model": "x"}
     seen = []
 

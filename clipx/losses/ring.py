@@ -28,7 +28,7 @@ from clipx.losses.reductions import LARGEST, Reduction
 from clipx.losses.tiles import check_spread, gather, scan, size, split
 from clipx.types import batch_axes
 
-_TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
+TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
 
 
 def pairwise_reduce(
@@ -256,7 +256,7 @@ class _Ring:
         """
         if self.chunk:
             return self.chunk, self.chunk
-        least, most = _TILES
+        least, most = TILES
         held = (
             max(sum(x.size for x in jax.tree.leaves(one.values)) for one in (rows, visitors)) // 2
         )

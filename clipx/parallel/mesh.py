@@ -120,7 +120,8 @@ def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
     return None
 
 
-def _spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How a parameter of this path and shape is split over a mesh of these sizes."""
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
     axis = _tensor_axis(path, shape) if tensor > 1 else None
@@ -145,7 +146,7 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     sizes = dict(mesh.shape)
 
     def leaf(path, x):
-        return NamedSharding(mesh, _spec(path_name(path), x.shape, sizes))
+        return NamedSharding(mesh, partition_spec(path_name(path), x.shape, sizes))
 
     split = jax.tree_util.tree_map_with_path(
         leaf, {"params": state.params, "opt_state": state.opt_state}
@@ -171,7 +172,7 @@ def bytes_held(tree: PyTree) -> int:
 def _whole(sizes: dict[str, int], axis: str, params: PyTree) -> dict[str, Any]:
     """The parameters that `axis` does not split, by path, largest first."""
     named = [(path_name(path), x) for path, x in jax.tree.leaves_with_path(params)]
-    found = [(path, x) for path, x in named if axis not in _spec(path, x.shape, sizes)]
+    found = [(path, x) for path, x in named if axis not in partition_spec(path, x.shape, sizes)]
     return dict(sorted(found, key=lambda item: -bytes_whole(item[1])))
 
 

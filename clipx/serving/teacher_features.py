@@ -21,7 +21,7 @@ from clipx.errors import BadSample, ConfigError, DataError
 
 LENGTH = 77  # tokens of a caption, at most, its marks included
 WORDS = 2048  # the most frequent, which word counts are of
-_BLOCK = 4096  # rows that are embedded before they are written
+BLOCK = 4096  # rows that are embedded before they are written
 
 # The features of rows `start` to `stop`, float32 [stop - start, c]
 Tiles = Callable[[int, int], np.ndarray]
@@ -154,7 +154,7 @@ def embedded(
         rows: list[tuple[str, ...]] = []
         for texts in _captions(source, first, done):
             rows.append(texts)
-            if len(rows) == _BLOCK or done + len(rows) == len(source):
+            if len(rows) == BLOCK or done + len(rows) == len(source):
                 out.write(_means(rows, encode, width).data)
                 done, rows = done + len(rows), []
     found = np.memmap(aside, np.float32, "r", shape=(len(source), width))

@@ -114,7 +114,7 @@ def test_the_same_on_a_mesh():
 def test_a_table_that_goes_round(shape, hard, monkeypatch):
     """Value and gradients are those of the whole table, of a number of prototypes that no device
     count divides, in tiles; a label of nobody costs nothing."""
-    monkeypatch.setattr(ring, "_TILES", (16, 16))
+    monkeypatch.setattr(ring, "TILES", (16, 16))
     rng = np.random.default_rng(0)
     rows, table, teacher = (unit(rng.normal(size=(n, 6))) for n in (16, 11, 11))
     labels = rng.integers(0, 11, 16).astype(np.int32)

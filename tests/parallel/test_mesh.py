@@ -185,7 +185,9 @@ def test_layers_that_are_stacked_are_not_split():
     ):  # fmt: skip
         found = specs(state_shardings(make_mesh(MeshConfig(**sizes)), state).params)
         assert {path.rpartition("/")[2]: spec for path, spec in found.items()} == expected
-    assert meshes._spec("a/blocks/attn/qkv/bias", (48, 3, 16, 104), {"fsdp": 48}) == P(*4 * [None])
+    assert meshes.partition_spec("a/blocks/attn/qkv/bias", (48, 3, 16, 104), {"fsdp": 48}) == P(
+        *4 * [None]
+    )
 
 
 def refused(sizes: dict, **towers) -> ConfigError:

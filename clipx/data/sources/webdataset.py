@@ -40,7 +40,7 @@ _PICTURES = ("jpg", "jpeg", "png", "webp")
 _ROLE = dict.fromkeys(_PICTURES, 0) | {"txt": 1, "json": 2, "cls": 3}  # by extension
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the key ends at the name's first dot
 _BLOCK = tarfile.BLOCKSIZE  # a member's data starts at a multiple of it
-_VERSION = 1  # of the cached index
+VERSION = 1  # of the cached index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +209,10 @@ def index_shards(
 
 
 def _index(shard: Shard, *, keep: bool) -> ShardIndex:
-    known = recall(shard, _VERSION)
+    known = recall(shard, VERSION)
     index = _scan(shard) if known is None else ShardIndex.of(shard.path, known)
     if known is None:
-        remember(shard, _VERSION, index.arrays())
+        remember(shard, VERSION, index.arrays())
     if not index.whole:
         index = index.without_last()  # its members may be cut, or missing
         if not keep:

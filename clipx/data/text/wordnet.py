@@ -53,7 +53,7 @@ def _map(file: pathlib.Path) -> bytes | mmap.mmap:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _places() -> Iterator[pathlib.Path]:
+def usual_folders() -> Iterator[pathlib.Path]:
     """Where WordNet is when nobody says so: Debian's folder, then those that NLTK searches."""
     yield pathlib.Path("/usr/share/wordnet")
     roots = [*filter(None, os.environ.get("NLTK_DATA", "").split(os.pathsep)), "~/nltk_data"]
@@ -75,7 +75,7 @@ class WordNet:
         said = {"wordnet": path} | {f"${n}": os.environ.get(n) for n in ("WORDNET", "WNHOME")}
         who, where = next(((k, v) for k, v in said.items() if v), ("", ""))
         home = pathlib.Path(where).expanduser()
-        places = [home, home / "dict"] if where else list(_places())
+        places = [home, home / "dict"] if where else list(usual_folders())
         files = next(filter(None, map(_contents, places)), None)
         if files is None:
             found = f"no WordNet in {where!r}, as {who} says" if where else "WordNet is nowhere"

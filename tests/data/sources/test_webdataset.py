@@ -334,7 +334,7 @@ def test_a_damaged_cache_is_made_again(shards, cache, scans, damage, monkeypatch
     elif damage == "not one":
         file.write_text("no archive")
     else:
-        monkeypatch.setattr("clipx.data.sources.webdataset._VERSION", 2)
+        monkeypatch.setattr("clipx.data.sources.webdataset.VERSION", 2)
     assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
     assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
 

@@ -191,14 +191,14 @@ def test_where_wordnet_is_found(folder, tmp_path, monkeypatch):
         for file in folder.iterdir():
             archive.write(file, f"wordnet/{file.name}")
     monkeypatch.setenv("NLTK_DATA", str(tmp_path))
-    assert tmp_path / "corpora" / "wordnet.zip" in list(wordnet._places())
+    assert tmp_path / "corpora" / "wordnet.zip" in list(wordnet.usual_folders())
     assert WordNet(str(tmp_path / "corpora" / "wordnet.zip")).lemmas("mice")
 
 
 def test_synonyms_without_wordnet_are_one_error(tmp_path, monkeypatch):
     for name in ("WORDNET", "WNHOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(wordnet, "_places", lambda: iter([tmp_path / "none"]))
+    monkeypatch.setattr(wordnet, "usual_folders", lambda: iter([tmp_path / "none"]))
     for operation in ("synonym", "insert"):
         with pytest.raises(ConfigError) as error:
             augment(operations=(operation,))
