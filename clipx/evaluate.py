@@ -17,6 +17,7 @@ from clipx.training.checkpoint import read_json
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
+    """Runs the chosen evals of the run or the model that the flags name."""
     path, workdir, config = flags.FLAGS.init_from, flags.FLAGS.workdir, {"evals": {}}
     step = flags.FLAGS.step
     if bool(path) == bool(workdir):

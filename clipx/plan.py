@@ -32,6 +32,7 @@ def _names(flag: str) -> list[str]:
 
 
 def main(overrides: list[tuple[str, str]]) -> int:
+    """Prints a plan for each config on each topology, and returns 1 if one does not fit."""
     jax.config.update("jax_platforms", "cpu")  # what is here has no part in it
     jax.config.update("jax_enable_compilation_cache", False)  # what is not here reads none
     if flags.FLAGS.losses:

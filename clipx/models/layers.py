@@ -130,7 +130,7 @@ class Tower(nn.Module):
     @property
     def backbone_width(self) -> int:
         """Channels of `Encoded.backbone`."""
-        raise NotImplementedError(f"{type(self).__name__}.backbone_width")
+        raise TypeError(f"{type(self).__name__} declares no backbone_width")
 
     @property
     def output_width(self) -> int:

@@ -55,7 +55,7 @@ class Run:
     def batch_size(self) -> int:
         return self.config.train.batch_size
 
-    @property
+    @functools.cached_property
     def steps(self) -> int | None:
         """Steps of the whole run; None for a length in epochs, which only open data tells."""
         return total_steps(self.config, None)
@@ -105,22 +105,16 @@ class Run:
         recomputed counts again."""
         return flops.total(flops.products(self.traced.jaxpr))
 
-    @functools.cached_property
+    @property
     def model_flops(self) -> int:
         """Useful FLOPs of a step, over all devices: three times the matrix products and
         convolutions of the forward pass (the backward pass has two for each). What is recomputed
         counts once, and what masks leave out counts. Nothing is compiled."""
-
-        def forward(state: TrainState, batch: Batch) -> jax.Array:
-            value, _ = batch_loss(
-                self.objective, state.params, state=state, batch=batch, seed=self.config.seed
-            )
-            return value
-
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.state, self.batch)
         )
-        return 3 * flops.total(flops.products(jax.make_jaxpr(forward)(*shapes)))
+        leaves, tree = jax.tree.flatten(shapes)
+        return 3 * _forward_flops(self.objective, self.config.seed, tuple(leaves), tree)
 
     def evaluators(self) -> dict[str, Evaluator]:
         """The config's evals by name, their data open."""
@@ -148,7 +142,7 @@ class OpenRun(Run):
     rows: int  # of the training data
     tokenizer: tokenizers.Tokenizer
 
-    @property
+    @functools.cached_property  # the loop asks at every step
     def steps(self) -> int:
         """Steps of the whole run."""
         return total_steps(self.config, self.rows)
@@ -163,6 +157,16 @@ class OpenRun(Run):
         """Both towers at the state's parameters, for evaluators."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted)
+
+
+@functools.lru_cache(maxsize=4)  # alike for any number of micro-batches, which are tried in turn
+def _forward_flops(objective: Objective, seed: int, leaves: tuple, tree: Any) -> int:
+    """FLOPs of a batch's loss, for a state and a batch of these shapes."""
+
+    def forward(state: TrainState, batch: Batch) -> jax.Array:
+        return batch_loss(objective, state.params, state=state, batch=batch, seed=seed)[0]
+
+    return flops.total(flops.products(jax.make_jaxpr(forward)(*tree.unflatten(leaves))))
 
 
 def total_steps(config: Config, rows: int | None) -> int | None:
