@@ -68,7 +68,7 @@ def test_written_and_read_again(kind, tmp_path):
         (ViT(**VIT, pool="mean", **BOTH), {}, None, "pools by the mean"),
         (ViT(**VIT, pre_norm=False, **BOTH), {}, None, "LayerNorm before.*--format=open_clip"),
         (ViT(**VIT, **BOTH), {"projection_bias": True}, None, "bias.*--format=open_clip"),
-        (ViT(**VIT, **BOTH), {"causal": False}, None, "see those after"),
+        (ViT(**VIT, **BOTH), {"causal": False}, None, "without a causal mask"),
         (ViT(**VIT, **BOTH), {}, -3.0, "logit bias.*--format=open_clip"),
         (ViT(**VIT, pool="attention", **BOTH), {}, None, "config.image.embed_dim=0"),
     ],

@@ -173,7 +173,7 @@ def test_proof_resnet(tmp_path):
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
-    with pytest.raises(NotProven, match="cosine of a picture"):
+    with pytest.raises(NotProven, match="cosine of an image"):
         verify.prove(FORMAT, tmp_path / "a", written, made)
 
 
@@ -251,7 +251,7 @@ def test_proof_tanh_and_torchs_own_file(tmp_path):
         again = load.load(folder / name)
         assert all(x.tobytes() == again.flat[k].tobytes() for k, x in written.flat.items())
     (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes()[:-999])
-    with pytest.raises(ConfigError, match="a whole file of torch's"):
+    with pytest.raises(ConfigError, match="a complete torch file"):
         load.load(folder / "c.pt")
     open_clip_ = libraries.require("open_clip")
     with libraries.quiet():
@@ -274,7 +274,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         load.load(tmp_path / "empty")
     whole = (folder / open_clip.WEIGHTS).read_bytes()
     (folder / open_clip.WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with check(match="a whole safetensors file"):
+    with check(match="a complete safetensors file"):
         load.load(folder)
     arrays, configs = FORMAT.arrays(written), FORMAT.configs(written, "")
     config = configs[open_clip.CONFIG]
