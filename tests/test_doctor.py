@@ -51,7 +51,7 @@ def test_a_gpu_that_jax_does_not_see(path, monkeypatch):
     assert gpu.found == "2 x NVIDIA H200, 575.57; JAX sees none of them"
     assert "clipx[cuda]" in gpu.mend
     path("nvidia-smi", "exit 9")
-    assert "mend NVIDIA's driver" in found(host.check_drivers())["gpu driver"].mend
+    assert "reinstall NVIDIA's driver" in found(host.check_drivers())["gpu driver"].mend
 
 
 def test_a_stale_lock_file(path, monkeypatch, tmp_path):

@@ -123,7 +123,7 @@ def test_a_program_for_sparse_cores_is_read():
     _, text = estimate.compile_ahead(lowered)
     told = estimate.time_of(text, chips.chip("TPU v5"))
     assert told["cycles"] > 0 and told["seconds"] > 0
-    assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
+    assert "1 operation(s) that run on SparseCores" in told["notes"][0]
 
 
 def test_other_errors_are_not_memory(one, monkeypatch):

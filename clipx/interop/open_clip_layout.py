@@ -12,7 +12,6 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import rules
 from clipx.interop.model import Model, check_padding, ratio, vit_shape
 from clipx.interop.rules import Rule
-from clipx.models.layers import Tower
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
