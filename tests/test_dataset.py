@@ -229,7 +229,7 @@ def test_a_preview_shows_what_the_model_sees(folder, capsys):
     text = output.read_text("utf-8")
     assert text.count("<article>") == 9 and text.count('alt="view 1"') == 9
     assert 'class="used" dir="auto">كلب يجري على العشب<' in text
-    assert "stands in for 7.jpg: the picture" in text
+    assert "replaces the unusable row 7.jpg: the picture" in text
     assert "colours jittered (80%)" in text and "blurred (50%)" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # self-contained
     assert "9 rows of 9" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_the_best_is_the_lowest_of_ranks_and_the_highest_of_the_rest(workdir):
     text = re.sub(r"<[^>]+>", " ", report.write(workdir).read_text())
     assert re.search(r"knn/top1 +80.0 % +100 +70.0 %", text)
     assert re.search(r"retrieval/x_median_rank +100 +100 +200", text)
-    assert re.search(r"best checkpoint is kept by +knn/top1", text)
+    assert re.search(r"checkpoint with the best +knn/top1", text)
 
 
 def test_the_matrix_and_the_queries(workdir):
