@@ -42,7 +42,7 @@ class Format(abc.ABC):
     weights_read: ClassVar[tuple[str, ...]]  # names of readable weight files, preferred first
     expected: ClassVar[str]  # files that a folder of this format has, for error messages
     loading: ClassVar[str]  # Python code that loads `{folder}`, for the model card
-    metadata: ClassVar[Mapping[str, str] | None] = None  # metadata of the safetensors file
+    metadata: ClassVar[dict[str, str] | None] = None  # metadata of the safetensors file
     # caption cleaning rules that the format's tokenizers reproduce exactly
     exact_cleaning: ClassVar[frozenset[str]] = frozenset()
 

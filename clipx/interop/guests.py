@@ -248,7 +248,8 @@ def image_tower(
     projections = {"linear": embed_dim, "none": 0}
     _only(f"{where}.timm_proj", section.get("timm_proj", "linear"), *projections)
     _only(f"{where}.timm_proj_bias", section.get("timm_proj_bias", False), False)
-    common = {"image_size": size, "embed_dim": projections[section.get("timm_proj", "linear")]}
+    embed_dim = projections[section.get("timm_proj", "linear")]
+    common: dict[str, Any] = {"image_size": size, "embed_dim": embed_dim}
     if name in PLAIN:
         _only(f"{where}.timm_pool", section.get("timm_pool", "avg"), "avg")
         return ResNet(variant=name, **common)

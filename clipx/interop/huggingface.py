@@ -4,10 +4,11 @@ of `CLIPModel` (transformers 5)."""
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
@@ -25,7 +26,6 @@ from clipx.ops import photometry
 WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # transformers 5 may save the preprocessor in it
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
-_IMAGE, _TEXT = ViT, TextTransformer  # the only towers that transformers' classes can express
 _ELSE = "; use --format=open_clip"
 
 
@@ -59,10 +59,10 @@ with torch.no_grad():
     exact_cleaning = frozenset({"siglip"})
 
     def arrays(self, model: Model) -> Arrays:
-        _check(model)
+        image, text = _check(model)
         siglip = _is_siglip(model)
-        towers = (model.image, model.text, model.width, model.words.dropped)
-        arrays = rules.write(layout.tower_rules(*towers, siglip), model.flat)
+        rules_of_both = layout.tower_rules(image, text, model.width, model.words.dropped, siglip)
+        arrays = rules.write(rules_of_both, model.flat)
         scale = np.asarray(model.logit_scale, np.float32)
         if siglip:
             bias = np.zeros(()) if model.logit_bias is None else model.logit_bias
@@ -118,7 +118,12 @@ with torch.no_grad():
             "marks": "end",
         }
 
-    def says(self, folder: pathlib.Path, images, captions):
+    def says(
+        self,
+        folder: pathlib.Path,
+        images: Sequence[UInt8[np.ndarray, "h w 3"]],
+        captions: Sequence[str],
+    ) -> tuple[Said, Int[np.ndarray, "t n"]]:
         torch, transformers = libraries.require("torch"), libraries.require("transformers")
         with libraries.quiet(), torch.no_grad():
             transformers.utils.logging.set_verbosity_error()
@@ -144,16 +149,17 @@ def _is_siglip(model: Model) -> bool:
     return model.image.pool == "attention"
 
 
-def _check(model: Model) -> None:
-    """Raises `NotExpressible` for a model that neither class can express."""
+def _check(model: Model) -> tuple[ViT, TextTransformer]:
+    """The model's towers. Raises `NotExpressible` for a model that neither class can express."""
     image, text = model.image, model.text
-    if type(image) is not _IMAGE:
+    if type(image) is not ViT:
         raise NotExpressible(f"transformers has no CLIP with a {type(image).__name__}{_ELSE}")
-    if type(text) is not _TEXT:
+    if type(text) is not TextTransformer:
         raise NotExpressible(f"CLIPModel has no text tower like {type(text).__name__}")
     check_widths(model)
     (_check_siglip if _is_siglip(model) else _check_clip)(model)
     check_padding(model, own=False)
+    return image, text
 
 
 def _refuse(faults: Mapping[str, bool], cls: str) -> None:

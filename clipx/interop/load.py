@@ -187,7 +187,8 @@ def ignored(name: str, patterns: Collection[str]) -> bool:
 def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None:
     """Appends to `faults` each entry of a tower's parameters that is missing, unexpected or of
     another shape."""
-    expected = shapes(tower.clone(scan=False) if hasattr(tower, "scan") else tower)["params"]
+    plain = tower.clone(scan=False) if hasattr(tower, "scan") else tower
+    expected = shapes(plain)["params"]  # pyright: ignore[reportArgumentType]  # modules hash
     for key in sorted(expected.keys() | params.keys()):
         a, b = (
             jax.tree_util.tree_flatten_with_path(tree.get(key, {}))[0]

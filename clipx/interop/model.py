@@ -21,6 +21,11 @@ from clipx.models.vit import SIZES
 from clipx.types import PyTree
 
 
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """{"a/b/c": leaf} of nested dicts."""
+    return traverse_util.flatten_dict(tree, sep="/")  # pyright: ignore[reportReturnType]
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
     """The vocabulary of a model: its size, text length and special token ids."""
@@ -79,8 +84,7 @@ class Model:
     @property
     def flat(self) -> Arrays:
         """Every array by its path, such as `params/image/...` or `batch_stats/image/...`."""
-        tree = {"params": self.params, "batch_stats": self.batch_stats}
-        return traverse_util.flatten_dict(tree, sep="/")
+        return _flatten({"params": self.params, "batch_stats": self.batch_stats})
 
     @property
     def width(self) -> int:
@@ -159,7 +163,7 @@ def check_padding(model: Model, own: bool) -> None:
 
 
 @functools.cache
-def shapes(tower: Tower) -> PyTree:
+def shapes(tower: Tower) -> dict[str, Any]:
     """Shapes and dtypes of a tower's variables."""
     size = getattr(tower, "image_size", None)
     if size is None:
@@ -174,7 +178,7 @@ def checked(model: Model, where: str) -> Model:
     """Returns `model` unchanged. Raises `ConfigError` at `where` for the first array that is
     missing or has another shape than its tower expects."""
     for name in ("image", "text"):
-        expected = traverse_util.flatten_dict(shapes(getattr(model, name)), sep="/")
+        expected = _flatten(shapes(getattr(model, name)))
         for path, x in expected.items():
             kind, _, rest = path.partition("/")
             array = model.flat.get(f"{kind}/{name}/{rest}")
@@ -189,7 +193,7 @@ def checked(model: Model, where: str) -> Model:
     return model
 
 
-def cpu() -> jax.Device:
+def cpu() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs
     """The CPU device; the first device if JAX has no CPU backend."""
     try:
         return jax.devices("cpu")[0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
@@ -133,7 +134,12 @@ print(image @ text.T)"""
         own = config(CONFIG) or native.config_of(arrays, file)
         return _read(arrays, own, config(_GUEST_CONFIG) or {})
 
-    def says(self, folder: pathlib.Path, images, captions):
+    def says(
+        self,
+        folder: pathlib.Path,
+        images: Sequence[UInt8[np.ndarray, "h w 3"]],
+        captions: Sequence[str],
+    ) -> tuple[Said, Int[np.ndarray, "t n"]]:
         torch, open_clip = libraries.require("torch"), libraries.require("open_clip")
         name = f"local-dir:{folder}"
         with libraries.quiet(), torch.no_grad():

@@ -12,6 +12,7 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import rules
 from clipx.interop.model import Model, check_padding, ratio, vit_shape
 from clipx.interop.rules import Rule
+from clipx.models.layers import Tower
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -32,8 +33,9 @@ class Layout(NamedTuple):
     quick_gelu: bool = False  # whether the config's `quick_gelu` flag applies to this tower
 
 
-def _norm_and_activation(tower: ViT | TextTransformer) -> dict[str, Any]:
-    """A section's entries for a norm epsilon or activation other than open_clip's default."""
+def _norm_and_activation(tower: Tower) -> dict[str, Any]:
+    """A section's entries for a norm epsilon or activation other than open_clip's default, for a
+    `ViT` or `TextTransformer`."""
     entries: dict[str, Any] = {}
     if tower.norm_eps != 1e-5:
         entries["norm_kwargs"] = {"eps": tower.norm_eps}
@@ -163,8 +165,8 @@ def _text_section(model: Model, folder: str) -> dict[str, Any]:
     }
 
 
-def _pool(text: TextTransformer) -> str:
-    """open_clip's name of the token at which a text is pooled."""
+def _pool(text: Tower) -> str:
+    """open_clip's name of the token at which a `TextTransformer` pools a text."""
     if text.pool == "mean":
         raise NotExpressible("open_clip's text tower has no mean over tokens")
     if not text.causal and text.mask_padding:

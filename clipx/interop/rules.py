@@ -112,7 +112,8 @@ def batch_norm(tower: str, ours: str, theirs: str) -> list[Rule]:
     """A BatchNorm and its running statistics. tower: "image" or "text". torch also keeps a count of
     batches, which is written as 0 and never read."""
     stats = f"batch_stats/{tower}/{ours}"
-    count = Rule((), (f"{theirs}.num_batches_tracked",), lambda: (np.int64(0),), lambda _: ())
+    zero = np.zeros((), np.int64)
+    count = Rule((), (f"{theirs}.num_batches_tracked",), lambda: (zero,), lambda _: ())
     return [
         *norm(f"params/{tower}/{ours}", theirs),
         same(f"{stats}/mean", f"{theirs}.running_mean"),

@@ -172,7 +172,7 @@ def sentencepiece(model: bytes) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(model)
     processor = library.SentencePieceProcessor(model_proto=model)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]

@@ -77,7 +77,9 @@ def ours(
         return np.pad(raw, ((0, 0), (0, model.width - raw.shape[1])))
 
     with jax.default_device(cpu()), jax.default_matmul_precision("highest"):
-        image = rows("image", photometry.normalize(np.stack(images), model.mean, model.std))
+        pixels = np.stack(images)
+        inputs = photometry.normalize(pixels, model.mean, model.std)  # pyright: ignore[reportArgumentType]
+        image = rows("image", inputs)
         text = rows("text", np.asarray(ids, np.int32))
     return Said(image, text, logits(image, text, model.logit_scale, model.logit_bias))
 

@@ -60,9 +60,11 @@ def compile_ahead(step: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Callab
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         made = step.compile(compiler_options=options)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt")]
-    if len(texts) == 1:
-        return made, lambda: texts[0]
-    return made, lambda: made.as_text() or ""
+    return made, (lambda: texts[0]) if len(texts) == 1 else _text(made)
+
+
+def _text(step: jax.stages.Compiled) -> Callable[[], str]:
+    return lambda: step.as_text() or ""
 
 
 def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Prediction:
@@ -79,15 +81,14 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
             step, text = compile_ahead(run.lower())
         else:
             with room():
-                step, text = run.train_step, run.train_step.as_text
+                step, text = run.train_step, _text(run.train_step)
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or base.limit)
+    compiled = with_compiled(base, step, device.platform)
+    assert isinstance(compiled, Prediction)  # it returns what it was given, with more fields set
     timed = device.platform == "tpu" and chip and chip.clock
-    return dataclasses.replace(
-        with_compiled(base, step, device.platform),
-        bytes=_cost(step).get("bytes accessed"),
-        **(time_of(text, chip) if timed else {}),
-    )
+    time = time_of(text, chip) if chip and timed else {}
+    return dataclasses.replace(compiled, bytes=_cost(step).get("bytes accessed"), **time)
 
 
 def _cost(step: jax.stages.Compiled) -> dict[str, float]:

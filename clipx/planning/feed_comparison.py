@@ -189,10 +189,10 @@ def _texture(rng: np.random.Generator, slope: float) -> np.ndarray:
 
 def _photo(rng: np.random.Generator, textures: Sequence[np.ndarray]) -> np.ndarray:
     """An image of textured patches with sharp edges, uint8 [341, 341, 3]."""
-    picture = None
+    picture: np.ndarray | None = None
     for _ in range(4):
         texture = np.roll(
-            textures[rng.integers(len(textures))], rng.integers(_LONG, size=2), (0, 1)
+            textures[int(rng.integers(len(textures)))], rng.integers(_LONG, size=2), (0, 1)
         )
         contrast, colour = rng.uniform(10, 40, 3), rng.normal(128, 45, 3)
         patch = (texture[..., None] * contrast + colour).astype(np.float32)
@@ -203,6 +203,7 @@ def _photo(rng: np.random.Generator, textures: Sequence[np.ndarray]) -> np.ndarr
         corners = rng.uniform(-0.2, 1.2, (6, 2)) * _LONG
         cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
         picture = np.where(mask[..., None] > 0, patch, picture)
+    assert picture is not None
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 

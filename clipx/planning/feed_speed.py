@@ -162,7 +162,8 @@ def verdict(per_core: float, wanted: float | None, cores: int) -> str:
 def rate(loader: Loader, steps: int) -> float:
     """Examples per second of `loader` with its workers, over `steps` batches after the first, which
     waits for the workers to start."""
-    with contextlib.closing(loader.batches(0, steps + 1)) as batches:
+    generator = loader.batches(0, steps + 1)
+    with contextlib.closing(generator) as batches:  # pyright: ignore[reportArgumentType]
         next(batches)
         start = time.perf_counter()
         seen = sum(len(batch["row"]) for batch in batches)

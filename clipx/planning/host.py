@@ -121,7 +121,10 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("devices", total, mend)
 
 
-def all_reduce(devices: Sequence[jax.Device] | None = None, size: int = 2**24) -> float:
+def all_reduce(
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    size: int = 2**24,
+) -> float:
     """Bytes per second that each of n devices sends in an all-reduce of `size` bytes per device.
     Counts 2 (n - 1) / n * `size` bytes per device, as a ring sends. devices: all by default. Raises
     `RunError` if the sum is wrong."""

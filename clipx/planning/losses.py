@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from clipx import losses
 from clipx.errors import OutOfMemory
@@ -30,10 +29,11 @@ WIDTH = 512
 
 
 # a loss of rows a and b, a scale and a bias, a value per row
-Loss = Callable[[Array, Array, ArrayLike, ArrayLike], Array]
+Scalar = Array | float
+Loss = Callable[[Array, Array, Scalar, Scalar], Array]
 
 
-def _logits(a: Array, b: Array, scale: ArrayLike) -> Array:
+def _logits(a: Array, b: Array, scale: Scalar) -> Array:
     return scale * jnp.einsum("id,jd->ij", a, b, preferred_element_type=jnp.float32)
 
 
@@ -41,32 +41,33 @@ def _cross_entropy(logits: Array, match: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=1) - match
 
 
-def naive_info_nce(a: Array, b: Array, scale: ArrayLike, bias: ArrayLike) -> Array:
+def naive_info_nce(a: Array, b: Array, scale: Scalar, bias: Scalar) -> Array:
     """InfoNCE per row, from one matrix of all logits. Ignores `bias`."""
     logits = _logits(a, b, scale)
     match = jnp.diagonal(logits)
     return 0.5 * (_cross_entropy(logits, match) + _cross_entropy(logits.T, match))
 
 
-def naive_sigmoid(a: Array, b: Array, scale: ArrayLike, bias: ArrayLike) -> Array:
+def naive_sigmoid(a: Array, b: Array, scale: Scalar, bias: Scalar) -> Array:
     """SigLIP's loss per row, from one matrix of all logits."""
     labels = 2 * jnp.eye(len(a)) - 1
     return -jnp.sum(jax.nn.log_sigmoid(labels * (_logits(a, b, scale) + bias)), axis=1)
 
 
-def gathered_info_nce(a: Array, b: Array, scale: ArrayLike, bias: ArrayLike) -> Array:
+def gathered_info_nce(a: Array, b: Array, scale: Scalar, bias: Scalar) -> Array:
     """InfoNCE per row. Each device compares its rows of a tower with all rows of the other tower,
     as open_clip's `local_loss` does. Ignores `bias`."""
     match = scale * jnp.sum(a.astype(jnp.float32) * b, axis=1)
-    return 0.5 * sum(
+    directions = (
         _cross_entropy(
             constrain_rows(_logits(x, jax.lax.with_sharding_constraint(y, P()), scale)), match
         )
         for x, y in ((a, b), (b, a))
     )
+    return 0.5 * sum(directions)  # pyright: ignore[reportReturnType]
 
 
-def gathered_sigmoid(a: Array, b: Array, scale: ArrayLike, bias: ArrayLike) -> Array:
+def gathered_sigmoid(a: Array, b: Array, scale: Scalar, bias: Scalar) -> Array:
     """SigLIP's loss per row. Each device compares its rows of `a` with all rows of `b`."""
     every = jax.lax.with_sharding_constraint(b, P())
     logits = constrain_rows(_logits(a, every, scale) + bias)
@@ -142,5 +143,7 @@ def need(loss: Loss, on: mesh.Mesh, batch: int) -> Need:
             if error.used is None:
                 raise
             return Need(error.used / 2**30, False)
-    peak = compiled.memory_analysis().peak_memory_in_bytes
-    return Need(peak / 2**30, True, hlo.read(text()).compiler_cycles)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    cycles = hlo.read(text()).compiler_cycles
+    return Need(memory.peak_memory_in_bytes / 2**30, True, cycles)

@@ -34,7 +34,9 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
     if run.config.train.microbatches == "auto":
         fewest = fit.fewest(run, fits, tell_trial, _estimator(where))
         if fewest is not None:
-            return fewest
+            run, needs = fewest
+            assert isinstance(needs, Prediction)  # `_estimator` returns nothing else
+            return run, needs
         run = run.with_microbatches(fit.counts(run)[-1])
     try:
         return run, _estimator(where)(run)

@@ -80,7 +80,7 @@ def evaluations(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> 
     return [_chart(title, lines, from_zero=True) for title, lines in charts.items()]
 
 
-def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+def series(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Points]:
     """Metric -> its (step, value) pairs, missing values left out. rows: of metrics.jsonl."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -101,7 +101,7 @@ def svg(salt: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> s
         from matplotlib.figure import Figure as Drawing
     except ImportError:
         raise RunError("the report's curves need matplotlib: pip install matplotlib") from None
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.size": 9,

@@ -13,8 +13,8 @@ from clipx.training.run import OpenRun
 
 
 def build(run: OpenRun, data: TrainingData, rows: int) -> tuple[str, int]:
-    """Returns (the page as HTML, number of rows that it shows). It shows at most `rows` rows, and at
-    most one batch."""
+    """Returns (the page as HTML, number of rows that it shows). It shows at most `rows` rows, and
+    at most one batch."""
     source, views = preview.Remembering(data.source), run.objective.views
     positions = np.arange(min(rows, run.batch_size))
     pieces = loader(run, dataclasses.replace(data, source=source), positions).load(0, positions)

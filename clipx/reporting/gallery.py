@@ -61,7 +61,8 @@ def matrix(samples: Samples) -> Matrix:
     """Similarities of the first 20 pictures with each other's first captions."""
     captions = _first_captions(samples)[:_MATRIX]
     pictures = samples.owner[captions]
-    scores = np.asarray(samples.similarity, np.float64)[np.ix_(pictures, captions)].T
+    places = np.ix_(pictures, captions)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    scores = np.asarray(samples.similarity, np.float64)[places].T
     finite = scores[np.isfinite(scores)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     shade = np.nan_to_num((scores - low) / max(high - low, 1e-12))
@@ -81,13 +82,13 @@ def queries(samples: Samples) -> list[Query]:
     distinct = _first_captions(samples, distinct=True)
     places = np.linspace(0, len(distinct) - 1, min(_QUERIES, len(distinct))).round().astype(int)
     shown = []
-    for caption in (distinct[place] for place in places):
+    for caption in (distinct[int(place)] for place in places):
         text = samples.captions[caption]
         same = [i for i, other in enumerate(samples.captions) if other == text]
         right = {int(samples.owner[i]) for i in same}
         score = np.nan_to_num(samples.similarity[:, caption].astype(np.float64), nan=-np.inf)
         order = np.argsort(-score, kind="stable").tolist()
-        hits = [Hit(p, score[p], p in right) for p in order[:DEPTH]]
+        hits = [Hit(p, float(score[p]), p in right) for p in order[:DEPTH]]
         rank = 1 + next(i for i, p in enumerate(order) if p in right)
         shown.append(Query(text, hits, rank, len(order)))
     return shown

@@ -39,8 +39,8 @@ class Score(NamedTuple):
 
 
 def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> pathlib.Path:
-    """Writes report.html from the workdir's metrics.jsonl and config.json, and returns its path. The
-    file is replaced as a whole or not at all.
+    """Writes report.html from the workdir's metrics.jsonl and config.json, and returns its path.
+    The file is replaced as a whole or not at all.
 
     Raises `RunError` without metrics, without matplotlib or jinja2, for a broken file, or if the
     page cannot be written.
