@@ -1,5 +1,5 @@
-"""A small model of each method, trained for two steps, exported to both libraries where they can
-express it, and held to what they say; in every layout of its arrays, on one device and on eight."""
+"""A small model of each method, trained for two steps and exported to every library that can
+express it, gives the library's outputs; with scanned blocks or not, on one device and on eight."""
 
 import jax
 import pytest
@@ -23,7 +23,8 @@ RESNET |= {"image_size": 32, "embed_dim": 16, "dtype": "float32"}
 MAP = {"pool": "attention", "pre_norm": False, "embed_dim": 0, "activation": "gelu_tanh"}
 LAST = {"causal": False, "pool": "last", "embed_dim": 32, "activation": "gelu_tanh"}
 SCAN, QUICK = {"scan": True}, {"activation": "quick_gelu"}
-# the objective, towers, mesh on eight devices (None: one), and why transformers has no such model
+# objective, image and text tower, mesh of eight devices (None: one device), and the reason why
+# transformers cannot express the model ("": it can)
 MODELS = {
     "clip": ({}, {**QUICK, **SCAN}, {**QUICK, **SCAN}, {"data": 4, "fsdp": 2}, ""),
     "siglip": (PLAIN, MAP, LAST, None, ""),
