@@ -281,7 +281,7 @@ def text_tower(
     where = f"{where}: text_cfg"
     if guest.get("model_type") != "bert":
         found = f"{section['hf_model_name']!r}, but no config.json of a BERT in the folder"
-        raise ConfigError(f"{where}.hf_model_name", found, "a BERT with its config.json here")
+        raise ConfigError(f"{where}.hf_model_name", found, "a BERT with its config.json there")
     _only(f"{where}.hf_pooler_type", section.get("hf_pooler_type"), "cls_pooler")
     _only(f"{where}.hf_proj_type", section.get("hf_proj_type"), "linear")
     _only("config.json: hidden_act", guest.get("hidden_act", "gelu"), "gelu")

@@ -238,7 +238,8 @@ def image_tower(model: Mapping[str, Any], size: int) -> ViT | ResNet:
 
 
 def text_tower(model: Mapping[str, Any]) -> TextTransformer:
-    """The text tower of a `model_cfg`. Raises `ConfigError` for a tower that clipx has not."""
+    """The text tower of a `model_cfg`. Raises `ConfigError` for a `pool_type` or `act_kwargs` that
+    clipx does not have."""
     section = model["text_cfg"]
     vocab_size, pool = section.get("vocab_size", 49408), section.get("pool_type", "argmax")
     if pool not in ("argmax", "eos", "last"):

@@ -104,11 +104,7 @@ def time_of(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
     try:
         program = hlo.read(text())
-    except (
-        LookupError,
-        ValueError,
-        jax.errors.JaxRuntimeError,
-    ) as error:  # as_text raises the last
+    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:
         return {"notes": (f"no estimate of time: {type(error).__name__}: {error}",)}
     beside = f"{len(program.beside)} operation(s) that run on SparseCores are not timed"
     return {

@@ -120,9 +120,9 @@ def test_proof_clip(tmp_path):
     core = vocabulary.byte_pairs("\n".join(merges))
     files = tokenizer.clip_files("\n".join(merges), core.get_vocab(), 16)
     made = tokenizers.build(config)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
 
 
 @with_transformers
@@ -137,9 +137,9 @@ def test_proof_siglip(kind, tmp_path):
     written = model(image, TextTransformer(**fields), words, bias=-4)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words, "clip", attention_mask=False)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
 
 
 def test_patches_bias_becomes_part_of_positions(tmp_path):

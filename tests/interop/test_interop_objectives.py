@@ -88,9 +88,9 @@ def test_trained_and_exported(name, tmp_path):
             with pytest.raises(ConfigError, match=why):
                 export(folder, options)
             continue
-        found = export(folder, options).proof
-        assert found.image_cosine > verify.COSINE and found.text_cosine > verify.COSINE
-        assert found.logits < verify.RELATIVE
+        proof = export(folder, options).proof
+        assert proof.image_cosine > verify.COSINE and proof.text_cosine > verify.COSINE
+        assert proof.logits < verify.RELATIVE
         again = load.load(options.out)
         arrays = load_file(options.out / format_.weights)
         if pt:

@@ -153,8 +153,8 @@ def test_proof_vit(tmp_path):
     both = BOTH | {"activation": "quick_gelu", "norm_eps": 1e-6}
     image, text = ViT(**VIT, **both), TextTransformer(**text, projection_bias=True, **both)
     written = model(image, text, words)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5 and not found.odd
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5 and not proof.odd
 
 
 @with_open_clip
@@ -168,8 +168,8 @@ def test_proof_resnet(tmp_path):
     written = model(ResNet(**RESNET, **BOTH), TextTransformer(**fields, **BOTH), words, bias=-3)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words.without_mask(), "clip")
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
@@ -186,8 +186,8 @@ def test_proof_without_a_class_token(pool, pre_norm, tmp_path):
     image = ViT(**VIT, pool=pool, pre_norm=pre_norm, activation=acts[0], **BOTH)
     written = model(image, TextTransformer(**text, activation=acts[1], **BOTH), words)
     folder = write(tmp_path / "a", written)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-4
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-4
 
 
 @with_open_clip
@@ -207,8 +207,8 @@ def test_proof_plain_resnet_and_bert(tmp_path):
     written = model(ResNet(variant="resnet18", image_size=32, **none), text, words)
     files = tokenizer.files(vocabulary.word_pieces(pieces), words, "clip_lite")
     folder = write(tmp_path / "a", written, files)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.text_cosine > 0.9999999
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.text_cosine > 0.9999999
 
 
 @with_open_clip
@@ -242,8 +242,8 @@ def test_proof_tanh_and_torchs_own_file(tmp_path):
     both = BOTH | {"activation": "gelu_tanh"}
     written = model(ViT(**VIT, **both), TextTransformer(**text, **both), words)
     folder = write(tmp_path / "a", written)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
     arrays = {k: torch.from_numpy(x) for k, x in load_file(folder / open_clip.WEIGHTS).items()}
     training = {"epoch": 1, "state_dict": {f"module.{k}": x for k, x in arrays.items()}}
     for name, value in {"a.bin": arrays, "b.pt": training}.items():

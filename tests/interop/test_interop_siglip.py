@@ -217,8 +217,8 @@ def test_ids_are_transformers(kind, rule, context, tmp_path):
 @with_transformers
 def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
     """The proof loads `SiglipTokenizer`, and detects other ids, of padding too."""
-    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
-    assert found.odd == () and found.logits < 1e-5
+    proof = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
+    assert proof.odd == () and proof.logits < 1e-5
     processor = libraries.require("transformers").AutoProcessor.from_pretrained(tmp_path / "a")
     assert type(processor.tokenizer).__name__ == tokenizer.SIGLIP
     inputs = processor(text=TEXTS, padding="max_length", truncation=True)
@@ -246,8 +246,8 @@ def test_export_of_other_words_without_a_start_mark(kind, tmp_path):
         "of a CLIP": small(CLASS, ("tokenizer.marks", "end"), ("tokenizer.cleaning", "siglip")),
     }
     folder = save(tmp_path / "run", made[kind])
-    found = export(folder, Options("huggingface", tmp_path / "a", verify=True)).proof
-    assert found.logits < 1e-5
+    proof = export(folder, Options("huggingface", tmp_path / "a", verify=True)).proof
+    assert proof.logits < 1e-5
     theirs = libraries.require("transformers").AutoTokenizer.from_pretrained(tmp_path / "a")
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id) == (1, 1, None)
     assert (type(theirs).__name__ == tokenizer.SIGLIP) == (kind == "with a mask")
@@ -262,8 +262,8 @@ def test_export_to_open_clip(pool, tmp_path):
     itself first decodes entities and replaces quotation marks; such captions are reported."""
     towers = [("image.embed_dim", "32"), ("text.projection_bias", "False"), ("text.pool", pool)]
     folder = save(tmp_path / "run", config(*towers, ("tokenizer.vocab_size", "80")))
-    found = export(folder, Options("open_clip", tmp_path / "a", verify=True)).proof
-    assert found.odd == verify.ODD_CAPTIONS[1:] and found.logits < 1e-4
+    proof = export(folder, Options("open_clip", tmp_path / "a", verify=True)).proof
+    assert proof.odd == verify.ODD_CAPTIONS[1:] and proof.logits < 1e-4
     _, ours = pretrained.open_model(str(folder))
     theirs = libraries.require("open_clip").get_tokenizer(f"local-dir:{tmp_path / 'a'}")
     usual = [t for t in TEXTS if t.isascii() and "&" not in t and "\0" not in t]
