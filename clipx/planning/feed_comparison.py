@@ -63,7 +63,7 @@ def against(
     receives lines of progress. Raises `DataError` if the script does not exist or cannot run.
     """
     if not script.is_file():
-        raise DataError(f"{script} does not exist; --against=torch needs a git checkout of clipx")
+        raise DataError(f"{script} does not exist; --against=torch needs a checkout of clipx")
     workers = min(pictures.cores(), 16)
     passes -= passes % _BATCH
     with tempfile.TemporaryDirectory(prefix="clipx-bench-") as folder:
