@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -102,12 +103,12 @@ class Loader:
         chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
         iterator = iter(self._pieces(chunks, start, stop))
         try:
-            # grain starts its worker processes at the first `next`
+            # grain starts its worker processes when the first chunk is requested
             with worker.light_main() if self.data.workers else contextlib.nullcontext():
-                first = next(iterator, None)
-            for step in range(start, stop):
-                pieces = [first if step == start else next(iterator)]
-                pieces += [next(iterator) for _ in chunks[1:]]
+                first = list(itertools.islice(iterator, 1))
+            loaded = itertools.chain(first, iterator)
+            for _ in range(start, stop):
+                pieces = [next(loaded) for _ in chunks]
                 yield {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         finally:
             iterator.close()

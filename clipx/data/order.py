@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from clipx.data.base import Example, Source
 from clipx.data.pairs import Pairs
+
+if TYPE_CHECKING:
+    from grain import MapDataset
 
 _ROW = 3  # random stream that selects rows; 0 to 2: a row's image and texts, 4: the survey's crops
 
@@ -34,8 +38,10 @@ def order(
     return functools.partial(_at, shuffled, rows)
 
 
-def _at(shuffled: Sequence[int], rows: int, epoch: int, position: int) -> int:
-    return shuffled[epoch * rows + position]
+def _at(shuffled: MapDataset[int], rows: int, epoch: int, position: int) -> int:
+    row = shuffled[epoch * rows + position]
+    assert row is not None  # grain's type allows for filtered rows
+    return row
 
 
 @dataclasses.dataclass(frozen=True)

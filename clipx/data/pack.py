@@ -154,7 +154,7 @@ def _sample(source: Source, row: int) -> _Members | BadSample:
     except BadSample as error:
         return error
     data = example.image
-    if kind not in _KINDS:
+    if kind not in _KINDS or isinstance(data, np.ndarray):
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
         data = file.getvalue()

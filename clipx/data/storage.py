@@ -15,16 +15,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from clipx.data.base import expand_user
 from clipx.errors import DataError
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 THREADS = 32  # for remote files, where most of the time is waiting
 ABSENT = -1  # stands for the size of a member that does not exist
@@ -102,9 +99,10 @@ def _match_remote(pattern: str) -> list[Shard]:
     return shards
 
 
-def _of_info(fs: AbstractFileSystem, url: str, name: str, info: dict[str, Any]) -> Shard:
+def _of_info(fs: Any, url: str, name: str, info: Mapping[str, Any]) -> Shard:
     stamps = (f"{key} {info[key]}" for key in _CHANGES if info.get(key))
-    return Shard(url, info.get("size"), next(stamps, None) or str(fs.ukey(name)))
+    size: Any = info.get("size")  # None is refused by the caller
+    return Shard(url, size, next(stamps, None) or str(fs.ukey(name)))
 
 
 def _braces(pattern: str) -> list[str]:
@@ -199,7 +197,7 @@ def _reading(path: str) -> Iterator[Callable[[int, int], bytes]]:
         os.close(file)
 
 
-def _filesystem(path: str) -> tuple[AbstractFileSystem, str]:
+def _filesystem(path: str) -> tuple[Any, str]:
     """fsspec's filesystem for a remote path, and the path inside it."""
     try:
         import fsspec
@@ -238,12 +236,13 @@ def recall(shard: Shard, version: int) -> dict[str, np.ndarray] | None:
 def remember(shard: Shard, version: int, arrays: dict[str, np.ndarray]) -> None:
     """Caches `arrays` for a file. Does nothing if the cache cannot be written."""
     path, identity = _cache_entry(shard, version)
+    contents: dict[str, Any] = {"identity": np.frombuffer(identity, np.uint8), **arrays}
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path))
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, identity=np.frombuffer(identity, np.uint8), **arrays)
+                np.savez(file, **contents)
             os.replace(unfinished, path)
         except BaseException:
             os.unlink(unfinished)

@@ -124,7 +124,8 @@ def _in_tar(path: str) -> dict[str, tuple[int, int]]:
             size = os.fstat(file.fileno()).st_size
             try:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # else tarfile keeps every member in memory
+                    # else tarfile keeps every member in memory
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     name = posixpath.normpath(member.name) + "/" * member.isdir()
                     if any(part.startswith(".") for part in name.split("/")):
                         continue

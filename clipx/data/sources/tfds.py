@@ -10,15 +10,12 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from clipx.data.base import Example, Source, expand_user
 from clipx.errors import BadSample, DataError
-
-if TYPE_CHECKING:
-    from tensorflow_datasets.core import DatasetBuilder
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # likeliest first
 _NO_CAPTION = re.compile(r"(^|[/_])(file|id|key|path|uri|url|license|locale|lang)", re.IGNORECASE)
@@ -89,8 +86,8 @@ class Tfds(Source):
         # test splits with secret labels store -1
         return Example(picture, texts, row, key, number if (number or 0) >= 0 else None)
 
-    def _builder(self) -> DatasetBuilder:
-        """A builder made from the prepared files alone. The code that prepared them may need
+    def _builder(self) -> Any:
+        """A DatasetBuilder made from the prepared files alone. The code that prepared them may need
         TensorFlow or may not be installed."""
         try:
             import tensorflow_datasets as tfds
@@ -110,7 +107,7 @@ class Tfds(Source):
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"{self.name} in {folder}: cannot be opened ({reason})") from None
 
-    def _open(self, builder: DatasetBuilder) -> Sequence[Mapping[str, Any]]:
+    def _open(self, builder: Any) -> Sequence[Mapping[str, Any]]:
         """The rows as dicts, with pictures still encoded."""
         import tensorflow_datasets as tfds
 
@@ -228,14 +225,18 @@ def _is_picture(feature: Any) -> bool | None:
         if feature.np_dtype == np.float32:  # a depth map, with floats in the four bytes of a pixel
             return None
         return not isinstance(feature, tfds.features.LabeledImage)
-    raw = isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8
+    raw = _is_tensor(feature) and feature.np_dtype == np.uint8
     return True if raw and len(feature.shape) == 3 and feature.shape[-1] in (1, 3) else None
 
 
-def _is_number(feature: Any) -> bool:
+def _is_tensor(feature: Any) -> bool:
     import tensorflow_datasets as tfds
 
-    scalar = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return isinstance(feature, tfds.features.Tensor)
+
+
+def _is_number(feature: Any) -> bool:
+    scalar = _is_tensor(feature) and feature.shape == ()
     return scalar and np.issubdtype(feature.np_dtype, np.integer)
 
 

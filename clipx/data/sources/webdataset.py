@@ -142,8 +142,10 @@ class WebDataset(Source):
 
 
 def _label(key: str, data: bytes | None) -> int | None:
+    if data is None:
+        return None
     try:
-        return None if data is None else int(data)
+        return int(data)
     except ValueError:
         raise BadSample(key, f"the label in .cls is {data[:20]!r}, expected a number") from None
 
@@ -253,7 +255,8 @@ def _scan(shard: Shard) -> ShardIndex:
         with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # else tarfile keeps every member in memory
+                    # else tarfile keeps every member in memory
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     if member.offset_data + member.size <= shard.size:
                         last = member.name
                     match = _NAME.fullmatch(member.name)
