@@ -45,7 +45,7 @@ class Mixture(Source):
             try:
                 source = cls(**values)
             except DataError as error:
-                # flags in the message are for a source that is not part of a mixture
+                # a source does not know that its flags need the name of the part
                 message = str(error).replace("--config.data.", f"--config.data.parts.{name}.")
                 raise DataError(f"part {name}: {message}") from None
             except ConfigError as error:

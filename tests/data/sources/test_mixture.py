@@ -1,4 +1,4 @@
-"""A mixture has every row of its parts, in proportion to their weights, with stable ids and keys."""
+"""A mixture has every row of its parts in proportion to their weights, with stable ids and keys."""
 
 from __future__ import annotations
 
