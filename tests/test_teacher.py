@@ -335,9 +335,9 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     "spoil, said",
     [
         (lambda f: f.unlink(), "no such file"),
-        (lambda f: f.write_bytes(f.read_bytes()[:-9]), "no whole array"),
-        (lambda f: f.write_bytes(b"12345"), "no whole array"),
-        (lambda f: f.with_suffix(".json").unlink(), "nothing says what t.npy was made for"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-9]), "not a complete .npy file"),
+        (lambda f: f.write_bytes(b"12345"), "not a complete .npy file"),
+        (lambda f: f.with_suffix(".json").unlink(), "only it says for which data t.npy was"),
         (lambda f: f.with_suffix(".json").write_text("{"), "cannot be read"),
         (lambda f: f.with_suffix(".json").write_text("[]"), "no fingerprint and rows"),
         (lambda f: np.save(f, np.zeros((ROWS, 4))), "float64 of shape .*, expected a teacher's"),
@@ -358,9 +358,9 @@ def test_a_teacher_of_other_data_is_refused(tmp_path):
     file = written(tmp_path)
     with pytest.raises(DataError, match="ab12.*cd34"):
         open_it(file, fingerprint="cd34")
-    with pytest.raises(DataError, match="30 rows, 30 by its json file, where the data has 31"):
+    with pytest.raises(DataError, match="30 rows, 30 by its json file, expected the 31 rows"):
         open_it(file, rows=31)
-    with pytest.raises(DataError, match="4 numbers a row, expected 6; .*--dim=6"):
+    with pytest.raises(DataError, match="4 numbers per row, expected 6; .*--dim=6"):
         open_it(file, width=6)
 
 
