@@ -51,7 +51,6 @@ def main(overrides: list[tuple[str, str]]) -> None:
         print(f"MFU {measured['mfu']:.1%} of {prediction.chip.tflops:,.0f} TFLOP/s")
 
 
-
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
     flags.DEFINE_integer("steps", 10, "Steps to time.", lower_bound=1)

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-
 import jax
 from absl import app, flags, logging
 
@@ -71,15 +70,15 @@ def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
         return
     values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
     config = {}
-    if values.get("config"):
+    if spec := values.get("config"):
         with contextlib.suppress(ConfigError):  # the command reports it when it loads the config
-            config = load_config(values["config"], overrides)
+            config = load_config(spec, overrides)
     processes.start(info, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:
     """Turns on JAX's compilation cache, in JAX_COMPILATION_CACHE_DIR or ~/.cache/clipx/jax."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "clipx", "jax")))
 

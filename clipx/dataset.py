@@ -181,7 +181,9 @@ def time_feed(
     if model:
         images_per_second, count = feed_speed.model_rate(config)
         print(f"the model takes {images_per_second:,.0f} images/s on {count} device(s) a process")
-    print(feed_speed.verdict(1 / stages[-1].cpu, images_per_second, cores))
+    seconds = stages[-1].cpu
+    assert seconds is not None  # the last stage is the loader itself, on the CPU
+    print(feed_speed.verdict(1 / seconds, images_per_second, cores))
 
 
 def time_against_torch() -> None:
@@ -190,8 +192,7 @@ def time_against_torch() -> None:
     def say(text: str) -> None:
         print(f"{text} ...", file=sys.stderr)
 
-    print(
-"\n".join(feed_comparison.markdown(feed_comparison.against(_BENCHMARK, say=say))))
+    print("\n".join(feed_comparison.markdown(feed_comparison.against(_BENCHMARK, say=say))))
 
 
 def _bench(config: Mapping[str, Any]) -> None:

@@ -54,11 +54,14 @@ class CheckpointError(Exception):
 
 
 class MetricsError(Exception):
-    """The metrics cannot be written. One line; earlier lines of the file are intact. Exit code 1."""
+    """The metrics cannot be written. One line; the lines before it are intact. Exit code 1."""
 
 
 class HostsError(Exception):
-    """The processes of a run cannot connect. One block that names the missing ones. Exit code 134."""
+    """The processes of a run cannot connect. One block that names the missing ones.
+
+    Exit code 134 once they have connected, 1 before.
+    """
 
 
 class Interrupted(Exception):
@@ -91,4 +94,3 @@ class MissingLibrary(Exception):
 
 class NotProven(Exception):
     """A library that loads an export computes other values than clipx. One line that says which."""
-

@@ -1,5 +1,5 @@
-"""`python -m clipx.export --workdir=DIR --format=open_clip --out=DIR`: writes a run as a folder that
-open_clip or transformers loads, and proves that the library computes the same as clipx."""
+"""`python -m clipx.export --workdir=DIR --format=open_clip --out=DIR`: writes a run's model as a
+folder that open_clip or transformers loads, and proves that the library computes the same."""
 
 from __future__ import annotations
 

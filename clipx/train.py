@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from clipx import cli
@@ -17,12 +16,13 @@ from clipx.errors import RunError
 from clipx.reporting import page
 from clipx.training.session import open_session, quarantine_file, tell
 from clipx.training.stop import Stop
+from clipx.types import Device
 
 
 def train(
     config: dict[str, Any],
     workdir: str,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     *,
     stop: Stop | None = None,
 ) -> int:

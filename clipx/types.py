@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, UInt8
 
 PyTree = Any
+Device = Any  # jax.Device, which type checkers cannot resolve
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 
 
@@ -76,7 +77,6 @@ class Batch(struct.PyTreeNode):
 class Encoded(struct.PyTreeNode):
     """What one tower computes for its rows. A field that nobody uses is never computed."""
 
-
     unit: Float[Array, "b d"] | None = None  # `raw`, L2-normalised, at least float32
     raw: Float[Array, "b d"] | None = None  # after the projection
     backbone: Float[Array, "b c"] | None = None  # pooled, before the projection
@@ -119,7 +119,7 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a metric means and how it is shown. The defaults are for metrics that nobody declares."""
+    """What a metric means and how it is shown. The defaults suit an unknown metric."""
 
     better: Literal["more", "less"] | None = None  # None: neither direction is better
     shown: Literal["percent", "number"] = "number"  # percent: the value is between 0 and 1
@@ -129,4 +129,3 @@ class Metric:
     column: str = ""  # its column in the table of `clipx.compare`; "" leaves the metric out
     label: str = ""  # tells the metrics of one column apart, in the column's heading
     benchmark: str = ""  # its name in CLIP_benchmark; "" if CLIP_benchmark has no such metric
-

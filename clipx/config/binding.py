@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
 
 def _describe(hint: Any) -> str:
     """What a value of type `hint` looks like, for an error message."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return "a section with keys " + ", ".join(fields(hint))
     if hint is bool:
         return "true or false"
@@ -98,7 +98,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
         raise wrong
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
@@ -212,7 +212,7 @@ def _leaf(value: Any) -> Any:
     return value
 
 
-def _subclasses(package: str, name: str, base: type[T]) -> list[type[T]]:
+def _subclasses(package: str, name: str, base: type) -> list[type[Any]]:
     """The subclasses of `base` that the file defines itself."""
     module = importlib.import_module(f"clipx.{package}.{name}")
     return [
@@ -224,7 +224,7 @@ def _subclasses(package: str, name: str, base: type[T]) -> list[type[T]]:
     ]
 
 
-def find(package: str, name: str, base: type[T]) -> type[T]:
+def find(package: str, name: str, base: type) -> type[Any]:
     """The only subclass of `base` in the file `name` of a package, such as "data.sources".
 
     The files of the package are the registry. Raises `ConfigError` for any other name.
@@ -315,7 +315,7 @@ def duration(
         raise ConfigError(f"{where}.{name}_*", shown, "exactly one of " + ", ".join(keys), fix)
     ((unit, amount),) = amounts.items()
     number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-    if not number or not math.isfinite(amount) or amount < 0:
+    if not number or amount is None or not math.isfinite(amount) or amount < 0:
         raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
     return Duration(unit, amount, f"{where}.{name}_{unit}")
 

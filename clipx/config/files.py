@@ -120,7 +120,6 @@ def parse(text: str) -> Any:
         return text.lower() == "true"
     try:
         with warnings.catch_warnings():  # Python warns about text such as 1or2
-
             warnings.simplefilter("ignore")
             value = to_lists(ast.literal_eval(text))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

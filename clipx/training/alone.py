@@ -30,8 +30,7 @@ def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
 def after_photometry(run: OpenRun, pieces: Mapping[str, np.ndarray]) -> Iterator[jax.Array]:
     """Each picture view of a batch at step 0 after the colour augmentation and before the towers
     normalise it, uint8 [b, h, w, 3]. `pieces`: the arrays of one batch of a loader."""
-    rows
- = len(pieces["row"])
+    rows = len(pieces["row"])
     batch = to_batch(pieces, run.mesh, np.arange(rows), rows)
     keys = row_keys(run.config.seed, 0, rows)
     for view in range(len(run.objective.views.pictures)):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-
 from clipx.config import binding
 from clipx.config.binding import bind
 from clipx.models.layers import Tower
@@ -26,8 +25,8 @@ from clipx.types import Batch, PyTree, TrainState
 
 
 def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]]:
-    """The objective with its towers, none of them locked yet, and the complete sections "objective",
-    "image" and "text" for config.json."""
+    """(the objective with its towers, none of them locked yet, its complete sections for
+    config.json: "objective", "image" and "text")."""
     image_cls, image_name, image_section = named("models", Tower, config.image, "config.image")
     text_cls, text_name, text_section = named("models", Tower, config.text, "config.text")
     objective_cls, objective_name, section = named(
@@ -84,7 +83,7 @@ def abstract_state(
     schedule: Callable[..., jax.Array],
     batch: Batch,
     mesh: Mesh,
-    variables: PyTree | None = None,
+    variables: PyTree = None,
 ) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer, and the run's state as `jax.ShapeDtypeStruct`s with shardings.
 

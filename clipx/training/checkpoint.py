@@ -127,8 +127,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def step(self, which: str | int = "latest") -> int:
-        """The step that `latest`, `best` or a number names. Raises `ConfigError` if there is no such
-        checkpoint."""
+        """The step that `latest`, `best` or a number names. Raises `ConfigError` if that checkpoint
+        does not exist."""
         steps = self.steps
         if not steps:
             raise ConfigError(

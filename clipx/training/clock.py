@@ -47,7 +47,7 @@ class Clock:
         return self.totals[part] + self._parts[part]
 
     def interval(self, images: int) -> dict[str, float]:
-        """`images_per_second` and `data_wait_fraction` since the last call, from the time in `train`
+        """`images_per_second` and `data_wait_fraction` since the last call, of the time in `train`
         and `data` alone. Ends the interval and adds its seconds to `totals`."""
 
         now = self._now()

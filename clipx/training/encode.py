@@ -113,7 +113,8 @@ def _encode_rows(
 def _similarity(
     objective: Objective, variables: PyTree, images: Encoded, texts: Encoded
 ) -> jax.Array:
-    return objective.apply(variables, images, texts, method="similarity")
+    scores = objective.apply(variables, images, texts, method="similarity")
+    return scores  # pyright: ignore[reportReturnType]: a tuple only with `mutable`
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -143,7 +144,8 @@ def _heat_rows(
         )
         maps = flatten_dict(kept.get("intermediates", {}))
         scores = objective.apply(variables, images, texts, method="similarity")
-        return jnp.trace(scores), {k: x for k, x in maps.items() if k[-1] == "last_map"}
+        total = jnp.trace(scores)  # pyright: ignore[reportArgumentType]: as above
+        return total, {k: x for k, x in maps.items() if k[-1] == "last_map"}
 
     shapes = jax.eval_shape(total, {})[1]
     if len(shapes) != 1:
@@ -159,4 +161,3 @@ def _heat_rows(
     weights = jnp.mean(gradient.astype(jnp.float32), axis=(1, 2), keepdims=True)
     heat = nn.relu(jnp.sum(weights * values.astype(jnp.float32), axis=-1))
     return jax.lax.with_sharding_constraint(heat, replicated)
-

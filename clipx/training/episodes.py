@@ -1,8 +1,8 @@
 """What the report shows of an episode: a map of its rows, and examples of its prototypes.
 
-A run writes one JSON file for each episode, in the folder `episodes` of its workdir, right after the
-episode's labels are computed. `sample` chooses the rows whose features are needed: at most 2,000,
-however long the episode is.
+A run writes one JSON file for each episode, in the folder `episodes` of its workdir, right after it
+has computed the episode's labels. `sample` chooses the rows whose features are needed: at most
+2,000, however long the episode is.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def loading(loader: Loader, step: int) -> Load:
     """A function that loads pictures and captions of the episode that starts at `step`: the first
     view and the first text of a row, as `loader` crops and chooses them."""
     episode_steps = loader.schedule.sampling.episode_steps
+    assert episode_steps is not None  # callers ask only about objectives with episodes
 
     def load(places: Sequence[int]) -> tuple[list[np.ndarray], list[str]]:
         pieces = [
@@ -208,7 +209,7 @@ def _prototypes(
     clusters: Mapping[str, Sequence[Cluster]],
     load: Load,
 ) -> list[Prototype]:
-    """Prototypes of the largest clusters of each modality. One call of `load` loads all pictures."""
+    """Prototypes of the largest clusters of each modality. `load` is called once, for all."""
 
     chosen = []
     for name in (name for name in features if name in labels):
@@ -223,5 +224,5 @@ def _prototypes(
     for name, cluster, places in chosen:
         pairs = [next(shown) for _ in places]
         uris, texts = map(list, zip(*pairs))
-        prototypes.append(Prototype(name, *cluster, uris, texts))
+        prototypes.append(Prototype(name, cluster.cluster, cluster.rows, uris, texts))
     return prototypes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from clipx.data.order import Sampling, chosen, share
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.run import OpenRun, Run
-from clipx.types import Batch
+from clipx.types import Batch, PyTree
 
 _HOST_ONLY = ("key", "bad")  # what a loader reports that does not go to the devices
 
@@ -80,9 +80,7 @@ def loader(
     )
 
 
-def to_batch(
-    arrays: Mapping[str, np.ndarray], mesh: Mesh, positions: np.ndarray, rows: int
-) -> Batch:
+def to_batch(arrays: Mapping[str, PyTree], mesh: Mesh, positions: np.ndarray, rows: int) -> Batch:
     """The global batch of `rows` rows on the devices.
 
     arrays: what this process's loader gives for the rows at `positions`.
@@ -97,11 +95,12 @@ def own_rows(run: Run) -> np.ndarray:
     return meshes.local_rows(meshes.batch_sharding(run.mesh), run.batch_size)
 
 
-def feed(run: OpenRun, data: TrainingData, *, start: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
+def feed(
+    run: OpenRun, data: TrainingData, *, start: int
+) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
     """The batches from step `start` to the run's end. With each comes a dict of what the host keeps
     of the rows that this process loaded: `row`, `key` and `bad`, as `Loader.batches` gives them."""
     positions = own_rows(run)
     for arrays in loader(run, data, positions).batches(start, run.steps):
         host = {name: arrays[name] for name in (*_HOST_ONLY, "row")}
         yield to_batch(arrays, run.mesh, positions, run.batch_size), host
-

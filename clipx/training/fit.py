@@ -8,8 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from
- typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -17,6 +16,10 @@ from clipx.errors import ConfigError, OutOfMemory
 from clipx.parallel import chips
 from clipx.parallel.mesh import bytes_held
 from clipx.training.run import Run
+from clipx.types import Device
+
+R = TypeVar("R", bound=Run)
+
 
 _WAITING = 2  # batches that wait on the devices, beside the step's own
 _MARGIN = 0.95  # share of a device's memory for a step; evals and fragmentation need the rest
@@ -123,7 +126,7 @@ def given(run: Run, *, limit: int | None = None) -> Needs:
     )
 
 
-def some_device(run: Run) -> jax.Device:
+def some_device(run: Run) -> Device:
     """A device of the run's mesh, one of this process if it has any."""
     return next(iter(run.mesh.local_devices), run.mesh.devices.flat[0])
 
@@ -145,6 +148,7 @@ def measure(run: Run, *, limit: int | None = None) -> Needs:
 def with_compiled(base: Needs, step: jax.stages.Compiled, platform: str) -> Needs:
     """`base` with the compiler's numbers: padding, results and temporaries, the program."""
     sizes = step.memory_analysis()
+    assert sizes is not None  # the backends of JAX that clipx runs on have one
     arguments = sizes.argument_size_in_bytes
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     peak = sizes.peak_memory_in_bytes
@@ -158,10 +162,10 @@ def with_compiled(base: Needs, step: jax.stages.Compiled, platform: str) -> Need
     return dataclasses.replace(base, memory=memory, peak=peak)
 
 
-def memory_limit(device: jax.Device) -> int | None:
+def memory_limit(device: Device) -> int | None:
     """Bytes that a program may use on a device; None if that is not known.
 
-    The device's own number, else that of the table of chips. For a CPU device, an equal share of the
+    The device's own number, else that of the table of chips. For a CPU device, its share of the
     machine's memory.
     """
     if device.platform == "cpu":
@@ -211,7 +215,7 @@ def logged(needs: Needs | None) -> dict[str, float]:
     return {"predicted/memory_gib": needs.need / 2**30}
 
 
-def measured(device: jax.Device, needs: Needs, step_seconds: float) -> dict[str, float]:
+def measured(device: Device, needs: Needs, step_seconds: float) -> dict[str, float]:
     """The measurements of a step: `mfu`, if the device's peak is known, and `memory_gib`, the most
     memory in use so far, if the device reports it."""
     metrics = {}
@@ -229,11 +233,11 @@ def counts(run: Run) -> list[int]:
 
 
 def fewest(
-    run: Run,
+    run: R,
     fits: Callable[[Needs], bool],
     tell: Callable[[Needs], None] = lambda _: None,
-    estimate: Callable[[Run], Needs] | None = None,
-) -> tuple[Run, Needs] | None:
+    estimate: Callable[[R], Needs] | None = None,
+) -> tuple[R, Needs] | None:
     """(the run with the fewest micro-batches that fit, its needs); None if no number fits.
 
     fits: decides about a number's needs. tell: called with the needs of every number tried.
@@ -273,11 +277,11 @@ def fewest(
 
 
 def fitted(
-    run: Run,
+    run: R,
     *,
     agreed: Callable[[bool], bool] = bool,
     tell: Callable[[Needs], None] = lambda _: None,
-) -> Run:
+) -> R:
     """The run, with a number in place of `train.microbatches=auto`.
 
     The number is the smallest for which the compiled step, two waiting batches and a margin of 5 %

@@ -16,12 +16,11 @@ from clipx.training.step import init_state
 from clipx.types import PyTree, TrainState
 
 
-
 def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
     """The run's tokenizer.
 
-    That of `config.init_from`, if it has one that fits the config. Otherwise the config's own, which
-    is trained on the captions of `source` if the config names no file.
+    The tokenizer of `config.init_from`, if it fits the config. Otherwise the config's own, trained
+    on the captions of `source` if the config names no file.
     """
     config = run.config
     if config.init_from and not load.ignored("text", config.init_ignore):

@@ -34,7 +34,6 @@ _AHEAD = 2  # steps that the host runs ahead of the devices
 Pending = collections.deque[tuple[int, list[tuple[int, str]], dict[str, jax.Array]]]
 
 
-
 @dataclasses.dataclass
 class Trainer:
     """Trains one run in one workdir, from the step of a given state on."""
@@ -68,7 +67,7 @@ class Trainer:
         """
         train, episode = self.run.config.train, self.run.objective.episode_steps
         pending: Pending = collections.deque()
-        self._logged = start
+        self._logged, last, stopping = start, False, False
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(
                 contextlib.closing(feed(self.run, self.data, start=start))
@@ -90,12 +89,14 @@ class Trainer:
                     self._save(state, step, results)
                 if last or stopping:
                     break
-                if refresh and (renewed := self._refresh(state, step, surveyed)) is None:
-                    stopping = True
-                    if not save:
-                        self._save(state, step, results)
-                    break
-                state = renewed if refresh else state
+                if refresh:
+                    renewed = self._refresh(state, step, surveyed)
+                    if renewed is None:
+                        stopping = True
+                        if not save:
+                            self._save(state, step, results)
+                        break
+                    state = renewed
                 with self.clock.time("data"):
                     batch, host = next(batches)
                 self._count_bad(step, host)
@@ -170,6 +171,7 @@ class Trainer:
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
+        assert self.needs is not None  # a step has run
         metrics |= fit.logged(self.needs) | fit.measured(
             self.run.mesh.local_devices[0], self.needs, metrics["step_seconds"]
         )

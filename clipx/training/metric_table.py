@@ -58,9 +58,9 @@ HEADLINES = tuple(name for name, metric in TRAINING.items() if metric.headline)
 def metric(key: str, evals: Mapping[str, Any]) -> Metric:
     """The declaration of a metric, by its key in metrics.jsonl.
 
-    evals: the config's section, which names the evaluator of `<eval>/<metric>`. If that evaluator is
-    unknown or declares no such metric, the metric of that name of any evaluator is taken, because an
-    eval of an old run may be gone. A name that nobody declares gives `Metric()`.
+    evals: the config's section, which names the evaluator of `<eval>/<metric>`. If that evaluator
+    is unknown or declares no such metric, any evaluator that declares the metric is taken, because
+    an old run's config may have lost the eval. A name that nobody declares gives `Metric()`.
     """
     eval_name, slash, name = key.partition("/")
     evaluator = (evals.get(eval_name) or {}).get("evaluator") or eval_name

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import json
-
 import math
 import os
 import pathlib
@@ -188,10 +187,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _rewind(path: pathlib.Path, step: int) -> set[str]:
-    """Removes the lines after `step` from the file, or all lines if `step` is 0, as nothing was saved
-    then. Returns the keys that the file has at `step`.
+    """Removes the lines after `step` from the file, and returns the keys of the lines at `step`.
 
-    The lines are in order of step. Truncating in place works on a full disk too.
+    A run that starts at step 0 has no checkpoint, so all lines go. The lines are in order of step.
+    Truncating in place works on a full disk too.
     """
     end, known = 0, set()
     step = step or -1
