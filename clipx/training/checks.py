@@ -40,7 +40,7 @@ def check_episodes(train: TrainConfig, data: DataConfig, objective: Objective, n
             "config.train.episode_pictures",
             "true",
             f"false: {name} has no episodes",
-            "config.train.episode_pictures=false, or an objective with episodes, as protoclip",
+            "config.train.episode_pictures=false, or an objective with episodes (protoclip)",
         )
     width = objective.external_width
     if width is None and data.teacher is not None:

@@ -144,8 +144,8 @@ def _heat_rows(
         )
         maps = flatten_dict(kept.get("intermediates", {}))
         scores = objective.apply(variables, images, texts, method="similarity")
-        total = jnp.trace(scores)  # pyright: ignore[reportArgumentType]: as above
-        return total, {k: x for k, x in maps.items() if k[-1] == "last_map"}
+        score = jnp.trace(scores)  # pyright: ignore[reportArgumentType]: as above
+        return score, {k: x for k, x in maps.items() if k[-1] == "last_map"}
 
     shapes = jax.eval_shape(total, {})[1]
     if len(shapes) != 1:

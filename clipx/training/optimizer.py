@@ -83,7 +83,7 @@ class OptimizerConfig:
                     where,
                     f"{rule.horizon} with a constant schedule, which does not decay",
                     "1.0",
-                    "a schedule that decays, as cosine; or a rule with learning_rate=0.0",
+                    "schedule='cosine' or 'linear'; or learning_rate=0.0 in the rule",
                 )
 
     def _check(self, field: str, ok: bool, expected: str) -> None:
