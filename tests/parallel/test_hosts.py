@@ -418,7 +418,7 @@ def test_told_to_stop_then_killed_they_go_on(tmp_path):
         said, codes = ended(processes, 180)
     # at once where it computes; where it waits to save, JAX ends it after 100 s without a sign
     assert codes[0] in (cli.EXIT_LOST, -signal.SIGABRT), said[0][-3000:]
-    assert f"going on from step {saved}" in said[0]
+    assert f"continuing from step {saved}" in said[0]
     if codes[0] == cli.EXIT_LOST:
         assert f"process 1 ({socket.gethostname()}) did not answer" in said[0], said[0]
         assert "Traceback" not in said[0]
