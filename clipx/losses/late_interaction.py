@@ -171,7 +171,7 @@ def _ring_half(
     chunk: int | None,
     form: Literal["assembly", "ring"],
 ) -> Array:
-    """The loss x→y in the other two forms: rows of x stay, the kept tokens of y are the visitors."""
+    """The loss x→y without a gather: the rows of x stay, the kept tokens of y are the visitors."""
     dtype = narrow(x)
     index = None if size is None else jnp.arange(x.shape[0])
 
