@@ -43,7 +43,7 @@ def _scores(
     else:
         (i, n, d), (t, m, _) = a.shape, b.shape
         products = narrow_product(a.reshape(-1, d), b.reshape(-1, d), narrow_to)
-        products = products.reshape(i, n, t, m)
+        products = products.reshape(i, n, t, m)  # pyright: ignore[reportAttributeAccessIssue]
     if b_mask is not None:
         products = jnp.where(b_mask, products, NEVER)
     best = jnp.max(products, axis=3)
@@ -129,7 +129,7 @@ def late_interaction(
     form = pick_form(form, a if a.size > b.size else b)
     if form != "gather":
         kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
-        return sum(
+        return sum(  # pyright: ignore[reportReturnType]
             0.5 * _ring_half(*x, *y, scale, size, chunk, form)
             for x, y in zip(((a, a_mask), (b, b_mask)), kept)
         )

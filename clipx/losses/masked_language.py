@@ -206,7 +206,8 @@ def masked_lm(
         flat = (targets.reshape(-1), selected.reshape(-1))
         size = min(chunk, b * n)
         loss = _cross_entropy(states.reshape(b * n, c), *scalars, *flat, size, axes)
-        return jnp.sum(loss.reshape(b, n), axis=1), jnp.sum(selected, axis=1, dtype=jnp.int32)
+        loss = loss.reshape(b, n)  # pyright: ignore[reportAttributeAccessIssue]
+        return jnp.sum(loss, axis=1), jnp.sum(selected, axis=1, dtype=jnp.int32)
 
     rows, shared = jax.tree.map(jnp.asarray, ((states, targets, selected), (kernel, bias)))
     return spread(local, rows, shared)

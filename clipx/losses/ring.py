@@ -73,7 +73,7 @@ def mix(
     axes = batch_axes()
     ring = _Ring(None, LARGEST, axes, size(axes), chunk, 1, False)
 
-    def local(rows: Rows, visitors: Rows, _: tuple) -> Array:
+    def local(rows: Rows, visitors: Rows, scalars: tuple) -> Array:
         sides = ring.sides(visitors, visitors)
         (x, _), (y, _) = map(ring.cut, (rows, visitors), sides)
         count, c = jax.tree.leaves(x)[0].shape[:2]
@@ -239,12 +239,12 @@ class _Ring:
         reduction_slope = self.reduction.slope
         assert reduction_slope is not None
 
-        def logits(x_values: PyTree, y_values: PyTree, scalars: tuple) -> Array:
+        def tile_logits(x_values: PyTree, y_values: PyTree, scalars: tuple) -> Array:
             ours, theirs = x._replace(values=x_values), y._replace(values=y_values)
             return self.logits(ours, theirs, real, scalars)
 
         x, y = _widened(x), _widened(y)
-        logits, pull = jax.vjp(logits, x.values, y.values, scalars)
+        logits, pull = jax.vjp(tile_logits, x.values, y.values, scalars)
         each = slope[:, None] * reduction_slope(logits, result[:, None])
         if self.columns:
             each += column_slope * reduction_slope(logits, column_result)

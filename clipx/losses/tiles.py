@@ -85,7 +85,7 @@ def tiles(
     A tile has `chunk` rows. For None it has as many rows as keep `rows x total` within `TILE`
     elements. The last tile is padded; `valid` is False for the rows of the padding.
     """
-    b = jax.tree.leaves(rows)[0].shape[0]
+    b: int = jax.tree.leaves(rows)[0].shape[0]
     chunk = min(b, chunk or max(1, TILE // total))
     count = -(-b // chunk)
     fn = jax.checkpoint(fn)

@@ -187,7 +187,9 @@ class LayerNorm(nn.LayerNorm):
     use_fast_variance: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*r c"]) -> Float[Array, "*r c"]:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "*r c"]
+    ) -> Float[Array, "*r c"]:
         if not on_tpu():
             return super().__call__(x)
         scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)

@@ -233,7 +233,8 @@ class ResNet(Tower):
             x = _average(x, 2)
         else:
             x = nn.relu(norm("bn1")(conv("conv1", width, 7, 2)(x)))
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            padding = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding)  # pyright: ignore[reportArgumentType]
         for stage, count in enumerate(blocks):
             for i in range(count):
                 x = Residual(
@@ -246,7 +247,12 @@ class ResNet(Tower):
                     name=f"stage_{stage}_{i}",
                 )(x, train=train)
         # Heat maps read the last map here, and perturb it to get its gradient.
-        self.sow("intermediates", "last_map", x, reduce_fn=lambda _, last: last)
+        self.sow(
+            "intermediates",
+            "last_map",
+            x,
+            reduce_fn=lambda _, last: last,  # pyright: ignore[reportArgumentType]
+        )
         if not self.is_initializing():  # or the variables would keep an array of the batch's size
             x = self.perturb("last_map", x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])

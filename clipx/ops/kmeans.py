@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
@@ -45,6 +46,7 @@ from clipx.types import PyTree, batch_axes
 
 _BETTER = 1 - 1e-6  # a later restart must win by more than rounding, which the topology changes
 Axes = tuple[str, ...]  # mesh axes over which rows are sharded; () on one device
+Init = Literal["random_rows", "kmeans++", "given"]
 Progress = bool | Callable[[int, int, float, float], None]
 
 
@@ -95,15 +97,14 @@ def fit(
     2206.10996) clusters; faiss walks over the clusters until one accepts instead of sampling once.
     Raises `ConfigError` for an impossible shape, k, `init`, `iterations`, `restarts` or `chunk`.
     """
-    plan, given = _check(x, k, iterations, restarts, init, spherical, chunk)
-    name = init if given is None else "given"
+    plan, start, given = _check(x, k, iterations, restarts, init, spherical, chunk)
     if not progress:
-        return _fit(plan, name, iterations, restarts, x, given, key)
-    if any(isinstance(a, jax.core.Tracer) for a in (x, key, given)):
+        return _fit(plan, start, iterations, restarts, x, given, key)
+    if any(isinstance(a, Tracer) for a in (x, key, given)):
         raise ConfigError(
             "kmeans.fit: progress", "a call inside jax.jit", "a call outside", "pass progress=False"
         )
-    return _fit_from_host(plan, name, iterations, restarts, x, given, key, progress)
+    return _fit_from_host(plan, start, iterations, restarts, x, given, key, progress)
 
 
 def _check(
@@ -111,11 +112,11 @@ def _check(
     k: int,
     iterations: int,
     restarts: int,
-    init: str | Array,
+    init: Literal["random_rows", "kmeans++"] | Array,
     spherical: bool,
     chunk: int | None,
-) -> tuple[Plan, Array | None]:
-    """(the plan, the given centroids or None). Raises `ConfigError` for impossible arguments."""
+) -> tuple[Plan, Init, Array | None]:
+    """(the plan, the kind of `init`, given centroids or None); `ConfigError` for bad arguments."""
 
     def wrong(what: str, found: object, expected: str, fix: str = "") -> ConfigError:
         return ConfigError(f"kmeans.fit: {what}", str(found), expected, fix)
@@ -128,7 +129,7 @@ def _check(
     for what, number in (("iterations", iterations), ("restarts", restarts), ("chunk", chunk)):
         if number is not None and number < 1:
             raise wrong(what, number, "at least 1")
-    given = None
+    start, given = "given", None
     if not isinstance(init, str):
         given = init
         if jnp.shape(init) != (k, d):
@@ -137,8 +138,10 @@ def _check(
             raise wrong("restarts", f"{restarts} with given centroids", "1: all would be the same")
     elif init not in ("random_rows", "kmeans++"):
         raise wrong("init", repr(init), "'random_rows', 'kmeans++' or centroids [k d]")
+    else:
+        start = init
     plan = make_plan(n, d, k, devices=_devices(), spherical=spherical, chunk=chunk)
-    return plan, given
+    return plan, start, given
 
 
 def _devices() -> int:
@@ -179,7 +182,7 @@ def _prepare(plan: Plan, x: Array) -> tuple[Array, Array]:
 
 def start_centroids(
     plan: Plan,
-    init: Literal["random_rows", "kmeans++", "given"],
+    init: Init,
     rows: Float[Array, "m d"],
     given: Float[Array, "k d"] | None,
     key: Array,
@@ -233,7 +236,7 @@ def _sweep(plan: Plan, rows: Array, exponent: Array, centroids: Array) -> tuple[
     def local(axes: Axes, rows: Array, exponent: Array, centroids: Array) -> tuple[Array, ...]:
         index = _first_row(axes, rows) + jnp.arange(rows.shape[0], dtype=jnp.int32)
 
-        def tile(carry: PyTree, x: tuple[Array, Array]) -> tuple[PyTree, tuple[Array, Array]]:
+        def tile(carry: PyTree, x: PyTree) -> tuple[PyTree, tuple[Array, Array]]:
             rows, index = x
             nearest = nearest_centroid(plan, rows, centroids)
             distance = jnp.sum(jnp.square(rows - centroids[nearest]), axis=1)
@@ -280,11 +283,11 @@ def _keys(key: Array, restart: Array | int) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _fit(
-    plan: Plan, init: str, iterations: int, restarts: int, x: Array, given: Array | None, key: Array
+    plan: Plan, init: Init, iterations: int, runs: int, x: Array, given: Array | None, key: Array
 ) -> KMeans:
     rows, exponent = _prepare(plan, x)
 
-    def restart(r: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def run(r: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         start, splits = _keys(key, r)
 
         def step(state: PyTree) -> PyTree:
@@ -302,7 +305,7 @@ def _fit(
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), last, best)
 
     none = jnp.zeros((plan.k, x.shape[1]), jnp.float32), jnp.float32(jnp.inf)
-    centroids, _ = lax.fori_loop(0, restarts, restart, none)
+    centroids, _ = lax.fori_loop(0, runs, run, none)
     return _last(plan, rows, exponent, centroids)
 
 
@@ -314,7 +317,7 @@ _jit_last = jax.jit(_last, static_argnums=0)
 
 def _fit_from_host(
     plan: Plan,
-    init: str,
+    init: Init,
     iterations: int,
     restarts: int,
     x: Array,
