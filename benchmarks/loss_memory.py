@@ -1,11 +1,10 @@
 """`python benchmarks/loss_memory.py`: temporary memory of DeCLIP's and FILIP's losses per device.
 
 The batch sizes are those of large runs on 8 devices. Temporaries are what value and gradients need
-beside their inputs and results. The programs are
-compiled for 8 CPU devices and not executed, so any machine will do. Each loss is compared with its
-plain formulation: a few lines of array code under the same mesh, which hold blocks of all pairs of
-rows; the partitioner may shard these as it likes. Everything is float32. Exits 1 if one of the
-losses needs 1 GiB or more.
+beside their inputs and results. The programs are compiled for 8 CPU devices and not executed, so
+any machine will do. Each loss is compared with its plain formulation: a few lines of array code
+under the same mesh, which hold blocks of all pairs of rows; the partitioner may shard these as it
+likes. Everything is float32. Exits 1 if one of the losses needs 1 GiB or more.
 """
 
 from __future__ import annotations
