@@ -154,7 +154,7 @@ class ResNet(Tower):
             self.at("image_size"),
             f"{self.image_size} pixels",
             f"a multiple of {stride}",
-            f"{max(round(self.image_size / stride), 1) * stride} pixels",
+            f"set image_size={max(round(self.image_size / stride), 1) * stride}",
         )
         check(
             min(blocks, default=0) > 0,
@@ -167,7 +167,7 @@ class ResNet(Tower):
             width > 0 and width % 2 == 0 and (not self.modified or channels % self.heads == 0),
             self.at("width"),
             width,
-            "an even number whose last map splits into heads of about 64",
+            "an even number such that heads of about 64 channels divide the last feature map",
         )
 
     @property

@@ -113,7 +113,7 @@ class ViT(Tower):
             self.at("image_size"),
             f"{self.image_size} pixels with a patch of {patch}",
             "a multiple of the patch",
-            f"{max(round(self.image_size / patch), 1) * patch} pixels",
+            f"set image_size={max(round(self.image_size / patch), 1) * patch}",
         )
         check(
             width % heads == 0,

@@ -265,7 +265,7 @@ def _hue(x: Array, shift: Array) -> Array:
     angle = angle - 256 * jnp.floor(angle / 256)
 
     def channel(turn: int) -> Array:
-        """value (1 - saturation a / 85); a is 0 near the channel's own hue and 85 opposite it."""
+        """value (1 - s a), s = saturation / 255; a, in 85ths, is 0 near the hue and 1 opposite."""
         a = 2 * angle + 85 * turn
         a = a - 510 * jnp.floor((a + 0.5) / 510)
         a = jnp.clip(jnp.minimum(a, 340 - a), 0, 85)
