@@ -362,7 +362,7 @@ def test_overrides_reach_every_field(closed):
         ("objective.image=3", "objective.image", "other sections"),
         ("image.name=vitt", "image.name", "'vit'"),
         ("image.widht=8", "image.widht", "'width'"),
-        ("image.image_size=50", "image.image_size", "48 pixels"),
+        ("image.image_size=50", "image.image_size", "set image_size=48"),
         ("image.variant=ViT-B32", "image.variant", "'ViT-B/32'"),
         ("image.heads=5", "image.heads", "divides the width"),
         ("text.pool=eos", "text.pool", "'eot'"),
