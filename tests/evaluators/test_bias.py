@@ -86,8 +86,8 @@ def test_the_direction_is_the_first_component_of_both_ends_of_every_pair():
     "text, said",
     [
         (None, "No such file"),
-        ("[{", "no JSON"),
-        ("{}", "no list"),
+        ("[{", "not JSON"),
+        ("{}", "not a list"),
         ('[{"image": "a/0.png"}]', "entry 0 of"),
         ('[{"image": "a/0.png", "group": "men"}]', "group 'men' of 'a/0.png'"),
         ('[{"image": "a/0.png", "group": "a"}]', "no picture of group 'b'"),
