@@ -122,7 +122,7 @@ def evaluate_all(evaluators: Mapping[str, Evaluator], encode: Encode) -> dict[st
 
 
 def rows_of(
-    encode: Callable[..., Encoded], batches: Iterable[Sequence], field: str
+    encode: Callable[..., Encoded], batches: Iterable[Sequence | np.ndarray], field: str
 ) -> Float[np.ndarray, "n c"]:
     """One field of `Encoded` for all rows, float32. NaN and infinity become 0, so that a diverged
     model scores like one that encodes everything alike."""

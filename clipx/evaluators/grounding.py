@@ -159,6 +159,7 @@ class Grounding(Evaluator):
             done += len(pictures)
 
     def _draw_examples(self, encode: Encode) -> dict[str, float]:
+        assert self.examples is not None
         rows = range(min(self.overlays, len(self.examples)))
         captions = [self.examples.texts(row)[:1] for row in rows]
         if not captions or not all(captions):

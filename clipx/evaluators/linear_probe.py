@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +229,7 @@ def _lbfgs(
         total = jax.lax.scan(tile, jnp.zeros(()), (x, y, w))[0]
         return total + strength / 2 * jnp.sum(jnp.square(probe.kernel))
 
-    def step(carry: tuple):
+    def step(carry: tuple) -> tuple:
         probe, state, count, least, since = carry
         value, grad = optax.value_and_grad_from_state(loss)(probe, state=state)
         updates, state = optimizer.update(grad, state, probe, value=value, grad=grad, value_fn=loss)
@@ -260,7 +260,10 @@ def sgd(
     cosine = optax.cosine_decay_schedule(recipe.rate, steps * recipe.epochs // period)
     optimizer = optax.chain(
         optax.add_decayed_weights(recipe.decay),
-        optax.sgd(lambda step: cosine(step // period), momentum=0.9),
+        optax.sgd(
+            lambda step: cosine(step // period),  # pyright: ignore[reportOperatorIssue]
+            momentum=0.9,
+        ),
     )
     kernel = 0.01 * jax.random.normal(jax.random.key(0), (features.shape[1], classes))
     probe = Probe(kernel, jnp.zeros(classes))
@@ -296,7 +299,7 @@ def _epoch(
         per_row = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels[row])
         return jnp.mean(per_row, where=counted)
 
-    def step(carry: tuple[Probe, PyTree], batch: tuple[Array, Array]):
+    def step(carry: tuple[Probe, PyTree], batch: tuple[Array, Array]) -> tuple[Any, None]:
         probe, state = carry
         updates, state = optimizer.update(jax.grad(loss)(probe, *batch), state, probe)
         return (optax.apply_updates(probe, updates), state), None

@@ -122,7 +122,7 @@ def _text(path: str, where: str, wanted: str) -> str:
 def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
     # This runs only the file that holds the lists: importing open_clip would import torch.
     package = importlib.util.find_spec("open_clip")
-    folders = package.submodule_search_locations if package else ()
+    folders = (package and package.submodule_search_locations) or ()
     files = [pathlib.Path(folder, "zero_shot_metadata.py") for folder in folders]
     metadata = next((file for file in files if file.is_file()), None)
     if metadata is None:

@@ -139,7 +139,7 @@ def _places(scores: Float[np.ndarray, "q n"], right: Bool[np.ndarray, "q n"]) ->
     return Places(above, np.sum(equal & right, axis=1), np.sum(equal & ~right, axis=1))
 
 
-def _encode(encode: Callable[[Any], Encoded], batches: Iterable[Sequence]) -> Encoded:
+def _encode(encode: Callable[[Any], Encoded], batches: Iterable[Sequence | np.ndarray]) -> Encoded:
     encoded = [encode(batch) for batch in batches]
     return jax.tree.map(lambda *rows: np.concatenate(rows), *encoded)
 

@@ -167,7 +167,8 @@ def _svm(cost: float) -> Any:
         class_weight={1: 2, -1: 1},
         penalty="l2",
         loss="squared_hinge",
-        dual=True,  # newer versions of scikit-learn would choose the primal
+        # newer versions of scikit-learn would choose the primal form by default
+        dual=True,  # pyright: ignore[reportArgumentType]
         max_iter=2000,
         random_state=0,
     )

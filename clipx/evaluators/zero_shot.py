@@ -55,7 +55,7 @@ class ZeroShot(Evaluator):
     templates: tuple[str, ...] | str = _TEMPLATES
     batch_size: int = 256
     per_class: bool = False
-    preset: Literal[*SETS] | None = None
+    preset: Literal[*SETS] | None = None  # pyright: ignore[reportInvalidTypeForm]
     lists: str = ""
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class ZeroShot(Evaluator):
         for pictures in self.examples.batches(self.batch_size):
             batch_labels = labels[start : (start := start + len(pictures))]
             images = encode.image(pictures)
-            scores = sum(encode.similarity(images, m) for m in members) / len(members)
+            scores = np.asarray(sum(encode.similarity(images, m) for m in members) / len(members))
             hits.append([_right(scores, batch_labels, k) for k in (1, 5)])
         top1, top5 = np.concatenate(hits, axis=1)
         count = np.bincount(labels, minlength=len(classes))
@@ -166,8 +166,9 @@ def _ensemble(
         members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *encoded))
     if any(m.unit is None or len(jax.tree.leaves(m)) > 1 for m in members):
         return members
-    mean = unit(sum(unit(m.unit) for m in members))
-    return [Encoded(unit=mean)]
+    rows = [unit(np.asarray(m.unit)) for m in members]
+    mean = unit(np.asarray(sum(rows)))
+    return [Encoded(unit=mean)]  # pyright: ignore[reportArgumentType]
 
 
 def _right(

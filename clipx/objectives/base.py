@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,11 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 from clipx.models.layers import Tower, check
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
+
+if TYPE_CHECKING:
+    Augmentation = str | photometry.Policy  # a checker cannot read names out of a table
+else:
+    Augmentation = photometry.Named | photometry.Policy
 
 
 class Objective(nn.Module):
@@ -29,7 +34,7 @@ class Objective(nn.Module):
 
     image: Tower
     text: Tower
-    augmentation: photometry.Named | photometry.Policy = "none"  # of every image view
+    augmentation: Augmentation = "none"  # of every image view
     crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are not negatives
     mean: tuple[float, float, float] = photometry.OPENAI_MEAN  # of RGB in 0..1
@@ -131,7 +136,8 @@ class Objective(nn.Module):
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         """Score of every image with every text: the inner product of their unit embeddings."""
-        return jnp.einsum("id,td->it", images.unit, texts.unit, precision=jax.lax.Precision.HIGHEST)
+        rows = present(images.unit), present(texts.unit)
+        return jnp.einsum("id,td->it", *rows, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
         """`embed` and then `loss`. Initialisation traces it, so that every parameter is created."""
@@ -150,9 +156,7 @@ def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
     return jax.lax.bitcast_convert_type(total, jnp.int32)
 
 
-def picture_view(
-    augmentation: photometry.Named | photometry.Policy, crop_scale: tuple[float, float] | None
-) -> View:
+def picture_view(augmentation: Augmentation, crop_scale: tuple[float, float] | None) -> View:
     """The view of an augmentation, with crops of `crop_scale` if that is given."""
     policy = photometry.find(augmentation)
     return View(crop_scale or policy.scale, policy.flip, policy)
@@ -166,6 +170,13 @@ def check_groups(groups: int, rows: int) -> None:
         f"{groups}, with {rows} rows",
         "a number that divides the batch size",
     )
+
+
+def present(x: Array | None) -> Array:
+    """`x`, which must not be None. Towers fill every field of `Encoded`, and `embed` fills those
+    fields of its features that `loss` reads."""
+    assert x is not None
+    return x
 
 
 def tower_keys(keys: Key[Array, " b"], tower: int) -> Key[Array, " b"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from clipx import losses
-from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.objectives.base import Objective, present, scalar, tower_keys
 from clipx.types import Batch, Features, Loss, PyTree
 
 
@@ -34,7 +34,7 @@ class CLIP(Objective):
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> ClipFeatures:
         image = self.encode_image(self.picture(batch, keys), train=train, keys=tower_keys(keys, 0))
         text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
-        return ClipFeatures(image=image.unit, text=text.unit, ids=self.ids(batch))
+        return ClipFeatures(image=present(image.unit), text=present(text.unit), ids=self.ids(batch))
 
     def loss(self, features: ClipFeatures, memory: PyTree, *, train: bool) -> Loss:
         image, text = features.image, features.text

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 from clipx import losses
 from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next_row
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import Objective, check_groups, tower_keys
+from clipx.objectives.base import Augmentation, Objective, check_groups, present, tower_keys
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, Views
 
@@ -60,7 +60,7 @@ class CLIPLite(Objective):
     "off": there is no prior, and the other terms keep their factor 1 - w.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "clip_lite"
+    augmentation: Augmentation = "clip_lite"
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     critic: Literal["dot", "concat", "condot", "dotcon"] = "dot"
@@ -116,12 +116,14 @@ class CLIPLite(Objective):
         towers = super()
 
         def image(view: int, use: int) -> Float[Array, "b c"]:
-            pictures = self.picture(batch, keys, view)
-            return wide(towers.encode_image(pictures, train=train, keys=tower_keys(keys, use)).raw)
+            pixels = self.picture(batch, keys, view)
+            encoded = towers.encode_image(pixels, train=train, keys=tower_keys(keys, use))
+            return wide(present(encoded.raw))
 
         def text(view: int, use: int) -> Float[Array, "b e"]:
             ids = batch.text[:, view]
-            return wide(towers.encode_text(ids, train=train, keys=tower_keys(keys, use)).raw)
+            encoded = towers.encode_text(ids, train=train, keys=tower_keys(keys, use))
+            return wide(present(encoded.raw))
 
         first_image, first_text = image(0, _IMAGE), text(0, _TEXT)
         prior = None
@@ -154,16 +156,16 @@ class CLIPLite(Objective):
         check_groups(self.groups, features.image.shape[0])
         pairs = {"cross_modal": (self.image_text, features.image, features.text)}
         if self.image_terms:
-            pairs["image"] = (self.image_image, features.image, features.other_image)
+            pairs["image"] = (self.image_image, features.image, present(features.other_image))
         if self.text_terms:
-            pairs["text"] = (self.text_text, features.text, features.other_text)
+            pairs["text"] = (self.text_text, features.text, present(features.other_text))
         weight = self._weight(features.ids)
         scores = {name: critic(a, b, train=train) for name, (critic, a, b) in pairs.items()}
         terms = {name: jnp.mean(losses.jsd(*s, weight=weight)) for name, s in scores.items()}
         value = (1 - self.prior_weight) * sum(terms.values())
         chance = (1 - self.prior_weight) * len(terms)
         if self.prior != "off":
-            terms["prior"] = jnp.mean(features.prior)
+            terms["prior"] = jnp.mean(present(features.prior))
             value += self.prior_weight * terms["prior"]
             chance += self.prior_weight * 2
         positive, negative = scores["cross_modal"]
@@ -175,7 +177,7 @@ class CLIPLite(Objective):
         }
         if isinstance(self.image_text, DotCritic):
             metrics["logit_scale"] = jnp.exp(self.image_text.logit_scale)
-        return Loss(value, metrics, memory)
+        return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
     def _weight(self, ids: Int32[Array, " b"] | None) -> Float[Array, " b"] | None:
         """Weight of each row's negative: 0 if the negative has the row's own caption. The weights
@@ -208,10 +210,10 @@ class CLIPLite(Objective):
         a critic that reads both sides at once, it is `encoded` unchanged."""
         if train or not isinstance(self.image_text, DotCritic):
             return encoded
-        raw = getattr(self.image_text, side)(wide(encoded.raw))
+        raw = getattr(self.image_text, side)(wide(present(encoded.raw)))
         return encoded.replace(raw=raw, unit=unit(raw))
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         if isinstance(self.image_text, DotCritic):
             return super().similarity(images, texts)
-        return self.image_text.pairs(images.raw, texts.raw)
+        return self.image_text.pairs(present(images.raw), present(texts.raw))

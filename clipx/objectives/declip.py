@@ -13,7 +13,14 @@ from jaxtyping import Array, Float, Int32, Key
 from clipx import losses
 from clipx.models.heads import BatchNormMLP, VocabularyHead
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
+from clipx.objectives.base import (
+    Augmentation,
+    Objective,
+    check_groups,
+    present,
+    scalar,
+    tower_keys,
+)
 from clipx.objectives.filip import (
     WORDS,
     LateInteraction,
@@ -80,7 +87,7 @@ class DeCLIP(Objective):
     embeddings are compared, with `late_interaction` too.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "mocov2"
+    augmentation: Augmentation = "mocov2"
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     contrastive_weight: float = 0.4
@@ -166,18 +173,19 @@ class DeCLIP(Objective):
         masked_lm = image_tokens = text_tokens = None
         if self.masked_lm_weight:
             masked = text(hidden, _MASKED_TEXT) if self.contrast_clean_caption else first_text
-            head = self.vocabulary(masked.tokens.shape[-1])
-            total, count = losses.masked_lm(masked.tokens, *head, caption, selected)
+            tokens = present(masked.tokens)
+            head = self.vocabulary(tokens.shape[-1])
+            total, count = losses.masked_lm(tokens, *head, caption, selected)
             masked_lm = jnp.stack([total, count.astype(total.dtype)], axis=1)
         if self.late_interaction_weight:
             dense, end = self.late_interaction, self.text.eot_id
-            image_tokens = dense.image_tokens(first_image.tokens)
-            text_tokens = dense.text_tokens(first_text.tokens, caption, end)
+            image_tokens = dense.image_tokens(present(first_image.tokens))
+            text_tokens = dense.text_tokens(present(first_text.tokens), caption, end)
         return DeCLIPFeatures(
-            image=wide(first_image.raw),
-            other_image=wide(image(1, _OTHER_IMAGE).raw),
-            text=first_text.unit,
-            other_text=text(augmented, _OTHER_TEXT).unit,
+            image=wide(present(first_image.raw)),
+            other_image=wide(present(image(1, _OTHER_IMAGE).raw)),
+            text=present(first_text.unit),
+            other_text=present(text(augmented, _OTHER_TEXT).unit),
             masked_lm=masked_lm,
             image_tokens=image_tokens,
             text_tokens=text_tokens,
@@ -205,11 +213,12 @@ class DeCLIP(Objective):
         if self.simsiam_weight:
             terms["simsiam"] = jnp.mean(losses.simsiam(*self.siamese(features, train))), 0.0
         if self.masked_lm_weight:
-            total, count = jnp.sum(features.masked_lm, axis=0)
+            total, count = jnp.sum(present(features.masked_lm), axis=0)
             words = self.text.vocab_size
             terms["masked_lm"] = total / jnp.maximum(count, 1), math.log(words)
         if self.late_interaction_weight:
-            per_row = self.late_interaction(features.image_tokens, features.text_tokens)
+            tokens = present(features.image_tokens), present(features.text_tokens)
+            per_row = self.late_interaction(*tokens)
             terms["late_interaction"] = jnp.mean(per_row), math.log(rows)
             metrics["logit_scale_dense"] = jnp.exp(self.late_interaction.logit_scale)
         weights = {name: getattr(self, f"{name}_weight") for name in terms}
@@ -221,7 +230,7 @@ class DeCLIP(Objective):
             "batch/R@1": jnp.mean(losses.recall_at_1(images[0], texts[0])),
             "logit_scale": scale,
         }
-        return Loss(value, metrics, memory)
+        return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
     def neighbours(
         self, features: DeCLIPFeatures, memory: PyTree, train: bool

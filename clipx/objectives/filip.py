@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 from clipx import losses
 from clipx.models.heads import TokenProjection
 from clipx.models.layers import check
-from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.objectives.base import Augmentation, Objective, present, scalar, tower_keys
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree
 
@@ -105,7 +105,7 @@ class FILIP(Objective):
     `special_ids` come from the tokenizer.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "mocov2"
+    augmentation: Augmentation = "mocov2"
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     late_interaction_weight: float = 1.0
@@ -161,8 +161,8 @@ class FILIP(Objective):
         text = self.encode_text(ids, train=train, keys=tower_keys(keys, _TEXT))
         contrasted = bool(self.contrastive_weight)
         return FILIPFeatures(
-            image_tokens=image.tokens,
-            text_tokens=text.tokens,
+            image_tokens=present(image.tokens),
+            text_tokens=present(text.tokens),
             image=image.unit if contrasted else None,
             text=text.unit if contrasted else None,
             ids=self.ids(batch) if contrasted else None,
@@ -176,7 +176,7 @@ class FILIP(Objective):
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         encoded = super().encode_image(image, train=train, keys=keys)
-        return encoded.replace(tokens=self.late_interaction.image_tokens(encoded.tokens))
+        return encoded.replace(tokens=self.late_interaction.image_tokens(present(encoded.tokens)))
 
     def encode_text(
         self,
@@ -186,7 +186,8 @@ class FILIP(Objective):
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         encoded = super().encode_text(text, train=train, keys=keys)
-        tokens = self.late_interaction.text_tokens(encoded.tokens, text, self.text.eot_id)
+        tokens = present(encoded.tokens)
+        tokens = self.late_interaction.text_tokens(tokens, text, self.text.eot_id)
         return encoded.replace(tokens=tokens)
 
     def loss(self, features: FILIPFeatures, memory: PyTree, *, train: bool) -> Loss:
@@ -198,7 +199,7 @@ class FILIP(Objective):
             "logit_scale_dense": jnp.exp(self.late_interaction.logit_scale),
         }
         if self.contrastive_weight:
-            image, text, groups = features.image, features.text, self.groups
+            image, text, groups = present(features.image), present(features.text), self.groups
             scale = jnp.exp(self.logit_scale)
             per_row = losses.info_nce(image, text, scale=scale, ids=features.ids, groups=groups)
             metrics |= {
@@ -208,15 +209,17 @@ class FILIP(Objective):
             }
             value += self.contrastive_weight * jnp.mean(per_row)
         weight = self.late_interaction_weight + self.contrastive_weight
-        return Loss(value, {"loss": value, "loss/chance": weight * chance, **metrics}, memory)
+        metrics = {"loss": value, "loss/chance": weight * chance, **metrics}
+        return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         if self.evaluation == "global":
             return super().similarity(images, texts)
-        mask = self.late_interaction.mask(texts.tokens)
-        scores = losses.token_similarity(images.tokens, texts.tokens, b_mask=mask)
+        image, text = present(images.tokens), present(texts.tokens)
+        mask = self.late_interaction.mask(text)
+        scores = losses.token_similarity(image, text, b_mask=mask)
         if self.evaluation == "both_tokens":
-            reverse = losses.token_similarity(texts.tokens, images.tokens, a_mask=mask)
+            reverse = losses.token_similarity(text, image, a_mask=mask)
             scores = (scores + reverse.T) / 2
         return scores
 

@@ -15,12 +15,19 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from clipx import losses
 from clipx.models.heads import PrototypeHeads
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
+from clipx.objectives.base import (
+    Augmentation,
+    Objective,
+    check_groups,
+    present,
+    scalar,
+    tower_keys,
+)
 from clipx.objectives.filip import check_weights
-from clipx.ops import kmeans, photometry
+from clipx.ops import kmeans
 from clipx.types import Batch, Features, Loss, PyTree
 
-_MODALITIES = ("image", "text")
+_MODALITIES: tuple[str, ...] = ("image", "text")
 _PAIRS = (  # term, modality that picks, modality whose clusters give the labels
     ("prototype", "image", "text"),
     ("prototype", "text", "image"),
@@ -93,7 +100,7 @@ class ProtoCLIP(Objective):
     without the heads.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "protoclip_light"
+    augmentation: Augmentation = "protoclip_light"
     contrastive_weight: float = 1.0
     prototype_weight: float = 1.0
     external_weight: float = 0.0
@@ -101,7 +108,7 @@ class ProtoCLIP(Objective):
     target_temperature: float = 0.01
     k: int = 20_000
     episode_size: int = 200_000  # rows
-    with_replacement: bool = True
+    with_replacement: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
     iterations: int = 20  # of k-means
     restarts: int = 3
     projection_dim: int = 128
@@ -208,8 +215,8 @@ class ProtoCLIP(Objective):
         image = self.encode_image(pixels, train=train, keys=tower_keys(keys, 0))
         text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
         return ProtoCLIPFeatures(
-            image=wide(image.raw),
-            text=wide(text.raw),
+            image=wide(present(image.raw)),
+            text=wide(present(text.raw)),
             position=batch.position,
             teacher=batch.extra.get("teacher"),
             ids=self.ids(batch),
@@ -222,7 +229,7 @@ class ProtoCLIP(Objective):
     def refresh(self, memory: PyTree, features: EpisodeFeatures, *, key: Key[Array, ""]) -> PyTree:
         rows = {"image": _finite(features.image), "text": _finite(features.text)}
         if self.external_weight:
-            rows["external"] = _finite(features.teacher)
+            rows["external"] = _finite(present(features.teacher))
         fits = {
             name: kmeans.fit(
                 rows[name], self.k, key=key, iterations=self.iterations, restarts=self.restarts

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from clipx import losses
 from clipx.models.heads import BatchNormMLP
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import picture_view, tower_keys
+from clipx.objectives.base import Augmentation, picture_view, present, tower_keys
 from clipx.objectives.clip import CLIP, ClipFeatures
 from clipx.ops import photometry
 from clipx.types import Batch, Loss, PyTree, Views
@@ -48,8 +48,8 @@ class SLIP(CLIP):
     loss value is the same. Captions keep their end mark here; that code cuts it off long captions.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "standard_slip"
-    ssl_augmentation: photometry.Named | photometry.Policy = "slip"
+    augmentation: Augmentation = "standard_slip"
+    ssl_augmentation: Augmentation = "slip"
     ssl_crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
@@ -83,7 +83,7 @@ class SLIP(CLIP):
             view_keys = tower_keys(keys, 1 + number)  # 0 and 1 are CLIP's two towers
             image = self.picture(batch, keys, number)
             encoded = self.encode_image(image, train=train, keys=view_keys)
-            return wide(encoded.backbone)
+            return wide(present(encoded.backbone))
 
         return SLIPFeatures(
             image=features.image,
@@ -93,12 +93,15 @@ class SLIP(CLIP):
             other_view=view(2),
         )
 
-    def loss(self, features: SLIPFeatures, memory: PyTree, *, train: bool) -> Loss:
+    def loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, features: SLIPFeatures, memory: PyTree, *, train: bool
+    ) -> Loss:
         clip = super().loss(features, memory, train=train)
         contrastive = clip.value
         if self.compat.detach_gather:
             contrastive = self._detached(features)
-        a, b = (unit(self.head(x, train=train)) for x in (features.view, features.other_view))
+        views = present(features.view), present(features.other_view)
+        a, b = (unit(self.head(x, train=train)) for x in views)
         ssl = jnp.mean(losses.nt_xent(a, b, temperature=self.temperature, groups=self.groups))
         value = contrastive + self.ssl_weight * ssl
         rows = len(a) // self.groups
@@ -126,4 +129,4 @@ class SLIP(CLIP):
             return jnp.mean(per_row)
 
         pairs = (features.image, features.text), (features.text, features.image)
-        return sum(pick(*pair) for pair in pairs) / 2
+        return sum(pick(*pair) for pair in pairs) / 2  # pyright: ignore[reportReturnType]

@@ -219,7 +219,7 @@ def test_too_much_that_stays_whole_is_refused():
     mesh = make_mesh(config)
     with pytest.raises(ConfigError) as error:
         refuse_whole(config, mesh, params)
-    assert "leaves 58% of the parameters whole" in error.value.found
+    assert "leaves 58% of the parameters replicated" in error.value.found
     assert error.value.found.endswith("no dimension of odd [60, 100]")
     assert error.value.fix == "config.mesh.fsdp=4 or config.mesh.max_replicated=0.59"
     refuse_whole(MeshConfig(fsdp=8, max_replicated=0.59), mesh, params)
@@ -228,7 +228,7 @@ def test_too_much_that_stays_whole_is_refused():
     refuse_whole(config, make_mesh(config), params)
     (line,) = describe_whole(mesh, params)
     assert "fsdp 8 splits 40.6% of 0.0 MB" in line
-    assert line.endswith("whole stay 15 of them, 0.0 MB: odd [60, 100], 14 x small/block_* [7]")
+    assert line.endswith("replicated are 15 parameters, 0.0 MB: odd [60, 100], 14 x small/block_* [7]")
     assert describe_whole(make_mesh(MeshConfig()), params) == []
     for share in (-0.1, 1.1):
         with pytest.raises(ConfigError, match="max_replicated"):
