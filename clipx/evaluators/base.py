@@ -89,9 +89,9 @@ class Evaluator(Protocol):
     If it has fields named `examples`, `train_examples` or `pictures`, the run fills them. Its other
     fields are its config keys. Each file has one subclass, and the file's name is its config name.
 
-    An evaluator is built twice. The first time the run passes None for the fields that it fills, to
-    check the config section. The second time is when the data opens; folders and annotations are
-    to be checked then.
+    An evaluator is built twice. The first time, to check its config section, the run passes None
+    for the fields that it fills. The second time, when the data opens, the evaluator should check
+    folders and annotations.
 
     metrics: what each returned number means, by name. A name may be an `fnmatch` pattern for a
     family of numbers, such as "class/*". An exact name wins over patterns, then the first pattern.

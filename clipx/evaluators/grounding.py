@@ -114,7 +114,7 @@ class Grounding(Evaluator):
             raise ConfigError(
                 "grounding.overlay_folder",
                 f"{self.overlay_folder!r} for {self.overlays} overlays",
-                "a folder and at least one: with data, drawing is all that this eval does",
+                "a folder, and at least one overlay: with data, drawing is all that is done",
             )
         if self.overlay_folder:
             try:

@@ -16,7 +16,7 @@ from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
 
 if TYPE_CHECKING:
-    Augmentation = str | photometry.Policy  # a checker cannot read names out of a table
+    Augmentation = str | photometry.Policy  # checkers cannot expand the names in `Named`
 else:
     Augmentation = photometry.Named | photometry.Policy
 

@@ -53,8 +53,8 @@ class CLIPLite(Objective):
     The critics read the towers' `raw` output; the published towers have `embed_dim` = 0. A dot
     critic starts as a copy of its features padded to `width`.
 
-    critic: `dot` is a scaled cosine of projections; `concat` is a perceptron over both features. In
-    `condot` and `dotcon` the first half is for image-caption pairs, the second for the others.
+    critic: `dot` is a scaled cosine of projections; `concat` is a perceptron over both features.
+    `condot` uses `concat` for image-caption pairs and `dot` for the others; `dotcon` the reverse.
     prior: discriminators tell features from uniform noise. "cooperative": the towers help them, as
     in the authors' code. "adversarial": the towers work against them, as in the paper's objective.
     "off": there is no prior, and the other terms keep their factor 1 - w.
@@ -142,7 +142,7 @@ class CLIPLite(Objective):
     def _prior(
         self, discriminator: nn.Module, x: Float[Array, "b c"], keys: Key[Array, " b"]
     ) -> Float[Array, " b"]:
-        """One discriminator's loss of each row of features, with one row of noise each."""
+        """One discriminator's loss per row: the row's features against one sample of noise."""
 
         def sample(key: Key[Array, ""]) -> Float[Array, " c"]:
             return jax.random.uniform(key, x.shape[1:], jnp.float32)  # the same for every dtype

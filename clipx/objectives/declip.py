@@ -114,7 +114,7 @@ class DeCLIP(Objective):
     def __post_init__(self):
         check_weights(self, *_WEIGHTS)
         used = self.contrastive_weight or self.neighbour_weight
-        check(used > 0, "DeCLIP.contrastive_weight", 0, "more than 0, or a neighbour_weight")
+        check(used > 0, "DeCLIP.contrastive_weight", 0, "more than 0, or a neighbour_weight > 0")
         check_masking(self, used=self.masked_lm_weight > 0 or not self.contrast_clean_caption)
         check_late_interaction(self)
         check(self.queue_size > 0, "DeCLIP.queue_size", self.queue_size, "1 or more")

@@ -130,7 +130,7 @@ class ProtoCLIP(Objective):
             value = getattr(self, field)
             check(value >= least, f"ProtoCLIP.{field}", value, f"{least} or more")
         used = self.prototype_weight + self.external_weight
-        check(used > 0, "ProtoCLIP.prototype_weight", 0, "more than 0, or an external_weight")
+        check(used > 0, "ProtoCLIP.prototype_weight", 0, "more than 0, or an external_weight > 0")
         check(
             self.back_translation or not self.external_weight,
             "ProtoCLIP.external_weight",
