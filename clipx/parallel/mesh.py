@@ -143,9 +143,9 @@ def partition_spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """A sharding for every leaf of an abstract `TrainState`.
 
-    Parameters, and the optimizer's arrays of the same shape, are sharded over `tensor` by their
-    name, and over `fsdp` along their largest divisible dimension, except the dimension of stacked
-    layers. Small and indivisible arrays, and all others, are replicated.
+    Parameters, and the optimizer's copies of them such as moments, are sharded over `tensor` by
+    their name, and over `fsdp` along their largest divisible dimension, except the dimension of
+    stacked layers. Small and indivisible arrays, and the rest of the state, are replicated.
     """
     sizes = dict(mesh.shape)
 
