@@ -136,7 +136,7 @@ def test_rows_beyond_the_bound_do_not_shape_the_components(config, tmp_path, mon
 @pytest.mark.parametrize(
     "array, said",
     [
-        (drawn(ROWS - 1), r"\(29, 12\), expected numbers with a point, \[30, any\]"),
+        (drawn(ROWS - 1), r"\(29, 12\), expected floating-point numbers \[30, any\]"),
         (drawn(ROWS)[:, 0], "float32 of shape"),
         (np.zeros((ROWS, 4), int), "int64 of shape"),
         (np.where(np.arange(ROWS)[:, None] == 5, np.nan, drawn(ROWS)), "row 5 is not finite"),
