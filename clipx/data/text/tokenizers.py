@@ -36,9 +36,8 @@ class TokenizerConfig:
     # rows of the embedding table; None: the usual size, which the constructor fills in
     vocab_size: int | None = None
     context: int = 77  # ids per text, marks included
-    path: str = (
-        ""  # a merges file (.txt, .txt.gz), SentencePiece model or vocab.txt; '': see `build`
-    )
+    # a merges file (.txt, .txt.gz), a SentencePiece model or a vocab.txt; '': see `build`
+    path: str = ""
     model: Literal["unigram", "bpe"] = "unigram"  # kind of a SentencePiece model to train
     sample: int = 200_000  # maximal number of captions to train a SentencePiece model on
     mask: bool = False  # add an id for masked words; word pieces always have one
