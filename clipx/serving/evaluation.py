@@ -169,7 +169,7 @@ def open_foreign(
     evals: Mapping[str, Any],
     ignore: Sequence[str] = (),
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
     """A run that can only evaluate, and its state, of the model that open_clip or transformers keep

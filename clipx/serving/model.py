@@ -71,7 +71,8 @@ class Model:
         self._pictures = Pictures(run.objective.image.image_size)
         self._devices = f"{devices} {run.mesh.devices.flat[0].platform} device(s)"
         with jax.set_mesh(run.mesh):
-            self._scale = float(self.objective.apply(self.variables, method="similarity_scale"))
+            scale = self.objective.apply(self.variables, method="similarity_scale")
+        self._scale = float(np.asarray(scale))
 
     def __repr__(self) -> str:
         names = (self.config[part]["name"] for part in ("objective", "image", "text"))
@@ -216,7 +217,7 @@ def load(
     step: str | int = "",
     init_ignore: Sequence[str] = (),
     batch_size: int = 32,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """The trained model at `path`: a workdir, one of its checkpoints (`workdir/checkpoints/600`),
