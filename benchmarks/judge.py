@@ -1,9 +1,12 @@
-"""`python benchmarks/judge.py DIR --pairs 'test-*.tar' --classes test.tar`: what open_clip says of
-an export, by its own model, transform, tokenizer and evaluation; nothing of clipx is asked.
+"""Evaluates an open_clip export with open_clip alone.
 
-Retrieval in both directions among all captions of the shards, as CLIP_benchmark counts it, and
-among each picture's first, as open_clip's trainer does; zero-shot classification of pictures in
-class folders, on a disk or in a tar. Numbers are shares, by the names that `clipx.evaluate` prints.
+    python benchmarks/judge.py DIR --pairs 'test-*.tar' --classes test.tar
+
+The model, transform, tokenizer and evaluation are open_clip's; no code of clipx runs. Retrieval is
+measured in both directions among all captions of the shards, as CLIP_benchmark counts it, and among
+the first captions of the pictures, as open_clip's trainer does. Zero-shot classification is of
+pictures in class folders, on disk or in a tar. All numbers are shares, under the names that
+`clipx.evaluate` prints.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from PIL import Image
 
 try:
     import torchvision  # noqa: F401
-except RuntimeError:  # a wheel for CUDA beside a torch without: its operators must be known
+except RuntimeError:  # a CUDA wheel beside a CPU torch imports only if its operators are declared
     import sys
 
     for module in [name for name in sys.modules if name.startswith("torchvision")]:
@@ -40,7 +43,7 @@ KS = (1, 5, 10)
 
 
 class Judge:
-    """open_clip's model of a folder, on the CPU in float32."""
+    """The open_clip model of a folder, on the CPU in float32."""
 
     def __init__(self, folder: str | os.PathLike, batch: int = 256):
         name = f"local-dir:{folder}"
@@ -50,33 +53,33 @@ class Judge:
         self.batch = batch
 
     def pictures(self, files: Sequence[bytes]) -> Iterator[torch.Tensor]:
-        """The files as the model takes them, a batch at a time."""
+        """Batches of transformed pictures of the files."""
         for start in range(0, len(files), self.batch):
-            part = files[start : start + self.batch]
-            yield torch.stack([self.transform(Image.open(io.BytesIO(file))) for file in part])
+            batch = files[start : start + self.batch]
+            yield torch.stack([self.transform(Image.open(io.BytesIO(file))) for file in batch])
 
     @torch.inference_mode()
     def retrieval(self, pairs: Sequence[tuple[bytes, Sequence[str]]]) -> dict[str, float]:
-        """Recalls among all captions, and after `first/` among those that are a picture's first."""
-        texts = [text for _, own in pairs for text in own]
-        owner = torch.tensor([row for row, (_, own) in enumerate(pairs) for _ in own])
+        """Recalls among all captions; under `first/` among the first captions of the pictures."""
+        texts = [text for _, captions in pairs for text in captions]
+        owner = torch.tensor([row for row, (_, captions) in enumerate(pairs) for _ in captions])
         files = [file for file, _ in pairs]
         images = [self.model.encode_image(x, normalize=True) for x in self.pictures(files)]
-        parts = [texts[i : i + self.batch] for i in range(0, len(texts), self.batch)]
-        captions = [self.model.encode_text(self.tokenizer(x), normalize=True) for x in parts]
+        batches = [texts[i : i + self.batch] for i in range(0, len(texts), self.batch)]
+        captions = [self.model.encode_text(self.tokenizer(x), normalize=True) for x in batches]
         images, captions = torch.cat(images), torch.cat(captions)
-        own = owner[:, None] == torch.arange(len(pairs))
-        found = {}
+        matches = owner[:, None] == torch.arange(len(pairs))
+        recalls = {}
         for name, scores, right in (
-            ("image_to_text", images @ captions.T, own.T),
-            ("text_to_image", captions @ images.T, own),
+            ("image_to_text", images @ captions.T, matches.T),
+            ("text_to_image", captions @ images.T, matches),
         ):
             best = scores.topk(max(KS), dim=1).indices
             hits = right.gather(1, best)
-            found |= {f"{name}_R@{k}": float(hits[:, :k].any(1).float().mean()) for k in KS}
+            recalls |= {f"{name}_R@{k}": float(hits[:, :k].any(1).float().mean()) for k in KS}
         first = torch.cat([torch.tensor([True]), owner[1:] != owner[:-1]])
         theirs = get_clip_metrics(images, captions[first], self.model.logit_scale.exp())
-        return found | {f"first/{name}": float(x) for name, x in theirs.items() if "_R@" in name}
+        return recalls | {f"first/{name}": float(x) for name, x in theirs.items() if "_R@" in name}
 
     @torch.inference_mode()
     def zero_shot(
@@ -86,8 +89,10 @@ class Judge:
         classes: Sequence[str],
         templates: Sequence[str] = TEMPLATES,
     ) -> dict[str, float]:
-        """Accuracies by open_clip's classifier, counted as its `zero_shot.accuracy` does, which
-        itself (3.3.0) stops at NumPy 2.4."""
+        """Accuracies of open_clip's classifier, counted as in its `zero_shot.accuracy`.
+
+        That function itself (open_clip 3.3.0) fails with NumPy 2.4.
+        """
         classifier = open_clip.build_zero_shot_classifier(
             self.model, self.tokenizer, classes, templates
         )
@@ -95,30 +100,33 @@ class Judge:
         target = torch.tensor(labels)
         best = (100.0 * torch.cat(images) @ classifier).topk(min(5, len(classes))).indices
         hits = (best == target[:, None]).float()
-        found = {"top1": hits[:, 0], "top5": hits.sum(1)}
-        right = [hits[target == label, 0].mean() for label in target.unique()]
-        means = {name: float(x.mean()) for name, x in found.items()}
-        return means | {"mean_per_class": float(torch.stack(right).mean())}
+        per_picture = {"top1": hits[:, 0], "top5": hits.sum(1)}
+        per_class = [hits[target == label, 0].mean() for label in target.unique()]
+        means = {name: float(x.mean()) for name, x in per_picture.items()}
+        return means | {"mean_per_class": float(torch.stack(per_class).mean())}
 
 
 def read_pairs(pattern: str) -> list[tuple[bytes, list[str]]]:
     """Pictures and captions of tar shards: key.jpg beside key.json with `captions`, or key.txt."""
-    found = []
+    pairs = []
     for path in sorted(glob.glob(pattern)):
-        parts: dict[str, dict[str, bytes]] = {}
+        examples: dict[str, dict[str, bytes]] = {}
         for name, data in members(path):
             key, _, end = name.partition(".")
-            parts.setdefault(key, {})[f".{end}"] = data
-        for part in parts.values():
-            picture = next(part[end] for end in ENDS if end in part)
-            captions = json.loads(part.get(".json", b"{}")).get("captions")
-            found.append((picture, captions or [part[".txt"].decode()]))
-    return found
+            examples.setdefault(key, {})[f".{end}"] = data
+        for example in examples.values():
+            picture = next(example[end] for end in ENDS if end in example)
+            captions = json.loads(example.get(".json", b"{}")).get("captions")
+            pairs.append((picture, captions or [example[".txt"].decode()]))
+    return pairs
 
 
 def read_classes(path: str, names: str = "") -> tuple[list[bytes], list[int], list[str]]:
-    """Pictures, labels and class names of class folders: sorted, named by the folder, or by a json
-    file of {folder: name}."""
+    """(pictures, labels, class names) of class folders.
+
+    Classes are sorted by folder. A class has the name of its folder, or the one that the json file
+    `names` {folder: name} gives it.
+    """
     folders: dict[str, list[bytes]] = {}
     for name, data in members(path):
         if name.lower().endswith(ENDS):
@@ -131,7 +139,7 @@ def read_classes(path: str, names: str = "") -> tuple[list[bytes], list[int], li
 
 
 def members(path: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files of a tar or below a folder."""
+    """Names and contents of the files in a tar or below a folder."""
     if os.path.isdir(path):
         for file in sorted(pathlib.Path(path).rglob("*")):
             if file.is_file():
@@ -152,12 +160,12 @@ def main() -> None:
     parser.add_argument("--templates", nargs="+", default=TEMPLATES)
     args = parser.parse_args()
     judge = Judge(args.folder)
-    found = {}
+    results = {}
     if args.pairs:
-        found["retrieval"] = judge.retrieval(read_pairs(args.pairs))
+        results["retrieval"] = judge.retrieval(read_pairs(args.pairs))
     for path in args.classes:
-        found[path] = judge.zero_shot(*read_classes(path, args.names), args.templates)
-    for name, metrics in found.items():
+        results[path] = judge.zero_shot(*read_classes(path, args.names), args.templates)
+    for name, metrics in results.items():
         print(name)
         for metric, value in metrics.items():
             print(f"  {metric:24}  {value:.4f}")

@@ -1,9 +1,10 @@
-"""`python benchmarks/kmeans.py`: k-means beside faiss-cpu's, and the memory that it is compiled to.
+"""`python benchmarks/kmeans.py`: k-means beside faiss-cpu's, and its compiled memory.
 
-Speed: the same rows, k, iterations, restarts and cores, in turns, each with its last assignment.
-Seconds are of the best turn; CPU seconds, of all threads, say more where other programs want the
-cores too, and most with `--cores 1`, when no thread waits for another. Memory: arguments, results
-and temporaries per device as compiled for 8 CPU devices; nothing of it is executed.
+Speed: clipx and faiss take turns with the same rows, k, iterations, restarts and cores, each with
+its last assignment. Seconds are those of the best turn. CPU seconds, of all threads, are more
+reliable if other programs use the cores too, and most reliable with `--cores 1`, where no thread
+waits for another. Memory: arguments, results and temporaries per device, as compiled for 8 CPU
+devices; nothing is executed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ MIB = 2**20
 
 
 def features(n: int, d: int):
-    """Unit rows around 200 centres, of variances that fall as a network's features' do: no fit
-    settles before its last iteration, and stops."""
+    """Unit rows around 200 centres, with variances that fall like those of a network's features.
+
+    No fit converges on them, and so stops, before its last iteration.
+    """
     import numpy as np
 
-    draw = np.random.default_rng(0)
-    rows = draw.standard_normal((200, d), np.float32)[draw.integers(0, 200, n)]
-    rows = (rows + draw.standard_normal((n, d), np.float32)) / np.sqrt(np.arange(1, d + 1))
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((200, d), np.float32)[rng.integers(0, 200, n)]
+    rows = (rows + rng.standard_normal((n, d), np.float32)) / np.sqrt(np.arange(1, d + 1))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float32)
 
@@ -64,7 +67,7 @@ def theirs(x, args):
 
 
 def turn(fit) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, inertia)."""
+    """(seconds, CPU seconds, inertia) of one fit."""
     start = time.perf_counter(), time.process_time()
     inertia = fit()
     return time.perf_counter() - start[0], time.process_time() - start[1], inertia
@@ -93,7 +96,7 @@ def speed(args) -> None:
         for _ in range(args.repeats):
             for name, fit in fits.items():
                 turns[name].append(turn(fit))
-        best = {name: [min(column) for column in zip(*found)] for name, found in turns.items()}
+        best = {name: [min(column) for column in zip(*rows)] for name, rows in turns.items()}
         work = 2 * args.rows * args.clusters * d * (args.iterations * args.restarts + 1)
         for name, (seconds, cpu, inertia) in best.items():
             base = best.get("faiss", best["clipx"])
@@ -124,8 +127,8 @@ def memory(args) -> None:
                 return kmeans.fit(x, k, key=key, restarts=3)
 
             need = jax.jit(fit).lower(x, key).compile().memory_analysis()
-            parts = need.argument_size_in_bytes, need.output_size_in_bytes, need.temp_size_in_bytes
-            sizes = sum(parts), 4 * d * (n / DEVICES + k), 4 * d * (n + k), 4 * n * k
+            used = need.argument_size_in_bytes, need.output_size_in_bytes, need.temp_size_in_bytes
+            sizes = sum(used), 4 * d * (n / DEVICES + k), 4 * d * (n + k), 4 * n * k
             print(f"| {n:,} | {k:,} | " + " | ".join(f"{s / MIB:,.0f}" for s in sizes) + " |")
 
 
@@ -138,13 +141,13 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--cores", type=int, help="how many to use; default: all")
+    parser.add_argument("--cores", type=int, help="number of cores to use; default: all")
     args = parser.parse_args()
     if args.part in ("all", "speed"):
         speed(args)
     if args.part == "memory":
         memory(args)
-    elif args.part == "all":  # the number of devices is settled when jax starts
+    elif args.part == "all":  # a new process, because jax fixes the number of devices at its start
         flags = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
         )

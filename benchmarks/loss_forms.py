@@ -1,13 +1,14 @@
-"""`python benchmarks/loss_forms.py`: the forms of the losses in which rows meet, for small batches.
+"""`python benchmarks/loss_forms.py`: compares the forms of the pairwise losses for small batches.
 
-Value and gradients on CPU devices, 1 and 8 of them, float32 and bfloat16. Columns of a form:
-milliseconds, the median over turns in which all forms run one after the other; its time over that
-of `gather`, the median over the same turns; MiB of temporaries per device, as compiled; and the
-share of numbers in value and gradients whose bits differ from those of `gather`. On one device an
-assembly is a ring.
+Value and gradients are computed on 1 and on 8 CPU devices, in float32 and bfloat16. All forms run
+one after the other, turn by turn. The columns of a form: milliseconds (median over turns); its time
+over that of `gather` (median over turns); MiB of temporaries per device, as compiled; the share of
+numbers in value and gradients whose bits differ from those of `gather`. On one device an assembly
+is a ring.
 
-Could one form serve all sizes? Two cores that other programs used too, jax 0.10.2, 16 to 2048 rows
-of width 64 and 512 (`late_interaction`: 16 and 64 rows of width 64). Median (least to most):
+Could one form serve all sizes? These are medians (least to most) on two cores that other programs
+used too, with jax 0.10.2, for 16 to 2048 rows of width 64 and 512 (`late_interaction`: 16 and 64
+rows of width 64):
 
     in place of gather          time over gather's     temporaries over gather's
     ring, 1 device, <= 512      0.96 (0.25 to 1.27)    0.80
@@ -21,11 +22,12 @@ of width 64 and 512 (`late_interaction`: 16 and 64 rows of width 64). Median (le
     76-81 %; bfloat16 InfoNCE 0-7 %, SigLIP below 0.5 %, NT-Xent 31-43 %, FILIP 36-40 %; R@1, whose
     values are 0 and 1, below 0.5 %
 
-No, because of the bits: runs of small batches would not resume in theirs. Gradients by hand, such
-as exp(x - lse), round otherwise than autodiff's. Speed alone would allow an assembly on several
-devices; one device loses an eighth at 2048 rows; memory gains. If a release may change these bits,
-"gather" can go. Until then InfoNCE and SigLIP are written once for all forms, and NT-Xent, FILIP
-and R@1, whose two forms add up or compare in another order, keep a gathered form beside the other.
+No, because the bits differ: runs of small batches would not resume in their own bits. Hand-written
+gradients, such as exp(x - lse), round otherwise than autodiff's. Speed alone would allow an
+assembly on several devices; a ring on one device loses an eighth at 2048 rows; memory would
+shrink. If a release may change these bits, "gather" can go. Until then InfoNCE and SigLIP are
+written once for all forms. NT-Xent, FILIP and R@1 add up or compare in another order when gathered,
+and have a gathered version beside the other.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 DEVICES = (1, 8)
 ROWS = (16, 128, 512, 2048)
 WIDTHS = ((64, "float32"), (512, "float32"), (512, "bfloat16"))
-TOKENS = (50, 32)  # of a picture and of a text, for late_interaction, whose rows are fewer
+TOKENS = (50, 32)  # of a picture and of a text, for late_interaction, which gets fewer rows
 TOKEN_ROWS, TOKEN_WIDTHS = (16, 64), ((64, "float32"), (64, "bfloat16"))
 LOSSES = ("info_nce", "sigmoid", "nt_xent", "recall_at_1", "late_interaction")
 
@@ -57,7 +59,7 @@ def unit(shape, dtype, seed):
 
 
 def step(name: str, form: str):
-    """(a, b) -> value and gradients of the loss's mean; of recall_at_1 the values."""
+    """A function (a, b) -> value and gradients of the loss's mean; for recall_at_1 the values."""
     import jax
 
     from clipx import losses
@@ -75,7 +77,7 @@ def step(name: str, form: str):
 
 
 def differ(ours, theirs) -> float:
-    """The share of numbers that are not the same."""
+    """The share of numbers that differ."""
     import jax
     import numpy as np
 
@@ -85,7 +87,7 @@ def differ(ours, theirs) -> float:
 
 
 def measure(name: str, a, b, forms, budget: float) -> list[str]:
-    """The cells of a row."""
+    """The cells of one row of the table."""
     import jax
     import numpy as np
 
@@ -142,13 +144,13 @@ def table(args, devices: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--seconds", type=float, default=2.0, help="of turns, for each row")
-    parser.add_argument("--devices", type=int, help="one table alone, in this process")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each row's turns")
+    parser.add_argument("--devices", type=int, help="only the table for this number of devices")
     args = parser.parse_args()
     if args.devices:
         table(args, args.devices)
         return 0
-    for devices in DEVICES:  # their number is settled when jax starts
+    for devices in DEVICES:  # new processes, because jax fixes their number at its start
         flags = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         )

@@ -1,10 +1,10 @@
-"""`python benchmarks/loss_memory.py`: what the losses of DeCLIP and FILIP need beside their inputs
-and gradients, on each of 8 devices, at the batch sizes of large runs.
+"""`python benchmarks/loss_memory.py`: temporary memory of DeCLIP's and FILIP's losses per device.
 
-Value and gradients are compiled for 8 CPU devices and nothing is executed, so any machine will do.
-Beside each stands the plain formulation, a few lines of array code under the same mesh, whose
-blocks of every row with every row the partitioner may spread as it likes. Float32 throughout.
-Exits 1 if one of the losses needs 1 GiB or more.
+The batch sizes are those of large runs on 8 devices. Temporaries are what value and gradients need
+beside their inputs and results. The programs are compiled for 8 CPU devices and not executed, so
+any machine will do. Each loss is compared with its plain formulation: a few lines of array code
+under the same mesh, which hold blocks of all pairs of rows; the partitioner may shard these as it
+likes. Everything is float32. Exits 1 if one of the losses needs 1 GiB or more.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def plain_filip(image, text, scale):
 
 
 def declip(info_nce, toward, nearest):
-    """DeCLIP's rows that meet: four pairings, and two views with two texts' neighbours."""
+    """DeCLIP's pairwise losses: four pairings, and two views with the neighbours of two texts."""
 
     def loss(images, texts, scale, queue):
-        found = [nearest(text, queue) for text in texts]
+        neighbours = [nearest(text, queue) for text in texts]
         pairs = [info_nce(i, t, scale) for i in images for t in texts]
-        neighbours = [toward(i, n, scale) for i in images for n in found]
-        return jnp.mean(0.1 * sum(pairs) + 0.05 * sum(neighbours))
+        neighbour_pairs = [toward(i, n, scale) for i in images for n in neighbours]
+        return jnp.mean(0.1 * sum(pairs) + 0.05 * sum(neighbour_pairs))
 
     return loss
 
@@ -88,28 +88,28 @@ plain_declip = declip(
 
 
 def cases(mesh):
-    """Name, our loss, the plain one, their arguments, and which of these have a gradient."""
+    """(name, clipx's loss, the plain loss, their arguments, how many of these get a gradient)."""
 
     def rows(*shape, dtype=F32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(mesh))
 
-    def whole(*shape):
+    def replicated(*shape):
         return jax.ShapeDtypeStruct(shape, F32, sharding=meshes.replicated(mesh))
 
     b, n, c, v = 4096, 77, 512, 49409
     marks = rows(b, n, dtype=jnp.int32), rows(b, n, dtype=jnp.bool_)
-    head = (rows(b, n, c), whole(c, v), whole(v), *marks)
+    head = (rows(b, n, c), replicated(c, v), replicated(v), *marks)
     yield f"DeCLIP's MLM head, {b} x {n} tokens, {c} -> {v}", masked_lm, plain_masked_lm, head, 3
-    tokens = rows(b, 49, 256), rows(b, n, 256), whole()
+    tokens = rows(b, 49, 256), rows(b, n, 256), replicated()
     yield f"FILIP, {b} rows, 49 x {n} tokens, 256-d, top-k 16", filip, plain_filip, tokens, 3
     b, queue = 32768, 65536
-    views = (rows(b, c),) * 2, (rows(b, c),) * 2, whole(), whole(queue, c)
+    views = (rows(b, c),) * 2, (rows(b, c),) * 2, replicated(), replicated(queue, c)
     name = f"DeCLIP's pairings and neighbours, {b} rows, {c}-d, queue {queue}"
     yield name, tiled_declip, plain_declip, views, 3
 
 
 def temporaries(loss, arguments, slopes: int) -> int:
-    """Bytes per device."""
+    """Bytes of temporaries per device; the first `slopes` arguments get a gradient."""
     step = jax.jit(jax.value_and_grad(loss, tuple(range(slopes))))
     return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 

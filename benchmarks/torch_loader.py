@@ -1,8 +1,9 @@
-"""What `python -m clipx.dataset bench --against=torch` measures clipx beside: a PyTorch DataLoader
-that prepares pictures as DeCLIP (two views) and open_clip (one view) do. Not part of the package.
+"""The PyTorch DataLoader that `python -m clipx.dataset bench --against=torch` compares clipx with.
 
-It says `ready` and its versions in a line of JSON, and then, for each line `two` or `one` that it
-reads, how long one pass took: wall and CPU seconds, those of the workers included.
+It prepares pictures as DeCLIP does (two views) or as open_clip does (one view). It is not part of
+the package. First it prints a line of JSON with `ready` and its versions. Then it reads lines from
+stdin. For each line, `two` or `one`, it runs one pass and prints its duration as JSON: wall seconds
+and CPU seconds, including those of the workers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from PIL import Image, ImageFilter
 
 try:
     import torchvision
-except RuntimeError:  # a wheel for CUDA beside a torch without: its operators must be known
+except RuntimeError:  # a CUDA wheel beside a CPU torch imports only if its operators are declared
     for module in [name for name in sys.modules if name.startswith("torchvision")]:
         del sys.modules[module]
     operators = torch.library.Library("torchvision", "DEF")
@@ -66,7 +67,7 @@ OPEN_CLIP = transforms.Compose(
 
 
 class Pictures(torch.utils.data.Dataset):
-    """The files of a folder, over and over."""
+    """`count` examples: the pictures of a folder, repeated as often as needed."""
 
     def __init__(self, folder: pathlib.Path, count: int, views: str):
         self.files, self.count, self.views = sorted(folder.glob("*.jpg")), count, views
@@ -83,7 +84,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the child processes that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -106,7 +107,7 @@ def main() -> None:
             multiprocessing_context="fork" if options.workers else None,
         )
         cpu, start = cpu_seconds(), time.perf_counter()
-        seen = sum(len(batch) for batch in loader)  # its workers have ended when it ends
+        seen = sum(len(batch) for batch in loader)  # its workers end with it, and count as children
         spent = {"seconds": time.perf_counter() - start, "cpu": cpu_seconds() - cpu}
         print(json.dumps({"pictures": seen, **spent}), flush=True)
 

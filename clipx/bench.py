@@ -1,7 +1,8 @@
-"""`python -m clipx.bench --config=configs/clip.py`: is this device right, and how fast is it?
+"""`python -m clipx.bench --config=configs/clip.py`: does this device compute correctly, and how
+fast is it?
 
-First the losses on the devices that are there against a dense float64 twin on the host, then the
-very step that training runs, on random pictures. No data is opened.
+First compares a loss on the devices with a dense float64 computation on the host. Then times the
+training step itself, on random pictures. No data is opened.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ from clipx.training.run import assemble
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
-    """Prints how right the losses are here, and how fast a step is."""
+    """Prints the error of the losses on these devices, and the time of a step."""
     run = assemble(cli.load_config(flags.FLAGS.config, overrides))
     device = run.mesh.devices.flat[0]
     print(f"{run.mesh.devices.size} x {device.device_kind}, JAX {jax.__version__}")
     print(f"InfoNCE, 1,024 rows, value and gradient: error {check_losses(run.mesh):.1e} of float64")
     start = time.perf_counter()
     run = fit.fitted(run)
-    found = estimate.predict(run)
-    if found.refused:
-        raise RunError(f"the step does not fit: {fit.describe_memory(found)}")
+    prediction = estimate.predict(run)
+    if prediction.refused:
+        raise RunError(
+            f"the step does not fit these devices: {fit.describe_memory(prediction)}. "
+            "config.train.microbatches=auto finds the fewest micro-batches that fit"
+        )
     print(f"step compiled in {time.perf_counter() - start:.1f} s")
-    print("\n".join(estimate.short(found)))
+    print("\n".join(estimate.short(prediction)))
     seconds = time_steps(run, flags.FLAGS.steps)
     median = statistics.median(seconds)
     print(
@@ -40,11 +44,11 @@ def main(overrides: list[tuple[str, str]]) -> None:
         f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
         f"{run.batch_size / median:,.0f} images/s"
     )
-    beside = fit.measured(device, found, median)
-    if "memory_gib" in beside:
-        print(f"memory in use: at most {beside['memory_gib']:.2f} GiB")
-    if "mfu" in beside:
-        print(f"MFU {beside['mfu']:.1%} of {found.chip.tflops:,.0f} TFLOP/s")
+    measured = fit.measured(device, prediction, median)
+    if "memory_gib" in measured:
+        print(f"memory in use: at most {measured['memory_gib']:.2f} GiB")
+    if "mfu" in measured and prediction.chip:
+        print(f"MFU {measured['mfu']:.1%} of {prediction.chip.tflops:,.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

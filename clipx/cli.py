@@ -1,4 +1,4 @@
-"""What every command shares: flags, configs and overrides, processes, errors in one block."""
+"""What every command shares: flags, config overrides, the start of processes, and error exits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -27,18 +27,18 @@ from clipx.parallel import processes
 from clipx.parallel.environment import find_process
 
 EXIT_FAILED = 1
-EXIT_CONFIG = 2  # the config, the workdir or the data is not what it should be: mend, start again
-EXIT_PREEMPTED = 42  # told to stop, and saved: start again as it is
-EXIT_LOST = 134  # another process has ended first: JAX's own code where it notices before us
-_LEAVE_SECONDS = 10.0
+EXIT_CONFIG = 2  # the config, the workdir or the data is wrong: fix it, then start again
+EXIT_PREEMPTED = 42  # asked to stop, and saved: start the same command again
+EXIT_LOST = 134  # another process ended first; JAX exits with the same code if it notices first
+_LEAVE_SECONDS = 10.0  # how long an ending process waits for the others
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """`argv` without its `--config.x.y=value` arguments, and these as (path, text).
+    """`argv` without its `--config.x.y=value` arguments, and those as pairs ("x.y", "value").
 
-    They are not absl's, so that a field can be set that the config file leaves at its default.
+    absl does not parse them, because an override may set a field that the config file leaves out.
     """
-    rest, found, arguments = [], [], iter(argv)
+    rest, overrides, arguments = [], [], iter(argv)
     for argument in arguments:
         if not argument.startswith("--config."):
             rest.append(argument)
@@ -48,12 +48,12 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
             text = next(arguments, None)
             if text is None:
                 raise ConfigError(argument, "no value", f"{argument}=VALUE")
-        found.append((path, text))
-    return rest, found
+        overrides.append((path, text))
+    return rest, overrides
 
 
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The plain config of a file, `path.py` or `path.py:variant`, with overrides."""
+    """The config of `path.py` or `path.py:variant` as a plain dict, with `overrides` applied."""
     config = files.load(spec)
     for path, text in overrides:
         files.override(config, path, text)
@@ -61,56 +61,61 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, An
 
 
 def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
-    """Joins the other processes of a run of several, once all of them are there with the same
-    versions, config and command; a single process is the default and needs nothing."""
+    """Connects to the other processes of the run; does nothing for a run of a single process.
+
+    Waits until all processes are up, and refuses processes with other versions, configs or flags.
+    """
     info = find_process(os.environ)
     if info is None:
         return
     values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
     config = {}
-    if values.get("config"):
-        with contextlib.suppress(ConfigError):  # the command's own to tell
-            config = load_config(values["config"], overrides)
+    if spec := values.get("config"):
+        with contextlib.suppress(ConfigError):  # the command reports it when it loads the config
+            config = load_config(spec, overrides)
     processes.start(info, config, workdir=values.get("workdir"), overrides=dict(overrides))
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/clipx."""
-    if not jax.config.jax_compilation_cache_dir:
+    """Turns on JAX's compilation cache, in JAX_COMPILATION_CACHE_DIR or ~/.cache/clipx/jax."""
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "clipx", "jax")))
 
 
 def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[str]) -> None:
-    """Parses flags and calls `main(overrides)`; exits with its code, or with one block of text and
-    a code that says whose turn it is."""
+    """Parses the flags, calls `main(overrides)` and exits with the code that it returns.
 
-    def guarded(argv):
+    An exception of `clipx.errors` becomes one block of text on stderr and its exit code. `required`
+    names the flags that must be set.
+    """
+
+    def checked_main(argv: list[str]) -> int | None:
         if argv[1:]:
-            raise ConfigError("command line", " ".join(argv[1:]), "flags alone: --name=value")
+            raise ConfigError("command line", " ".join(argv[1:]), "only flags: --name=value")
         for name in required:
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
-        logging.set_verbosity(logging.FATAL)  # Orbax tells of every file; its errors are raised too
+        logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and raises its errors anyway
         start_processes(overrides)
         use_compile_cache()
         return main(overrides)
 
-    def parsed(argv):
+    def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
             known = ", ".join(f"--{name}" for name in required)
             raise ConfigError("command line", str(error), f"{known}, --config.x.y=...") from None
 
-    def fail(error: Exception | str, code: int):
+    def fail(error: Exception | str, code: int) -> NoReturn:
         print(f"\n{error}", file=sys.stderr, flush=True)
         leave(code)
 
-    def leave(code: int):
-        if processes.hosts():  # JAX's own end would wait minutes for those that never come
+    def leave(code: int) -> NoReturn:
+        if processes.hosts():  # JAX's own shutdown would wait minutes for a dead process
             if code != EXIT_LOST:
-                with contextlib.suppress(HostsError):  # all with one error: together
+                with contextlib.suppress(HostsError):  # if all processes fail, all end together
                     processes.barrier("leave", _LEAVE_SECONDS)
             sys.stdout.flush()
             os._exit(code)
@@ -118,22 +123,27 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
 
     try:
         argv, overrides = take_overrides(sys.argv)
-        app.run(guarded, argv=argv, flags_parser=parsed)
+        app.run(checked_main, argv=argv, flags_parser=parse)
     except (ConfigError, DataError, BadSample) as error:
-        if getattr(error, "where", "").startswith("config.") and "config" in flags.FLAGS:
+        if (
+            isinstance(error, ConfigError)
+            and error.where.startswith("config.")
+            and "config" in flags.FLAGS
+        ):
             error.file = error.file or flags.FLAGS["config"].value or ""
         fail(error, EXIT_CONFIG)
-    except CheckpointError as error:  # all of them write one: it can be where a lost one shows
-        said = processes.lost(error)
-        fail(said or error, EXIT_LOST if said else EXIT_FAILED)
+    except CheckpointError as error:  # a dead peer may first show up in a checkpoint write
+        lost = processes.lost(error)
+        fail(lost or error, EXIT_LOST if lost else EXIT_FAILED)
     except (RunError, MetricsError) as error:
         fail(error, EXIT_FAILED)
-    except HostsError as error:  # before they have met, or of one that came and has gone
+    except HostsError as error:  # the processes never connected, or a connected one is gone
         fail(error, EXIT_LOST if processes.hosts() else EXIT_FAILED)
     except Exception as error:
         if not processes.hosts():
             raise
-        if said := processes.lost(error):
-            fail(said, EXIT_LOST)
+        if lost := processes.lost(error):
+            fail(lost, EXIT_LOST)
+
         traceback.print_exc()
         leave(EXIT_FAILED)

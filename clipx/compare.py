@@ -1,12 +1,13 @@
 """`python -m clipx.compare --config=configs/compare_flickr8k.py --workdir=DIR`: trains the variants
-of a config one after another, each in a folder of its own, and prints one table of their evals.
+of a config one after another, each in its own folder, and prints one table of their evals.
 
-Started again it goes on where it stopped; what is finished is not trained again.
+The same command, started again, skips finished variants and continues the unfinished one.
 """
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -17,9 +18,13 @@ from clipx.reporting import comparison
 from clipx.train import train
 
 
-def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> int:
-    """Trains what is not finished and prints the table; the exit code is that of a run that did
-    not end, or 0."""
+def compare(
+    config: str, chosen: tuple[str, ...], workdir: str, overrides: Sequence[tuple[str, str]]
+) -> int:
+    """Trains the unfinished ones of the variants `chosen` (default: all) and prints the table.
+
+    Returns 0, or the exit code of the first run that did not finish.
+    """
     known = files.variants(config)
     for name in chosen:
         if name not in known:
@@ -29,7 +34,7 @@ def compare(config: str, chosen: tuple[str, ...], workdir: str, overrides) -> in
         folder = pathlib.Path(workdir, name)
         values = cli.load_config(f"{config}:{name}", overrides)
         done = comparison.finished(folder, values)
-        print(f"\n{name}{': done before' if done else ''}", flush=True)
+        print(f"\n{name}{': already finished' if done else ''}", flush=True)
         if not done and (code := train(values, str(folder))):
             return code
         rows[name] = comparison.cells(folder)
@@ -44,6 +49,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file whose variants are compared.")
-    flags.DEFINE_list("variants", [], "Some of them, separated by commas; all by default.")
-    flags.DEFINE_string("workdir", None, "Folder of the runs: new, or one to go on with.")
+    flags.DEFINE_list("variants", [], "Variants to compare, separated by commas; default: all.")
+    flags.DEFINE_string("workdir", None, "Folder of the runs: a new one, or one to continue.")
+
     cli.run(main, required=("config", "workdir"))

@@ -1,15 +1,17 @@
-"""`python -m clipx.dataset COMMAND --config=configs/clip.py`: looks at the data of a config.
+"""`python -m clipx.dataset COMMAND --config=configs/clip.py`: inspects the data of a config.
 
-    index        reads the headers of every source, data and evals, and keeps what they say
+    index        reads the headers of all shards, of the data and the evals, and caches them
     preview      writes a page of pictures, captions, views and tokens as the model will see them
-    verify       decodes everything: bad rows, sizes, captions, doubles; exit code 2 if too many bad
-    fingerprint  counts the rows, and digests their keys
+    verify       decodes every row; reports bad rows, sizes, captions and duplicates; exits with 2
+                 if too many rows are bad
+    fingerprint  prints the number of rows and the digest of their keys
     pack         writes any source as tar shards into --output
-    bench        times the feed stage by stage, and says how many cores a model needs
+    bench        times data loading stage by stage, and says how many cores a model needs
 
-The config says which data, and `--config.data.path=...` or any other override says otherwise. All
-but `preview` and `bench` need its data alone; `index`, `verify` and `pack` take all rows, whatever
-`data.fraction` a run uses. `bench --against=torch` needs no config: it draws its own pictures.
+The config names the data; `--config.data.path=...` and other overrides apply. Only `preview` and
+`bench` need more of the config than its data section. `index`, `verify` and `pack` take all rows,
+whatever `data.fraction` a run uses. `bench --against=torch` needs no config: it makes its own
+pictures.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py
 
 
 def _bar(total: int, what: str, unit: str = " rows") -> tqdm:
-    """A progress bar, where somebody watches."""
+    """A progress bar, if stderr is a terminal."""
     return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=None)
 
 
 def _write(path: str, text: str) -> pathlib.Path:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically, and returns its absolute path."""
     file = pathlib.Path(path).expanduser().absolute()
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -62,23 +64,23 @@ def _write(path: str, text: str) -> pathlib.Path:
 
 
 def index(config: Mapping[str, Any]) -> None:
-    """Opens every source of the config, after which those of shards open from the cache."""
+    """Opens every source of the config. Afterwards sharded sources open from the cache."""
     sources = list(data_section(config.get("data"))[1].parts("config.data"))
     for name, section in config.get("evals", {}).items():
         for field, spec in EvalSpec.check(name, section).sources.items():
             key = "train_data" if field.startswith("train") else "data"
             sources += spec.parts(f"config.evals.{name}.{key}")
     for where, spec in sources:
-        start, said = time.perf_counter(), ""
+        start, shards = time.perf_counter(), ""
         if spec.name == "webdataset":
-            said = f" in {_index_shards(where, spec)} shards"
+            shards = f" in {_index_shards(where, spec)} shards"
         rows = len(spec.open())
-        print(f"{where}: {spec.name}, {rows:,} rows{said}, {time.perf_counter() - start:.1f} s")
-    print(f"indexes of shards are kept in {storage.cache_folder()}")
+        print(f"{where}: {spec.name}, {rows:,} rows{shards}, {time.perf_counter() - start:.1f} s")
+    print(f"shard indexes are cached in {storage.cache_folder()}")
 
 
 def _index_shards(where: str, spec: SourceSpec) -> int:
-    """How many shards there are, their headers read."""
+    """Reads the headers of all shards of a source, and returns the number of shards."""
     with _bar(0, where, " shards") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -90,8 +92,10 @@ def _index_shards(where: str, spec: SourceSpec) -> int:
 
 
 def verify(config: Mapping[str, Any], output: str = "") -> int:
-    """Prints what the data is made of, part by part, writes it to `output`, and returns the exit
-    code: 2 where more rows are bad than `data.max_bad_fraction` allows."""
+    """Decodes every row, prints a report of each source, and writes the reports to `output`.
+
+    Returns the exit code: 2 if more rows are bad than `data.max_bad_fraction` allows, else 0.
+    """
     data, spec = data_section(config.get("data"))
     count, reports = verifying.token_counter(config.get("tokenizer")), {}
     for where, part in spec.parts("config.data"):
@@ -104,7 +108,8 @@ def verify(config: Mapping[str, Any], output: str = "") -> int:
     if output:
         text = json.dumps(reports, indent=1, ensure_ascii=False)
         print(f"written to {_write(output, text + chr(10))}")
-    bad, rows = (sum(map(f, reports.values())) for f in (lambda r: len(r["bad"]), _rows_of))
+    bad = sum(len(report["bad"]) for report in reports.values())
+    rows = sum(report["rows"] for report in reports.values())
     if bad <= data.max_bad_fraction * rows:
         return 0
     print(
@@ -114,12 +119,8 @@ def verify(config: Mapping[str, Any], output: str = "") -> int:
     return cli.EXIT_CONFIG
 
 
-def _rows_of(report: Mapping[str, Any]) -> int:
-    return report["rows"]
-
-
 def show_fingerprint(config: Mapping[str, Any]) -> None:
-    """Prints how many rows a run has, of how many, and the digest of their keys."""
+    """Prints the number of rows that a run trains on, and the digest of their keys."""
     data, spec = data_section(config.get("data"))
     source = share(spec.open(), data.fraction)
     print(describe(len(source), fingerprint(source), spec.name, data.manifest))
@@ -130,27 +131,29 @@ def pack(config: Mapping[str, Any], output: str, size: str = "512MB") -> None:
     spec = data_section(config.get("data"))[1]
     if spec.name == "mixture":
         raise ConfigError(
-            "config.data.source", "'mixture', whose rows repeat", "a source without parts",
-            "pack its parts one by one, and mix what was packed",
-        )  # fmt: skip
+            "config.data.source",
+            "'mixture', whose rows repeat",
+            "a source that is not a mixture",
+            "pack each part of the mixture on its own, then mix the packed parts",
+        )
     try:
-        most = packing.shard_size(size)
+        limit = packing.shard_size(size)
     except ValueError:
         raise ConfigError("--shard_size", repr(size), "512MB, 2GB or 10000rows") from None
     source = spec.open()
     with _bar(len(source), "packing") as bar:
-        packed = packing.pack(source, output, **most, progress=bar.update)
+        packed = packing.pack(source, output, **limit, progress=bar.update)
     for bad in packed.skipped[:20]:
         print("left out: row {row:,}, {key}: {reason}".format(**bad))
     print(
         f"{packed.rows:,} rows in {packed.shards:,} shards in {output}, {len(packed.skipped):,} "
-        f"left out; {packing.FILE} there says which"
+        f"rows left out; {packing.FILE} in that folder lists them"
     )
     print("\n".join(packing.config_lines(output, source)))
 
 
 def preview(config: Mapping[str, Any], output: str = "preview.html", rows: int = 16) -> None:
-    """Writes a page of the first rows of the config's run, as its model will see them."""
+    """Writes a page of the first rows of the config's data, as the model will see them."""
     run, data = open_alone(config)
     page, count = data_page.build(run, data, rows)
     print(f"{count} rows of {len(data):,}: {_write(output, page)}")
@@ -163,8 +166,11 @@ def time_feed(
     model: bool = False,
     images_per_second: float | None = None,
 ) -> None:
-    """Prints what each stage of the feed costs, what the whole gives, and whether a model that
-    takes so many pictures a second would wait for it."""
+    """Prints the time of each loading stage, the loader's rate over `steps` batches, and whether
+    the model would wait for it.
+
+    images_per_second: what the model takes on one process. With `model` it is measured here.
+    """
     run, data = open_alone(config)
     loader = feed_speed.sample_loader(run, data)
     stages = feed_speed.run_stages(run, loader)
@@ -175,12 +181,17 @@ def time_feed(
     if model:
         images_per_second, count = feed_speed.model_rate(config)
         print(f"the model takes {images_per_second:,.0f} images/s on {count} device(s) a process")
-    print(feed_speed.verdict(1 / stages[-1].cpu, images_per_second, cores))
+    seconds = stages[-1].cpu
+    assert seconds is not None  # the last stage is the loader itself, on the CPU
+    print(feed_speed.verdict(1 / seconds, images_per_second, cores))
 
 
 def time_against_torch() -> None:
-    """Prints a table of clipx's feed beside a PyTorch DataLoader, on drawn pictures."""
-    say = lambda text: print(f"{text} ...", file=sys.stderr)  # noqa: E731
+    """Prints a table of clipx's loader beside PyTorch's DataLoader, on generated pictures."""
+
+    def say(text: str) -> None:
+        print(f"{text} ...", file=sys.stderr)
+
     print("\n".join(feed_comparison.markdown(feed_comparison.against(_BENCHMARK, say=say))))
 
 
@@ -196,7 +207,7 @@ def _bench(config: Mapping[str, Any]) -> None:
 
 def _pack(config: Mapping[str, Any]) -> None:
     if not flags.FLAGS.output:
-        raise ConfigError("--output", "nothing", "a new folder for the shards", "--output=DIR")
+        raise ConfigError("--output", "nothing", "a new folder for the shards", "set --output=DIR")
     pack(config, flags.FLAGS.output, flags.FLAGS.shard_size)
 
 
@@ -213,7 +224,7 @@ COMMANDS: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
 
 
 def take_command(argv: list[str]) -> str:
-    """The command, taken out of `argv`; exits with one line where there is none."""
+    """The command, removed from `argv`. Exits with code 2 and one line if there is none."""
     name = argv[1] if len(argv) > 1 else ""
     if name in COMMANDS:
         return argv.pop(1)
@@ -227,7 +238,7 @@ def take_command(argv: list[str]) -> str:
 
 def main(command: str, overrides: Sequence[tuple[str, str]]) -> int | None:
     if command == "bench" and flags.FLAGS.against:
-        return time_against_torch()  # on pictures of its own
+        return time_against_torch()  # it needs no config: it makes its own pictures
     if not flags.FLAGS.config:
         raise ConfigError("--config", "nothing", "--config=...")
     return COMMANDS[command](cli.load_config(flags.FLAGS.config, overrides))
@@ -236,10 +247,13 @@ def main(command: str, overrides: Sequence[tuple[str, str]]) -> int | None:
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
     flags.DEFINE_string("output", "", "preview, verify: the file to write. pack: the folder.")
-    flags.DEFINE_integer("rows", 16, "preview: rows on the page.", lower_bound=1)
-    flags.DEFINE_string("shard_size", "512MB", "pack: most of a shard; 2GB, or 10000rows.")
-    flags.DEFINE_integer("steps", 20, "bench: batches of the whole feed.", lower_bound=1)
-    flags.DEFINE_enum("against", None, ["torch"], "bench: another loader to run beside.")
-    flags.DEFINE_bool("model", False, "bench: times the training step here too.")
-    flags.DEFINE_float("images_per_second", None, "bench: what the model takes.", lower_bound=0)
+    flags.DEFINE_integer("rows", 16, "preview: number of rows on the page.", lower_bound=1)
+    flags.DEFINE_string("shard_size", "512MB", "pack: limit of a shard, as 2GB or 10000rows.")
+    flags.DEFINE_integer("steps", 20, "bench: batches to load at full speed.", lower_bound=1)
+    flags.DEFINE_enum("against", None, ["torch"], "bench: another loader to compare with.")
+    flags.DEFINE_bool("model", False, "bench: also time the training step on this machine.")
+    flags.DEFINE_float(
+        "images_per_second", None, "bench: images/s that the model takes.", lower_bound=0
+    )
+
     cli.run(functools.partial(main, take_command(sys.argv)), required=())

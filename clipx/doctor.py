@@ -1,7 +1,7 @@
-"""`python -m clipx.doctor [--config=FILE] [--workdir=DIR]`: is this host, are all hosts of a run,
-fit to train; and what to mend. Started as training is started, on one host or on all.
+"""`python -m clipx.doctor [--config=FILE] [--workdir=DIR]`: checks whether a host can train, or all
+hosts of a run, and says what to fix. Start it the way training is started, on one host or on all.
 
-A line for every check; it ends with 0, or with 2 when something has to be mended first.
+Prints a line for every check. Exits with 0, or with 2 if something has to be fixed first.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from clipx.planning.host import examine
 def main(overrides: list[tuple[str, str]]) -> int:
     config = cli.load_config(flags.FLAGS.config, overrides) if flags.FLAGS.config else None
     if config is None and overrides:
-        raise ConfigError(f"--config.{overrides[0][0]}", "no --config", "--config=FILE with it")
-    first, ill = jax.process_index() == 0, 0
-    own = "" if first else f"process {jax.process_index()}: "
+        raise ConfigError(
+            f"--config.{overrides[0][0]}", "no --config", "--config=FILE beside the override"
+        )
+    first, faults = jax.process_index() == 0, 0
+    prefix = "" if first else f"process {jax.process_index()}: "
     for finding in examine(config, flags.FLAGS.workdir):
-        ill += bool(finding.mend and finding.fatal)
-        mark = "ok  " if not finding.mend else "MEND" if finding.fatal else "see "
-        if first or finding.mend:  # the others speak of what is wrong alone
-            print(f"{own}{mark} {finding.what}: {finding.found}", flush=True)
+        faults += bool(finding.mend and finding.fatal)
+        mark = "ok  " if not finding.mend else "FIX " if finding.fatal else "see "
+        if first or finding.mend:  # the other processes print only what is wrong
+            print(f"{prefix}{mark} {finding.what}: {finding.found}", flush=True)
         if finding.mend:
-            print(f"{own}     -> {finding.mend}", flush=True)
-    if first or ill:
-        print(f"{own}{f'{ill} to mend' if ill else 'fit to train'}", flush=True)
-    return cli.EXIT_CONFIG if ill else 0
+            print(f"{prefix}     -> {finding.mend}", flush=True)
+    if first or faults:
+        print(f"{prefix}{f'{faults} to fix' if faults else 'fit to train'}", flush=True)
+    return cli.EXIT_CONFIG if faults else 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file whose data is looked at too.")
-    flags.DEFINE_string("workdir", "", "Folder of a run, that all hosts have to share.")
+    flags.DEFINE_string("config", None, "Config file whose data is checked too.")
+    flags.DEFINE_string("workdir", "", "Folder of a run, which all hosts have to share.")
+
     cli.run(main, required=())

@@ -1,12 +1,19 @@
-"""Every exception that a user can meet. A command prints it as one block and exits with its code: 2
-for what has to be mended first, 1 for a run that could not go on, 134 for a lost process."""
+"""Every exception that a user can meet.
+
+A command prints the exception as one block and exits with its code: 2 if something has to be fixed
+first, 1 if the run could not continue, 134 if another process was lost.
+"""
 
 from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """A config, command line, workdir or file that cannot be right: where, what was found, what was
-    expected, and how to mend it. Raised before any data opens where that can be; exit code 2."""
+    """A config, command line, workdir or file is wrong. Exit code 2.
+
+    where: the config key, flag or file. found, expected: what it holds, and what it should hold.
+    fix: what to do about it; "" if that is not known. file: the config file at fault. Raised before
+    any data is opened, where possible.
+    """
 
     def __init__(self, where: str, found: str, expected: str, fix: str = "", file: str = ""):
         super().__init__(where, found, expected, fix)
@@ -24,11 +31,11 @@ class ConfigError(Exception):
 
 
 class DataError(Exception):
-    """The data is not what the config says; one line, exit code 2."""
+    """The data does not match the config. One line, exit code 2."""
 
 
 class BadSample(Exception):
-    """One example cannot be used: `key` says which, `reason` why."""
+    """One example cannot be used. `key` names the example, `reason` says why."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -39,29 +46,34 @@ class BadSample(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on; one block that says why and what is kept. Exit code 1."""
+    """The run cannot continue. One block that says why, and what is saved. Exit code 1."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; one line that says what is safe. Exit code 1."""
+    """A checkpoint cannot be written or read. One line that says what is saved. Exit code 1."""
 
 
 class MetricsError(Exception):
-    """The metrics cannot be written; one line. What was written before is whole. Exit code 1."""
+    """The metrics cannot be written. One line; the lines before it are intact. Exit code 1."""
 
 
 class HostsError(Exception):
-    """The processes of a run do not come together; one block that says which is missing. Exit code
-    134."""
+    """The processes of a run cannot connect. One block that names the missing ones.
+
+    Exit code 134 once they have connected, 1 before.
+    """
 
 
 class Interrupted(Exception):
-    """The run was told to stop during an evaluation or an episode's first pass."""
+    """The run was asked to stop during an evaluation or the pass before an episode."""
 
 
 class OutOfMemory(Exception):
-    """The compiler finds no room for a program. `used`: bytes that it would need; `limit`: bytes
-    that there are; None where the compiler does not say."""
+    """A program does not fit the device's memory, says the compiler.
+
+    used: bytes that the program needs. limit: bytes that the device has. Both are None if the
+    compiler does not report them.
+    """
 
     def __init__(self, message: str, used: int | None = None, limit: int | None = None):
         super().__init__(message)
@@ -69,16 +81,16 @@ class OutOfMemory(Exception):
 
 
 class HloError(ValueError):
-    """A program whose cost cannot be told from its text."""
+    """The cost of a compiled program cannot be read from its HLO text."""
 
 
 class NotExpressible(Exception):
-    """A format has no place for a model: one reason, and what to do instead."""
+    """An export format cannot hold a model. One reason, and what to do instead."""
 
 
 class MissingLibrary(Exception):
-    """A library is not installed, or does not import; one line that says why."""
+    """A library is not installed, or its import fails. One line that says why."""
 
 
 class NotProven(Exception):
-    """The library that loads an export says something else than clipx; one line that says what."""
+    """A library that loads an export computes other values than clipx. One line that says which."""

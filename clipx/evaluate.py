@@ -1,6 +1,9 @@
-"""`python -m clipx.evaluate --workdir=DIR`: runs the evals of a run, its own, a config's, or those
-named: `--evals=zero_shot,linear_probe --data=source=folder,path=DIR`. With `--init_from=PATH` those
-of a model that open_clip or transformers keep."""
+"""`python -m clipx.evaluate --workdir=DIR`: evaluates a trained run.
+
+By default the run's own evals. `--config=FILE` takes the evals of a config instead, and
+`--evals=zero_shot,linear_probe --data=source=folder,path=DIR` names evals and their data.
+`--init_from=PATH` evaluates a model of open_clip or transformers in place of a run.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,16 @@ from clipx.training.checkpoint import read_json
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
-    """Runs the chosen evals of the run or the model that the flags name."""
+    """Runs the chosen evals on the run or the model that the flags name."""
     path, workdir, config = flags.FLAGS.init_from, flags.FLAGS.workdir, {"evals": {}}
     step = flags.FLAGS.step
     if bool(path) == bool(workdir):
-        found = "both" if path else "none"
-        raise ConfigError("--workdir, --init_from", found, "a run, or a model from elsewhere")
+        found = "both flags" if path else "neither flag"
+        raise ConfigError(
+            "--workdir, --init_from",
+            found,
+            "one of the two: --workdir for a run, --init_from for a model of another library",
+        )
     if path and (run := pretrained.workdir(path)):
         path, workdir, step = "", str(run[0]), run[1] or step
     if workdir:
@@ -32,7 +39,10 @@ def main(overrides: list[tuple[str, str]]) -> None:
     for key, text in overrides:
         if key.split(".")[0] != "evals":
             raise ConfigError(
-                f"--config.{key}", text, "config.evals alone: the model is trained", "drop it"
+                f"--config.{key}",
+                text,
+                "an override of config.evals: the model is trained already",
+                f"remove --config.{key}",
             )
         files.override(config, key, text)
     config["evals"] = chosen(
@@ -49,12 +59,19 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("init_from", None, "Instead: a folder or file as config.init_from has it.")
-    flags.DEFINE_list("init_ignore", [], "What of it may differ from clipx, with commas.")
-    flags.DEFINE_string("out", "", "Folder of its results; default: `evaluation` beside it.")
+    flags.DEFINE_string(
+        "init_from", None, "In place of --workdir: a model, as config.init_from takes it."
+    )
+    flags.DEFINE_list(
+        "init_ignore", [], "Differences of that model to accept, as config.init_ignore takes them."
+    )
+    flags.DEFINE_string(
+        "out", "", "With --init_from: folder for the results; default: `evaluation` beside it."
+    )
     flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
-    flags.DEFINE_string("evals", "", "Those of the evals, or new ones by evaluator, with commas.")
-    flags.DEFINE_string("data", "", "The evals' data instead of their own: source=...,path=...")
-    flags.DEFINE_string("train_data", "", "The same for what probes are trained on.")
-    flags.DEFINE_string("step", "latest", "Which checkpoint: a step, latest or best.")
+    flags.DEFINE_string("evals", "", "Evals to run: names in the config, or evaluators. Commas.")
+    flags.DEFINE_string("data", "", "Data for these evals, as source=...,path=...")
+    flags.DEFINE_string("train_data", "", "Data to train probes on, as source=...,path=...")
+    flags.DEFINE_string("step", "latest", "The checkpoint: a step, latest or best.")
+
     cli.run(main, required=())

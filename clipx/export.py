@@ -1,5 +1,5 @@
-"""`python -m clipx.export --workdir=DIR --format=open_clip --out=DIR`: a run as a folder that
-open_clip or transformers loads, with the proof that they say what clipx says."""
+"""`python -m clipx.export --workdir=DIR --format=open_clip --out=DIR`: writes a run's model as a
+folder that open_clip or transformers loads, and proves that the library computes the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from clipx.serving.export import Options, export
 
 def main(overrides: list[tuple[str, str]]) -> None:
     if overrides:
-        raise ConfigError(f"--config.{overrides[0][0]}", overrides[0][1], "nothing: it is trained")
+        flag = f"--config.{overrides[0][0]}"
+        raise ConfigError(
+            flag, overrides[0][1], "no override: the model is trained already", f"remove {flag}"
+        )
     values = flags.FLAGS
     options = Options(
         format=values.format,
@@ -32,10 +35,15 @@ def main(overrides: list[tuple[str, str]]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("format", None, " or ".join(f.name for f in FORMATS) + ".")
-    flags.DEFINE_string("out", None, "Folder to write, which must not be there.")
-    flags.DEFINE_string("step", "", "A step, latest or best; default: best where a run keeps one.")
-    flags.DEFINE_bool("with_heads", False, "Keep the heads of training beside the model.")
-    flags.DEFINE_bool("pt", False, "Write torch's own file too; needs torch.")
-    flags.DEFINE_bool("verify", None, "Compare with the library; default: if it is installed.")
-    flags.DEFINE_string("license", "unknown", "The card's licence, in the Hub's words.")
+    flags.DEFINE_string("out", None, "Folder to write, which must not exist yet.")
+    flags.DEFINE_string(
+        "step", "", "The checkpoint: a step, latest or best; default: best if the run keeps one."
+    )
+    flags.DEFINE_bool("with_heads", False, "Also write the training heads, beside the model.")
+    flags.DEFINE_bool("pt", False, "Also write the weights as a torch file; needs torch.")
+    flags.DEFINE_bool(
+        "verify", None, "Compare with the library that loads it; default: if it is installed."
+    )
+    flags.DEFINE_string("license", "unknown", "Licence on the model card, in the Hub's words.")
+
     cli.run(main, required=("workdir", "format", "out"))

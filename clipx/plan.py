@@ -1,10 +1,10 @@
 """`python -m clipx.plan --config=configs/declip.py --topology=v5e:16x16`: does a run fit hardware
-that is not here, what does a step cost there, and how long will it take?
+that is not here, what does a step cost there, and how long will the run take?
 
-TPUs (v4, v5e, v5p, v6e; `2xv5e:16x16` is two slices): the very step that training runs is compiled
-for them, which takes minutes and no TPU. GPUs (`h100:8x8` is 8 nodes of 8; h200, a100): an analytic
-model. Several configs and topologies, with commas, make a table. Exits 0 if all fit, 1 if one does
-not. `--losses` prints what the losses alone need.
+For TPUs (v4, v5e, v5p, v6e; `2xv5e:16x16` is two slices) the training step itself is compiled,
+which takes minutes and needs no TPU. For GPUs (`h100:8x8` is 8 nodes of 8; h200, a100) an analytic
+model estimates it. Several configs and topologies, separated by commas, make a table. Exits with 0
+if all of them fit, with 1 otherwise. `--losses` prints the memory and time of the losses alone.
 """
 
 from __future__ import annotations
@@ -32,38 +32,39 @@ def _names(flag: str) -> list[str]:
 
 
 def main(overrides: list[tuple[str, str]]) -> int:
-    """Prints a plan for each config on each topology, and returns 1 if one does not fit."""
-    jax.config.update("jax_platforms", "cpu")  # what is here has no part in it
-    jax.config.update("jax_enable_compilation_cache", False)  # what is not here reads none
+    """Prints a plan for each config on each topology; returns 0 if all fit, else 1."""
+    jax.config.update("jax_platforms", "cpu")  # plans never use the local accelerators
+    # programs compiled for absent hardware must not enter the cache
+    jax.config.update("jax_enable_compilation_cache", False)
     if flags.FLAGS.losses:
         return losses.main()
     topologies = [chips.parse(name) for name in _names("topology")]
     configs = [(name, cli.load_config(name, overrides)) for name in _names("config")]
-    gpus = max((where.size for where in topologies if where.gpu), default=0)
-    if gpus > 1:
+    gpus = max((topology.size for topology in topologies if topology.gpu), default=0)
+    if gpus > 1:  # the analytic model reads shapes from a run on that many CPU devices
         jax.config.update("jax_num_cpu_devices", gpus)
     prices = _prices(len(topologies))
-    rows, told = [], []
+    rows, records = [], []
     for name, config in configs:
-        for where, price in zip(topologies, prices):
+        for topology, price in zip(topologies, prices):
             started = time.perf_counter()
-            run, found = plan(config, where)
-            lines = describe(name, where, run, found, price)
+            run, prediction = plan(config, topology)
+            lines = describe(name, topology, run, prediction, price)
             if flags.FLAGS.search:
-                lines.append(search(config, where, run, found))
+                lines.append(search(config, topology, run, prediction))
             seconds = time.perf_counter() - started
             print("\n".join([*lines, f"({seconds:.0f} s)", ""]), flush=True)
-            rows.append(Row(name, where, run, found, price))
-            told.append({"config": name, "topology": where.name, **found.as_dict()})
-            told[-1] |= {"steps": run.steps, "hours": hours(run, found), "report": lines}
-            _write(told)
+            rows.append(Row(name, topology, run, prediction, price))
+            records.append({"config": name, "topology": topology.name, **prediction.as_dict()})
+            records[-1] |= {"steps": run.steps, "hours": hours(run, prediction), "report": lines}
+            _write(records)
     if len(rows) > 1:
         print("\n".join(table(rows)))
     return int(not all(row.found.fits for row in rows))
 
 
 def _prices(count: int) -> list[float]:
-    """One for each topology."""
+    """The price of a chip-hour on each of `count` topologies."""
     texts = [text for text in flags.FLAGS.price.split(",") if text]
     try:
         prices = [float(text) for text in texts] or [0.0]
@@ -71,24 +72,33 @@ def _prices(count: int) -> list[float]:
         prices = [-1.0]
     if min(prices) < 0 or len(prices) not in (1, count):
         raise ConfigError(
-            "--price", repr(flags.FLAGS.price), f"a number, or one for each of {count} topologies"
+            "--price",
+            repr(flags.FLAGS.price),
+            f"one price of at least 0, or one for each of the {count} topologies, with commas",
         )
     return prices if len(prices) == count else prices * count
 
 
-def _write(told: list[dict[str, Any]]) -> None:
-    if flags.FLAGS.json:
+def _write(records: list[dict[str, Any]]) -> None:
+    path = flags.FLAGS.json
+    if path:
         try:
-            pathlib.Path(flags.FLAGS.json).write_text(json.dumps(told, indent=2) + "\n")
+            pathlib.Path(path).write_text(json.dumps(records, indent=2) + "\n")
         except OSError as error:
-            raise ConfigError("--json", f"{flags.FLAGS.json}: {error.strerror}", "a file") from None
+            found = f"{path}: {error.strerror}"
+            raise ConfigError("--json", found, "a file that can be written") from None
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config files, path.py or path.py:variant, with commas.")
-    flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5p:4x4x4, h100:8x8; with commas.")
-    flags.DEFINE_string("price", "", "Of a chip-hour, in any currency; or one for each topology.")
-    flags.DEFINE_bool("search", False, "Compile for the fewest micro-batches or largest batch.")
-    flags.DEFINE_string("json", None, "File for all numbers.")
-    flags.DEFINE_bool("losses", False, "What the losses alone need, beside plain formulations.")
+    flags.DEFINE_string("topology", None, "Topologies: v5e:16x16, 2xv5p:4x4x4, h100:8x8. Commas.")
+    flags.DEFINE_string("price", "", "Price of a chip-hour, one for all topologies or one each.")
+    flags.DEFINE_bool(
+        "search", False, "Also search the fewest micro-batches, or the largest batch, that fits."
+    )
+    flags.DEFINE_string("json", None, "File to write all numbers to.")
+    flags.DEFINE_bool(
+        "losses", False, "Only compare the losses' memory and time with plain formulations."
+    )
+
     cli.run(main, required=())

@@ -1,4 +1,4 @@
-"""One page that shows a run: `python -m clipx.report --workdir=DIR` writes DIR/report.html."""
+"""`python -m clipx.report --workdir=DIR` writes DIR/report.html: one page that shows a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from clipx.training import run as runs
 
 
 def main(overrides: Sequence[tuple[str, str]]) -> None:
-    """Restores the run of --workdir, looks at its held-out samples and writes the page."""
+    """Restores the run of --workdir, encodes its held-out samples and writes the page."""
     if overrides:
+        flag = f"--config.{overrides[0][0]}"
         raise ConfigError(
-            f"--config.{overrides[0][0]}", "an override", "--workdir alone: the run has its config"
+            flag, "an override", "only --workdir: the run has its config", f"remove {flag}"
         )
+
     run, state = runs.restore(flags.FLAGS.workdir)
     print(page.write_run(flags.FLAGS.workdir, run, run.encode(state)))
 

@@ -1,16 +1,17 @@
-"""`python -m clipx.teacher --config=FILE --model=roberta-large --out=teacher.npy`: what a language
-model says of every caption of a config's data, once and for all, as ProtoCLIP's external teacher.
+"""`python -m clipx.teacher --config=FILE --model=roberta-large --out=teacher.npy`: writes one
+feature vector for every row of a config's data, from a language model that reads the captions.
+ProtoCLIP takes the file as its external teacher.
 
-    --model     a text encoder of Hugging Face, a name or a folder, or `tfidf`, which needs no
-                download: counts of words, weighted by how rare they are (scikit-learn)
-    --features  an array of your own instead, [rows, numbers], of any teacher, also of pictures
-    --teacher   what this command wrote before, for --clusters
-    --clusters  writes so many clusters of the teacher's rows instead: `data.clusters`
+    --model     a Hugging Face text encoder, name or folder; or `tfidf`, which needs no download:
+                word counts, weighted by how rare the words are (scikit-learn)
+    --features  in place of a model, your own array [rows, width], from any teacher, also of images
+    --teacher   in place of a model, for --clusters: a file that this command wrote
+    --clusters  write the cluster of every row, of this many, for `data.clusters`
 
-A row is the mean over its captions (with `data.caption` = first: its first) of unit vectors, then
-cut to its --dim principal components. All rows of the set are written, whatever `data.fraction` a
-run uses. `data.teacher` and `data.clusters` say in a config where the files are. A model that was
-stopped in its work goes on where it was when the command is given again.
+A row is the mean of the unit vectors of its captions (with data.caption=first: of its first), then
+projected to --dim principal components. The file has all rows of the data set, whatever
+`data.fraction` a run uses. A config names the files as `data.teacher` and `data.clusters`. If the
+command is interrupted while a model reads captions, the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from clipx.errors import RunError
 from clipx.serving import teacher_rows
 
 
-def make(config: Mapping[str, Any], out: str, **options) -> None:
-    """Writes the teacher's rows, or their clusters, to `out`, and says what they are. `options` as
-    `teacher_rows.make` takes them."""
+def make(config: Mapping[str, Any], out: str, **options: Any) -> None:
+    """Writes the teacher's rows, or their clusters, to `out`, and prints a summary. `options` are
+    those of `teacher_rows.make`."""
     about, clusters = teacher_rows.make(config, out, **options)
-    print("\n".join(_said(out, about, clusters)))
+    print("\n".join(_summary(out, about, clusters)))
 
 
-def _said(out: str, about: Mapping[str, Any], clusters: np.ndarray | None) -> Iterator[str]:
-    """What was written, in words."""
+def _summary(out: str, about: Mapping[str, Any], clusters: np.ndarray | None) -> Iterator[str]:
+    """Lines that describe the file that was written."""
     missing = f", {about['without']:,} of them without features" if about["without"] else ""
     yield f"{out}: {about['rows']:,} rows{missing}, fingerprint {about['fingerprint']}"
     if clusters is None:
@@ -61,14 +62,19 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
-    flags.DEFINE_string("out", None, "The .npy file to write; a .json stands beside it.")
+    flags.DEFINE_string("out", None, "The .npy file to write; a .json is written beside it.")
     flags.DEFINE_string("model", "", "A Hugging Face text encoder, name or folder; or tfidf.")
-    flags.DEFINE_string("features", "", "An array [rows, numbers] to use instead of a model.")
-    flags.DEFINE_string("teacher", "", "What this command wrote before, for --clusters.")
-    flags.DEFINE_integer("clusters", None, "Writes so many clusters instead.", lower_bound=1)
-    flags.DEFINE_integer("dim", 64, "Principal components that are kept.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 64, "Captions that a model reads at once.", lower_bound=1)
-    flags.DEFINE_enum("padding", "mask", ["mask", "zero"], "zero: as ProtoCLIP's own code.")
-    flags.DEFINE_string("device", "", "Of the model: cpu, cuda, ...; cuda if there is one.")
-    flags.DEFINE_bool("overwrite", False, "Writes over what is there.")
+    flags.DEFINE_string("features", "", "A .npy array [rows, width] to use in place of a model.")
+    flags.DEFINE_string("teacher", "", "A file that this command wrote, to find --clusters in.")
+    flags.DEFINE_integer(
+        "clusters", None, "Write the row's cluster, of this many, not its features.", lower_bound=1
+    )
+    flags.DEFINE_integer("dim", 64, "Principal components to keep.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 64, "Captions that the model reads at once.", lower_bound=1)
+    flags.DEFINE_enum(
+        "padding", "mask", ["mask", "zero"], "mask: leave padding out; zero: as ProtoCLIP's code."
+    )
+    flags.DEFINE_string("device", "", "Device of the model: cpu, cuda, ...; default: cuda if any.")
+    flags.DEFINE_bool("overwrite", False, "Overwrite the file if it exists.")
+
     cli.run(main, required=("config", "out"))

@@ -1,9 +1,12 @@
-"""`python -m clipx.train --config=configs/clip.py --workdir=DIR`: trains, evaluates, saves, and
-goes on where it stopped when started again."""
+"""`python -m clipx.train --config=configs/clip.py --workdir=DIR`: trains, evaluates and saves.
+
+The same command, started again, continues from the last checkpoint.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -13,35 +16,46 @@ from clipx.errors import RunError
 from clipx.reporting import page
 from clipx.training.session import open_session, quarantine_file, tell
 from clipx.training.stop import Stop
+from clipx.types import Device
 
 
-def train(config: dict[str, Any], workdir: str, devices=None, *, stop: Stop | None = None) -> int:
-    """Trains `config` in `workdir` on `devices` (default: all) and returns the exit code. `stop`:
-    who tells the run to stop; None: signals."""
+def train(
+    config: dict[str, Any],
+    workdir: str,
+    devices: Sequence[Device] | None = None,
+    *,
+    stop: Stop | None = None,
+) -> int:
+    """Trains `config` in `workdir` on `devices` (default: all) and returns the exit code.
+
+    stop: asked at every step whether to stop; None listens to SIGTERM and SIGINT.
+    """
     started = time.perf_counter()
     session = open_session(config, workdir, devices)
     state, finished = session.train(stop)
     if not finished:
-        tell(f"told to stop; saved step {int(state.step):,}; start again to go on")
+        tell(
+            f"stopped on request, saved step {int(state.step):,}; run the same command to continue"
+        )
         return cli.EXIT_PREEMPTED
     try:
         page.write_run(session.folder, session.run, session.run.encode(state))
-        shown = "  report.html      open it in a browser"
-    except RunError as error:  # the run itself is whole
-        shown = f"  no report.html: {error}"
+        report = "  report.html      open it in a browser"
+    except RunError as error:  # the run itself is complete
+        report = f"  no report.html: {error}"
     tell(
         "\n".join(
             (
                 f"done in {time.perf_counter() - started:.0f} s; in {session.folder}:",
-                "  metrics.jsonl    a line for every logged step",
-                "  config.json      the whole config, defaults included",
+                "  metrics.jsonl    one line for every logged step",
+                "  config.json      the complete config, with defaults",
                 "  checkpoints/     " + ", ".join(map(str, session.checkpoints.steps)),
-                shown,
+                report,
             )
         )
     )
     if (file := quarantine_file(session.folder)).exists():
-        tell(f"  {file.name} rows that could not be used, and why")
+        tell(f"  {file.name} rows that could not be used, with reasons")
     return 0
 
 
@@ -51,5 +65,6 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
-    flags.DEFINE_string("workdir", None, "Folder of the run: new, or one to go on with.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.")
+
     cli.run(main, required=("config", "workdir"))

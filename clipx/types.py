@@ -1,7 +1,7 @@
-"""The words that every room speaks.
+"""The types that every package shares.
 
-Shape letters: b rows of a batch, v picture views, u texts, h and w pixels, n tokens, d the shared
-embedding width, c a tower's own width.
+Shape letters: b rows of a batch, v picture views, u texts, h and w pixels, n tokens, d the width of
+the shared embedding, c the width of one tower.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, UInt8
 
 PyTree = Any
-BATCH_AXES = ("data", "fsdp")  # the mesh axes over which rows are spread
+Device = Any  # jax.Device, which type checkers cannot resolve
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The batch axes of the mesh that is set, those of one device left out; () with no mesh."""
+    """The batch axes of the current mesh, without axes of one device; () if no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(a for a in BATCH_AXES if a in mesh.axis_names and mesh.shape[a] > 1)
 
 
 def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
-    """`tree` with the rows of every leaf kept on the batch axes.
+    """`tree` with axis `axis` of every leaf sharded over the batch axes.
 
-    Without it the partitioner may follow a sharded weight instead and replicate the batch.
+    Without this constraint the partitioner may follow a sharded weight and replicate the batch.
     """
     axes = batch_axes()
     if not axes:
@@ -37,8 +38,12 @@ def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
 
 
 class View(NamedTuple):
-    """One picture view: a crop covering `scale` (least, most) of the area, with `flip` every other
-    one mirrored, and what the device then does to its colours (an `augment.Policy`)."""
+    """How one picture view is made.
+
+    scale: the least and the most share of the picture's area that the crop covers. flip: whether
+    half of the crops are mirrored. photometry: the colour augmentation on the device, an
+    `ops.photometry.Policy`.
+    """
 
     scale: tuple[float, float]
     flip: bool
@@ -46,11 +51,12 @@ class View(NamedTuple):
 
 
 class Views(NamedTuple):
-    """What the data pipeline must deliver for an objective.
+    """The picture views and texts of one row that an objective asks of the data pipeline.
 
-    The texts: `caption`; `augmented`, the same caption after one operation of `text_augment`;
-    `other`, another caption of the same picture, or the same where it has one. With `mirror_words`
-    a mirrored picture's captions have left and right swapped, and one coin decides for all views.
+    texts: `caption`; `augmented`, the same caption after one operation of `data.text.augment`;
+    `other`, another caption of the same picture, or the same one if the picture has only one.
+    mirror_words: swap "left" and "right" in the captions of a mirrored picture; one coin flip then
+    mirrors all views of a row, or none.
     """
 
     pictures: tuple[View, ...]
@@ -63,13 +69,13 @@ class Batch(struct.PyTreeNode):
 
     image: UInt8[Array, "b v h w 3"]  # geometry is done on the host, photometry on the device
     text: Int32[Array, "b u n"]
-    row: Int32[Array, " b"]  # stable id of the example in the data set
-    position: Int32[Array, " b"]  # place in the epoch or episode: rows may repeat, it does not
+    row: Int32[Array, " b"]  # stable id of the example in the data set; it may repeat
+    position: Int32[Array, " b"]  # place in the epoch or episode; it never repeats there
     extra: dict[str, Array] = struct.field(default_factory=dict)
 
 
 class Encoded(struct.PyTreeNode):
-    """What one tower says of its rows. A field that nobody uses is never computed."""
+    """What one tower computes for its rows. A field that nobody uses is never computed."""
 
     unit: Float[Array, "b d"] | None = None  # `raw`, L2-normalised, at least float32
     raw: Float[Array, "b d"] | None = None  # after the projection
@@ -78,17 +84,19 @@ class Encoded(struct.PyTreeNode):
 
 
 class Features(struct.PyTreeNode):
-    """What `embed` hands to `loss`: every leaf has the row axis first. Objectives subclass it."""
+    """What `embed` returns and `loss` takes, with the row axis first. Objectives subclass it."""
 
 
 class Loss(NamedTuple):
+    """What `Objective.loss` returns: the loss, numbers to log, and the memory after this step."""
+
     value: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
     memory: PyTree
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run is between two steps."""
+    """The complete state of a run between two steps."""
 
     step: Int32[Array, ""]
     params: PyTree
@@ -101,23 +109,23 @@ Metrics = dict[str, jax.Array]
 
 
 class Curve(NamedTuple):
-    """How a metric of training is drawn in the report."""
+    """How the report plots a training metric."""
 
-    chart: str  # title of its chart; metrics of one title share a chart
+    chart: str  # title of the chart; metrics with the same title share a chart
     from_zero: bool = True  # the vertical axis starts at 0
-    smooth: bool = True  # a running mean is drawn over the values: they are noisy
-    level: bool = False  # only the last value is drawn, as a dashed line
+    smooth: bool = True  # plot a running mean over the noisy values
+    level: bool = False  # plot only the last value, as a dashed line
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a number means and how it is shown. The defaults serve a number nobody knows."""
+    """What a metric means and how it is shown. The defaults suit an unknown metric."""
 
-    better: Literal["more", "less"] | None = None  # None: neither is better
-    shown: Literal["percent", "number"] = "number"  # percent: the number is between 0 and 1
-    detail: bool = False  # one of many, such as one a class: metrics.jsonl alone has it
-    headline: bool = False  # of training: on the console too
-    curve: Curve | None = None  # of training: None draws nothing. Every eval's metric is drawn
-    column: str = ""  # heading where runs are compared; "" leaves it out
-    label: str = ""  # metrics of one column share a cell; this tells them apart in the heading
-    benchmark: str = ""  # its name in CLIP_benchmark; "" where that has none
+    better: Literal["more", "less"] | None = None  # None: neither direction is better
+    shown: Literal["percent", "number"] = "number"  # percent: the value is between 0 and 1
+    detail: bool = False  # one of many, such as one per class: only metrics.jsonl has it
+    headline: bool = False  # training metrics: also print it on the console
+    curve: Curve | None = None  # training metrics: None plots nothing; eval metrics always plot
+    column: str = ""  # its column in the table of `clipx.compare`; "" leaves the metric out
+    label: str = ""  # tells the metrics of one column apart, in the column's heading
+    benchmark: str = ""  # its name in CLIP_benchmark; "" if CLIP_benchmark has no such metric

@@ -1,19 +1,19 @@
 """CLIP-Lite (arXiv 2112.07133; constants from the authors' code): ResNet-50 and a pretrained BERT
-on COCO at batch 1,024. Variants: `bert_<n>layers` from scratch, `percent_<p>` of the pictures,
-`batch_<n>`, `rn18` to `rn152`; `small` for a CPU or a small GPU, and `small_resnet`, whose last
-convolution `grounding` can look at."""
+on COCO at batch 1,024. Variants: `bert_<n>layers` with a BERT from scratch, `percent_<p>` of the
+pictures, `batch_<n>`, and `rn18` to `rn152`. `small` is for a CPU or a small GPU. `small_resnet`
+has the last convolution that the evaluator `grounding` needs."""
 
 import common
 from ml_collections import ConfigDict
 
 _BERT = {"bert_2layers": 2, "bert_4layers": 4, "bert_6layers": 6}
-_PERCENT = {  # share of the pictures, steps, warm-up
+_PERCENT = {  # share of the pictures, steps, warm-up steps
     "percent_10": (0.10, 20_000, 1000),
     "percent_25": (0.25, 62_500, 2500),
     "percent_50": (0.50, 125_000, 5000),
     "percent_75": (0.75, 187_500, 7500),
 }
-_ABLATIONS = {  # batch, image tower
+_ABLATIONS = {  # batch size, image tower
     "batch_64": (64, "resnet50"),
     "batch_128": (128, "resnet50"),
     "batch_256": (256, "resnet50"),
@@ -24,12 +24,12 @@ _ABLATIONS = {  # batch, image tower
 }
 VARIANTS = ("", *_BERT, *_PERCENT, *_ABLATIONS, "small", "small_resnet")
 
-# CLIP's small towers without projections: the critic has its own
+# CLIP's small towers without their projections, because the critic has projections
 _SMALL = {name: tower | {"embed_dim": 0} for name, tower in common.SMALL.items()}
 _SMALL_RESNET = {
     "name": "resnet",
     "variant": "resnet18",
-    "blocks": (1, 1, 1),  # of 112 px, a last map of 7 x 7
+    "blocks": (1, 1, 1),  # the last feature map of a picture of 112 pixels is 7 x 7
     "width": 32,
     "image_size": 112,
     "embed_dim": 0,
@@ -81,7 +81,7 @@ def get_config(variant=""):
                 "clip_norm": 10.0,
                 "lookahead": {"k": 5, "alpha": 0.5},
                 "warmup_steps": 10_000,
-                # all of it decays, the scale too, and nothing is clamped
+                # every parameter decays, including the logit scale, and none is clamped
                 "rules": ({"pattern": "^image/"}, {"pattern": ".*", "learning_rate": 0.005}),
             },
             "evals": {"retrieval": common.COCO_RETRIEVAL},

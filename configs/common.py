@@ -1,8 +1,8 @@
-"""What the configs share: towers, tokenizers, data and optimizers, as values."""
+"""Values that several configs share: towers, tokenizers, data and optimizers."""
 
 from ml_collections import ConfigDict
 
-# Towers of a size that a CPU or a small GPU trains on a few thousand pictures.
+# Towers small enough to train on a CPU or a small GPU with a few thousand pictures
 SMALL = {
     "image": {
         "name": "vit",
@@ -29,7 +29,7 @@ MEDIUM = {
 }
 
 CLIP_BPE = {"name": "clip_bpe", "vocab_size": 49408, "context": 77}
-# Trained on the run's own captions when it starts.
+# A SentencePiece model that every run trains on its own captions
 OWN_PIECES = {"name": "sentencepiece", "vocab_size": 4096, "context": 24}
 
 PAIRS = {"source": "webdataset", "path": "data/pairs/*.tar", "workers": 8}
@@ -39,7 +39,7 @@ FLICKR8K_RETRIEVAL = {"data": {"source": "webdataset", "path": "data/flickr8k/te
 
 
 def small(objective, towers=SMALL, *, augmentation="flip", crop_scale=(0.6, 1.0)):
-    """15 epochs of Flickr8k at batch 128: minutes on two CPU cores."""
+    """A config of 15 epochs on Flickr8k at batch 128, which take minutes on two CPU cores."""
     return ConfigDict(
         {
             "objective": {**objective, "augmentation": augmentation, "crop_scale": crop_scale},
@@ -66,8 +66,11 @@ def small(objective, towers=SMALL, *, augmentation="flip", crop_scale=(0.6, 1.0)
 
 
 def compared(config, *, zero_shot=True):
-    """What the comparisons share: Flickr8k, $FLICKR8K's folder, evaluated once at the end, with
-    probes and class names of the pictures under $CIFAR10 and $TINY_IMAGENET."""
+    """`config` with what the comparisons share, changed in place.
+
+    It trains on the Flickr8k in $FLICKR8K and evaluates once at the end: retrieval on Flickr8k, and
+    linear probes and zero-shot classification on the pictures in $CIFAR10 and $TINY_IMAGENET.
+    """
 
     def source(folder, name, **names):
         return {"source": "folder", "path": f"${folder}/{name}.tar", **names}

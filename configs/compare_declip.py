@@ -1,7 +1,7 @@
-"""CLIP, SLIP, FILIP, DeCLIP and DeFILIP on Flickr8k: the same towers, data and number of pairs seen
-(15 epochs at batch 128), each with its own augmentation; then what explains DeCLIP's row: DeCLIP
-with CLIP's augmentation, and without each of its terms. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET name
-the folders of the data."""
+"""CLIP, SLIP, FILIP, DeCLIP and DeFILIP on Flickr8k, with the same towers, data and number of pairs
+(15 epochs at batch 128), but each with its own augmentation. The other variants explain the result
+of DeCLIP: DeCLIP with CLIP's augmentation (`declip_light`), and without one of its loss terms
+(`declip_no_<term>`). $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data."""
 
 import clip
 import common

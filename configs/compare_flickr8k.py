@@ -1,9 +1,9 @@
-"""Methods against each other on Flickr8k: the same towers, pictures, crops and number of pairs seen
-(15 epochs), at three batches. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET name the folders of the data.
+"""CLIP and CLIP-Lite on Flickr8k, with the same towers, pictures, crops and number of pairs (15
+epochs), at three batch sizes. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data.
 
-`clip_one_b16` is CLIP whose rows meet in pairs, so that each has one negative, as in CLIP-Lite. The
-learning rate of each method and batch is the one of 1e-4, 3e-4, 1e-3 and 3e-3 with the best mean
-recall after two epochs (at 64 and 256 not all four were tried; of equals the smaller).
+`clip_one_b16` is CLIP with its loss on pairs of rows, so that each row has one negative, as in
+CLIP-Lite. The learning rates are those with the best mean recall after two epochs, among 1e-4,
+3e-4, 1e-3 and 3e-3 (not all four at batch 64 and 256); of equal ones, the smaller.
 """
 
 import clip

@@ -1,7 +1,7 @@
-"""CLIP and ProtoCLIP on Flickr8k: the same towers, pictures, augmentation and number of pairs seen
-(15 epochs at batch 128). ProtoCLIP with and without back translation and a teacher, with soft and
-hard targets. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET name the folders of the data, and
-$FLICKR8K_TEACHER the file that `python -m clipx.teacher` wrote."""
+"""CLIP and ProtoCLIP on Flickr8k, with the same towers, pictures, augmentation and number of pairs
+(15 epochs at batch 128). ProtoCLIP also runs with hard targets, without back translation, and with
+a teacher. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data, and
+$FLICKR8K_TEACHER is the file that `python -m clipx.teacher` wrote."""
 
 import clip
 import common

@@ -1,10 +1,11 @@
 """DeCLIP (arXiv 2110.05208; constants from Sense-GVT/DeCLIP's experiments): ViT-B/32, or `:rn50`,
-on its list of YFCC15M at batch 4,096; `:88m` and `:88m_rn50` on its list of 88 million pairs, which
-was never released; `:small` for a CPU or a small GPU.
+on DeCLIP's list of YFCC15M at batch 4,096. `:88m` and `:88m_rn50` are for DeCLIP's list of 88
+million pairs, which was never released. `:small` is for a CPU or a small GPU.
 
-The learning rate rises from the first step's to the 2,500th's and is 0 at the 128,001st, which is
-left out. `objective.groups=32` gives each 128 rows a queue (128 MiB) and head statistics of their
-own, as those runs' 32 GPUs had. Captions are augmented with WordNet; without it a run says so.
+The learning rate warms up over the first 2,500 steps. It would reach 0 at step 128,001, which is
+not part of the run. With `objective.groups=32` each group of 128 rows has its own queue (128 MiB)
+and head statistics, as on the 32 GPUs of the published runs. Augmenting captions needs WordNet; a
+run without it stops with an error that says where to get it.
 """
 
 import common
@@ -12,8 +13,8 @@ from ml_collections import ConfigDict
 
 VARIANTS = ("", "rn50", "88m", "88m_rn50", "small")
 
-MASK = {"mask": True}  # an id for hidden words: the tokenizer's marks move up by one
-YFCC15M = {  # not OpenAI's list of that name, which is configs/slip.py's
+MASK = {"mask": True}  # an id for masked words, which shifts the ids of the marks by one
+YFCC15M = {  # DeCLIP's list; configs/slip.py uses OpenAI's list of the same name
     "source": "webdataset",
     "path": "data/yfcc15m_declip/*.tar",
     "manifest": "yfcc15m_declip",
@@ -29,9 +30,10 @@ VIT_B32 = {
     "freeze_patches": True,
 }
 RN50 = {"name": "resnet", "variant": "RN50"}
-# the patch embedding, where it is frozen; then all decays but gains, scales and layers' own biases,
-# of which torch's qkv bias is none
+# the patch embedding, if it is frozen
 FROZEN = {"pattern": "^image/patch_embedding/", "learning_rate": 0.0, "weight_decay": 0.0}
+# gains, scales and biases do not decay, except for the bias of qkv (torch's in_proj_bias, which is
+# not the bias of a layer)
 RULES = (
     {"pattern": "(^|/)attn/qkv/bias$"},
     {"pattern": "(^|/)(bias|scale)$", "weight_decay": 0.0},
@@ -40,7 +42,7 @@ RULES = (
 
 
 def scale_rule(least=3.0, most=6.0, learning_rate=1.0):
-    """The logarithm of a logit scale stays within bounds."""
+    """A rule that clamps the logarithm of the logit scale to [least, most]."""
     return {
         "pattern": "(^|/)logit_scale$",
         "learning_rate": learning_rate,
@@ -50,7 +52,7 @@ def scale_rule(least=3.0, most=6.0, learning_rate=1.0):
 
 
 def yfcc15m(objective, image=VIT_B32, *, embed_dim=512, learning_rate=1e-3, weight_decay=0.1):
-    """What the recipes of that repository on YFCC15M share."""
+    """The config that the recipes of DeCLIP's repository for YFCC15M share."""
     frozen = (FROZEN,) if image.get("freeze_patches") else ()
     return ConfigDict(
         {
@@ -86,7 +88,7 @@ def yfcc15m(objective, image=VIT_B32, *, embed_dim=512, learning_rate=1e-3, weig
     )
 
 
-# Photometry of "mocov2" for pictures of 64 pixels rather than 224: less blur, larger crops.
+# The augmentation "mocov2" for pictures of 64 instead of 224 pixels: less blur, larger crops
 MOCOV2_64 = {
     "scale": (0.4, 1.0),
     "flip": True,
@@ -102,7 +104,7 @@ MOCOV2_64 = {
 
 
 def small(objective):
-    """As configs/clip.py's; captions are augmented without WordNet."""
+    """Like the variant `small` of configs/clip.py, with captions augmented without WordNet."""
     config = common.small(objective, augmentation=MOCOV2_64, crop_scale=None)
     config.tokenizer.update(MASK)
     config.data.text_augment = {"operations": ("swap", "delete")}
@@ -121,7 +123,7 @@ def get_config(variant=""):
     if not variant.startswith("88m"):
         return config
     config.data.update({"path": "data/declip88m/*.tar", "manifest": None})
-    # momentum whose decay is in the gradient; e^80 is no bound
+    # SGD with weight decay in the gradient; the bound e^80 is never reached
     scale = scale_rule(most=80.0, learning_rate=0.1 if rn50 else 0.0)
     config.optimizer = {
         "name": "sgd",

@@ -1,6 +1,6 @@
-"""DeFILIP: DeCLIP with FILIP's loss, of all tokens, between the first view and the first text, at
-0.2 (constants from Sense-GVT/DeCLIP's experiments): ViT-B/32 on YFCC15M; `:small` for a CPU or a
-small GPU. The weights sum to 1.2, as published."""
+"""DeFILIP: DeCLIP plus FILIP's loss on all tokens of the first view and the first text, with weight
+0.2 (constants from Sense-GVT/DeCLIP's experiments). ViT-B/32 on YFCC15M; `:small` is for a CPU or a
+small GPU. The weights of the losses sum to 1.2, as published."""
 
 import declip
 

@@ -1,6 +1,7 @@
-"""FILIP as DeCLIP's repository trains it (arXiv 2111.07783; constants from its experiments):
-ViT-B/32, or `:rn50`, on YFCC15M, padding among the tokens; `:small`, without it, for a CPU or a
-small GPU. `objective.top_k=None` keeps all tokens, as its published runs may have done."""
+"""FILIP (arXiv 2111.07783) as DeCLIP's repository trains it (constants from its experiments):
+ViT-B/32, or `:rn50`, on YFCC15M, with padding among the tokens of a text. `:small` masks padding
+and is for a CPU or a small GPU. `objective.top_k=None` keeps all tokens, as the repository's
+published runs may have done."""
 
 import declip
 

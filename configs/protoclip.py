@@ -1,13 +1,13 @@
 """ProtoCLIP (arXiv 2206.10996; constants from megvii-research/protoclip): RN50 on 2.5 million pairs
-of CC3M with 8 GPUs at batch 512, or `:1gpu` at batch 64; `:clip` and `:clip_1gpu` are CLIP with as
-many steps and the same augmentation, `:clip_original` and `:clip_1gpu_original` the authors' CLIP,
-whose crops are lighter; `:small` for a CPU or a small GPU, beside which configs/clip.py:small is
-CLIP with the same pairs and augmentation.
+of CC3M, at batch 512 as on 8 GPUs, or `:1gpu` at batch 64. `:clip` and `:clip_1gpu` are CLIP with
+the same steps and augmentation. `:clip_original` and `:clip_1gpu_original` are the authors' CLIP,
+with lighter crops. `:small` is for a CPU or a small GPU; configs/clip.py:small is CLIP with the
+same pairs and augmentation.
 
-An episode is of whole batches: 390 steps at batch 512, where the authors' schedule counts a 391st
-that is never taken; 156,000 updates in either. With 8 GPUs the statistics of BatchNorm were those
-of 64 rows: with `objective.groups=8` the heads' are; the image tower's are the whole batch's. The
-teacher's file is written by `python -m clipx.teacher`.
+An episode has only full batches: 390 steps at batch 512. The authors' schedule counts a 391st step
+that is never taken, so both make 156,000 updates. On 8 GPUs the statistics of BatchNorm are those
+of 64 rows. With `objective.groups=8` this holds for the heads, but the image tower uses the
+statistics of the full batch. `python -m clipx.teacher` writes the file of the teacher.
 """
 
 import common
@@ -22,8 +22,8 @@ _HEADS = {"pattern": "^heads/", **_NO_DECAY}
 
 
 def _rules(method, image_horizon):
-    """No decay for gains, biases, scales and heads; the image tower's learning rate is 0 from
-    `image_horizon` of the steps on."""
+    """Rules without weight decay for gains, biases, scales and heads, and with a learning rate of 0
+    for the image tower after the share `image_horizon` of the steps."""
     heads = (_HEADS,) if method == "protoclip" else ()
     image = {"horizon": image_horizon}
     return (
@@ -61,7 +61,8 @@ def _cc2m(objective, *, batch, steps, learning_rate, warmup, image_horizon=1.0):
             },
             "optimizer": {
                 "learning_rate": learning_rate,
-                # the first update has 1 / warmup of it, the last of the warm-up and the next all
+                # update i of the warm-up has i / warmup of the learning rate; the first update
+                # after it has the full rate too
                 "warmup_from": learning_rate / warmup,
                 "warmup_steps": warmup - 1,
                 "hold_steps": 1,
@@ -81,8 +82,8 @@ _ONE = {"batch": 64, "learning_rate": 5e-5, "warmup": 2000}
 
 
 def _protoclip(episodes, recipe):
-    """The last two episodes are of the contrastive loss alone, the image tower standing still, as
-    their --lit-start-epoch of `episodes` - 1 makes them."""
+    """The last two episodes use only the contrastive loss and freeze the image tower, as the
+    authors' flag --lit-start-epoch of `episodes` - 1 does."""
     objective = {
         "name": "protoclip",
         "external_weight": 1.0,
@@ -96,7 +97,7 @@ def _protoclip(episodes, recipe):
 
 
 def _small():
-    """15 episodes of an epoch of Flickr8k."""
+    """15 episodes of one epoch of Flickr8k each."""
     objective = {
         "name": "protoclip",
         "k": 200,
@@ -121,7 +122,7 @@ def get_config(variant=""):
     recipe, one = (_ONE, True) if "1gpu" in variant else (_EIGHT, False)
     if variant not in _CLIP:
         return _protoclip(100 if one else 400, recipe)
-    if variant.endswith("original"):  # 8 or 32 epochs of 2.5 million
+    if variant.endswith("original"):  # 8 or 32 epochs of 2.5 million pairs
         objective = {"name": "clip"}
         steps = (8 if one else 32) * (2_500_000 // recipe["batch"])
     else:

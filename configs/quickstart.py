@@ -1,4 +1,4 @@
-"""CLIP on drawn shapes: two minutes on two CPU cores, nothing to download."""
+"""CLIP on generated pictures of shapes: two minutes on two CPU cores, nothing to download."""
 
 import common
 from ml_collections import ConfigDict

@@ -1,5 +1,5 @@
-"""SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (every token sees every other, and
-the last is read out) at ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU or a small GPU."""
+"""SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (no causal mask, features from the
+last token) with ViT-B/32, or `:rn50`. `:small` and `:medium` are for a CPU or a small GPU."""
 
 import common
 from ml_collections import ConfigDict
@@ -40,7 +40,8 @@ def get_config(variant=""):
                 "eval_every_steps": 5000,
                 "best": "retrieval/mean_recall",
             },
-            # The paper's decay of 1e-4 is not multiplied by the learning rate of 1e-3; ours is.
+            # The paper's decay of 1e-4 is not multiplied by the learning rate. Ours is, so it is
+            # 1e-4 over the learning rate of 1e-3.
             "optimizer": {
                 "learning_rate": 1e-3,
                 "b2": 0.95,

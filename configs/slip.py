@@ -1,13 +1,13 @@
 """SLIP (arXiv 2112.12750; constants from facebookresearch/SLIP): ViT-B/16, 25 epochs of OpenAI's
-list of YFCC15M at batch 4,096. As DeCLIP's repository trains it, on its own list: `:declip`
-(ViT-B/32) and `:declip_rn50`. `:small` for a CPU or a small GPU."""
+list of YFCC15M at batch 4,096. `:declip` (ViT-B/32) and `:declip_rn50` are SLIP as DeCLIP's
+repository trains it, on DeCLIP's list. `:small` is for a CPU or a small GPU."""
 
 import common
 import declip
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "declip", "declip_rn50", "small")
-_PAIRS = 14_689_580  # of the list, those that were still to be had
+_PAIRS = 14_689_580  # pairs of the list that could still be downloaded
 
 
 def _declip(image, embed_dim):
@@ -36,7 +36,7 @@ def get_config(variant=""):
         return _declip(declip.RN50, 1024)
     return ConfigDict(
         {
-            # what its numbers were trained with: gradients to features as queries alone
+            # as in the published runs: features receive gradients only as queries
             "objective": {"name": "slip", "compat": {"detach_gather": True}},
             "image": {
                 "name": "vit",

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine, as several hosts would: one for each GPU, or two
-# that share the CPU.
+# Trains with several processes on this machine, as several hosts would: one process per GPU, or two
+# processes that share the CPU.
 #
 #   launch/local.sh [--processes=N] [--devices=D] [--doctor] [--dry_run] -- \
 #     --config=FILE --workdir=DIR ...
 #
-#   --processes=N  how many
-#   --devices=D    devices of each on the CPU (1)
-#   --doctor       python -m clipx.doctor in place of training
-#   --dry_run      prints every command and runs none
+#   --processes=N  number of processes (one per GPU; 2 without GPUs)
+#   --devices=D    CPU devices per process, without GPUs (1)
+#   --doctor       run python -m clipx.doctor instead of training
+#   --dry_run      print every command, run none
 #
-# It ends with 0, or with the code of the first process that failed; 42: told to stop, and saved.
+# Exit code: 0, or that of the first process that failed. 42: training was told to stop and has
+# saved.
 
 set -euo pipefail
 
@@ -32,14 +33,15 @@ while [[ $# -gt 0 ]]; do
     --doctor) module=clipx.doctor ;;
     --dry_run) dry_run=1 ;;
     --) shift && break ;;
-    *) usage "not known before --: $1" ;;
+    *) usage "unknown option before --: $1" ;;
   esac
   shift
 done
-[[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^[1-9][0-9]*$ ]] || usage 'N and D are numbers'
-[[ $# -gt 0 ]] || usage 'after --: the arguments of clipx.train'
+[[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^[1-9][0-9]*$ ]] ||
+  usage "--processes=$processes --devices=$devices: expected numbers of at least 1"
+[[ $# -gt 0 ]] || usage 'no arguments of clipx.train after --'
 if ((gpus > 0 && processes > gpus)); then
-  usage "$processes processes and $gpus GPUs: a process needs one of its own"
+  usage "--processes=$processes: expected at most $gpus, because every process needs its own GPU"
 fi
 
 python=${PYTHON:-python}
@@ -76,13 +78,13 @@ while ((${#pids[@]})); do
     fi
     ended=0
     wait "$pid" || ended=$?
-    # 134: it only says that another has ended
+    # 134 only says that another process has ended: the other's code counts
     if ((ended && (code == 0 || code == 134))); then
       code=$ended
     fi
   done
   pids=(${left[@]+"${left[@]}"})
-  # what failed will not come back: the others would wait for it
+  # the others would wait for a failed process, which will not come back
   if ((code && code != 42 && ${#pids[@]})) && [[ ! $killed ]]; then
     sleep "${GRACE_SECONDS:-15}"
     kill -KILL "${pids[@]}" 2>/dev/null || true

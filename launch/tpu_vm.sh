@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM of any number of hosts: creates it or uses the one that is there,
-# installs this checkout on every host, starts the run on all of them, follows its log, and goes on
+# Trains on a Cloud TPU VM with any number of hosts: creates the TPU or uses an existing one,
+# installs this checkout on every host, starts the run on all hosts, follows its log, and resumes
 # after a preemption.
 #
 #   launch/tpu_vm.sh VERB --name=NAME --zone=ZONE [options] -- --config=FILE --workdir=DIR ...
 #
-# Verbs: run (all of it), stop (the run), down (deletes the TPU), doctor (python -m clipx.doctor on
-# every host).
+# Verbs: run (create, install and train), stop (stop the run), down (delete the TPU), doctor (run
+# python -m clipx.doctor on every host of an existing TPU where clipx is installed).
 #   --type=T          accelerator type, such as v5litepod-16, v4-32, v6e-256
-#   --version=V       runtime version (chosen by type)
-#   --project=P       Google Cloud project (gcloud's own)
-#   --spot            cheaper, and can be taken away at any time
-#   --queued          waits in the queue for capacity (a queued resource)
-#   --env_file=FILE   lines NAME=VALUE that every host sets: secrets go here, on no command line
-#   --restarts=N      how often to go on after a preemption (100)
-#   --other_region    allows buckets in another region than the TPU's (every byte is charged)
-#   --down            deletes the TPU when the run has ended
-#   --dry_run         prints every command and runs none
+#   --version=V       runtime version (default: chosen by type)
+#   --project=P       Google Cloud project (default: gcloud's)
+#   --spot            a spot TPU: cheaper, but can be preempted at any time
+#   --queued          wait for capacity in Google's queue (a queued resource)
+#   --env_file=FILE   lines NAME=VALUE, set on every host; for secrets, which then are on no
+#                     command line
+#   --restarts=N      restarts after preemptions, at most (100)
+#   --other_region    allow buckets in another region than the TPU's (every byte read is charged)
+#   --down            delete the TPU when the run has ended
+#   --dry_run         print every command, run none
 #
-# The workdir has to be one folder that all hosts share: a mounted bucket or NFS.
-# It ends with 0: done; 2: something must be mended first (config, data, quota, region); 42: still
-# preempted after N restarts, the last checkpoint is kept; 1: anything else, with the log's end.
+# All hosts must share the workdir: use a mounted bucket or NFS.
+# Exit code 0: done. 2: the config, the data, the quota or the region must be fixed first. 42: still
+# preempted after N restarts; the last checkpoint is kept. 1: any other failure, after the end of
+# the log.
 
 set -euo pipefail
 
@@ -45,7 +47,7 @@ worker_number() {
 
 alive() { [[ -e $state_folder/pid ]] && kill -0 "$(cat "$state_folder/pid")" 2>/dev/null; }
 
-free_tpu() { # removes the lock that a dead run left; refuses if a process still has the TPU
+free_tpu() { # removes the lock of a dead run; fails if a process still holds the TPU
   local lock=${LIBTPU_LOCK:-/tmp/libtpu_lockfile} devices=() owners=''
   shopt -s nullglob
   devices=(/dev/accel* /dev/vfio/[0-9]*)
@@ -56,7 +58,7 @@ free_tpu() { # removes the lock that a dead run left; refuses if a process still
   if [[ $owners ]]; then
     echo "worker $number: refused: the TPU is held by process $owners ($(
       ps -o args= -p "${owners// /,}" | head -1 | cut -c1-120
-    )); end it there, or: launch/tpu_vm.sh stop"
+    )); end that process, or run launch/tpu_vm.sh stop"
     return 1
   fi
   if [[ -e $lock ]]; then
@@ -79,7 +81,7 @@ worker() {
       ;;
     start)
       if alive; then
-        echo "worker $number: runs already"
+        echo "worker $number: already runs"
       else
         free_tpu || return 0
         rm -f "$state_folder/code"
@@ -121,7 +123,7 @@ worker() {
         alive && kill -KILL -- "-$(cat "$state_folder/pid")"
       fi
       ;;
-    *) die 2 "no verb $verb" ;;
+    *) die 2 "unknown verb '$verb' of a worker" ;;
   esac
   echo "worker $number: ok $verb"
 }
@@ -135,7 +137,7 @@ load_env() {
   fi
 }
 
-# ---- here ----------------------------------------------------------------------------------------
+# ---- on this machine -----------------------------------------------------------------------------
 
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
@@ -144,7 +146,7 @@ usage() {
 
 quoted() { (($#)) && printf ' %q' "$@" || true; }
 
-run() { # a command, or its words in a dry run
+run() { # runs a command; in a dry run prints it
   if [[ $dry_run ]]; then
     quoted "$@" | cut -c2-
   else
@@ -152,7 +154,7 @@ run() { # a command, or its words in a dry run
   fi
 }
 
-tpu() { # VERB ARGUMENTS...: gcloud on this TPU VM
+tpu() { # VERB ARGUMENTS...: a gcloud command for this TPU VM
   run gcloud compute tpus tpu-vm "$1" "$name" "${place[@]}" "${@:2}"
 }
 
@@ -160,14 +162,14 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" "${place[@]}" --worker=all
 
 queue() { run gcloud compute tpus queued-resources "$1" "$name" "${place[@]}" "${@:2}"; }
 
-check_regions() { # a run in one region that reads a bucket in another pays for every byte
+check_regions() { # refuses buckets in another region, from which every byte read is charged
   local region=${zone%-*} bucket found buckets
   buckets=$(printf '%s\n' "$@" | grep -oE 'gs://[a-z0-9._-]+' | sort -u || true)
   for bucket in $buckets; do
     [[ $dry_run ]] && run gcloud storage buckets describe "$bucket" '--format=value(location)' &&
       continue
     found=$(gcloud storage buckets describe "$bucket" '--format=value(location)') ||
-      die 2 "$bucket: cannot be looked at; is the name right, and may this account read it?"
+      die 2 "gcloud cannot describe $bucket: check its name, and that this account may read it"
     found=$(tr '[:upper:]' '[:lower:]' <<<"$found")
     case $region in
       "$found" | "$found"-*) continue ;; # the region, or a multi-region like us or asia
@@ -177,13 +179,13 @@ check_regions() { # a run in one region that reads a bucket in another pays for 
       say "$bucket is in $found, the TPU in $region: every byte read is charged"
     else
       die 2 "$bucket is in $found, the TPU would be in $region: every byte read is charged." \
-        "Copy it (gcloud storage cp --recursive $bucket gs://NAME-IN-$region), take a zone of" \
-        "$found, or say --other_region"
+        "Copy it (gcloud storage cp --recursive $bucket gs://NAME-IN-$region), choose a zone in" \
+        "$found, or pass --other_region"
     fi
   done
 }
 
-state() { # READY, CREATING, PREEMPTED, ...; ABSENT where there is none
+state() { # prints the TPU's state: READY, CREATING, PREEMPTED, ...; ABSENT without a TPU
   local found
   if [[ $dry_run ]]; then
     tpu describe '--format=value(state)' >&3
@@ -211,10 +213,10 @@ create() {
       *[Aa]lready*[Ee]xists* | *ALREADY_EXISTS*) return ;;
       *[Qq]uota*)
         die 2 "$said"$'\n'"tpu_vm: the quota of this project does not allow a $type in $zone:" \
-          'ask for more (IAM & Admin > Quotas), or take another zone, type or --spot'
+          'ask for more (IAM & Admin > Quotas), or choose another zone or type, or --spot'
         ;;
       *'no more capacity'* | *[Ss]tockout* | *RESOURCE_EXHAUSTED*)
-        say "no capacity for $type in $zone now; again in $poll s (--queued waits in Google's queue)"
+        say "no capacity for $type in $zone; next try in $poll s (--queued waits in Google's queue)"
         sleep "$poll"
         ;;
       *) die 1 "$said" ;;
@@ -231,7 +233,7 @@ delete() {
   fi
 }
 
-up() { # returns when the TPU is there and READY; sets `workers`
+up() { # creates the TPU if necessary, returns when it is READY; sets `workers`
   local now
   while true; do
     now=$(state)
@@ -246,7 +248,7 @@ up() { # returns when the TPU is there and READY; sets `workers`
         [[ ! $dry_run ]] || break
         ;;
       PREEMPTED | TERMINATED | STOPPED | UNHIDING | HIDDEN)
-        say "$name is $now: it is made anew"
+        say "$name is $now: deleting it and creating it again"
         delete
         ;;
       *)
@@ -266,7 +268,7 @@ up() { # returns when the TPU is there and READY; sets `workers`
 
 queue_state() { queue describe '--format=value(state.state)' 2>/dev/null || echo ABSENT; }
 
-everywhere() { # VERB ARGUMENTS...: on every worker; names those that do not answer in three times
+everywhere() { # VERB ARGUMENTS...: runs on every worker, asks silent ones again; sets `answers`
   local command said silent i attempt
   command="${before:-}bash clipx/launch/tpu_vm.sh worker$(quoted "$@")"
   if [[ $dry_run ]]; then
@@ -280,7 +282,7 @@ everywhere() { # VERB ARGUMENTS...: on every worker; names those that do not ans
       grep -q "worker $i: ok $1" <<<"$said" || silent+=("$i")
     done
     if grep 'worker [0-9]*: refused' <<<"$said" >&2; then
-      die 1 'nothing was started there'
+      die 1 'nothing was started on that worker'
     fi
     ((${#silent[@]})) || break
     ((attempt < 4)) || break
@@ -295,8 +297,8 @@ everywhere() { # VERB ARGUMENTS...: on every worker; names those that do not ans
   grep -v ': ok ' <<<"$said" | grep '^worker\|rror' >&2 || true
   if ((${#silent[@]})); then
     say "$said"
-    die 1 "worker ${silent[*]} of $workers did not answer to '$1' in four times;" \
-      "look there: gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=${silent[0]}"
+    die 1 "worker ${silent[*]} of $workers did not answer to '$1' in four tries; log in to look:" \
+      "gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=${silent[0]}"
   fi
 }
 
@@ -309,7 +311,7 @@ install() {
     copy "$packed" "$name:clipx.tar.gz" && break
     ((attempt < 3)) || die 1 "cannot copy to every worker of $name"
     [[ $(state) == READY ]] || return 1
-    say 'cannot copy to every worker yet; again'
+    say 'cannot copy to every worker yet; trying again'
     sleep "$poll"
   done
   [[ ! $env_file ]] || copy "$env_file" "$name:clipx.env"
@@ -318,14 +320,14 @@ install() {
     everywhere install
 }
 
-once() { # one start on all workers, to its end; sets `ended`: 0, 2, 42, preempted or another code
+once() { # trains once, to its end; sets `ended`: 0, 2, 42, preempted or another code
   ended=preempted
   up
   install || return 0
   everywhere start "$@" || return 0
   tpu ssh --worker=0 --command='bash clipx/launch/tpu_vm.sh worker follow' || true
   local i codes
-  for ((i = 0; i < 20; i++)); do # the others end within moments, or hang
+  for ((i = 0; i < 20; i++)); do # the other workers end soon, unless they hang
     [[ $(state) == READY || $dry_run ]] || return 0
     everywhere result || return 0
     [[ ! $dry_run ]] || return 0
@@ -333,7 +335,7 @@ once() { # one start on all workers, to its end; sets `ended`: 0, 2, 42, preempt
     sleep "$poll"
   done
   codes=$(grep -o 'worker [0-9]*: \(ended [a-z0-9]*\|runs\)' <<<"$answers" | sort -u)
-  # what failed by itself: not the echo of another's end (134), not told to stop (42)
+  # the first worker that failed by itself: not because another ended (134), nor told to stop (42)
   ended=$(grep -v 'ended \(0\|42\|134\)$' <<<"$codes" | head -1 || true)
   if [[ ! $ended ]]; then
     for ended in 42 134 0; do
@@ -345,8 +347,8 @@ once() { # one start on all workers, to its end; sets `ended`: 0, 2, 42, preempt
   say "worker $i: $ended; the end of its log:"
   tpu ssh --worker="$i" --command='bash clipx/launch/tpu_vm.sh worker log' >&2 || true
   case $ended in
-    137) say 'killed: out of the host'\''s memory, or by hand (no preemption: the TPU is READY)' ;;
-    runs) say 'it hangs while others have ended' && ended=1 && everywhere stop ;;
+    137) say 'killed: out of the host'\''s memory, or by hand (not preempted: the TPU is READY)' ;;
+    runs) say 'it hangs although others have ended' && ended=1 && everywhere stop ;;
   esac
 }
 
@@ -356,12 +358,12 @@ train() {
   for ((restart = 0; restart <= restarts; restart++)); do
     once "$@"
     if [[ $dry_run ]]; then
-      echo '# after a preemption, or exit code 42: all from the first command again'
+      echo '# after a preemption, or exit code 42: the same commands again, from the first'
       break
     fi
     case $ended in
       0) say 'done' ;;
-      2) say 'the config, the workdir or the data must be mended first' ;;
+      2) say 'the config, the workdir or the data must be fixed first' ;;
       42 | preempted)
         say "preempted ($ended); restart $((restart + 1)) of $restarts"
         continue
@@ -398,20 +400,20 @@ main() {
       --down) down=1 ;;
       --dry_run) dry_run=1 ;;
       --) shift && break ;;
-      *) usage "not known before --: $1" ;;
+      *) usage "unknown option before --: $1" ;;
     esac
     shift
   done
   [[ $name && $zone ]] || usage '--name and --zone are needed'
   [[ $restarts =~ ^[0-9]+$ ]] || usage "--restarts=$restarts: expected a number"
-  [[ ! $env_file || -r $env_file ]] || usage "--env_file=$env_file: not there"
+  [[ ! $env_file || -r $env_file ]] || usage "--env_file=$env_file: no such file, or not readable"
   place=(--zone="$zone")
   [[ ! $project ]] || place+=(--project="$project")
   exec 3>&1
   case $verb in
     run)
       [[ $type ]] || usage '--type is needed'
-      [[ $# -gt 0 ]] || usage 'after --: the arguments of clipx.train'
+      [[ $# -gt 0 ]] || usage 'no arguments of clipx.train after --'
       if [[ ! $version ]]; then
         case $type in # Cloud TPU's table of runtime versions
           v6e-*) version=v2-alpha-tpuv6e ;;
@@ -428,7 +430,7 @@ main() {
       [[ ! $answers ]] || echo "$answers"
       ;;
     down) delete ;;
-    *) usage "no verb '$verb'" ;;
+    *) usage "unknown verb '$verb'" ;;
   esac
 }
 

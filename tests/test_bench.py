@@ -1,4 +1,4 @@
-"""The benchmark's own twin is right, and it runs the run's step."""
+"""`clipx.bench`: its float64 reference is right, and it times the run's own step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Variants of a config, trained one after another, and one table of what their evals found."""
+"""`clipx.compare`: variants of a config trained one after another, and one table of their evals."""
 
 import json
 import types
@@ -20,7 +20,7 @@ RECALLS = {f"retrieval/text_to_image_R@{k}": k / 100 for k in (1, 10, 5)}
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A config of two variants, whose training writes what training writes."""
+    """A config of two variants, and a fake `train` that writes a run's files."""
 
     def train(config, workdir):
         folder = tmp_path / "runs" / config["name"]
@@ -53,7 +53,7 @@ def test_one_table_of_the_last_evals(config, tmp_path, capsys):
     ]
 
 
-def test_what_is_done_is_not_trained_again(config, tmp_path, monkeypatch, capsys):
+def test_a_finished_variant_is_not_trained_again(config, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
     assert compare.compare(config, ("a",), str(runs), []) == 0
     (runs / "a" / "report.html").touch()
@@ -62,12 +62,12 @@ def test_what_is_done_is_not_trained_again(config, tmp_path, monkeypatch, capsys
     )
     assert compare.compare(config, (), str(runs), []) == 0  # to train "a" would fail
     said = capsys.readouterr().out
-    assert "\na: done before\n" in said and "\nb\n" in said and "| a | 1.0 / 5.0" in said
+    assert "\na: already finished\n" in said and "\nb\n" in said and "| a | 1.0 / 5.0" in said
     with pytest.raises(ConfigError, match="another config"):
         compare.compare(config, (), str(runs), [("name", "other")])
 
 
-def test_some_of_them_and_a_run_that_was_told_to_stop(config, tmp_path, capsys):
+def test_chosen_variants_and_a_run_that_is_stopped(config, tmp_path, capsys):
     runs = str(tmp_path / "runs")
     assert compare.compare(config, ("b",), runs, [("stop", "True")]) == 42
     assert not (tmp_path / "runs" / "a").exists() and "|" not in capsys.readouterr().out

@@ -1,5 +1,4 @@
-"""What `python -m clipx.dataset` says of a set of drawn pictures is so, and what it packs reads
-back as it was."""
+"""`python -m clipx.dataset` reports the facts of a generated data set, and packs it losslessly."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def encoded(seed: int, mode: str = "RGB", kind: str = "JPEG", size=(40, 30), **o
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Nine pictures and their captions in a table; the last but one cannot be decoded."""
+    """Nine pictures and a table with their captions. Picture 7 cannot be decoded."""
     monkeypatch.setenv("CLIPX_CACHE", str(tmp_path / "cache"))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -80,16 +79,16 @@ def mixture(**parts):
     return {"data": {"source": "mixture", "parts": parts}}
 
 
-def test_verify_finds_what_is_there(folder, capsys):
-    report = folder / "verify.json"
-    assert dataset.verify(section(folder), str(report)) == cli.EXIT_CONFIG
+def test_verify_reports_the_facts(folder, capsys):
+    file = folder / "verify.json"
+    assert dataset.verify(section(folder), str(file)) == cli.EXIT_CONFIG
     assert dataset.verify(section(folder, max_bad_fraction=0.2)) == 0
     said = capsys.readouterr().out
-    found = read_json(report)["config.data"]
-    (bad,) = found["bad"]
-    assert found["rows"] == 9 and bad["row"] == BROKEN and bad["key"] == "7.jpg"
+    report = read_json(file)["config.data"]
+    (bad,) = report["bad"]
+    assert report["rows"] == 9 and bad["row"] == BROKEN and bad["key"] == "7.jpg"
     assert "cannot be decoded" in bad["reason"] and bad["reason"] in said
-    pictures, captions = found["pictures"], found["captions"]
+    pictures, captions = report["pictures"], report["captions"]
     assert pictures["formats"] == {"JPEG": 6, "PNG": 1, "BMP": 1}
     assert pictures["modes"] == {"RGB": 6, "CMYK": 1, "L": 1}
     assert pictures["turned by EXIF"] == 1
@@ -118,7 +117,7 @@ def test_scripts(text, name):
     assert script(text) == name
 
 
-def test_tokens_are_counted_where_a_tokenizer_is_at_hand(folder):
+def test_tokens_are_counted_unless_the_tokenizer_must_be_trained(folder):
     merges = folder / "merges.txt"
     merges.write_text("#version: 0.2\nt h\n")
     tokenizer = {"name": "clip_bpe", "vocab_size": 515, "context": 8, "path": str(merges)}
@@ -134,7 +133,7 @@ def digests(path):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.iterdir())}
 
 
-def test_what_is_packed_reads_back(folder, capsys):
+def test_packed_shards_read_back(folder, capsys):
     config, output = section(folder), folder / "packed"
     dataset.pack(config, str(output), "3rows")
     said = capsys.readouterr().out
@@ -143,7 +142,7 @@ def test_what_is_packed_reads_back(folder, capsys):
     rows = [row for row in range(9) if row != BROKEN]
     assert [packed[i].texts for i in range(8)] == [source[row].texts for row in rows]
     assert [packed[i].image for i in range(7)] == [source[row].image for row in rows[:7]]
-    assert packed[7].image.startswith(b"\x89PNG")  # no bmp in shards
+    assert packed[7].image.startswith(b"\x89PNG")  # bmp is converted
     assert [key.split("/")[1] for key in list(packed.keys())] == [f"{row:09d}" for row in rows]
     about = read_json(output / "pack.json")
     assert about["rows"] == 8 and about["skipped"][0]["key"] == "7.jpg"
@@ -171,7 +170,7 @@ def test_classes_become_labels(folder):
     assert verify(source)["labels"] == {"cat": 2, "dog": 1}
 
 
-def test_shards_are_no_larger_than_asked(folder):
+def test_shards_are_not_larger_than_the_limit(folder):
     dataset.pack(section(folder), str(folder / "packed"), "20KB")
     sizes = [f.stat().st_size for f in (folder / "packed").glob("*.tar")]
     assert len(sizes) > 1 and max(sizes) <= 20_480
@@ -188,7 +187,7 @@ def test_shards_are_no_larger_than_asked(folder):
         lambda config: dataset.show_fingerprint({"data": config["data"] | {"pth": "x"}}),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_of_the_config(folder, call):
+def test_wrong_arguments_are_config_errors(folder, call):
     with pytest.raises(ConfigError):
         call(section(folder))
 
@@ -207,14 +206,14 @@ def test_index_opens_every_source(folder, capsys):
     assert str(folder / "cache") in lines[3] and any((folder / "cache").rglob("*.npz"))
 
 
-def test_fingerprint_says_of_how_many(folder, capsys):
+def test_fingerprint_shows_the_published_number_of_rows(folder, capsys):
     dataset.show_fingerprint(section(folder, manifest="coco"))
     digest = fingerprint(Table(section(folder)["data"]["path"]))
     assert capsys.readouterr().out == f"coco: 9 of 118,287 (0.0%), fingerprint {digest}\n"
 
 
 def small(folder):
-    """The quickstart's towers on the drawn set, without its broken row's doing."""
+    """The quickstart's towers on the generated data set."""
     config = cli.load_config(
         str(ROOT / "configs" / "quickstart.py"), [*SMALL, ("tokenizer.vocab_size", "60")]
     )
@@ -229,7 +228,7 @@ def test_a_preview_shows_what_the_model_sees(folder, capsys):
     text = output.read_text("utf-8")
     assert text.count("<article>") == 9 and text.count('alt="view 1"') == 9
     assert 'class="used" dir="auto">كلب يجري على العشب<' in text
-    assert "stands in for 7.jpg: the picture" in text
+    assert "replaces the unusable row 7.jpg: the picture" in text
     assert "colours jittered (80%)" in text and "blurred (50%)" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # self-contained
     assert "9 rows of 9" in capsys.readouterr().out
@@ -255,7 +254,7 @@ def test_the_verdict(wanted, said):
     assert feed_speed.verdict(100, wanted, 2).startswith(said)
 
 
-def test_another_loader_runs_beside(folder):
+def test_another_loader_is_compared(folder):
     script = folder / "other.py"
     script.write_text(
         "import json, sys\n"
@@ -272,7 +271,7 @@ def test_another_loader_runs_beside(folder):
     assert "| two views, as DeCLIP | " in "\n".join(feed_comparison.markdown(found))
 
 
-def test_another_loader_that_cannot_run_is_told_in_a_line(folder):
+def test_another_loader_that_cannot_run_is_reported_in_one_line(folder):
     with pytest.raises(DataError, match="a checkout of clipx"):
         feed_comparison.against(folder / "nowhere.py")
     script = folder / "broken.py"
@@ -281,7 +280,7 @@ def test_another_loader_that_cannot_run_is_told_in_a_line(folder):
         feed_comparison.against(script, files=8)
 
 
-def test_an_unknown_command_names_them_all(capsys):
+def test_the_error_for_an_unknown_command_lists_all_commands(capsys):
     for argv in (["dataset", "veryfi"], ["dataset"], ["dataset", "--config=x"]):
         with pytest.raises(SystemExit) as ended:
             dataset.take_command(argv)

@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it says what to mend."""
+"""The doctor's findings, and that they say what to fix."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def found(findings):
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    """A folder of programs that are found before all others."""
+    """Adds programs to a folder that is first in PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     def program(name, text):
@@ -51,14 +51,14 @@ def test_a_gpu_that_jax_does_not_see(path, monkeypatch):
     assert gpu.found == "2 x NVIDIA H200, 575.57; JAX sees none of them"
     assert "clipx[cuda]" in gpu.mend
     path("nvidia-smi", "exit 9")
-    assert "mend NVIDIA's driver" in found(host.check_drivers())["gpu driver"].mend
+    assert "reinstall NVIDIA's driver" in found(host.check_drivers())["gpu driver"].mend
 
 
 def test_a_stale_lock_file(path, monkeypatch, tmp_path):
     lock = tmp_path / "lock"
     lock.touch()
     monkeypatch.setattr(host, "TPU_LOCK", str(lock))
-    assert "tpu lock" not in found(host.check_drivers())  # it hinders nobody where no TPU is
+    assert "tpu lock" not in found(host.check_drivers())  # without a TPU the lock does not matter
     monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/accel0"])
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     path("fuser", "exit 1")
@@ -98,18 +98,18 @@ def test_a_bucket_that_cannot_be_read_is_advice(path):
     assert told.mend and not told.fatal
 
 
-def test_a_workdir_that_is_none(tmp_path):
+def test_a_workdir_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--workdir"):
         list(host.check_workdir(str(tmp_path / "file")))
 
 
-@pytest.mark.slow  # a start of its own
-def test_the_command_ends_with_what_is_to_mend(tmp_path):
+@pytest.mark.slow  # starts a process
+def test_the_command_ends_with_what_to_fix(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "clipx.doctor", "--config=configs/clip.py:small",
          f"--config.data.path={tmp_path}/none-*.tar"],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == cli.EXIT_CONFIG, done.stderr
-    assert "MEND config.data: " in done.stdout and "to mend" in done.stdout
+    assert "FIX  config.data: " in done.stdout and "to fix" in done.stdout

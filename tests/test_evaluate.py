@@ -1,5 +1,5 @@
-"""What `clipx.evaluate` makes of its flags, and the files that it writes; that it gives the numbers
-of training is tested beside training."""
+"""The flags of `clipx.evaluate`, and the files that it writes. test_train.py tests that its numbers
+equal those of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALS = {
 }
 
 
-def test_evals_are_a_configs_or_new():
+def test_evals_come_from_the_config_or_are_new():
     assert chosen(EVALS, "", data="", train_data="") == EVALS
     assert chosen(EVALS, "cifar", data="", train_data="") == {"cifar": EVALS["cifar"]}
     tfds = "source=tfds,name=cifar10,split=test[:90%]"
@@ -35,22 +35,22 @@ def test_evals_are_a_configs_or_new():
         "retrieval": {"data": data, "captions": 1},
     }
     assert EVALS["retrieval"]["data"] is SHAPES
-    assert chosen({}, "voc", data=tfds, train_data="") == {"voc": {}}  # it reads no source
+    assert chosen({}, "voc", data=tfds, train_data="") == {"voc": {}}  # voc reads no source
 
 
 @pytest.mark.parametrize("text", ["folder", "source=", "=x", "source=folder,", "a=b,c"])
-def test_a_source_that_is_none(text):
+def test_a_flag_that_is_no_source(text):
     with pytest.raises(ConfigError, match="--data.*\n.*found.*\n.*key=value,key=value"):
         chosen({}, "zero_shot", data=text, train_data="")
 
 
-def test_an_eval_that_is_none():
+def test_a_name_that_is_no_eval():
     with pytest.raises(ConfigError, match="--evals") as error:
         chosen(EVALS, "zeroshot", data="", train_data="")
     assert "did you mean 'zero_shot'?" in str(error.value)
 
 
-def test_what_an_eval_reads_is_asked_for():
+def test_missing_sources_are_refused():
     tfds = "source=tfds,name=cifar10"
     with pytest.raises(ConfigError, match="--train_data(.*\n)+.*that knn reads(.*\n)+.*path="):
         chosen(EVALS, "zero_shot,knn", data=tfds, train_data="")

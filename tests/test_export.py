@@ -1,4 +1,4 @@
-"""The command: what a folder holds, what is proven of it, and what is refused in one line."""
+"""`clipx.export`: the files of a folder, the proof, and one line for what is refused."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch):
-    """Without the libraries the folder is written and says that nobody has checked it."""
+    """Without the libraries the folder is written, and says that it is not verified."""
 
     def none(name):
         raise MissingLibrary(f"{name} is not installed")
@@ -58,8 +58,8 @@ def test_a_folder_without_a_proof(workdir, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
-def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
-    """An existing folder, a format without a place, a failed proof, a full disk, no checkpoint."""
+def test_a_refused_export_leaves_no_files(workdir, tmp_path, monkeypatch):
+    """An existing folder, an unknown format, a failed proof, a full disk, a broken checkpoint."""
 
     def options(format_="huggingface", out="a", **more):
         return Options(format_, tmp_path / out, **more)
@@ -97,7 +97,7 @@ def test_nothing_is_kept_of_what_is_refused(workdir, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
 
-def test_a_format_without_a_place_names_the_one_that_has(tmp_path):
+def test_a_format_that_cannot_hold_a_model_names_one_that_can(tmp_path):
     folder = save(tmp_path / "run", small())
     with pytest.raises(ConfigError, match="pools by the mean") as caught:
         export(folder, Options("huggingface", tmp_path / "a", verify=False))
@@ -115,7 +115,7 @@ def test_huggingface_proves_a_run(workdir, tmp_path):
 
 
 def recipe(folder: pathlib.Path, monkeypatch) -> dict:
-    """What the card's own code defines, run where the card lies."""
+    """The names that the model card's own code defines, run in the card's folder."""
     text = (folder / "README.md").read_text()
     code, found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], {}
     monkeypatch.chdir(folder)
@@ -146,14 +146,14 @@ BARE = [CLASS, ("image.embed_dim", "0"), ("text.embed_dim", "0"), ("train.best",
 @with_open_clip
 @pytest.mark.parametrize("critic", ["dot", "concat"])
 def test_the_cards_recipe_scores_as_the_run_does(critic, tmp_path, monkeypatch):
-    """CLIP-Lite's towers, exported and proven; its critic beside them, read by the card's own code,
-    gives the objective's scores."""
+    """CLIP-Lite's towers are exported and proven. Its critic, written beside them and read by the
+    card's own code, gives the objective's scores."""
     config = small(*BARE, ("text.width", "24"))
     config["objective"] = {"name": "clip_lite", "width": 40, "critic": critic}
     config["evals"] = {}
     config["optimizer"] = {"rules": [{"pattern": ".*"}]}  # one critic has no scale to bound
     folder = save(tmp_path / "run", config)
-    # the proof itself is tested where the formats are
+    # one proof is enough here: the tests of the formats test the proof
     proven = critic == "dot"
     export(folder, Options("open_clip", tmp_path / "a", verify=proven, with_heads=True))
     text = (tmp_path / "a" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The launchers: what they would run, and their answers to what goes wrong on a Cloud TPU."""
+"""The launchers: the commands that they run, and how they handle failures of a Cloud TPU."""
 
 import os
 import pathlib
@@ -64,7 +64,8 @@ def test_local_runs_one_process_a_place():
     "codes, expected", [("0 0", 0), ("42 42", 42), ("0 1", 1), ("9 -", 9), ("134 2", 2)]
 )
 def test_local_ends_with_the_first_failure(codes, expected, tmp_path):
-    """A `-` never ends by itself: it is ended when another has failed. 134 is another's echo."""
+    """A process with code `-` never ends by itself: the launcher kills it when another has failed.
+    134 only says that another process ended."""
     python = tmp_path / "python"
     python.write_text(
         f"#!/bin/bash\ncodes=({codes})\ncode=${{codes[$JAX_PROCESS_ID]}}\n"
@@ -141,21 +142,21 @@ def test_a_jobset_has_the_size(size, hosts, limits):
     assert job["parallelism"] == job["completions"] == hosts
     assert container["resources"]["limits"] == limits
     assert container["args"] == TRAIN and container["image"] == "repo/clipx:1"
-    known = {variable["name"]: variable.get("value") for variable in container["env"]}
-    assert known["JAX_NUM_PROCESSES"] == str(2 * hosts)
-    assert known["JAX_COORDINATOR_ADDRESS"] == "run1-train-0-0.run1:8476"
-    told = subprocess.run(
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert environment["JAX_NUM_PROCESSES"] == str(2 * hosts)
+    assert environment["JAX_COORDINATOR_ADDRESS"] == "run1-train-0-0.run1:8476"
+    echoed = subprocess.run(
         ["bash", "-c", container["command"][2].replace("exec python", "echo $JAX_PROCESS_ID"), "x"],
         env=os.environ | {"JOB_INDEX": "1", "POD_INDEX": "2"},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert told.stdout.split()[0] == str(hosts + 2)
+    assert echoed.stdout.split()[0] == str(hosts + 2)
 
 
 def test_a_jobset_is_what_kubernetes_knows():
-    """The job in it against Kubernetes' own schemas, unknown keys refused; the JobSet around it
-    against the keys of its v1alpha2. No cluster is asked: what an admission webhook refuses, or a
-    cluster lacks, is not seen here."""
+    """Validates the job against Kubernetes' own schemas, which refuse unknown keys, and the JobSet
+    around it against the keys of v1alpha2. Needs no cluster, so it cannot see what an admission
+    webhook would refuse or what a cluster lacks."""
     validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     for size in ("v5e:4x4", "h100:8x8", "cpu:2"):
         found, *_ = jobset(f"--size={size}")
@@ -172,8 +173,8 @@ def test_a_jobset_is_what_kubernetes_knows():
             assert rule["action"] in ("FailJobSet", "RestartJobSet")
         for job in spec["replicatedJobs"]:
             assert set(job) == {"name", "replicas", "template"}
-            whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}}
-            validate.validate(whole | job["template"], "1.32", strict=True)
+            header = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}}
+            validate.validate(header | job["template"], "1.32", strict=True)
 
 
 def test_an_image_is_built_for_the_device():
@@ -200,7 +201,8 @@ def test_the_dockerfile_copies_what_is_there():
 
 # ---- Cloud TPU -----------------------------------------------------------------------------------
 
-# A TPU VM of two workers, each a home folder. What goes wrong stands in files of $FAKE.
+# A fake gcloud with a TPU VM of two workers, each of which is a home folder. Files in $FAKE say
+# what goes wrong.
 GCLOUD = r"""#!/bin/bash
 echo "$*" >>"$FAKE/calls"
 argument() { for a in "${all[@]}"; do [[ $a == --$1=* ]] && echo "${a#*=}"; done; }
@@ -250,7 +252,8 @@ ON_WORKERS = {
     "fuser": '#!/bin/bash\ncat "$HOME/owner" 2>/dev/null\n',
     "python3": "#!/bin/bash\nmkdir -p $HOME/clipx-env/bin\ncp $FAKE/python $HOME/clipx-env/bin/\n",
 }
-# each start ends with the next of the worker's codes; "134 PREEMPTED": and the TPU is that
+# A fake python: each start ends with the next exit code of the worker's file `codes`. "134
+# PREEMPTED" also sets the state of the TPU.
 PYTHON = r"""#!/bin/bash
 echo "$*; secret $SECRET"
 read -r code state <"$HOME/codes"
@@ -262,7 +265,8 @@ exit "$code"
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Runs tpu_vm.sh against the fake; returns its code, what it said and what gcloud was asked."""
+    """Returns a function that runs tpu_vm.sh with the fake gcloud and returns (exit code, output,
+    gcloud's calls)."""
     (tmp_path / "bin").mkdir()
     for name, text in (ON_WORKERS | {"../python": PYTHON}).items():
         (tmp_path / "bin" / name).write_text(text)
@@ -307,7 +311,8 @@ def test_tpu_runs_and_is_torn_down(cloud, tmp_path):
 
 
 def test_tpu_goes_on_after_preemptions(cloud, tmp_path):
-    """Told to stop and saved on a TPU that is still there; then the TPU itself is gone."""
+    """First the run is told to stop and saves, on a TPU that still exists; then the TPU itself is
+    preempted."""
     for i, gone in enumerate((" PREEMPTED", "")):
         (tmp_path / f"w{i}" / "codes").write_text(f"42\n134{gone}\n0\n")
     (tmp_path / "state").write_text("READY\n")
@@ -327,18 +332,18 @@ def test_tpu_preempted_for_good_says_so(cloud, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "codes, expected, told",
+    "codes, expected, message",
     [
-        (("2", "134"), 2, "mended first"),
+        (("2", "134"), 2, "fixed first"),
         (("134", "1"), 1, "worker 1: 1; the end of its log"),
         (("137", "134"), 1, "out of the host's memory"),
     ],
 )
-def test_tpu_failures_are_no_preemptions(cloud, tmp_path, codes, expected, told):
+def test_tpu_failures_are_no_preemptions(cloud, tmp_path, codes, expected, message):
     for i in range(2):
         (tmp_path / f"w{i}" / "codes").write_text(codes[i] + "\n")
     code, said, calls = cloud()
-    assert code == expected and told in said, said
+    assert code == expected and message in said, said
     assert calls.count("worker start") == 1
 
 
@@ -387,7 +392,7 @@ def test_quota_is_not_asked_for_again_and_capacity_is(cloud, tmp_path):
 def test_a_bucket_elsewhere_is_refused(cloud, tmp_path, location, options, expected):
     (tmp_path / "location").write_text(location + "\n")
     train = [*TRAIN, "--config.data.path=gs://pictures/a.tar"]
-    (tmp_path / "refusals").write_text("ERROR: Quota\n")  # what would be next is not this test's
+    (tmp_path / "refusals").write_text("ERROR: Quota\n")  # so that an accepted bucket ends here
     code, said, calls = cloud(*options, train=train)
     refused = "gs://pictures is in" in said and "Copy it" in said
     assert code == 2 and refused == (expected == 2), said

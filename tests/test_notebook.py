@@ -1,4 +1,4 @@
-"""The notebook runs as it is saved, and is saved with what it shows."""
+"""The notebook runs as it is saved, and it is saved with its outputs."""
 
 import json
 import math
@@ -18,12 +18,12 @@ DEFAULT = 'WORKDIR = ""'
 
 
 def cells():
-    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in found if cell["cell_type"] == "code"]
+    all_cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in all_cells if cell["cell_type"] == "code"]
 
 
 def execute(workdir: str = "") -> dict:
-    """The names that its cells leave, executed in this process, drawing into nothing."""
+    """Runs the cells in this process without a display, and returns the variables they define."""
     shown, names = 0, {}
     sources = ["".join(cell["source"]) for cell in cells()]
     assert DEFAULT in sources[0]
@@ -44,12 +44,12 @@ def execute(workdir: str = "") -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.interop  # CI's second step runs it: its last cell asks open_clip
+@pytest.mark.interop  # CI runs it in the second step, because the last cell needs open_clip
 def test_its_cells_run_on_a_workdir(tmp_path):
     execute(str(save(tmp_path / "run", small(CLASS, ("train.best", "")))))
 
 
-@pytest.mark.slow  # half a minute, most of it to compile the training step
+@pytest.mark.slow  # half a minute, mostly to compile the training step
 def test_it_trains_without_one():
     names = execute()
     losses = [row["loss"] for row in names["rows"]]
@@ -58,7 +58,7 @@ def test_it_trains_without_one():
     assert names["values"]["SimSiam"].mean() < -0.5
 
 
-def test_it_is_saved_with_its_pictures_and_nobodys_paths():
+def test_it_is_saved_with_its_pictures_and_without_local_paths():
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text) < 700_000
     outputs = [output for cell in cells() for output in cell["outputs"]]
@@ -67,5 +67,5 @@ def test_it_is_saved_with_its_pictures_and_nobodys_paths():
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
     for output in outputs:
         assert output.get("name", "stdout") == "stdout"
-        said = "".join(output.get("text", ""))
-        assert not re.search(r"(^|[\s'\"(=])(/[\w.-]+){2,}|site-packages|[A-Z]:\\|\x1b", said), said
+        text = "".join(output.get("text", ""))
+        assert not re.search(r"(^|[\s'\"(=])(/[\w.-]+){2,}|site-packages|[A-Z]:\\|\x1b", text), text

@@ -1,5 +1,5 @@
-"""What is predicted of a step: counted FLOPs, memory that is there or not, micro-batches that fit,
-and the same beside what a run measures."""
+"""Predictions of a step: FLOPs, memory, and micro-batches that fit; and their place beside a run's
+measurements."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def one():
 
 
 def found(**changes):
-    """A prediction of a step that fits."""
+    """A prediction of a step that fits, unless `changes` say otherwise."""
     memory = {"parameters": GIB, "program": GIB // 4}
     values = dict(devices=2, device_kind="TPU v5 lite", batch=64, microbatches=1, memory=memory)
     values |= dict(peak=2 * GIB, limit=16 * GIB, flops=10**12, step_flops=10**12, seconds=0.1)
@@ -71,7 +71,7 @@ def test_products_are_counted():
 
 
 def test_useful_flops_do_not_depend_on_how(one):
-    """Layers in a loop, recomputed ones and micro-batches are the same model; more is computed."""
+    """Scanned layers, remat and micro-batches leave the useful FLOPs alone; computed FLOPs grow."""
     how = [(f"{tower}.{key}", value) for tower in ("image", "text")
            for key, value in (("scan", "True"), ("remat", "full"))]  # fmt: skip
     other = assembled(*how, ("train.microbatches", "2"))
@@ -123,7 +123,7 @@ def test_a_program_for_sparse_cores_is_read():
     _, text = estimate.compile_ahead(lowered)
     told = estimate.time_of(text, chips.chip("TPU v5"))
     assert told["cycles"] > 0 and told["seconds"] > 0
-    assert "1 operation(s) that SparseCores do meanwhile" in told["notes"][0]
+    assert "1 operation(s) that run on SparseCores" in told["notes"][0]
 
 
 def test_other_errors_are_not_memory(one, monkeypatch):
@@ -139,7 +139,7 @@ def test_other_errors_are_not_memory(one, monkeypatch):
     "most, trials", [(40, [1]), (16, [1, 4, 2]), (9, [1, 4, 2]), (3, [1, 16, 8])]
 )
 def test_fewest_micro_batches(one, most, trials):
-    """Of a step that needs 32 GiB for all rows at once, 2 GiB for 16 micro-batches."""
+    """Of a step that needs 32 GiB in one micro-batch, and 2 GiB in 16."""
     tried = []
 
     def estimate(run):
@@ -157,7 +157,7 @@ def test_no_number_fits(one):
 
 
 def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
-    """On devices whose memory holds a quarter of the temporaries, and then on larger ones."""
+    """First on devices that hold a quarter of the temporaries, then on larger ones."""
     monkeypatch.setattr(
         fit, "measure", lambda run: found(peak=16 * GIB // run.microbatches, limit=5 * GIB)
     )
@@ -177,7 +177,7 @@ def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch
 
 
 def test_a_step_of_this_machine(one):
-    """Compiled here, its memory is known, and its time is not."""
+    """A step compiled for this machine has a known memory and no predicted time."""
     told = estimate.predict(one)
     assert told.fits and told.need > sum(fit.held(one).values())
     assert told.seconds is None and told.predicted_mfu is None and told.collectives is None
@@ -185,8 +185,8 @@ def test_a_step_of_this_machine(one):
     assert len(estimate.short(told)) == 1
 
 
-def test_batch_norm_is_not_cut(monkeypatch):
-    """Its statistics would be those of a micro-batch: another run, from another memory."""
+def test_auto_never_splits_batch_norm(monkeypatch):
+    """Its statistics would be per micro-batch, so the devices' memory would change the run."""
     resnet = {"name": "resnet", "variant": "resnet18", "blocks": [1, 1], "width": 4}
     config = small(("train.microbatches", "auto"))
     config["image"] = {**resnet, "image_size": 16, "embed_dim": 16, "dtype": "float32"}
@@ -198,11 +198,11 @@ def test_batch_norm_is_not_cut(monkeypatch):
     assert fit.fitted(run).config.train.microbatches == 1
 
 
-def test_what_one_process_has_no_room_for_none_takes(monkeypatch):
+def test_a_step_must_fit_on_every_process(monkeypatch):
     monkeypatch.setattr(fit, "measure", lambda run: found())
     run = assembled(("train.microbatches", "auto"))
     assert fit.fitted(run).config.train.microbatches == 1
-    with pytest.raises(ConfigError, match="not even"):
+    with pytest.raises(ConfigError, match="does not fit even with 32 micro-batches"):
         fit.fitted(run, agreed=lambda fits: False)
 
 
@@ -219,7 +219,7 @@ def test_a_step_compiled_for_a_tpu(monkeypatch):
 
 
 def test_gpus_are_modelled():
-    """Memory follows the rows of one GPU and of one micro-batch, which are computed again."""
+    """Activations scale with a GPU's rows in one micro-batch; micro-batches are recomputed."""
     four, eight = (chips.parse(name) for name in ("h100:1x4", "h100:1x8"))
     runs = [assemble(small(), jax.devices()[: where.size]) for where in (four, eight)]
     less, more = (gpu_model.predict(run, where) for run, where in zip(runs, (four, eight)))
@@ -231,7 +231,7 @@ def test_gpus_are_modelled():
 
 
 def test_the_command(tmp_path):
-    """Two topologies make a table and a file; what does not fit makes the exit code."""
+    """Two topologies make a table and a JSON file; one that does not fit makes exit code 1."""
     sizes = [*SMALL, ("train.batch_size", str(2**23))]
     done = subprocess.run(
         [sys.executable, "-m", "clipx.plan", "--config=configs/quickstart.py", "--price=2,3",

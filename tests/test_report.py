@@ -42,7 +42,7 @@ def workdir(tmp_path):
 
 
 def samples(n=12, each=2):
-    """Captions that score their own picture highest, but for the first picture's."""
+    """Captions that score their own picture highest, except the first picture's captions."""
     pictures = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
     owner = np.repeat(np.arange(n), each)
     captions = [f"<b>{i} & '{j}'</b>" for i in range(n) for j in range(each)]
@@ -101,7 +101,7 @@ def test_the_best_is_the_lowest_of_ranks_and_the_highest_of_the_rest(workdir):
     text = re.sub(r"<[^>]+>", " ", report.write(workdir).read_text())
     assert re.search(r"knn/top1 +80.0 % +100 +70.0 %", text)
     assert re.search(r"retrieval/x_median_rank +100 +100 +200", text)
-    assert re.search(r"best checkpoint is kept by +knn/top1", text)
+    assert re.search(r"checkpoint with the best +knn/top1", text)
 
 
 def test_the_matrix_and_the_queries(workdir):
@@ -142,7 +142,7 @@ def test_the_same_run_gives_the_same_page(workdir):
 
 
 def table(html):
-    """The best and the last of what evals found."""
+    """The table of the evals' best and last metrics."""
     return re.search(r'<table class="scores">.*?</table>', html, re.DOTALL)[0]
 
 
@@ -177,7 +177,7 @@ def test_episodes_are_shown_the_newest_first(workdir):
     assert "cluster 2 of captions, 15 rows" in text and "<i>2 & '2'</i>" in text
     assert page.tags.count("svg") == 5 + 1 + 3 * 2  # the seconds, and maps
     used = set(re.findall(r"""(?:url\(|href=")#([^)"]+)""", html))
-    assert used and all(page.ids.count(name) == 1 for name in used)  # no drawing takes another's
+    assert used and all(page.ids.count(name) == 1 for name in used)  # every SVG has its own ids
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert "episode/seconds" in text and "episode/seconds" not in table(html)
 
@@ -207,7 +207,7 @@ def test_a_broken_episode_is_one_line(workdir):
         report.write(workdir)
 
 
-def test_what_is_known_of_clusters_has_curves(tmp_path):
+def test_metrics_of_clusters_have_curves(tmp_path):
     with Metrics(tmp_path, total_steps=2, batch_size=8) as metrics:
         for step in (1, 2):
             clusters = {"clusters/image_empty": 3, "clusters/text_empty": 0}

@@ -1,4 +1,4 @@
-"""A teacher's rows are those of the captions they stand for, and no run takes them for others."""
+"""`clipx.teacher`: its rows are those of the captions, and no run takes them for other data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from clipx.serving import teacher_features, teacher_rows
 ROWS = 30
 THINGS = ("dog", "cat", "boat")
 PLACES = ("beach", "street", "field", "river", "roof")
-NOWHERE = 7  # the row whose picture is not there
+NOWHERE = 7  # the row whose picture is missing
 
 
 def captions(row: int) -> list[str]:
@@ -61,7 +61,7 @@ def digest(config):
 
 
 def drawn(rows=200, width=12, seed=0):
-    """Rows that differ more in some directions than in others, far from the origin."""
+    """Random rows with unequal variance per direction, far from the origin."""
     rng = np.random.default_rng(seed)
     return (5 + rng.normal(size=(rows, width)) * 0.7 ** np.arange(width)).astype(np.float32)
 
@@ -136,7 +136,7 @@ def test_rows_beyond_the_bound_do_not_shape_the_components(config, tmp_path, mon
 @pytest.mark.parametrize(
     "array, said",
     [
-        (drawn(ROWS - 1), r"\(29, 12\), expected numbers with a point, \[30, any\]"),
+        (drawn(ROWS - 1), r"\(29, 12\), expected floating-point numbers \[30, any\]"),
         (drawn(ROWS)[:, 0], "float32 of shape"),
         (np.zeros((ROWS, 4), int), "int64 of shape"),
         (np.where(np.arange(ROWS)[:, None] == 5, np.nan, drawn(ROWS)), "row 5 is not finite"),
@@ -178,7 +178,7 @@ def test_word_counts_need_words(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
-    """A folder with a RoBERTa that knows nothing, and its tokenizer."""
+    """A folder with an untrained RoBERTa and its tokenizer."""
     pytest.importorskip("torch", reason="a language model needs torch")
     transformers = pytest.importorskip("transformers", reason="a language model needs transformers")
     from tokenizers import ByteLevelBPETokenizer
@@ -205,7 +205,7 @@ def roberta(tmp_path_factory):
 
 
 def by_hand(roberta, text, faulty):
-    """The unit feature of one caption, alone in its batch."""
+    """The unit feature of one caption, alone in its batch. faulty: padded as by ProtoCLIP."""
     import torch
     from transformers import AutoTokenizer, RobertaModel
 
@@ -293,7 +293,7 @@ def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
         seen.append(texts)
         return unit(np.array([[len(t), t.count("o"), 3] for t in texts], np.float32))
 
-    stop_at = 3  # the first call tells the width
+    stop_at = 3  # the first call finds the width
     with pytest.raises(KeyboardInterrupt):
         teacher_features.embedded(source, False, encode, aside, about)
     aside.write_bytes(aside.read_bytes() + b"half a row")
@@ -304,7 +304,7 @@ def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
     assert np.array_equal(found, whole) and not found[NOWHERE].any()
     before = len(seen)
     teacher_features.embedded(source, False, encode, aside, {"model": "another"})
-    assert seen[before + 1][0] == captions(0)[0]  # nothing of another model is kept
+    assert seen[before + 1][0] == captions(0)[0]  # features of another model are not kept
 
 
 # --------------------------------------------------------------------------------- files on disk
@@ -335,9 +335,9 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     "spoil, said",
     [
         (lambda f: f.unlink(), "no such file"),
-        (lambda f: f.write_bytes(f.read_bytes()[:-9]), "no whole array"),
-        (lambda f: f.write_bytes(b"12345"), "no whole array"),
-        (lambda f: f.with_suffix(".json").unlink(), "nothing says what t.npy was made for"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-9]), "not a complete .npy file"),
+        (lambda f: f.write_bytes(b"12345"), "not a complete .npy file"),
+        (lambda f: f.with_suffix(".json").unlink(), "only it says for which data t.npy was"),
         (lambda f: f.with_suffix(".json").write_text("{"), "cannot be read"),
         (lambda f: f.with_suffix(".json").write_text("[]"), "no fingerprint and rows"),
         (lambda f: np.save(f, np.zeros((ROWS, 4))), "float64 of shape .*, expected a teacher's"),
@@ -358,15 +358,15 @@ def test_a_teacher_of_other_data_is_refused(tmp_path):
     file = written(tmp_path)
     with pytest.raises(DataError, match="ab12.*cd34"):
         open_it(file, fingerprint="cd34")
-    with pytest.raises(DataError, match="30 rows, 30 by its json file, where the data has 31"):
+    with pytest.raises(DataError, match="30 rows, 30 by its json file, expected the 31 rows"):
         open_it(file, rows=31)
-    with pytest.raises(DataError, match="4 numbers a row, expected 6; .*--dim=6"):
+    with pytest.raises(DataError, match="4 numbers per row, expected 6; .*--dim=6"):
         open_it(file, width=6)
 
 
-def test_what_breaks_off_leaves_nothing_to_be_taken_for_whole(tmp_path):
-    whole = files.create(str(tmp_path / "t.npy"), np.float32, (2, 1), {})
-    with pytest.raises(KeyboardInterrupt), whole as write:
+def test_an_interrupted_write_leaves_no_file(tmp_path):
+    created = files.create(str(tmp_path / "t.npy"), np.float32, (2, 1), {})
+    with pytest.raises(KeyboardInterrupt), created as write:
         write(np.zeros((1, 1)))
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -384,7 +384,7 @@ def test_what_breaks_off_leaves_nothing_to_be_taken_for_whole(tmp_path):
         ({"model": "tfidf", "clusters": 40}, "at most as many as rows: 29"),
     ],
 )
-def test_what_cannot_be_asked_for(config, tmp_path, monkeypatch, options, said):
+def test_wrong_flags(config, tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
         teacher.make(config, **{"out": "teacher.npy", "dim": 4, **options})
@@ -392,7 +392,7 @@ def test_what_cannot_be_asked_for(config, tmp_path, monkeypatch, options, said):
     assert not list(tmp_path.glob("*teacher*"))
 
 
-def test_nothing_is_overwritten_unasked(config, tmp_path):
+def test_a_file_is_overwritten_only_if_asked(config, tmp_path):
     make(config, tmp_path, model="tfidf")
     with pytest.raises(ConfigError, match=r"(?s)which exists.*--overwrite"):
         make(config, tmp_path, model="tfidf", dim=3)
@@ -469,7 +469,7 @@ def test_half_of_the_negatives_of_clip_lite_are_partners():
     hard = random = 0
     for batch in batches:
         own = of[batch["row"]]
-        same = own == np.asarray(next_row(own))  # the wrong caption that a picture meets
+        same = own == np.asarray(next_row(own))  # the negative caption of each picture
         hard, random = hard + np.mean(same[::2]) / 4, random + np.mean(same[1::2]) / 4
         assert np.array_equal(same[::2], np.asarray(own == next_row(own, 3))[::2])
     assert hard > 0.9 and random < 0.5

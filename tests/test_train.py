@@ -1,4 +1,4 @@
-"""The command, on a shrunk quickstart: it trains, saves, is killed, goes on, and says why not."""
+"""`clipx.train` on a small quickstart: it trains, saves, resumes, and says what is wrong."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from clipx.training.run import assemble
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     assert train(small(), str(workdir)) == 0
     return workdir
 
 
-def test_a_run_leaves_what_it_says(whole, capsys):
+def test_a_run_writes_metrics_config_and_report(whole, capsys):
     training = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 13))
     assert {"loss/chance", "batch/R@1", "logit_scale", "learning_rate", "grad_norm", "param_norm",
@@ -44,7 +44,7 @@ def test_restores_on_fewer_devices(whole):
 
 
 def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
-    """Law 7 on one topology, with SIGKILL at a moment that no handler sees."""
+    """Law 7 on one topology: SIGKILL, which no handler sees."""
     process = start(tmp_path, ("train.total_steps", "12"))
     wait_for((tmp_path / "checkpoints" / "4").exists, process)
     process.kill()
@@ -58,7 +58,7 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
 
 
 def test_sigterm_saves_and_half_the_devices_go_on(whole, tmp_path, capsys):
-    """Law 7 on another topology; told to stop, the command saves, says so and exits with 42."""
+    """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
     process = start(tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
     process.send_signal(signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_sigterm_saves_and_half_the_devices_go_on(whole, tmp_path, capsys):
     capsys.readouterr()
     assert train(small(), str(tmp_path), jax.devices()[:4]) == 0
     out = capsys.readouterr().out
-    assert "on 4 x cpu" in out and f"going on from step {saved}" in out
+    assert "on 4 x cpu" in out and f"continuing from step {saved}" in out
     for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
 
@@ -107,7 +107,7 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     metrics = found["shapes-test_zero_shot.json"]["metrics"]
     assert metrics["acc1"] == results["zero_shot/top1"]
     other = config["evals"]["zero_shot"] | {"evaluator": "zero_shot", "templates": ["the {}"]}
-    config["evals"] = {"other": other}  # which is not the one that `best` is of
+    config["evals"] = {"other": other}  # not the eval that `train.best` names
     assert evaluate(str(whole), "8", config).keys() == {
         "other/top1", "other/top5", "other/mean_per_class"
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Config sections bound once, strictly, to frozen dataclasses. Every config error is born here."""
+"""Binds config sections, once and strictly, to frozen dataclasses; finds classes by file name."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ import math
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, TypeVar
 
 from clipx.errors import ConfigError
 
 _MISSING = dataclasses.MISSING
+T = TypeVar("T")
 
 
-def nearest(name: str, names) -> str:
-    """The fix of a misspelt name; "" where none of `names` is like it."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A fix for a misspelt name, "did you mean ...?"; "" if none of `names` is close to it."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def fields(cls) -> dict[str, dataclasses.Field]:
-    """The keys a config section may set for `cls`, a dataclass or a Linen module."""
-    found = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    if "parent" in found:  # a Linen module's own two
-        del found["parent"], found["name"]
-    return found
+def fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The keys that a config section may set for `cls`, a dataclass or a Linen module."""
+    keys = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if "parent" in keys:  # Linen adds these two to every module
+        del keys["parent"], keys["name"]
+    return keys
 
 
-def plain(value):
-    """`value` with ConfigDicts as dicts and lists as tuples."""
+def plain(value: Any) -> Any:
+    """`value` with ConfigDicts as dicts, and lists as tuples."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -43,8 +44,9 @@ def plain(value):
     return value
 
 
-def _describe(hint) -> str:
-    if dataclasses.is_dataclass(hint):
+def _describe(hint: Any) -> str:
+    """What a value of type `hint` looks like, for an error message."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return "a section with keys " + ", ".join(fields(hint))
     if hint is bool:
         return "true or false"
@@ -52,8 +54,8 @@ def _describe(hint) -> str:
     return hint.__name__ if simple else str(hint).replace("typing.", "")
 
 
-def _mend(value, hint, where: str) -> str:
-    """How to spell what was probably meant by a value of the wrong type."""
+def _respelled(value: Any, hint: Any, where: str) -> str:
+    """A fix for a value of the wrong type that was probably meant as `hint`; "" if none is."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"{where}={int(value)}"
     if hint is str and isinstance(value, (int, float)):
@@ -61,11 +63,14 @@ def _mend(value, hint, where: str) -> str:
     return ""
 
 
-def _convert(value, hint, where):
-    """`value` as `hint` wants it: int to float, list to tuple, mapping to dataclass; else error."""
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as type `hint`: an int becomes a float, a list a tuple, a mapping a dataclass.
+
+    Raises `ConfigError` for any other value that is not of the type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    said = "None" if value is None else f"{value!r} ({type(value).__name__})"
-    wrong = ConfigError(where, said, _describe(hint), _mend(value, hint, where))
+    shown = "None" if value is None else f"{value!r} ({type(value).__name__})"
+    wrong = ConfigError(where, shown, _describe(hint), _respelled(value, hint, where))
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
@@ -76,7 +81,7 @@ def _convert(value, hint, where):
             except ConfigError as error:
                 errors.append(error)
         for error in errors:
-            if error.where != where:  # a fault inside says more
+            if error.where != where:  # an error inside the value says more
                 raise error
         wrong.fix = next((error.fix for error in errors if error.fix), "")
         raise wrong
@@ -93,7 +98,7 @@ def _convert(value, hint, where):
         if value is None:
             return None
         raise wrong
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
@@ -120,13 +125,21 @@ def _convert(value, hint, where):
     return value
 
 
-def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[str, Any]:
-    """The typed values of one config section, without building `cls`.
+def check(
+    cls: type[Any],
+    section: Any,
+    *,
+    where: str = "config",
+    given: Collection[str] = (),
+    beside: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The typed values of one config section. Does not build `cls`.
 
-    `cls` is a dataclass or a Linen module; its annotated fields, less those `given`, are the keys.
-    Raises `ConfigError` for a key that `cls` does not have (with the nearest name), a value of the
-    wrong type, and a field without default that is not there. `beside` are the section's keys that
-    someone else has taken out: an unknown key may be one of them misspelt.
+    cls: a dataclass or a Linen module, whose annotated fields are the keys. where: the section's
+    path, for messages. given: fields that the caller sets and a config may not. beside: keys of the
+    section that the caller has taken out before; an unknown key may be one of them, misspelt.
+    Raises `ConfigError` for an unknown key (with the nearest name), a value of the wrong type, and
+    a missing key without a default.
     """
     section = plain(section)
     if not isinstance(section, Mapping):
@@ -139,7 +152,9 @@ def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[s
                 f"{where}.{key}",
                 f"unknown key {key!r}",
                 "one of " + ", ".join(known) if known else "no keys",
-                "drop it: other sections say it" if key in given else nearest(str(key), known),
+                f"remove {where}.{key}: other sections set it"
+                if key in given
+                else nearest(str(key), known),
             )
     hints = typing.get_type_hints(cls)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
@@ -151,10 +166,12 @@ def check(cls, section, *, where: str = "config", given=(), beside=()) -> dict[s
     return values
 
 
-def bind(cls, section, *, where: str = "config", **given):
-    """An instance of `cls` from one config section, checked by `check`. `given` holds the fields
-    that the caller sets and a config may not. What `cls` itself raises about `<cls>.<field>` is
-    told of `<where>.<field>`."""
+def bind(cls: type[T], section: Any, *, where: str = "config", **given: Any) -> T:
+    """An instance of `cls` from one config section, checked by `check`.
+
+    given: values of the fields that the caller sets and a config may not. A `ConfigError` that
+    `cls` raises about `<cls>.<field>` is raised about `<where>.<field>`.
+    """
     values = check(cls, section, where=where, given=given)
     try:
         return cls(**values, **given)
@@ -165,13 +182,16 @@ def bind(cls, section, *, where: str = "config", **given):
         raise
 
 
-def dump(bound, given=()) -> dict[str, Any]:
-    """The complete section of a bound object, defaults included, as JSON keeps it."""
+def dump(bound: Any, given: Collection[str] = ()) -> dict[str, Any]:
+    """The complete section of a bound object as JSON holds it: defaults included, `given` not."""
     return {k: _leaf(getattr(bound, k)) for k in fields(type(bound)) if k not in given}
 
 
-def dump_values(cls, values: Mapping[str, Any], given=()) -> dict[str, Any]:
-    """The complete section of a class that is not built yet: `values` over its defaults."""
+def dump_values(
+    cls: type[Any], values: Mapping[str, Any], given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The complete section of a class that is not built yet: `values` over its defaults, without
+    the keys of `given` that have no value."""
     out = {}
     for key, field in fields(cls).items():
         if key in values:
@@ -182,7 +202,7 @@ def dump_values(cls, values: Mapping[str, Any], given=()) -> dict[str, Any]:
     return out
 
 
-def _leaf(value):
+def _leaf(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dump(value)
     if isinstance(value, Mapping):
@@ -192,7 +212,8 @@ def _leaf(value):
     return value
 
 
-def _subclasses(package: str, name: str, base: type) -> list[type]:
+def _subclasses(package: str, name: str, base: type) -> list[type[Any]]:
+    """The subclasses of `base` that the file defines itself."""
     module = importlib.import_module(f"clipx.{package}.{name}")
     return [
         value
@@ -203,24 +224,26 @@ def _subclasses(package: str, name: str, base: type) -> list[type]:
     ]
 
 
-def find(package: str, name: str, base: type) -> type:
-    """The one subclass of `base` in the file `name` of a folder, such as "data.sources". Files are
-    the registry."""
+def find(package: str, name: str, base: type) -> type[Any]:
+    """The only subclass of `base` in the file `name` of a package, such as "data.sources".
+
+    The files of the package are the registry. Raises `ConfigError` for any other name.
+    """
     folder = f"clipx/{package.replace('.', '/')}"
     parent = importlib.import_module(f"clipx.{package}")
     files = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
-    found = _subclasses(package, name, base) if name in files else []
-    if len(found) == 1:
-        return found[0]
-    if found:
+    classes = _subclasses(package, name, base) if name in files else []
+    if len(classes) == 1:
+        return classes[0]
+    if classes:
         raise ConfigError(
             f"{folder}/{name}.py",
-            f"{len(found)} subclasses of {base.__name__}",
+            f"{len(classes)} subclasses of {base.__name__}",
             f"exactly one {base.__name__}",
         )
     names = []
     for other in files:
-        with contextlib.suppress(ImportError):  # needs a package that is not installed
+        with contextlib.suppress(ImportError):  # the file needs a package that is not installed
             names += [other] * (len(_subclasses(package, other, base)) == 1)
     raise ConfigError(
         folder,
@@ -232,21 +255,26 @@ def find(package: str, name: str, base: type) -> type:
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-    """A length of training in exactly one unit. `steps()` needs `rows` when the unit is epochs."""
+    """A length of training in exactly one unit: "steps", "examples" or "epochs"."""
 
     unit: str
     amount: float
-    where: str
+    where: str  # the config key that sets it
 
     def steps(self, *, batch_size: int, rows: int | None) -> int | None:
-        """Whole steps; None while the unit is epochs and `rows` is not known yet. An epoch is
-        rows // batch_size steps: the rows that do not fill a batch wait for another epoch."""
+        """The length in steps; None if the unit is epochs and `rows` is None.
+
+        An epoch is rows // batch_size steps: rows that do not fill a batch wait for another epoch.
+        Raises `ConfigError` for less than one batch.
+        """
         if self.unit == "steps":
             return int(self.amount)
         if self.unit == "examples":
             if 0 < self.amount < batch_size:
                 raise ConfigError(
-                    self.where, str(self.amount), f"at least one batch of {batch_size}, or 0"
+                    self.where,
+                    f"{self.amount} examples",
+                    f"at least one batch of {batch_size} examples, or 0",
                 )
             return int(self.amount // batch_size)
         if rows is None:
@@ -255,36 +283,45 @@ class Duration:
             raise ConfigError(
                 self.where,
                 f"{rows} rows of data",
-                f"at least one batch of {batch_size}",
-                "a smaller train.batch_size or more data",
+                f"at least one batch of {batch_size} rows",
+                "a smaller config.train.batch_size, or more data",
             )
         return int(round(self.amount * (rows // batch_size)))
 
 
-def duration(values: Mapping[str, Any], name: str, *, where: str, optional: bool = False):
-    """The `Duration` among `<name>_steps`, `<name>_epochs`, `<name>_examples` of `values`.
+@typing.overload
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[False] = False
+) -> Duration: ...
+@typing.overload
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[True]
+) -> Duration | None: ...
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: bool = False
+) -> Duration | None:
+    """The length that one of `<name>_steps`, `<name>_epochs`, `<name>_examples` of `values` sets.
 
-    Raises `ConfigError` unless exactly one is set; with `optional`, None when none is set.
+    Raises `ConfigError` unless exactly one is set. With `optional`, returns None if none is set.
     """
     units = ("steps", "epochs", "examples")
     keys = [f"{name}_{unit}" for unit in units]
-    found = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
-    if optional and not found:
+    amounts = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
+    if optional and not amounts:
         return None
-    if len(found) != 1:
-        said = ", ".join(f"{name}_{u}={v}" for u, v in found.items()) or "none of them"
-        raise ConfigError(
-            f"{where}.{name}_*", said, "exactly one of " + ", ".join(keys), "keep one of them"
-        )
-    ((unit, amount),) = found.items()
+    if len(amounts) != 1:
+        shown = ", ".join(f"{name}_{u}={v}" for u, v in amounts.items()) or "none of them"
+        fix = "set the others to None" if amounts else f"set {where}.{keys[0]}"
+        raise ConfigError(f"{where}.{name}_*", shown, "exactly one of " + ", ".join(keys), fix)
+    ((unit, amount),) = amounts.items()
     number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-    if not number or not math.isfinite(amount) or amount < 0:
+    if not number or amount is None or not math.isfinite(amount) or amount < 0:
         raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
     return Duration(unit, amount, f"{where}.{name}_{unit}")
 
 
-def to_lists(value):
-    """`value` with tuples as lists, as JSON keeps them."""
+def to_lists(value: Any) -> Any:
+    """`value` with tuples as lists, as JSON holds them."""
     if isinstance(value, Mapping):
         return {k: to_lists(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -293,18 +330,19 @@ def to_lists(value):
 
 
 def difference(old: Mapping, new: Mapping, prefix: str = "config") -> list[str]:
-    """One line per leaf in which two configs differ: path, old value, new value."""
+    """One line for each leaf in which two configs differ: "path: old value -> new value"."""
     lines = []
     for key in sorted({*old, *new}, key=str):
         a, b, where = old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += difference(a, b, where)
-        elif _sections(a) and _sections(b) and len(a) == len(b):
+        elif _has_sections(a) and _has_sections(b) and len(a) == len(b):
             lines += difference(dict(enumerate(a)), dict(enumerate(b)), where)
         elif a != b:
             lines.append(f"{where}: {a!r} -> {b!r}")
     return lines
 
 
-def _sections(value: Any) -> bool:
+def _has_sections(value: Any) -> bool:
+
     return isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)

@@ -1,4 +1,4 @@
-"""A config's values: what the code of its file returns, and what a command line says instead."""
+"""Loads config files, which are Python, and applies the overrides of a command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import traceback
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from clipx.config.binding import nearest, plain, to_lists
@@ -18,12 +19,12 @@ from clipx.errors import ConfigError
 
 
 def variants(path: str | os.PathLike) -> tuple[str, ...]:
-    """The variants of a config file, "" for one without any."""
+    """The names in `VARIANTS` of a config file; ("",) for a file without variants."""
     return tuple(getattr(_module(path), "VARIANTS", ("",)))
 
 
 def _module(path: str | os.PathLike) -> types.ModuleType:
-    """A config file's code, run."""
+    """The module of a config file, executed and checked for a `get_config`."""
     file = pathlib.Path(path)
     if not file.is_file() or file.suffix != ".py":
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -34,13 +35,16 @@ def _module(path: str | os.PathLike) -> types.ModuleType:
         )
     module = _execute(file)
     if not callable(getattr(module, "get_config", None)):
-        raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=str(file))
+        expected = "a function get_config(variant='')"
+        raise ConfigError("--config", "no get_config", expected, file=str(file))
     return module
 
 
 def load(spec: str) -> dict[str, Any]:
-    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
-    `path.py:variant`."""
+    """The config of `path.py` or `path.py:variant`, as a plain dict.
+
+    Raises `ConfigError` for a file that cannot be read or run, and for an unknown variant.
+    """
     path, _, variant = spec.partition(":")
     module = _module(path)
     variants = getattr(module, "VARIANTS", ("",))
@@ -52,18 +56,18 @@ def load(spec: str) -> dict[str, Any]:
             nearest(variant, variants),
             file=path,
         )
-    with _told(pathlib.Path(path)):
+    with _code_errors(pathlib.Path(path)):
         config = module.get_config(variant)
     config = to_lists(plain(config))
     if not isinstance(config, dict):
         found = f"get_config returns {config!r}"
-        raise ConfigError("--config", found, "a ConfigDict or a dict", file=path)
+        raise ConfigError("--config", found, "a ConfigDict or a dict from get_config", file=path)
     return config
 
 
 @contextlib.contextmanager
-def _told(file: pathlib.Path):
-    """What the code of a config file raises becomes a `ConfigError` with its line."""
+def _code_errors(file: pathlib.Path) -> Iterator[None]:
+    """Turns an exception of a config file's code into a `ConfigError` that names the line."""
     try:
         yield
     except Exception as error:
@@ -71,46 +75,51 @@ def _told(file: pathlib.Path):
         lines = [f.lineno for f in frames if f.filename == str(file.absolute())]
         where = f"{file}:{lines[-1]}" if lines else str(file)
         found = f"{type(error).__name__}: {error}"
-        raise ConfigError("--config", found, "Python that runs", file=where) from None
+        raise ConfigError("--config", found, "Python code that runs", file=where) from None
 
 
 def _execute(file: pathlib.Path) -> types.ModuleType:
-    """The module of a config file, which may import its neighbours."""
+    """The module of a config file. The file may import other files of its folder."""
     spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
+    assert spec and spec.loader  # the file ends in .py
     module = importlib.util.module_from_spec(spec)
     before, folder = set(sys.modules), file.parent.absolute()
     sys.path.insert(0, str(folder))
     try:
-        with _told(file):
+        with _code_errors(file):
             spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:  # the next config may have another neighbour
+        for name in set(sys.modules) - before:  # the next config's folder may reuse the name
             if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
                 del sys.modules[name]
     return module
 
 
 def override(config: dict[str, Any], path: str, text: str) -> None:
-    """Sets `config.<path>` to the value that `text` spells. The type is checked when the section
-    is bound, so a field may be set that the file leaves at its default, None included."""
+    """Sets `config.<path>` to the value that `text` spells.
+
+    The type is checked later, when the section is bound. So an override may set a field that the
+    config file leaves out.
+    """
     *parents, last = path.split(".")
     node = config
     for depth, key in enumerate(parents):
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             at = ".".join(["config", *parents[: depth + 1]])
-            raise ConfigError(at, repr(node), "a section", f"--config.{path} needs one")
+            fix = f"--config.{path} sets a key of {at}, which must be a section"
+            raise ConfigError(at, repr(node), "a section", fix)
     node[last] = parse(text)
 
 
 def parse(text: str) -> Any:
-    """The value that a command line's `text` spells: a Python literal that JSON could hold,
-    true/false, or the text."""
+    """The value that a command line's `text` spells: true, false, a Python literal that JSON can
+    hold, or else the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        with warnings.catch_warnings():  # such as that of 1or2, which is a name here
+        with warnings.catch_warnings():  # Python warns about text such as 1or2
             warnings.simplefilter("ignore")
             value = to_lists(ast.literal_eval(text))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a data set is to clipx. Nothing in this folder imports JAX: workers start without it."""
+"""The interface of a data set. No file of this folder imports JAX: data workers run without it."""
 
 from __future__ import annotations
 
@@ -14,43 +14,49 @@ from clipx.errors import BadSample, DataError
 
 
 def expand_user(path: str) -> str:
-    """`path` with ~ and $NAME replaced. Raises `DataError` for a name that is not set."""
+    """`path` with ~ and $NAME expanded. Raises `DataError` for a variable that is not set."""
     full = os.path.expandvars(os.path.expanduser(path))
     for name in re.findall(r"\$\{?(\w+)", full):
         if name not in os.environ:
             raise DataError(
                 f"{path}: the environment variable {name} is not set; "
-                f"export {name}=... with the folder it stands for"
+                f"set it first: export {name}=FOLDER"
             )
     return full
 
 
 class Example(NamedTuple):
-    image: bytes | np.ndarray  # an encoded picture, or uint8 pixels [h, w, 3]
-    texts: tuple[str, ...]  # at least one caption; () for a set that has labels alone
-    row: int  # stable id: the place in the source
-    key: str  # what a person would look for: the file's or member's name
+    """One row of a data set."""
+
+    image: bytes | np.ndarray  # an encoded image, or uint8 pixels [h, w, 3]
+    texts: tuple[str, ...]  # at least one caption; () if the data set only has labels
+    row: int  # stable id: the row's index in the source
+    key: str  # a name that a person can search for, such as the file's
     label: int | None = None  # index into the source's `classes`
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples. One subclass a file; the file's name is the config's name.
+    """Random access to the examples of a data set.
 
-    A source is a frozen dataclass whose fields are its config keys; it opens its files when built
-    (never on import), raises `DataError` for what is wrong with the set and `BadSample` from
-    `__getitem__` for what is wrong with one example. It pickles, and reads from many threads.
+    Each file in `clipx/data/sources/` holds one subclass, and a config selects it by the file's
+    name. A subclass is a frozen dataclass whose fields are its config keys. It opens its files in
+    the constructor, never on import. It raises `DataError` if the data set is unusable, and
+    `BadSample` from `__getitem__` if one example is. It can be pickled and read by many threads.
     """
 
-    classes: tuple[str, ...]  # names of the labels; () where the set has none
+    classes: tuple[str, ...]  # names of the labels; () if the data set has no labels
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Example: ...
 
     def keys(self) -> Iterator[str]:
-        """The key of every row, in order. Sources that know their keys without reading pictures
-        say so here; a key does not tell in which folder the data lies."""
+        """The key of every row, in order.
+
+        This default reads every example. A source that knows its keys without reading images
+        overrides it. Keys must not depend on the folder in which the data is stored.
+        """
         for row in range(len(self)):
             try:
                 yield self[row].key
@@ -59,8 +65,10 @@ class Source(Protocol):
 
 
 def fingerprint(source: Source) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the keys of all rows, in order: which examples a
-    set has, wherever it lies."""
+    """The first twelve hex digits of the SHA-256 of all keys, in row order.
+
+    It identifies the examples of a data set, independent of where the data is stored.
+    """
     digest, keys = hashlib.sha256(), source.keys()
     for key in keys:
         digest.update(key.encode("utf-8", "surrogateescape") + b"\n")

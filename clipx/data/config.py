@@ -1,4 +1,4 @@
-"""The section `config.data`, but for the keys of its source."""
+"""The keys of `config.data` that do not belong to its source."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from clipx.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The keys of `config.data` beside its source's own."""
+    """The keys of `config.data` that every source shares."""
 
     source: str
-    fraction: float = 1.0  # of the rows: so many, chosen once and for all
-    workers: int = 0  # processes that decode; 0: threads of this one
-    caption: Literal["random", "first", "all"] = "random"  # of several; all: in turn, one an epoch
-    reject_cjk: bool = False  # a caption with Chinese characters counts as bad, as DeCLIP has it
-    text_augment: TextAugmentConfig = TextAugmentConfig()  # of objectives that ask for it
-    teacher: str | None = None  # rows that `clipx.teacher` wrote, for objectives that ask for them
-    clusters: str | None = (
-        None  # that `clipx.teacher` wrote: rows 2i and 2i + 1 of a batch share one
-    )
-    manifest: Literal[*MANIFESTS] | None = None  # the known set that this is, or is a part of
-    max_bad_fraction: float = 0.01  # of the rows read; more stop the run
+    fraction: float = 1.0  # share of the rows to train on; every run selects the same rows
+    workers: int = 0  # decoding processes; 0: threads of the main process
+    # which of several captions to use; all: each in turn, one per epoch
+    caption: Literal["random", "first", "all"] = "random"
+    reject_cjk: bool = False  # count rows whose caption has Chinese characters as bad (DeCLIP)
+    text_augment: TextAugmentConfig = TextAugmentConfig()  # for objectives that augment captions
+    teacher: str | None = None  # features from `clipx.teacher`, for objectives that use a teacher
+    # clusters from `clipx.teacher`: rows 2i and 2i + 1 of a batch are from the same cluster
+    clusters: str | None = None
+    # the published data set that this data is a copy of, in whole or in part
+    manifest: Literal[*MANIFESTS] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    max_bad_fraction: float = 0.01  # tolerated share of bad rows; a higher one stops the run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise ConfigError("DataConfig.fraction", str(self.fraction), "more than 0, at most 1")
+            raise ConfigError("DataConfig.fraction", str(self.fraction), "above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""The examples of an evaluator."""
+"""The examples that an evaluator sees."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from clipx.errors import BadSample, DataError
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """The first `limit` rows of `source`, with pictures as open_clip's evaluation transform makes
-    them: the shorter side resized to `image_size` (Pillow, bicubic), cut to the centre.
+    """The first `limit` rows of `source`, with images through open_clip's evaluation transform:
+    the shorter side resized to `image_size` (Pillow, bicubic), then a centre crop.
 
-    Raises `DataError` for a bad example: nothing is skipped or replaced.
+    Raises `DataError` for a bad example: evaluation never skips or replaces a row.
     """
 
     source: Source
@@ -40,7 +40,7 @@ class EvaluationSet:
         return self._example(row).label
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        """uint8 pictures in the order of the rows, `size` at a time but for the last."""
+        """Yields uint8 images in row order, `size` per batch; the last batch may be smaller."""
         with concurrent.futures.ThreadPoolExecutor(min(pictures.cores(), 16)) as pool:
             for start in range(0, len(self), size):
                 rows = range(start, min(start + size, len(self)))

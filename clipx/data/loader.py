@@ -1,14 +1,15 @@
-"""From a source to batches: which rows, their crops and captions, decoded and tokenised.
+"""Turns a source into batches: selects rows, decodes and crops images, tokenises captions.
 
-Everything random about one example follows from (seed, step, position in the batch), and the order
-of rows from (seed, epoch). So a batch is the same for any number of processes and workers and after
-any restart, and the position of a run is its step.
+All randomness of one example is a function of (seed, step, position in the batch), and the order
+of rows is a function of (seed, epoch). So a batch does not depend on the number of processes or
+workers, nor on restarts, and the step alone says where a run continues.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -26,21 +27,23 @@ from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import BadSample, DataError
 
 if TYPE_CHECKING:
-    from clipx.types import Views  # imports JAX, which workers do without
+    from grain import IterDataset
 
-CHUNK = 32  # rows that are loaded together: small enough to share out, large enough to pass on
-_READY_BYTES = 1 << 28  # decoded pixels that wait for their turn, at most
-_SURVEY = 4  # a stream of draws; 0 to 2 are a row's picture and texts, 3 is the row itself
-_MOST_BAD = 100  # rows one after another that cannot be used: more, and the set is at fault
+    from clipx.types import Views  # imports JAX, which workers run without
+
+# rows per work item: few enough to spread a batch over workers, enough to amortise the transfer
+CHUNK = 32
+_READY_BYTES = 1 << 28  # upper bound on decoded pixels that wait for their turn
+_SURVEY = 4  # random stream; 0 to 2 are for a row's image and texts, 3 for the choice of the row
+_MOST_BAD = 100  # consecutive bad rows after which the data set counts as unusable
 
 Pieces = dict[str, np.ndarray]
 
 
 class Loader:
-    """The batches of a run, of which this process loads the rows at `positions`.
+    """Loads the rows at `positions` of every global batch of a run.
 
-    A row that cannot be used is replaced by the next in the epoch's order, and every other row
-    stays what it is.
+    A bad row is replaced by the next row in the epoch's order. All other rows keep their places.
     """
 
     def __init__(
@@ -59,22 +62,22 @@ class Loader:
     ):
         """
         batch_size: rows of the global batch.
-        positions: places in the global batch, from 0 to batch_size - 1.
-        survey: other crops of the same rows and captions, for the pass before an episode.
+        positions: the rows of the global batch that this process loads, from 0 to batch_size - 1.
+        survey: load the same rows and captions with other crops, for the pass before an episode.
 
-        Raises `ConfigError` if `views` asks for augmented texts that `data` cannot make here, and
-        `DataError` for data of less than one batch.
+        Raises `ConfigError` if `views` asks for augmented texts and `data.text_augment` needs a
+        WordNet that is not installed, and `DataError` for data with less than one batch of rows.
         """
         self.source, self.tokenizer, self.data = source, tokenizer, data
-        # Plain values: a loader is pickled for workers, and `views` holds what needs JAX
+        # Only plain values: workers unpickle the loader without JAX, which `views` needs
         self.crops = tuple(view.scale for view in views.pictures)
         self.flips = tuple(view.flip for view in views.pictures)
         self.texts, self.mirror_words = views.texts, views.mirror_words
         self._augment = TextAugment(data.text_augment) if "augmented" in self.texts else None
         if len(source) < batch_size:
             raise DataError(
-                f"the data has {len(source)} rows, expected at least one batch of "
-                f"{batch_size}; a smaller train.batch_size or more data"
+                f"the data has {len(source)} rows, expected at least one batch of {batch_size}; "
+                "set a smaller train.batch_size or add data"
             )
         self.positions, self.image_size, self.survey = positions, image_size, survey
         self.schedule = Schedule(len(source), batch_size, seed, sampling)
@@ -84,29 +87,35 @@ class Loader:
         return self.schedule.steps_per_epoch
 
     def batches(self, start: int, stop: int) -> Iterator[Pieces]:
-        """One dict a step from `start` to before `stop`, for n = len(positions): `image` uint8
-        [n, v, h, w, 3], `text` int32 [n, u, context], `row` and `position` int32 [n], `key` str
-        [n], and `bad` str [n]: '' or, as JSON, a list of the rows (`row`, `key`, `reason`) that
-        this place should have held and that cannot be used.
+        """Yields one dict per step from `start` to `stop` (exclusive), with n = len(positions):
 
-        Raises `DataError` when 100 rows one after another cannot be used.
+            image     uint8 [n, v, h, w, 3], v views
+            text      int32 [n, u, context], u texts
+            row       int32 [n], `Example.row`
+            position  int32 [n], the place in the epoch or episode
+            key       str [n], `Example.key`
+            bad       str [n], '' or a JSON list of the bad rows (`row`, `key`, `reason`) that the
+                      row at this place replaces
+
+        Raises `DataError` after 100 consecutive bad rows.
         """
-        places = np.asarray(self.positions)
-        chunks = [places[i : i + CHUNK] for i in range(0, len(places), CHUNK)]
+        positions = np.asarray(self.positions)
+        chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
         iterator = iter(self._pieces(chunks, start, stop))
         try:
+            # grain starts its worker processes when the first chunk is requested
             with worker.light_main() if self.data.workers else contextlib.nullcontext():
-                first = next(iterator, None)  # starts the processes
-            for step in range(start, stop):
-                parts = [first if step == start else next(iterator)]
-                parts += [next(iterator) for _ in chunks[1:]]
-                yield {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+                first = list(itertools.islice(iterator, 1))
+            loaded = itertools.chain(first, iterator)
+            for _ in range(start, stop):
+                pieces = [next(loaded) for _ in chunks]
+                yield {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         finally:
             iterator.close()
 
-    def _pieces(self, chunks: list[np.ndarray], start: int, stop: int):
-        """Every chunk of every step in order, as grain's data set: loaded ahead of its turn, by
-        threads or by worker processes."""
+    def _pieces(self, chunks: list[np.ndarray], start: int, stop: int) -> IterDataset[Pieces]:
+        """Every chunk of every step, in order, as a grain data set. Threads or worker processes
+        load chunks ahead of time."""
         import grain
 
         pieces = grain.MapDataset.range(start * len(chunks), stop * len(chunks)).map(
@@ -122,12 +131,12 @@ class Loader:
             )
         from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # grain reads one, also where no command parsed any
+        if not flags.FLAGS.is_parsed():  # grain reads a flag, even if no command parsed flags
             flags.FLAGS.mark_as_parsed()
         data = pieces.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        # small arrays travel faster without a block of shared memory each
-        shared = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
-        return grain.experimental.WithOptionsIterDataset(data, shared).mp_prefetch(
+        # small arrays travel faster without shared memory
+        options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+        return grain.experimental.WithOptionsIterDataset(data, options).mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=workers, per_worker_buffer_size=max(1, ready // workers)
             ),
@@ -135,7 +144,7 @@ class Loader:
         )
 
     def load(self, step: int, positions: np.ndarray) -> Pieces:
-        """The rows at `positions` of one step's global batch, as `batches` gives them."""
+        """The rows at `positions` of one step's global batch, in the format of `batches`."""
         n, side = len(positions), self.image_size
         image = np.empty((n, len(self.crops), side, side, 3), np.uint8)
         examples = [self._example(step, int(p), out) for p, out in zip(positions, image)]
@@ -150,22 +159,25 @@ class Loader:
             "bad": np.array(bad, np.str_),
         }
 
-    def _example(self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]):
-        """(row, key, place in the epoch or episode, texts, what could not be used); the views are
-        written to `out`."""
+    def _example(
+        self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]
+    ) -> tuple[int, str, int, list[str], str]:
+        """Returns (row, key, place in the epoch or episode, texts, `bad` of `batches`) and writes
+        the views to `out`."""
         schedule = self.schedule
-        # all draws at once, so that none depends on what the row turns out to be
+        # sample all numbers up front, so that they do not depend on which rows turn out to be bad
         count = len(self.crops)
-        which, coin, *draws = schedule.rng(step, position).random(2 + count * pictures.TRIES * 4)
+        which, coin, *boxes = schedule.rng(step, position).random(2 + count * pictures.TRIES * 4)
         if self.survey:
-            coin, *draws = schedule.rng(step, position, _SURVEY).random(1 + len(draws))
-        draws = np.reshape(draws, (count, pictures.TRIES, 4))
+            coin, *boxes = schedule.rng(step, position, _SURVEY).random(1 + len(boxes))
+        draws = np.reshape(boxes, (count, pictures.TRIES, 4))
         another, *coins = schedule.rng(step, position, 1).random(count)
         if self.mirror_words:
-            coins = [coin] * (count - 1)  # the captions can follow one coin alone
+            coins = [coin] * (count - 1)  # one coin for all views, which the captions follow
         flips = [f and c < 0.5 for f, c in zip(self.flips, (coin, *coins), strict=True)]
         bad = []
-        for skip in range(min(len(self.source), _MOST_BAD)):
+        candidates = min(len(self.source), _MOST_BAD)
+        for skip in range(candidates):
             row = schedule.row(step, position, skip)
             try:
                 example = self.source[row]
@@ -178,12 +190,12 @@ class Loader:
             place = schedule.place(step, position)
             return example.row, example.key, place, texts, json.dumps(bad) if bad else ""
         raise DataError(
-            f"{skip + 1} rows one after another cannot be used, the first is "
+            f"{candidates} consecutive rows cannot be used; the first is "
             "{key}: {reason}".format(**bad[0])
         )
 
     def _choose(self, example: Example, which: float, epoch: int) -> int:
-        """The index of the caption that is shown."""
+        """The index of the caption to use. Raises `BadSample` if there is none to use."""
         if not example.texts:
             raise BadSample(example.key, "no caption")
         count, chosen = len(example.texts), 0
@@ -205,17 +217,18 @@ class Loader:
         step: int,
         position: int,
     ) -> list[str]:
-        """The texts that `self.texts` names."""
+        """One text for each kind in `self.texts`."""
 
         def text(kind: str) -> str:
-            at = chosen
+            index = chosen
             if kind == "other" and len(captions) > 1:
-                at = int(another * (len(captions) - 1))
-                at += at >= chosen
-            words = captions[at]
+                index = int(another * (len(captions) - 1))
+                index += index >= chosen
+            words = captions[index]
             if flipped and self.mirror_words:
                 words = cleaning.swap_left_right(words)
             if kind == "augmented":
+                assert self._augment  # made in __init__ for this kind of text
                 words = self._augment(words, self.schedule.rng(step, position, 2))
             return words
 
@@ -228,7 +241,7 @@ def _load_chunk(loader: Loader, chunks: list[np.ndarray], index: int) -> Pieces:
 
 
 def captions(source: Source) -> Iterator[str]:
-    """Every caption of the set, in the order of its rows; rows that cannot be used give none."""
+    """Yields every caption of the data set, in row order. Skips bad rows."""
     for row in range(len(source)):
         with contextlib.suppress(BadSample):
             yield from source[row].texts

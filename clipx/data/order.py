@@ -1,10 +1,11 @@
-"""Which rows a run trains on and where each stands: a pure function of (seed, step, position)."""
+"""Which row a run trains on at which place: a pure function of (seed, step, position)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -12,48 +13,54 @@ from jaxtyping import Int, Int32
 from clipx.data.base import Example, Source
 from clipx.data.pairs import Pairs
 
-_ROW = 3  # the stream of draws of rows; 0 to 2 are a row's picture and texts, 4 is the survey's
+if TYPE_CHECKING:
+    from grain import MapDataset
+
+_ROW = 3  # random stream that selects rows; 0 to 2: a row's image and texts, 4: the survey's crops
 
 
 def order(
     rows: int, seed: int, clusters: Int32[np.ndarray, " rows"] | None = None
 ) -> Callable[[int, int], int]:
-    """A function (epoch, position) -> row. Each epoch is a permutation of its own of all rows.
+    """Returns a function (epoch, position) -> row. Each epoch is another permutation of all rows.
 
-    Nothing is stored: any place is found in constant time. With `clusters`, positions 2i and 2i + 1
-    hold rows of one cluster, as `pairs.paired` describes; that takes eight bytes a row.
+    The permutations are computed on demand in constant time and memory. With `clusters`, positions
+    2i and 2i + 1 hold rows of the same cluster (see `pairs.paired`), which takes 8 bytes per row.
     """
     if clusters is not None:
         return Pairs(np.asarray(clusters, np.int32), seed)
-    import grain  # here, because it imports JAX where it can
+    import grain  # not at the top: grain imports JAX if it is installed
 
-    # Hashed: grain shuffles epoch e with seed + e, which makes neighbouring seeds share epochs
+    # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds from sharing epochs
     (hashed,) = np.random.SeedSequence(seed).generate_state(1)
     shuffled = grain.MapDataset.range(rows).shuffle(seed=int(hashed))
-    shuffled[0]  # sets up grain's own statistics, before threads do
+    shuffled[0]  # sets up grain's statistics before several threads could
     return functools.partial(_at, shuffled, rows)
 
 
-def _at(shuffled, rows: int, epoch: int, position: int) -> int:
-    return shuffled[epoch * rows + position]
+def _at(shuffled: MapDataset[int], rows: int, epoch: int, position: int) -> int:
+    row = shuffled[epoch * rows + position]
+    assert row is not None  # grain's type allows for filtered rows
+    return row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How rows are drawn. The default: epochs, each a shuffle of all rows."""
+    """How rows are sampled. The default is epochs, each a shuffle of all rows."""
 
-    episode_steps: int | None = None  # positions count within an episode, not within an epoch
-    with_replacement: bool = False  # every row of a batch is drawn on its own
-    clusters: Int32[np.ndarray, " rows"] | None = None  # one for each row: see `order`
+    episode_steps: int | None = None  # steps per episode: places count within an episode then
+    with_replacement: bool = False  # sample every row of a batch independently
+    clusters: Int32[np.ndarray, " rows"] | None = None  # the cluster of each row: see `order`
 
 
 EPOCHS = Sampling()
 
 
 class Schedule:
-    """The row at each position of each step's global batch, and the random draws of that place.
+    """The row and the random generators for each position of each step's global batch.
 
-    An epoch is rows // batch_size steps. The rows that its order puts last wait for another epoch.
+    An epoch has rows // batch_size steps. The last rows % batch_size rows of an epoch's order are
+    left out of that epoch.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, sampling: Sampling):
@@ -65,45 +72,46 @@ class Schedule:
         return self.rows // self.batch_size
 
     def row(self, step: int, position: int, skip: int = 0) -> int:
-        """The row at a place, or the one that replaces it after `skip` rows that cannot be used."""
+        """The row at a position, or its replacement after `skip` bad rows."""
         if self.sampling.with_replacement:
-            drawn = int(self.rng(step, position, _ROW).integers(self.rows))
-            return (drawn + skip) % self.rows
+            sampled = int(self.rng(step, position, _ROW).integers(self.rows))
+            return (sampled + skip) % self.rows
         epoch, place = self._place(step, position)
         return self._order(epoch, (place + skip) % self.rows)
 
     def place(self, step: int, position: int) -> int:
-        """The place in the epoch; in the episode, where there are episodes."""
-        if episode := self.sampling.episode_steps:
-            return position * episode + step % episode
+        """The place in the episode if `sampling` has episodes, else the place in the epoch."""
+        if episode_steps := self.sampling.episode_steps:
+            return position * episode_steps + step % episode_steps
         return self._place(step, position)[1]
 
     def rng(self, step: int, position: int, stream: int = 0) -> np.random.Generator:
-        """A generator for one place in one step. Each `stream` is independent of the others."""
+        """The generator of one position in one step. Streams are independent of each other."""
         return np.random.Generator(
             np.random.Philox(key=[self.seed, 0], counter=[0, stream, step, position])
         )
 
     def _place(self, step: int, position: int) -> tuple[int, int]:
-        """The epoch, and the place in it."""
+        """Returns (epoch, place in the epoch)."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return epoch, step_of_epoch * self.batch_size + position
 
 
 def share(source: Source, fraction: float) -> Source:
-    """`source` itself, or a fixed random share of its rows."""
+    """A fixed random share of the rows of `source`; `source` itself for a fraction of 1."""
     return source if fraction == 1 else Share(source, fraction)
 
 
 def chosen(rows: int, fraction: float) -> Int[np.ndarray, " n"]:
-    """The rows of a set of `rows` that `Share` keeps, in its order."""
+    """The rows that `Share` keeps out of `rows`, in its order."""
     return np.random.default_rng(0).permutation(rows)[: int(rows * fraction)]
 
 
 class Share:
-    """A source of floor(rows * fraction) rows of another, chosen by a shuffle that is always the
-    same. Each example keeps the row id that it has there. No subclass of `Source`: no config asks
-    for it by name."""
+    """A source with floor(rows * fraction) rows of another source, selected by a fixed shuffle.
+
+    Examples keep their row ids. Not a subclass of `Source`, because no config selects it by name.
+    """
 
     def __init__(self, source: Source, fraction: float):
         self._source, self._rows = source, chosen(len(source), fraction)

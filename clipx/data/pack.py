@@ -1,4 +1,4 @@
-"""Any source to tar shards that `webdataset` reads: the same bytes for the same rows."""
+"""Writes any source to tar shards for the source `webdataset`. Equal rows give equal bytes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from clipx.data.sources.webdataset import WebDataset
 from clipx.data.verify import in_order
 from clipx.errors import BadSample, DataError
 
-FILE = "pack.json"  # what the shards were made from, and what was left out
-_KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept as they are; others become PNG
-_BLOCK = tarfile.BLOCKSIZE  # a member is its header and its data, each in whole blocks
-_Members = list[tuple[str, bytes]]  # names and data
+FILE = "pack.json"  # describes the source of the shards and the rows left out
+_KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored unchanged; others become PNG
+_BLOCK = tarfile.BLOCKSIZE  # the header and the data of a member are each padded to full blocks
+_Members = list[tuple[str, bytes]]  # (name, data)
 
 
 class Packed(NamedTuple):
+    """What `pack` wrote."""
+
     rows: int
     shards: int
-    skipped: list[dict[str, Any]]  # row, key and reason of what could not be used
+    skipped: list[dict[str, Any]]  # row, key and reason of each bad row
 
 
 def pack(
@@ -44,12 +46,16 @@ def pack(
     shard_rows: int | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Packed:
-    """Writes `output`/000000.tar, ... of at most `shard_bytes` or `shard_rows`, and pack.json.
+    """Writes `output`/000000.tar, ... and pack.json, and returns what was written.
 
-    A sample is `<row>.jpg` (or png, webp: the encoded bytes as they are), `.txt` with its first
-    caption, `.json` with all `captions` where it has several, `.cls` with its label. Every picture
-    is decoded; rows that cannot be used are left out. The folder appears whole or not at all.
-    Raises `DataError` for a folder that is not empty, and if what was written does not read back.
+    A shard has at most `shard_bytes` bytes and `shard_rows` rows; None means no limit. A sample
+    has the members `<row>.jpg` (or png, webp: the unchanged encoded bytes), `.txt` with the first
+    caption, `.json` with all `captions` if there are several, and `.cls` with the label. Every
+    image is decoded, and bad rows are left out. `output` appears only when it is complete.
+    `progress(n)` is called after every n rows.
+
+    Raises `DataError` if `output` is not empty or cannot be written, if no row can be used, and if
+    the shards do not read back.
     """
     folder = pathlib.Path(output).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -71,13 +77,23 @@ def pack(
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if (found := len(WebDataset(str(folder / "*.tar")))) != packed.rows:
-        raise DataError(f"{folder}: {found:,} rows read back of {packed.rows:,} written")
+    if (readable := len(WebDataset(str(folder / "*.tar")))) != packed.rows:
+        raise DataError(
+            f"{folder}: {readable:,} rows can be read back, expected the {packed.rows:,} that were "
+            "written; remove the folder and pack again"
+        )
     return packed
 
 
-def _write(source: Source, folder: pathlib.Path, shard_bytes, shard_rows, progress) -> Packed:
-    skipped, rows, shards = [], 0, 0
+def _write(
+    source: Source,
+    folder: pathlib.Path,
+    shard_bytes: int | None,
+    shard_rows: int | None,
+    progress: Callable[[int], Any] | None,
+) -> Packed:
+    skipped: list[dict[str, Any]] = []
+    rows = shards = 0
     samples = _samples(source, skipped, progress)
     numbered = _numbered(samples, shard_bytes or math.inf, shard_rows or math.inf)
     for number, group in itertools.groupby(numbered, operator.itemgetter(0)):
@@ -85,22 +101,24 @@ def _write(source: Source, folder: pathlib.Path, shard_bytes, shard_rows, progre
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for _, members in group:
                 for name, data in members:
-                    info = tarfile.TarInfo(name)  # no owner, no time: the same bytes every time
+                    info = tarfile.TarInfo(name)  # without owner and time: reproducible bytes
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                 rows += 1
         shards = number + 1
     if not rows:
-        reason = "{key}: {reason}".format(**skipped[0]) if skipped else "it has none"
-        raise DataError(f"no row of the source can be used; the first is {reason}")
+        reason = "; the first is {key}: {reason}".format(**skipped[0]) if skipped else ""
+        raise DataError(f"none of the {len(source)} rows of the source can be used{reason}")
     return Packed(rows, shards, skipped)
 
 
-def _samples(source: Source, skipped: list[dict[str, Any]], progress) -> Iterator[_Members]:
-    """The members of every row that can be used; the others are added to `skipped`."""
+def _samples(
+    source: Source, skipped: list[dict[str, Any]], progress: Callable[[int], Any] | None
+) -> Iterator[_Members]:
+    """Yields the members of every usable row and appends the bad rows to `skipped`."""
     width = max(9, len(str(len(source))))
-    found = in_order(functools.partial(_sample, source), len(source), progress)
-    for row, sample in enumerate(found):
+    samples = in_order(functools.partial(_sample, source), len(source), progress)
+    for row, sample in enumerate(samples):
         if isinstance(sample, BadSample):
             skipped.append({"row": row, "key": sample.key, "reason": sample.reason})
         else:
@@ -110,24 +128,23 @@ def _samples(source: Source, skipped: list[dict[str, Any]], progress) -> Iterato
 def _numbered(
     samples: Iterable[_Members], most_bytes: float, most_rows: float
 ) -> Iterator[tuple[int, _Members]]:
-    """Each sample with the number of its shard: another one where it would not fit any more."""
+    """Yields (shard number, sample). A sample that would not fit any more starts a new shard."""
     number = rows = size = 0
     for members in samples:
-        own = sum(_block(_BLOCK + len(data), _BLOCK) for _, data in members)
-        if rows and (
-            rows >= most_rows or _block(size + own + 2 * _BLOCK, tarfile.RECORDSIZE) > most_bytes
-        ):
+        added = sum(_round_up(_BLOCK + len(data), _BLOCK) for _, data in members)
+        closed = _round_up(size + added + 2 * _BLOCK, tarfile.RECORDSIZE)
+        if rows and (rows >= most_rows or closed > most_bytes):
             number, rows, size = number + 1, 0, 0
         yield number, members
-        rows, size = rows + 1, size + own
+        rows, size = rows + 1, size + added
 
 
-def _block(size: int, unit: int) -> int:
+def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
 def _sample(source: Source, row: int) -> _Members | BadSample:
-    """The members of an example, named by their extensions."""
+    """The (extension, data) pairs of one row, or why it cannot be used."""
     try:
         example = source[row]
         kind = pictures.header(example)[2]
@@ -137,7 +154,7 @@ def _sample(source: Source, row: int) -> _Members | BadSample:
     except BadSample as error:
         return error
     data = example.image
-    if kind not in _KINDS:
+    if kind not in _KINDS or isinstance(data, np.ndarray):
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
         data = file.getvalue()
@@ -153,8 +170,10 @@ def _sample(source: Source, row: int) -> _Members | BadSample:
 
 
 def shard_size(text: str) -> dict[str, int]:
-    """`pack`'s keyword for a size as people write it: 512MB, 2GB or 10000rows. Raises ValueError
-    for what is none."""
+    """The keyword argument of `pack` for a size such as 512MB, 2GB or 10000rows.
+
+    Raises ValueError if `text` is not a size.
+    """
     for unit, factor in (("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("rows", 1)):
         number = text.strip().removesuffix(unit).strip()
         if number != text.strip() and number.isdecimal() and int(number):
@@ -164,8 +183,8 @@ def shard_size(text: str) -> dict[str, int]:
 
 
 def config_lines(output: str | os.PathLike, source: Source) -> Iterator[str]:
-    """The section of a config that reads what `pack` wrote."""
+    """Yields the lines of a config that reads the shards in `output`."""
     section = {"source": "webdataset", "path": str(pathlib.Path(output) / "*.tar")}
     yield f'"data": {json.dumps(section, ensure_ascii=False)}'
     if source.classes:
-        yield f"with its {len(source.classes)} classes, which {FILE} lists, as data.classes"
+        yield f"and set data.classes to the {len(source.classes)} classes listed in {FILE}"

@@ -1,8 +1,8 @@
-"""Encoded pictures to pixels: crops to train on, the evaluation transform, both on the host.
+"""Decodes pictures on the host: random crops for training, and the evaluation transform.
 
-OpenCV decodes where it can, at a half, a quarter or an eighth of a JPEG's size when the crop stays
-large enough, and Pillow does where it cannot. Orientation tags are not applied, in training nor in
-evaluation: so do torchvision and open_clip.
+OpenCV decodes first, and Pillow decodes what OpenCV cannot. JPEGs are decoded at 1/2, 1/4 or 1/8 of
+their size if every crop stays large enough. Orientation tags are ignored in training and in
+evaluation, as in torchvision and open_clip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -23,17 +24,19 @@ from PIL import Image
 from clipx.data.base import Example
 from clipx.errors import BadSample, DataError
 
-cv2.setNumThreads(0)  # the parallelism is over pictures
+cv2.setNumThreads(0)  # pictures are decoded in parallel, one thread each
 
-TRIES = 10  # boxes that a crop may try
-_RATIO = (3 / 4, 4 / 3)  # width over height of a crop
-_MOST_PIXELS = 1 << 26  # of a picture: 200 MB once decoded
+_Result = TypeVar("_Result")
+
+TRIES = 10  # random boxes per crop before the fallback to a centre crop
+_RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
+_MOST_PIXELS = 1 << 26  # larger pictures are refused: 200 MB when decoded
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _READ_REDUCED = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}  # grey is the flag without a colour bit; `_READ` adds colour
+}  # the GRAYSCALE flags only reduce; `_READ` adds the colour bit
 
 
 def views(
@@ -43,8 +46,12 @@ def views(
     flips: Sequence[bool],
     out: UInt8[np.ndarray, "v side side 3"],
 ) -> None:
-    """Writes one crop for each area range of `crops` to `out`, mirrored where `flips` says so. The
-    picture is decoded once. `draws` are uniform in [0, 1)."""
+    """Decodes the picture once and writes v random crops to `out`.
+
+    crops: the range of areas of each crop, as shares of the picture.
+    draws: uniform numbers in [0, 1), for `TRIES` boxes per crop.
+    flips: whether to mirror each crop.
+    """
     width, height, kind = header(example)
     side = out.shape[1]
     boxes = [crop_box(width, height, s, d) for s, d in zip(crops, draws)]
@@ -66,9 +73,12 @@ def views(
 def crop_box(
     width: int, height: int, scale: tuple[float, float], draws: Float[np.ndarray, "10 4"]
 ) -> tuple[int, int, int, int]:
-    """(x, y, w, h) of a random crop, in pixels, from uniform draws in [0, 1): an area from `scale`,
-    a ratio from 3/4 to 4/3, log-uniform; where none of ten fits, the whole picture as far as that
-    ratio allows. As torchvision's `RandomResizedCrop.get_params`."""
+    """(x, y, w, h) of a random crop, in pixels, as torchvision's `RandomResizedCrop.get_params`.
+
+    The area is a uniform share in `scale`, and the ratio log-uniform from 3/4 to 4/3. If none of
+    the ten boxes fits, it is the largest centre crop with a ratio in that range. `draws` are
+    uniform in [0, 1).
+    """
     low, high = (math.log(r) for r in _RATIO)
     for area, ratio, across, down in draws.tolist():
         area = width * height * (scale[0] + (scale[1] - scale[0]) * area)
@@ -82,16 +92,18 @@ def crop_box(
 
 
 def resize(crop: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """`crop` at side x side, antialiased: the mean of the covered pixels where it shrinks, bicubic
-    where it grows."""
+    """`crop` resized to side x side: by averaging areas to shrink it, else bicubic."""
     shrinks = crop.shape[0] >= side and crop.shape[1] >= side
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(crop, (side, side), interpolation=how)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(crop, (side, side), interpolation=interpolation)
 
 
 def header(example: Example) -> tuple[int, int, str]:
-    """Width, height and format; nothing is decoded yet. A picture of more than 67 megapixels is a
-    `BadSample`: whole, it would take hundreds of megabytes in every thread."""
+    """Returns (width, height, format) without decoding the pixels; format is "" for an array.
+
+    Raises `BadSample` for more than 67 megapixels, which would take hundreds of megabytes in every
+    thread.
+    """
     if isinstance(example.image, np.ndarray):
         return example.image.shape[1], example.image.shape[0], ""
     with _unreadable(example):
@@ -99,13 +111,15 @@ def header(example: Example) -> tuple[int, int, str]:
         width, height = head.size
         if width * height > _MOST_PIXELS:
             raise ValueError(
-                f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} in all; shrink it"
+                f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} in total; downscale "
+                "the picture"
             )
         return width, height, head.format or ""
 
 
 def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels, 1/reduce as wide and as high: by OpenCV, else by Pillow, which knows more formats."""
+    """RGB pixels from OpenCV at 1/reduce of the width and height, or at full size from Pillow,
+    which knows more formats."""
     if isinstance(example.image, np.ndarray):
         return example.image
     data = np.frombuffer(example.image, np.uint8)
@@ -118,8 +132,8 @@ def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """The picture resized so that its shorter side is `side` (Pillow, bicubic) and cut to the
-    centre: open_clip's evaluation transform."""
+    """open_clip's evaluation transform: the shorter side resized to `side` (Pillow, bicubic), then
+    a centre crop."""
     if isinstance(example.image, np.ndarray):
         picture = Image.fromarray(example.image)
     else:
@@ -138,7 +152,7 @@ def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 
 class Pictures:
-    """Images as an evaluator sees them: files, Pillow images or uint8 arrays, without a source."""
+    """Reads images as evaluators see them, without a source: files, Pillow images, uint8 arrays."""
 
     def __init__(self, image_size: int):
         self.image_size = image_size
@@ -146,15 +160,18 @@ class Pictures:
     def __call__(
         self, images: Sequence[Image.Image | np.ndarray | str | os.PathLike], size: int
     ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        """uint8 images in the order given, `size` at a time but for the last batch, each through
-        the evaluation transform. An array is one uint8 image, [h, w] or [h, w, 1|3|4]. Raises
-        `DataError` for a file that is missing or holds no image, and for other arrays."""
+        """Yields uint8 images through the evaluation transform, in the order of `images`, `size`
+        per batch; the last batch may be smaller. An array is one uint8 image, [h, w] or
+        [h, w, 1|3|4].
+
+        Raises `DataError` for a file that is missing or not an image, and for any other array.
+        """
         with concurrent.futures.ThreadPoolExecutor(min(cores(), 16)) as pool:
             for start in range(0, len(images), size):
                 yield np.stack(list(pool.map(self._one, images[start : start + size])))
 
     def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
-        """Width and height of each file, as it is on disk."""
+        """The (width, height) of each file before the transform."""
         return [self._checked(path, header)[:2] for path in paths]
 
     def _one(
@@ -167,7 +184,7 @@ class Pictures:
             return evaluation(Example(pixels, (), 0, "image"), self.image_size)
         return self._checked(image, lambda example: evaluation(example, self.image_size))
 
-    def _checked(self, path, function):
+    def _checked(self, path: str | os.PathLike, function: Callable[[Example], _Result]) -> _Result:
         try:
             data = pathlib.Path(path).read_bytes()
             return function(Example(data, (), 0, str(path)))
@@ -189,15 +206,15 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """`picture` in mode RGB; of 16-bit greys the upper eight, where Pillow would cut at 255."""
+    """`picture` in mode RGB. 16-bit grey keeps its upper 8 bits, where Pillow would clip at 255."""
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
     return picture.convert("RGB")
 
 
 @contextlib.contextmanager
-def _unreadable(example: Example):
-    """Whatever a decoder raises becomes a `BadSample`: they raise all sorts of things."""
+def _unreadable(example: Example) -> Iterator[None]:
+    """Turns every exception into a `BadSample`: decoders raise many kinds."""
     try:
         yield
     except Exception as error:
@@ -207,7 +224,7 @@ def _unreadable(example: Example):
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The file of a run that names every row that could not be used."""
+"""The file of a run that lists its bad rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pathlib
 
 
 class Quarantine:
-    """Appends one line of JSON, `step`, `row`, `key` and `reason`, for each bad row, once a row
-    also over restarts."""
+    """Appends one JSON line with `step`, `row`, `key` and `reason` for each bad row.
+
+    A row is listed once, even if the run restarts.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self._path = pathlib.Path(path)
@@ -18,11 +20,12 @@ class Quarantine:
             for line in self._path.read_text("utf-8").splitlines():
                 try:
                     self._rows.add(json.loads(line)["row"])
-                except ValueError:  # the last line of a run that was killed
+                except ValueError:  # a run that was killed may leave an incomplete last line
                     continue
 
     def add(self, step: int, bad: str) -> list[str]:
-        """Records one place's `bad` of a `Loader`. Returns a line for each row not known yet."""
+        """Records one entry of a batch's `bad` (see `Loader.batches`). Returns "key: reason" of
+        each new row."""
         new = [row for row in json.loads(bad) if row["row"] not in self._rows]
         if new:
             with self._path.open("a", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
-"""Arrays of a row for each example of a set: an external teacher's features, or clusters.
+"""Arrays with one row per example of a data set: an external teacher's features, or clusters.
 
-Beside `name.npy` stands `name.json`, which says of which data it is (`fingerprint`, `rows`), what
-it holds and how it was made. Row r belongs to the example whose `row` is r, in the whole set,
-whatever `data.fraction` of it a run trains on. `python -m clipx.teacher` writes both.
+`python -m clipx.teacher` writes `name.npy` and, beside it, `name.json`. The json file identifies
+the data (`fingerprint`, `rows`), and says what the array holds and how it was made. Row r of the
+array belongs to the example with `Example.row` r, regardless of `data.fraction`.
 """
 
 from __future__ import annotations
@@ -19,89 +19,106 @@ from jaxtyping import Float32, Int32
 from clipx.data.base import expand_user
 from clipx.errors import DataError
 
-_TILE = 1 << 16  # rows that are looked at together
+_TILE = 1 << 16  # rows to check at a time
+_AGAIN = "write it again with `python -m clipx.teacher`"
 
 
 def open_teacher(
     path: str, *, rows: int, fingerprint: str, width: int | None = None
 ) -> Float32[np.ndarray, "rows width"]:
-    """A teacher's features, memory-mapped. Raises `DataError` for a file that is not there or not
-    whole, holds something else, is made for other data or of another width, or has NaN."""
+    """A teacher's features, memory-mapped.
+
+    Raises `DataError` if the file is missing or incomplete, is not an array of features, was
+    written for other data or with another width, or has a value that is not finite.
+    """
     file = _path(path)
-    found = _open(file, np.float32, 2, "a teacher's features, float32 [rows, width]")
-    _check(file, len(found), rows, fingerprint)
-    if width not in (None, found.shape[1]):
+    features = _open(file, np.float32, 2, "a teacher's features, float32 [rows, width]")
+    _check(file, len(features), rows, fingerprint)
+    if width not in (None, features.shape[1]):
         raise DataError(
-            f"{file}: {found.shape[1]} numbers a row, expected {width}; "
-            f"make it again with --dim={width}, or set the width that the objective expects"
+            f"{file}: {features.shape[1]} numbers per row, expected {width}; write it again with "
+            f"--dim={width}, or set the objective's width to {features.shape[1]}"
         )
     for start in range(0, rows, _TILE):
-        finite = np.isfinite(found[start : start + _TILE]).all(axis=1)
+        finite = np.isfinite(features[start : start + _TILE]).all(axis=1)
         if not finite.all():
-            raise DataError(f"{file}: row {start + np.argmin(finite)} is not finite")
-    return found
+            raise DataError(
+                f"{file}: row {start + np.argmin(finite)} is not finite (it has NaN or infinity); "
+                f"{_AGAIN}"
+            )
+    return features
 
 
 def open_clusters(path: str, *, rows: int, fingerprint: str) -> Int32[np.ndarray, " rows"]:
-    """The cluster of each example. Raises `DataError` as `open_teacher` does."""
+    """The cluster of each example (-1 if it has no caption), memory-mapped.
+
+    Raises `DataError` if the file is missing or incomplete, is not an array of clusters, or was
+    written for other data.
+    """
     file = _path(path)
-    found = _open(file, np.int32, 1, "clusters, int32 [rows]")
-    _check(file, len(found), rows, fingerprint)
-    return found
+    clusters = _open(file, np.int32, 1, "clusters, int32 [rows]")
+    _check(file, len(clusters), rows, fingerprint)
+    return clusters
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What the json file beside an array says."""
+    """The contents of the json file beside the array at `path`.
+
+    Raises `DataError` if the file is missing or lacks `fingerprint` or `rows`.
+    """
     file = _path(path).with_suffix(".json")
-    again = "write it again with `python -m clipx.teacher`"
     try:
         about = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{file}: no such file, so nothing says what {file.stem}.npy was made for; {again}, "
-            f"from an array of your own with --features={file.stem}.npy --out=..."
+            f"{file}: no such file, but only it says for which data {file.stem}.npy was written; "
+            f"{_AGAIN} (for an array of your own: --features={file.stem}.npy --out=...)"
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); {again}") from None
+        raise DataError(f"{file}: cannot be read ({error}); {_AGAIN}") from None
     if not isinstance(about, dict) or not {"fingerprint", "rows"} <= about.keys():
-        raise DataError(f"{file}: no fingerprint and rows in it; {again}")
+        raise DataError(f"{file}: no fingerprint and rows, expected an object with both; {_AGAIN}")
     return about
 
 
 def load(path: str) -> np.ndarray:
-    """An array from a `.npy` file, memory-mapped. Raises `DataError` if it is none."""
+    """The array of a `.npy` file, memory-mapped. Raises `DataError` if there is none."""
     file = _path(path)
     try:
-        found = np.load(file, mmap_mode="r")
+        array = np.load(file, mmap_mode="r")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file}: no whole array ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, np.ndarray):
-        raise DataError(f"{file}: several arrays, expected the one of a .npy file")
-    return found
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}: not a complete .npy file ({reason})") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{file}: an archive of arrays, expected a .npy file with one array")
+    return array
 
 
 @contextlib.contextmanager
 def create(
     path: str, dtype: type, shape: tuple[int, ...], about: dict[str, Any]
 ) -> Iterator[Callable[[np.ndarray], Any]]:
-    """A function that takes the rows of a new array, some at a time and in order. File and json
-    are written aside, and stand at `path` once the block has ended well."""
+    """Context with a function that appends rows to a new array at `path`, in order.
+
+    The array and its json file, with the contents `about`, replace those at `path` when the block
+    ends without an exception.
+    """
     file = _path(path)
-    aside = file.with_name(f".{file.name}.part")
+    unfinished = file.with_name(f".{file.name}.part")
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     try:
-        with open(aside, "wb") as out:
+        with open(unfinished, "wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
             yield lambda rows: out.write(np.ascontiguousarray(rows, dtype).data)
-        said = file.with_suffix(".json")
-        said.unlink(missing_ok=True)  # while there is none, no array counts
-        aside.replace(file)
-        aside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        aside.replace(said)
+        json_file = file.with_suffix(".json")
+        json_file.unlink(missing_ok=True)  # an array without its json file is not accepted
+        unfinished.replace(file)
+        unfinished.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        unfinished.replace(json_file)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _path(path: str) -> pathlib.Path:
@@ -109,20 +126,21 @@ def _path(path: str) -> pathlib.Path:
 
 
 def _open(file: pathlib.Path, dtype: type, axes: int, expected: str) -> np.ndarray:
-    found = load(str(file))
-    if found.dtype != dtype or found.ndim != axes:
-        raise DataError(f"{file}: {found.dtype} of shape {found.shape}, expected {expected}")
-    return found
+    array = load(str(file))
+    if array.dtype != dtype or array.ndim != axes:
+        raise DataError(f"{file}: {array.dtype} of shape {array.shape}, expected {expected}")
+    return array
 
 
-def _check(file: pathlib.Path, found: int, rows: int, fingerprint: str) -> None:
+def _check(file: pathlib.Path, length: int, rows: int, fingerprint: str) -> None:
     about = describe(str(file))
     if about["fingerprint"] != fingerprint:
         raise DataError(
-            f"{file}: made for other data, of fingerprint {about['fingerprint']}, where the run's "
-            f"has {fingerprint}; make it again with the config of this run"
+            f"{file}: made for other data, with fingerprint {about['fingerprint']}, expected "
+            f"{fingerprint}, that of this run's data; {_AGAIN} and this run's config"
         )
-    if not found == about["rows"] == rows:
+    if not length == about["rows"] == rows:
         raise DataError(
-            f"{file}: {found:,} rows, {about['rows']} by its json file, where the data has {rows:,}"
+            f"{file}: {length:,} rows, {about['rows']} by its json file, expected the {rows:,} "
+            f"rows of the data; {_AGAIN}"
         )

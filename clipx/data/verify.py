@@ -1,4 +1,4 @@
-"""What a set is made of, found by decoding all of it: bad rows, sizes, words, doubles."""
+"""A report about a data set from decoding every row: bad rows, sizes, captions, duplicates."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from PIL import Image
 
 from clipx.config.binding import bind
 from clipx.data import pictures
-from clipx.data.base import Example, Source
+from clipx.data.base import Source
 from clipx.data.text import tokenizers
 from clipx.errors import BadSample
 
-_CHUNK = 32  # rows that one thread takes at a time
-_AHEAD = 8  # chunks a thread, at most, that are done before their turn
+_CHUNK = 32  # rows per work item of a thread
+_AHEAD = 8  # work items per thread that may be finished ahead of their turn
 _QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
-_SHOWN = 20  # bad rows in the table; the report has all
-_GROUPS = 5  # of doubles, the largest
+_SHOWN = 20  # bad rows listed on the terminal; the report has all
+_GROUPS = 5  # largest groups of duplicates to list
 _LETTER = re.compile("[A-Za-z]")
-_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+_ORIENTATION = 0x0112  # EXIF tag; 1 means upright
 _Result = TypeVar("_Result")
 
 
 def in_order(
     function: Callable[[int], _Result], rows: int, progress: Callable[[int], Any] | None = None
 ) -> Iterator[_Result]:
-    """`function(row)` of every row, in order, computed by threads some hundred rows ahead.
-    `progress(n)` is told of every n rows done."""
+    """Yields `function(row)` of every row, in order, computed by threads some hundred rows ahead.
+
+    `progress(n)` is called after every n rows.
+    """
     threads = min(pictures.cores(), 16)
     span = threads * _AHEAD * _CHUNK
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, rows, span):
             stop = min(start + span, rows)
             chunks = [range(i, min(i + _CHUNK, stop)) for i in range(start, stop, _CHUNK)]
-            for done in pool.map(lambda chunk: [function(row) for row in chunk], chunks):
-                yield from done
+            for results in pool.map(lambda chunk: [function(row) for row in chunk], chunks):
+                yield from results
                 if progress:
-                    progress(len(done))
+                    progress(len(results))
 
 
 def verify(
@@ -56,59 +58,78 @@ def verify(
     count_tokens: Callable[[str], int] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
-    """A report fit for JSON: `rows`, `bad` (row, key and reason of each row that cannot be used),
-    `pictures`, `captions` and `labels` of the others. Every picture is decoded. Rows are a hundred
-    bytes each in memory."""
+    """Decodes every picture and returns a report that can be stored as JSON.
+
+    Its keys are `rows`, `bad` (the row, key and reason of each bad row), and `pictures`, `captions`
+    and `labels` of the other rows. Needs about 100 bytes of memory per row. `count_tokens` is
+    applied to every caption, and `progress(n)` is called after every n rows.
+    """
     tally, bad = _Tally(), []
-    look = functools.partial(_look, source, count_tokens)
-    for row, seen in enumerate(in_order(look, len(source), progress)):
-        if isinstance(seen, BadSample):
-            bad.append({"row": row, "key": seen.key, "reason": seen.reason})
+    inspect = functools.partial(_inspect, source, count_tokens)
+    for row, facts in enumerate(in_order(inspect, len(source), progress)):
+        if isinstance(facts, BadSample):
+            bad.append({"row": row, "key": facts.key, "reason": facts.reason})
         else:
-            tally.add(row, seen)
+            tally.add(row, facts)
     return {"rows": len(source), "bad": bad, **tally.report(source)}
 
 
-class _Seen(NamedTuple):
-    """What there is to say of one row."""
+class _Facts(NamedTuple):
+    """What the report needs to know about one row."""
 
     width: int
     height: int
     size: int  # bytes
-    kind: str  # JPEG, ...; pixels for a picture that is not encoded
+    kind: str  # JPEG, ...; "pixels" for a picture that is not encoded
     mode: str  # Pillow's
-    turned: bool  # by an EXIF tag
+    turned: bool  # an EXIF tag says that the picture is not upright
     digest: int
     label: int | None
     texts: list[tuple[int, int, int, str]]  # characters, tokens, digest, script
 
 
 def token_counter(section: Mapping[str, Any] | None) -> Callable[[str], int] | None:
-    """What says how many tokens a caption has, uncut, by the tokenizer of `config.tokenizer`; None
-    without a tokenizer, and where one would first have to be trained."""
+    """A function that counts the tokens of a caption, marks included, before truncation.
+
+    section: `config.tokenizer`. The result is None without one, and for a tokenizer that would
+    first have to be trained.
+    """
     if section is None:
         return None
     bound = bind(tokenizers.TokenizerConfig, section, where="config.tokenizer")
     if bound.name == "sentencepiece" and not bound.path:
         return None
     tokenizer = tokenizers.build(bound)
-    return lambda text: len(tokenizer.body(text)) + 2  # its marks
+    return lambda text: len(tokenizer.body(text)) + 2  # with the start and end marks
 
 
-def _look(source: Source, count_tokens: Callable[[str], int] | None, row: int) -> _Seen | BadSample:
+def _inspect(
+    source: Source, count_tokens: Callable[[str], int] | None, row: int
+) -> _Facts | BadSample:
     try:
         example = source[row]
         width, height, kind = pictures.header(example)
         pictures.decode(example)
     except BadSample as error:
         return error
-    data = example.image if kind else np.ascontiguousarray(example.image).tobytes()
+    image = example.image
+    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     texts = [
         (len(t), count_tokens(t) if count_tokens else 0, _digest_text(t), script(t))
         for t in example.texts
     ]
-    about = (len(data), kind or "pixels", *_mode(example, kind), _digest(data))
-    return _Seen(width, height, *about, example.label, texts)
+    mode, turned = _mode(image)
+    return _Facts(
+        width=width,
+        height=height,
+        size=len(data),
+        kind=kind or "pixels",
+        mode=mode,
+        turned=turned,
+        digest=_digest(data),
+        label=example.label,
+        texts=texts,
+    )
 
 
 def _digest(data: bytes) -> int:
@@ -119,20 +140,21 @@ def _digest_text(text: str) -> int:
     return _digest(text.encode("utf-8", "surrogatepass"))
 
 
-def _mode(example: Example, kind: str) -> tuple[str, bool]:
-    if not kind:
+def _mode(image: bytes | np.ndarray) -> tuple[str, bool]:
+    """Pillow's mode, and whether an EXIF tag says that the picture is not upright."""
+    if isinstance(image, np.ndarray):
         return "RGB", False
-    with Image.open(io.BytesIO(example.image)) as head:
+    with Image.open(io.BytesIO(image)) as head:
         turned = False
         if "exif" in head.info:
-            with contextlib.suppress(Exception):  # a damaged tag turns nothing
+            with contextlib.suppress(Exception):  # a damaged tag counts as upright
                 turned = head.getexif().get(_ORIENTATION, 1) != 1
         return head.mode, turned
 
 
 def script(text: str) -> str:
-    """The script that most of a text's letters are of, such as Latin, CJK or Arabic, as Unicode
-    names its letters; `no letters` for a text without."""
+    """The most frequent script among the letters of a text, such as Latin, CJK or Arabic, by the
+    Unicode names of the letters; "no letters" if there are none."""
     if text.isascii():
         return "Latin" if _LETTER.search(text) else "no letters"
     letters = collections.Counter(_script(c) for c in text if c.isalpha())
@@ -141,50 +163,50 @@ def script(text: str) -> str:
 
 @functools.lru_cache(1 << 16)
 def _script(letter: str) -> str:
-    plain = unicodedata.normalize("NFKC", letter)[0]  # of full-width letters and the like
+    plain = unicodedata.normalize("NFKC", letter)[0]  # full-width letters have no script name
     word = unicodedata.name(plain, "other").partition(" ")[0]
     return word if word == "CJK" else word.capitalize()
 
 
 class _Tally:
-    """What was seen of the rows that can be used, in flat arrays."""
+    """The facts about all usable rows, in flat arrays."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.row, self.digest = array("q"), array("Q")
         self.numbers = {name: array("q") for name in ("width", "height", "bytes", "captions")}
         self.lengths = {name: array("q") for name in ("characters", "tokens")}
-        self.owner, self.text = array("q"), array("Q")  # row and digest of each caption
+        self.owner, self.text = array("q"), array("Q")  # the row and digest of each caption
         self.kinds, self.modes, self.scripts, self.labels = (
             collections.Counter() for _ in range(4)
         )
         self.turned = 0
 
-    def add(self, row: int, seen: _Seen) -> None:
+    def add(self, row: int, facts: _Facts) -> None:
         self.row.append(row)
-        self.digest.append(seen.digest)
-        values = (seen.width, seen.height, seen.size, len(seen.texts))
+        self.digest.append(facts.digest)
+        values = (facts.width, facts.height, facts.size, len(facts.texts))
         for numbers, value in zip(self.numbers.values(), values):
             numbers.append(value)
-        for characters, tokens, digest, name in seen.texts:
+        for characters, tokens, digest, name in facts.texts:
             self.lengths["characters"].append(characters)
             self.lengths["tokens"].append(tokens)
             self.text.append(digest)
             self.owner.append(row)
             self.scripts[name] += 1
-        self.kinds[seen.kind] += 1
-        self.modes[seen.mode] += 1
-        self.turned += seen.turned
-        if seen.label is not None:
-            self.labels[seen.label] += 1
+        self.kinds[facts.kind] += 1
+        self.modes[facts.mode] += 1
+        self.turned += facts.turned
+        if facts.label is not None:
+            self.labels[facts.label] += 1
 
     def report(self, source: Source) -> dict[str, Any]:
-        pictures_twice, owners = _doubles(self.digest, self.row)
-        texts_twice, first = _doubles(self.text, self.owner)
+        repeated_pictures, picture_groups = _duplicates(self.digest, self.row)
+        repeated_texts, text_groups = _duplicates(self.text, self.owner)
         names = dict(enumerate(source.classes))
-        most = []
-        for digest, places in first:
-            text = next(t for t in source[places[0]].texts if _digest_text(t) == digest)
-            most.append({"caption": text, "times": len(places)})
+        frequent = []
+        for digest, rows in text_groups:
+            text = next(t for t in source[rows[0]].texts if _digest_text(t) == digest)
+            frequent.append({"caption": text, "times": len(rows)})
         captions_each = self.numbers.pop("captions")
         if not any(self.lengths["tokens"]):
             del self.lengths["tokens"]
@@ -194,16 +216,18 @@ class _Tally:
                 "modes": dict(self.modes.most_common()),
                 "turned by EXIF": self.turned,
                 "sizes": _quantiles(self.numbers),
-                "equal to an earlier one": pictures_twice,
-                "equal": [[source[row].key for row in rows[:_GROUPS]] for _, rows in owners],
+                "equal to an earlier one": repeated_pictures,
+                "equal": [
+                    [source[row].key for row in rows[:_GROUPS]] for _, rows in picture_groups
+                ],
             },
             "captions": {
                 "captions": len(self.text),
                 "rows without": list(captions_each).count(0),
                 "lengths": _quantiles({"captions a picture": captions_each, **self.lengths}),
                 "scripts": dict(self.scripts.most_common()),
-                "equal to an earlier one": texts_twice,
-                "most frequent": most,
+                "equal to an earlier one": repeated_texts,
+                "most frequent": frequent,
             },
             "labels": {str(names.get(i, i)): n for i, n in sorted(self.labels.items())},
         }
@@ -222,13 +246,14 @@ def _quantiles(columns: dict[str, array]) -> dict[str, dict[str, int]]:
     }
 
 
-def _doubles(digests: array, owners: array) -> tuple[int, list[tuple[int, list[int]]]]:
-    """How many digests are equal to an earlier one; the digest and owners of the largest groups."""
+def _duplicates(digests: array, owners: array) -> tuple[int, list[tuple[int, list[int]]]]:
+    """Returns (the number of digests that are equal to an earlier one, the largest groups of equal
+    digests); a group is (digest, rows)."""
     values, rows = np.array(digests, np.uint64), np.array(owners, np.int64)
     distinct, counts = np.unique(values, return_counts=True)
-    groups = [i for i in np.argsort(-counts, kind="stable")[:_GROUPS] if counts[i] > 1]
-    found = [(int(distinct[i]), rows[values == distinct[i]].tolist()) for i in groups]
-    return len(values) - len(distinct), found
+    largest = [i for i in np.argsort(-counts, kind="stable")[:_GROUPS] if counts[i] > 1]
+    groups = [(int(distinct[i]), rows[values == distinct[i]].tolist()) for i in largest]
+    return len(values) - len(distinct), groups
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -245,7 +270,8 @@ def table(report: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:18}" + "".join(f"{values[q]:>10,}" for q in _QUANTILES))
     lines.append(f"pictures  {_counts(pictures['formats'])}; modes {_counts(pictures['modes'])}")
     if pictures["turned by EXIF"]:
-        lines.append(f"  {pictures['turned by EXIF']:,} with a tag to turn them, which is not done")
+        count = pictures["turned by EXIF"]
+        lines.append(f"  {count:,} with an EXIF orientation tag, which clipx ignores")
     if pictures["equal to an earlier one"]:
         lines.append(f"  {pictures['equal to an earlier one']:,} equal to an earlier one, such as")
         lines += ["    " + " = ".join(keys) for keys in pictures["equal"]]

@@ -1,7 +1,7 @@
-"""What a loading process runs first, in place of the command that started it.
+"""The main script of data workers, in place of the command that started them.
 
-That command would import JAX, a second or two and its memory in every process, and so would grain
-where JAX is installed. Loading needs neither.
+A worker that ran the command's script would import JAX, and so would grain if JAX is installed.
+That costs a second or two and its memory in every worker, and loading does not need JAX.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import signal
 import sys
 import threading
 import types
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def light_main():
-    """New processes started inside this context run this file first, not the main script."""
+def light_main() -> Iterator[None]:
+    """Context in which new processes run this file first, not the main script."""
     main = sys.modules["__main__"]
-    stand_in = types.ModuleType("__main__")
-    stand_in.__spec__ = __spec__
-    sys.modules["__main__"] = stand_in
+    replacement = types.ModuleType("__main__")
+    replacement.__spec__ = __spec__
+    sys.modules["__main__"] = replacement
     try:
         yield
     finally:
@@ -31,19 +32,22 @@ def light_main():
 
 
 def follow_parent(index: int, count: int) -> None:
-    """Ends this worker when its parent is gone, however it ended: nobody else would."""
+    """Makes this worker exit when its parent process ends, even if the parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent  # this runs in a worker
 
     def watch() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__mp_main__":
-    sys.modules.setdefault("jax", None)  # an import of it fails, and grain goes on without
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
-    logging.disable(logging.WARNING)  # grain says that it found no JAX
+    # makes `import jax` fail, which grain accepts
+    sys.modules.setdefault("jax", None)  # pyright: ignore[reportArgumentType]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles Ctrl-C
+    logging.disable(logging.WARNING)  # grain warns that JAX is missing
     import grain  # noqa: F401
 
     logging.disable(logging.NOTSET)

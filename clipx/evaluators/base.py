@@ -1,4 +1,4 @@
-"""What an evaluator sees of a run: a way to encode, and the examples it was given."""
+"""What evaluators have in common: how they encode, what they read, and how they score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from clipx.errors import ConfigError
 from clipx.types import Encoded, Metric
 
-ACCURACIES = {  # what `accuracies` finds
+ACCURACIES = {  # the metrics of `accuracies`
     "top1": Metric("more", "percent", column="top-1", benchmark="acc1"),
     "top5": Metric("more", "percent", benchmark="acc5"),
     "mean_per_class": Metric("more", "percent", benchmark="mean_per_class_recall"),
@@ -24,68 +24,78 @@ ACCURACIES = {  # what `accuracies` finds
 
 
 class Encode(Protocol):
-    """Both towers at fixed parameters. Rows come back as NumPy arrays, on any mesh the same."""
+    """Both towers at fixed parameters. Results are NumPy arrays and are the same on any mesh."""
 
     def image(self, pictures: np.ndarray, fields: tuple[str, ...] = ()) -> Encoded:
-        """Encodes uint8 pictures [n, h, w, 3]. `fields` of `Encoded` are filled; () means those
-        that `similarity` needs."""
+        """Encodes uint8 pictures [n, h, w, 3]. Only `fields` of `Encoded` are filled; () means the
+        fields that `similarity` needs."""
+        ...
 
     def text(self, texts: Sequence[str], fields: tuple[str, ...] = ()) -> Encoded:
-        """Encodes strings, tokenised as in training."""
+        """Encodes strings, tokenised as in training. `fields` as in `image`."""
+        ...
 
     def similarity(self, images: Encoded, texts: Encoded) -> np.ndarray:
-        """Scores [i, t], float32; higher is more alike. Only their order and, within one method,
-        their differences mean anything."""
+        """Scores [i, t], float32; a higher score means a better match. Only their order and, within
+        one method, their differences mean anything."""
+        ...
 
     def heat(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """Where each picture [n, h, w, 3] is like its own text: Grad-CAM of their score, float32
-        [n, i, j] on the grid of the last convolutions, at least 0. `ConfigError` for a tower
-        without convolutions."""
+        """Grad-CAM of the score of each picture [n, h, w, 3] with its own text: float32 [n, i, j]
+        on the grid of the last convolutions, at least 0. Raises `ConfigError` for a tower without
+        convolutions."""
+        ...
 
 
 class Examples(Protocol):
-    """An evaluation set: decoded, resized and centre-cropped, in the order of its rows. A bad
-    example raises; nothing is skipped."""
+    """An evaluation set: decoded, resized and centre-cropped pictures, in row order. A bad example
+    raises; nothing is skipped."""
 
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
     def texts(self, row: int) -> tuple[str, ...]:
-        """The captions of one row, read without decoding its picture where the source can."""
+        """The captions of one row, read without decoding its picture if the source can."""
+        ...
 
     def label(self, row: int) -> int | None: ...
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 pictures [n, h, w, 3], n = size but for the last."""
+        """Batches of uint8 pictures [n, h, w, 3]. n = size, except in the last batch."""
+        ...
 
 
 class Pictures(Protocol):
-    """Picture files by their paths, for a protocol that brings folders of its own. A file that is
-    not there or no picture raises; nothing is skipped."""
+    """Reads picture files by path, for evaluators with folders of their own. A file that is missing
+    or not a picture raises; nothing is skipped."""
 
     image_size: int
 
     def __call__(self, paths: Sequence[str | os.PathLike], size: int) -> Iterator[np.ndarray]:
-        """uint8 pictures [n, h, w, 3], n = size but for the last: each resized so that its shorter
-        side is `image_size` and cut to the centre."""
+        """Batches of uint8 pictures [n, h, w, 3]. n = size, except in the last batch. Each picture
+        is resized so that its shorter side is `image_size`, then centre-cropped."""
+        ...
 
     def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
-        """Width and height of each file, as it is on disk."""
+        """Width and height in pixels of each file, as stored on disk."""
+        ...
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A frozen dataclass: `examples`, `train_examples` and `pictures` are given, whichever of them
-    are among its fields; its other fields are its config keys. One subclass a file; the file's name
-    is the config's name. It knows `encode`, never the trainer.
+    """A frozen dataclass that computes metrics of a model from its `encode`, never its trainer.
 
-    It is built twice: with None for what is given, to check its section, and when the data opens,
-    which is the time to look at folders and annotations.
+    If it has fields named `examples`, `train_examples` or `pictures`, the run fills them. Its other
+    fields are its config keys. Each file has one subclass, and the file's name is its config name.
 
-    metrics: what each number that it returns means, by name. A name may be a pattern of `fnmatch`
-    that stands for a family, such as "class/*"; an exact name goes first, then the first pattern.
-    task: the protocol's name in CLIP_benchmark; "" where that has none.
+    An evaluator is built twice. The first time, to check its config section, the run passes None
+    for the fields that it fills. The second time, when the data opens, the evaluator should check
+    folders and annotations.
+
+    metrics: what each returned number means, by name. A name may be an `fnmatch` pattern for a
+    family of numbers, such as "class/*". An exact name wins over patterns, then the first pattern.
+    task: the protocol's name in CLIP_benchmark; "" if it has none there.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
@@ -95,14 +105,15 @@ class Evaluator(Protocol):
 
 
 def declared(metrics: Mapping[str, Metric], name: str) -> str | None:
-    """The key of `metrics` that stands for `name`: its own, or the first pattern that matches."""
+    """The key of `metrics` for `name`: the name itself, or the first pattern that matches; None
+    without either."""
     if name in metrics:
         return name
     return next((key for key in metrics if fnmatch.fnmatchcase(name, key)), None)
 
 
 def evaluate_all(evaluators: Mapping[str, Evaluator], encode: Encode) -> dict[str, float]:
-    """What every evaluator finds, in turn, by `<eval>/<metric>`. What one raises is raised."""
+    """All metrics of all evaluators, run in turn, by `<eval>/<metric>`. Exceptions pass through."""
     return {
         f"{name}/{metric}": float(value)
         for name, evaluator in evaluators.items()
@@ -111,16 +122,16 @@ def evaluate_all(evaluators: Mapping[str, Evaluator], encode: Encode) -> dict[st
 
 
 def rows_of(
-    encode: Callable[..., Encoded], batches: Iterable[Sequence], field: str
+    encode: Callable[..., Encoded], batches: Iterable[Sequence | np.ndarray], field: str
 ) -> Float[np.ndarray, "n c"]:
-    """One field of every row. What is not finite is 0: a model that diverged scores as one that
-    says the same of everything."""
-    parts = [getattr(encode(batch, (field,)), field) for batch in batches]
-    return np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=0, neginf=0)
+    """One field of `Encoded` for all rows, float32. NaN and infinity become 0, so that a diverged
+    model scores like one that encodes everything alike."""
+    encoded = [getattr(encode(batch, (field,)), field) for batch in batches]
+    return np.nan_to_num(np.concatenate(encoded).astype(np.float32), posinf=0, neginf=0)
 
 
 def unit(rows: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
-    """Rows of length 1; a row of zeros stays one."""
+    """The rows scaled to length 1; rows of zeros stay zeros."""
     length = np.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / np.where(length, length, 1)
 
@@ -128,24 +139,26 @@ def unit(rows: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
 def captions_of(
     examples: Examples, where: str, *, most: int | None = None
 ) -> tuple[list[str], Int[np.ndarray, " t"]]:
-    """All captions, of each row the first `most`, and the row that each belongs to. Raises
-    `ConfigError` for a row that has none, and for no rows."""
-    own = [examples.texts(row)[:most] for row in range(len(examples))]
-    if not own:
+    """All captions, at most the first `most` of each row, and the row that each belongs to. Raises
+    `ConfigError` for a row without a caption and for an empty data set."""
+    texts_of_rows = [examples.texts(row)[:most] for row in range(len(examples))]
+    if not texts_of_rows:
         raise ConfigError(where, "an empty data set", "at least one example")
-    counts = [len(texts) for texts in own]
+    counts = [len(texts) for texts in texts_of_rows]
     if 0 in counts:
         raise ConfigError(
             where,
             f"row {counts.index(0)} without a caption",
             "at least one caption for every row",
-            "a set of labels is what `zero_shot` scores",
+            "for a data set of class labels use the eval `zero_shot`",
         )
-    return [text for texts in own for text in texts], np.repeat(np.arange(len(own)), counts)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return [text for texts in texts_of_rows for text in texts], rows
 
 
 def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
-    """The label of every row. Raises `ConfigError` for a row that has none, and for no rows."""
+    """The label of every row. Raises `ConfigError` for a row without a label and for an empty data
+    set."""
     labels = [examples.label(row) for row in range(len(examples))]
     if not labels:
         raise ConfigError(where, "an empty data set", "at least one example")
@@ -158,62 +171,62 @@ def labels_of(examples: Examples, where: str, fix: str = "") -> np.ndarray:
 def split_labels(
     train: Examples, test: Examples, where: str
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    """The labels of both sets. Raises `ConfigError` for other classes in one than in the other, a
-    row without a label, no rows, and a single class to train on."""
+    """The labels of the training set and of the test set. Raises `ConfigError` if their classes
+    differ, for a row without a label, for an empty set, and for a single class to train on."""
     names = train.classes, test.classes
     if all(names) and tuple(names[0]) != tuple(names[1]):
         first = next((pair for pair in zip(*names) if pair[0] != pair[1]), ("", ""))
         raise ConfigError(
             f"{where}.train_examples",
-            f"{len(names[0])} classes, where the test set has {len(names[1])}"
+            f"{len(names[0])} classes, and {len(names[1])} in the test set"
             + (f", the first to differ {first[0]!r} and {first[1]!r}" if any(first) else ""),
-            "the classes of the test set, in its order",
+            "the classes of the test set, in the same order",
         )
-    seen = labels_of(train, f"{where}.train_examples")
-    if len(np.unique(seen)) < 2:
+    train_labels = labels_of(train, f"{where}.train_examples")
+    if len(np.unique(train_labels)) < 2:
         raise ConfigError(f"{where}.train_examples", "one class", "at least two")
-    return seen, labels_of(test, f"{where}.examples")
+    return train_labels, labels_of(test, f"{where}.examples")
 
 
 def accuracies(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
-    """`top1`, `top5` with more than five classes, and `mean_per_class`, over the classes that have
-    a row; each between 0 and 1. A class that scores the same as the right one is before it."""
-    own = scores[np.arange(len(labels)), labels][:, None]
-    place = np.sum(~(scores < own), axis=1)
-    found = {"top1": float(np.mean(place <= 1))}
+    """`top1`, `top5` (with more than five classes) and `mean_per_class` (over the classes that have
+    a row), between 0 and 1. A class that ties with the right one is ranked before it."""
+    right = scores[np.arange(len(labels)), labels][:, None]
+    rank = np.sum(~(scores < right), axis=1)
+    metrics = {"top1": float(np.mean(rank <= 1))}
     if scores.shape[1] > 5:
-        found["top5"] = float(np.mean(place <= 5))
-    right = [np.mean(place[labels == label] <= 1) for label in np.unique(labels)]
-    return found | {"mean_per_class": float(np.mean(right))}
+        metrics["top5"] = float(np.mean(rank <= 5))
+    recalls = [np.mean(rank[labels == label] <= 1) for label in np.unique(labels)]
+    return metrics | {"mean_per_class": float(np.mean(recalls))}
 
 
 def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str, Any]]:
-    """The objects of a JSON file that holds a list of them, each with at least `keys`. Raises
-    `ConfigError` for a file that is not there or is anything else."""
+    """The entries of a JSON file that holds a list of objects, each with at least `keys`. Raises
+    `ConfigError` for a file that is missing or has another layout."""
     layout = ", ".join(f'"{key}": {kind.__name__}' for key, kind in keys.items())
     wanted = f"a JSON file: a list of {{{layout}}}"
     try:
         entries = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # no JSON and no UTF-8 are ValueErrors
-        reason = getattr(error, "strerror", None) or f"no JSON: {error}"
+    except (OSError, ValueError) as error:  # ValueError: not JSON or not UTF-8
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
         raise ConfigError(where, f"{path!r} ({reason})", wanted) from None
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(where, f"{path!r}, which is no list of anything", wanted)
-    for place, entry in enumerate(entries):
+        raise ConfigError(where, f"{path!r}, which is not a list with entries", wanted)
+    for index, entry in enumerate(entries):
         for key, kind in keys.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
                 value = entry.get(key, "nothing") if isinstance(entry, dict) else entry
-                found = f"entry {place} of {path!r} has {value!r} for {key!r}"
-                raise ConfigError(where, found, wanted)
+                fault = f"entry {index} of {path!r} has {value!r} for {key!r}"
+                raise ConfigError(where, fault, wanted)
     return entries
 
 
 def need_scikit_learn(where: str) -> None:
-    """Raises `ConfigError` where the library that a protocol names is not installed."""
+    """Raises `ConfigError` if scikit-learn, which some protocols are defined by, is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError(
             where,
             "no scikit-learn in this environment",
-            "the library that the protocol is written in",
+            "scikit-learn, which the protocol is defined by",
             "pip install 'clipx[eval]'",
         )

@@ -1,4 +1,4 @@
-"""Clustering: how far k-means on image features finds the classes (ProtoCLIP's zero_shot.py)."""
+"""Clustering: how well k-means on image features finds the classes (ProtoCLIP's zero_shot.py)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from clipx.evaluators.base import (
 from clipx.ops import kmeans
 from clipx.types import Metric
 
-ROWS_PER_CLUSTER = 256  # faiss trains on no more, drawn at random
+ROWS_PER_CLUSTER = 256  # faiss trains on at most this many, sampled at random
 
 
 @dataclasses.dataclass(frozen=True)
 class Clustering(Evaluator):
-    """`ari` and `ami`, the adjusted Rand index and the adjusted mutual information (arithmetic
-    mean) between the classes and the clusters of the pictures' unit rows: 1 for the same division,
-    about 0 for a random one.
+    """`ari` and `ami`: the adjusted Rand index and the adjusted mutual information (arithmetic
+    mean) between the classes and the k-means clusters of the pictures' unit embeddings. 1 for
+    identical partitions, about 0 for a random one.
 
-    iterations, restarts, seed: of the k-means, whose k is the greatest label plus one. It runs on
-    256 k rows at most, drawn by `seed`; every row then belongs to its nearest centroid. The start
-    is k rows drawn at random, where the original's seed is always faiss's 1234.
+    iterations, restarts, seed: of the k-means. Its k is the greatest label plus one. It trains on
+    at most 256 k rows, sampled by `seed`, and starts from k random rows; then every row is assigned
+    to its nearest centroid. The original always uses faiss's seed 1234.
     """
 
     metrics = {"ari": Metric("more"), "ami": Metric("more", column="ami")}
@@ -57,8 +57,8 @@ class Clustering(Evaluator):
         if not 2 <= k <= len(labels):
             raise ConfigError(
                 "clustering.examples",
-                f"{len(labels)} examples, the greatest label {k - 1}",
-                "at least two classes, and an example for each",
+                f"{len(labels)} examples, with greatest label {k - 1}",
+                "at least two classes, and at least as many examples",
             )
         rows = rows_of(encode.image, self.examples.batches(self.batch_size), "unit")
         clusters = self._clusters(rows, k)
@@ -70,22 +70,22 @@ class Clustering(Evaluator):
     def _clusters(self, rows: Float[np.ndarray, "n d"], k: int) -> Int[np.ndarray, " n"]:
         sample, most = rows, ROWS_PER_CLUSTER * k
         if len(rows) > most:
-            drawn = np.random.default_rng(self.seed).choice(len(rows), most, replace=False)
-            sample = rows[np.sort(drawn)]
-        found = kmeans.fit(
+            chosen = np.random.default_rng(self.seed).choice(len(rows), most, replace=False)
+            sample = rows[np.sort(chosen)]
+        fit = kmeans.fit(
             jnp.asarray(sample),
             k,
             key=jax.random.key(self.seed),
             iterations=self.iterations,
             restarts=self.restarts,
         )
-        return nearest_centroid(rows, np.asarray(found.centroids), self.batch_size)
+        return nearest_centroid(rows, np.asarray(fit.centroids), self.batch_size)
 
 
 def nearest_centroid(
     rows: Float[np.ndarray, "n d"], centroids: Float[np.ndarray, "k d"], chunk: int
 ) -> Int[np.ndarray, " n"]:
-    """The centroid at the least distance of each row, `chunk` rows at a time."""
+    """The index of each row's nearest centroid, computed for `chunk` rows at a time."""
     half = np.sum(np.square(centroids), axis=1) / 2
-    parts = [rows[i : i + chunk] @ centroids.T - half for i in range(0, len(rows), chunk)]
-    return np.concatenate([np.argmax(part, axis=1) for part in parts])
+    scores = (rows[i : i + chunk] @ centroids.T - half for i in range(0, len(rows), chunk))
+    return np.concatenate([np.argmax(score, axis=1) for score in scores])

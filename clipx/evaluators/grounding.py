@@ -1,7 +1,7 @@
-"""Visual grounding: where a picture is like an expression, by Grad-CAM of their score.
+"""Visual grounding: where in a picture an expression is, by Grad-CAM of their score.
 
-RefCOCO+ comes as REFER's instances.json and refs(unc).p, a pickle, which nothing here opens. Where
-you trust it, this writes the annotations that are read here:
+RefCOCO+ comes as REFER's instances.json and the pickle refs(unc).p. Nothing here opens a pickle. If
+you trust it, this code writes the annotations that `Grounding` reads:
 
     boxes = {a["id"]: a["bbox"] for a in json.load(open("instances.json"))["annotations"]}
     entries = [
@@ -34,11 +34,11 @@ from clipx.types import Metric
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _REFERENCE = {"image": str, "image_id": int, "box": list, "expression": str, "split": str}
 _DETECTION = {"image_id": int, "box": list}
-_OVERLAP = 0.5  # intersection over union of a proposal that is right
+_OVERLAP = 0.5  # intersection over union from which a proposal is right
 
 
 class Reference(NamedTuple):
-    """One expression, and what it is about."""
+    """One expression, with its picture, its true box and the proposed boxes."""
 
     file: pathlib.Path
     expression: str
@@ -48,26 +48,28 @@ class Reference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grounding(Evaluator):
-    """Shares between 0 and 1 of each split's expressions: `<split>/accuracy`, of those whose best
-    proposal overlaps the true box by half or more (intersection over union), and
-    `<split>/pointing`, of those whose hottest point lies in it. Equal heat stands in random order,
-    and both are the expectation over it. An expression without proposals is not found.
+    """Two shares of each split's expressions, between 0 and 1.
 
-    Heat is `encode.heat`, spread over the picture bilinearly; what the centre crop cuts away is
-    cold. A proposal's score is the heat in its box over its area to the power `area_power`. No code
-    of CLIP-Lite's does this: it is a reconstruction, after ALBEF's (Li et al. 2021,
-    arXiv:2107.07651), and its numbers compare with one another alone.
+    `<split>/accuracy` is the share whose best proposal has an intersection over union of at least
+    0.5 with the true box. An expression without proposals counts as wrong. `<split>/pointing` is
+    the share whose hottest pixel is in the true box. Ties are broken at random, and both numbers
+    are expectations over the ties.
+
+    Heat is `encode.heat`, upsampled bilinearly to the picture; pixels outside the centre crop have
+    none. A proposal's score is the heat in its box, divided by the box's area to the power
+    `area_power`. CLIP-Lite's repository has no code for this. It is a reconstruction after ALBEF
+    (Li et al. 2021, arXiv:2107.07651), so its numbers compare only with one another.
 
     path: the folder of the pictures (COCO's train2014 for RefCOCO+).
     annotations: a JSON file, a list of {"image": path in that folder, "image_id": integer, "box":
     [x, y, width, height] in pixels, "expression": string, "split": string}.
     detections: a JSON file, a list of {"image_id": integer, "box": [x, y, width, height]}, such as
     MAttNet's res101_coco_minus_refer_notime_dets.json; "" leaves out the accuracy.
-    overlays: so many pictures of each split, its first, are drawn with their heat to
-    overlay_folder; "" draws none. The next evaluation draws over them.
+    overlays: how many pictures of each split, from its first, are written with their heat to
+    overlay_folder; "" writes none. Each evaluation overwrites those of the last.
 
     With `data` in place of annotations nothing is measured: the first `overlays` pictures of that
-    set are drawn, each with the heat of its first caption.
+    set are written, each with the heat of its first caption.
     """
 
     metrics = {
@@ -102,83 +104,93 @@ class Grounding(Evaluator):
             raise ConfigError(
                 "grounding.annotations",
                 "none, and no data either",
-                "the annotations of RefCOCO+, or data whose captions are drawn",
+                "the annotations of RefCOCO+, or data to show with its captions",
             )
         if self.examples is None:
             self._references()
         elif self.annotations:
-            raise ConfigError("grounding.data", "data and annotations", "one of the two")
+            raise ConfigError("grounding.data", "data and annotations", "only one of the two")
         elif not self.overlay_folder or not self.overlays:
             raise ConfigError(
                 "grounding.overlay_folder",
                 f"{self.overlay_folder!r} for {self.overlays} overlays",
-                "a folder and at least one: drawing is all that is done with data",
+                "a folder, and at least one overlay: with data, drawing is all that is done",
             )
         if self.overlay_folder:
             try:
                 pathlib.Path(self.overlay_folder).expanduser().mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                found = f"{self.overlay_folder!r} ({error.strerror})"
+                fault = f"{self.overlay_folder!r} ({error.strerror})"
                 raise ConfigError(
-                    "grounding.overlay_folder", found, "a folder to write to"
+                    "grounding.overlay_folder", fault, "a folder to write to"
                 ) from None
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         if self.examples is not None:
             return self._draw_examples(encode)
-        found = {}
+        metrics = {}
         for split, references in self._references().items():
             accuracy, pointing = np.mean(list(self._scores(encode, split, references)), axis=0)
             if self.detections:
-                found[f"{split}/accuracy"] = float(accuracy)
-            found[f"{split}/pointing"] = float(pointing)
-        return found
+                metrics[f"{split}/accuracy"] = float(accuracy)
+            metrics[f"{split}/pointing"] = float(pointing)
+        return metrics
 
     def _scores(
         self, encode: Encode, split: str, references: list[Reference]
     ) -> Iterator[tuple[float, float]]:
-        """Of each expression the probabilities that its proposal and its point are right."""
+        """For each expression the probabilities that its best proposal and its hottest pixel are
+        right."""
         files, side = [reference.file for reference in references], self.pictures.image_size
         done = 0
         for pictures in self.pictures(files, self.batch_size):
-            own = references[done : done + len(pictures)]
-            texts = [reference.expression for reference in own]
+            batch = references[done : done + len(pictures)]
+            texts = [reference.expression for reference in batch]
             heat = _heat(encode, pictures, texts)
             self._draw(pictures, heat, texts, f"{split}_", done)
             sizes = self.pictures.sizes(files[done : done + len(pictures)])
-            for values, reference, size in zip(heat, own, sizes):
-                spread, true = upsample(values, side), to_crop(reference.box, size, side)
+            for values, reference, size in zip(heat, batch, sizes):
+                pixels, true = upsample(values, side), to_crop(reference.box, size, side)
                 proposals = [to_crop(box, size, side) for box in reference.proposals]
                 yield (
-                    best_overlaps(spread, proposals, true, self.area_power),
-                    hottest_inside(spread, true),
+                    best_overlaps(pixels, proposals, true, self.area_power),
+                    hottest_inside(pixels, true),
                 )
             done += len(pictures)
 
     def _draw_examples(self, encode: Encode) -> dict[str, float]:
+        assert self.examples is not None
         rows = range(min(self.overlays, len(self.examples)))
         captions = [self.examples.texts(row)[:1] for row in rows]
         if not captions or not all(captions):
-            bare = (
+            fault = (
                 f"row {captions.index(())} without a caption" if captions else "an empty data set"
             )
-            raise ConfigError("grounding.data", bare, "a caption for every row")
+            raise ConfigError("grounding.data", fault, "a caption for every row")
         texts = [text for (text,) in captions]
         pictures = next(self.examples.batches(len(texts)))
         self._draw(pictures, _heat(encode, pictures, texts), texts, "", 0)
         return {"overlays": float(len(texts))}
 
-    def _draw(self, pictures, heat, texts: list[str], prefix: str, start: int) -> None:
-        """Writes those of the pictures, whose places begin at `start`, that are among the first."""
+    def _draw(
+        self,
+        pictures: UInt8[np.ndarray, "n s s 3"],
+        heat: Float[np.ndarray, "n i j"],
+        texts: list[str],
+        prefix: str,
+        start: int,
+    ) -> None:
+        """Writes overlays of the pictures. Their numbers start at `start`; only numbers below
+        `overlays` are written."""
         if not self.overlay_folder or jax.process_index():
             return
         folder = pathlib.Path(self.overlay_folder).expanduser()
         for i in range(min(self.overlays - start, len(pictures))):
-            drawn = Image.fromarray(overlay(pictures[i], heat[i], texts[i]))
-            drawn.save(folder / f"{prefix}{start + i:03}.png")
+            image = Image.fromarray(overlay(pictures[i], heat[i], texts[i]))
+            image.save(folder / f"{prefix}{start + i:03}.png")
 
     def _references(self) -> dict[str, list[Reference]]:
-        """The expressions of each split that is asked for."""
+        """The expressions of each split. Raises `ConfigError` for a missing or wrong file."""
         folder = pathlib.Path(self.path).expanduser()
         if not self.path or not folder.is_dir():
             raise ConfigError(
@@ -190,9 +202,9 @@ class Grounding(Evaluator):
             for entry in read_entries(self.detections, where, _DETECTION):
                 proposals[entry["image_id"]].append(_box(entry, where))
         splits: dict[str, list[Reference]] = {split: [] for split in self.splits}
-        where, named = "grounding.annotations", set()
+        where, known = "grounding.annotations", set()
         for entry in read_entries(self.annotations, where, _REFERENCE):
-            named.add(entry["split"])
+            known.add(entry["split"])
             if entry["split"] in splits:
                 boxes = tuple(proposals[entry["image_id"]])
                 file = folder / entry["image"]
@@ -201,7 +213,7 @@ class Grounding(Evaluator):
         for split, references in splits.items():
             if not references:
                 raise ConfigError(
-                    "grounding.splits", repr(split), "one of " + ", ".join(sorted(named))
+                    "grounding.splits", repr(split), "one of " + ", ".join(sorted(known))
                 )
         return splits
 
@@ -209,24 +221,28 @@ class Grounding(Evaluator):
 def _box(entry: dict, where: str) -> Box:
     box = entry["box"]
     if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box) or min(box[2:]) <= 0:
-        raise ConfigError(where, f"box {box}", "[x, y, width, height] in pixels, of some area")
+        raise ConfigError(
+            where, f"box {box}", "[x, y, width, height] in pixels, with an area above 0"
+        )
     return tuple(box)
 
 
-def _heat(encode: Encode, pictures, texts: Sequence[str]) -> Float[np.ndarray, "n i j"]:
-    """A model that diverged is equally cold everywhere."""
+def _heat(
+    encode: Encode, pictures: UInt8[np.ndarray, "n s s 3"], texts: Sequence[str]
+) -> Float[np.ndarray, "n i j"]:
+    """`encode.heat` with 0 for NaN and infinity, so that a diverged model is cold everywhere."""
     return np.nan_to_num(encode.heat(pictures, texts), posinf=0)
 
 
 def upsample(heat: Float[np.ndarray, "i j"], side: int) -> Float[np.ndarray, "s s"]:
-    """Heat of every pixel of a square picture."""
+    """The heat of every pixel of a square picture of s = `side` pixels."""
     grid = Image.fromarray(heat.astype(np.float32))
     return np.asarray(grid.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def to_crop(box: Box, size: tuple[int, int], side: int) -> Box:
-    """Where a box of a picture of `size` lies once the picture is resized so that its shorter side
-    is `side`, and cut to the centre; it may reach out of the crop."""
+    """The box in pixels of the evaluation's crop, for a picture of `size` (width, height): resized
+    so that its shorter side is `side`, then centre-cropped. The box may reach out of the crop."""
     resized = [int(side * length / min(size)) for length in size]
     left, top = (round((length - side) / 2) for length in resized)
     across, down = (new / old for new, old in zip(resized, size))
@@ -235,7 +251,7 @@ def to_crop(box: Box, size: tuple[int, int], side: int) -> Box:
 
 
 def inside(heat: Float[np.ndarray, "s s"], box: Box) -> Float[np.ndarray, "h w"]:
-    """The pixels whose centres lie in the box."""
+    """The pixels whose centres are in the box."""
     x, y, width, height = box
     ends = (y, y + height), (x, x + width)
     return heat[tuple(slice(*(max(math.ceil(v - 0.5), 0) for v in pair)) for pair in ends)]
@@ -251,7 +267,7 @@ def overlap(a: Box, b: Box) -> float:
 def best_overlaps(
     heat: Float[np.ndarray, "s s"], proposals: Sequence[Box], true: Box, area_power: float
 ) -> float:
-    """The probability that the best of `proposals` overlaps the true box enough."""
+    """The probability that the best of `proposals` is right, with ties broken at random."""
     if not proposals:
         return 0.0
     scores = np.array([inside(heat, b).sum() / (b[2] * b[3]) ** area_power for b in proposals])
@@ -260,7 +276,7 @@ def best_overlaps(
 
 
 def hottest_inside(heat: Float[np.ndarray, "s s"], true: Box) -> float:
-    """The probability that the hottest pixel lies in the true box."""
+    """The probability that the hottest pixel is in the true box, with ties broken at random."""
     hottest = heat == heat.max()
     return float(inside(hottest, true).sum() / hottest.sum())
 
@@ -268,7 +284,7 @@ def hottest_inside(heat: Float[np.ndarray, "s s"], true: Box) -> float:
 def overlay(
     picture: UInt8[np.ndarray, "s s 3"], heat: Float[np.ndarray, "i j"], caption: str
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture, beside it the same with its heat over it, and the caption below."""
+    """The picture, beside it the picture under its heat, and the caption below."""
     import matplotlib
 
     side = len(picture) * max(round(256 / len(picture)), 1)  # large enough to look at

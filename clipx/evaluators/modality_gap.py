@@ -1,4 +1,4 @@
-"""Modality gap: how pictures and captions lie in the space that they share (Liang et al. 2022)."""
+"""Modality gap: how far pictures and captions are apart in their space (Liang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from clipx.types import Metric
 
 @dataclasses.dataclass(frozen=True)
 class ModalityGap(Evaluator):
-    """Of the unit rows of pictures and of the first caption of each, as ProtoCLIP's
-    analyze_features.py: `gap`, the distance between their means; `image_std` and `text_std`, the
-    mean over dimensions of the standard deviation (n - 1); `image_self_similarity` and
-    `text_self_similarity`, the mean cosine of a row with a row, itself among them, over those
-    pairs alone whose cosine is positive (so that file has it; over all pairs it is less).
+    """Statistics of the unit embeddings of pictures and of each picture's first caption, as in
+    ProtoCLIP's analyze_features.py.
 
-    chunk: rows that are compared at once with all.
+    `gap` is the distance between the mean picture and the mean caption. `image_std` and `text_std`
+    are standard deviations (with n - 1), averaged over dimensions. `image_self_similarity` and
+    `text_self_similarity` are the mean cosine of all pairs of rows, each row with itself included,
+    over the pairs with a positive cosine only. (That file does so; over all pairs it is less.)
+
+    chunk: how many rows are compared at once with all rows.
     """
 
     metrics = {
@@ -64,7 +66,7 @@ class ModalityGap(Evaluator):
 
 
 def self_similarity(rows: Float[np.ndarray, "n d"], chunk: int) -> float:
-    """The mean of the positive products of rows with rows; 0 where there is none."""
+    """The mean of the positive inner products of all pairs of rows; 0 if none is positive."""
     total, count = 0.0, 0
     for start in range(0, len(rows), chunk):
         products = rows[start : start + chunk] @ rows.T

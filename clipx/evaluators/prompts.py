@@ -1,8 +1,8 @@
-"""Class names and templates of known zero-shot sets: where they are read, and which they are.
+"""Class names and templates of known zero-shot data sets: reads them and checks them.
 
-The lists are OpenAI's (github.com/openai/CLIP). None is kept here: ImageNet's are read from an
-installed open_clip, the others from a copy of OpenAI's data/prompts.md, and all are known by their
-counts and hashes, which are those of ProtoCLIP's ten sets (its zero_shot.py).
+The lists are OpenAI's (github.com/openai/CLIP), and clipx contains none of them. ImageNet's are
+read from an installed open_clip, the others from a copy of OpenAI's data/prompts.md. All are
+checked by their counts and hashes, which are those of ProtoCLIP's ten sets (its zero_shot.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from clipx.errors import ConfigError
 
-# Lists that are asked for by name, and what open_clip calls them.
+# Names of lists in a config, and their names in open_clip.
 _OPEN_CLIP = {
     "classes": {"openai_imagenet": "IMAGENET_CLASSNAMES"},
     "templates": {
@@ -29,7 +29,7 @@ _SOURCE = "github.com/openai/CLIP/blob/main/data/prompts.md"
 
 
 class Known(NamedTuple):
-    """Counts, and how the SHA-1 of the entries, joined by newlines, begins."""
+    """Of each list: its count, and the first digits of the SHA-1 of its newline-joined entries."""
 
     classes: tuple[int, str]
     templates: tuple[int, str]
@@ -52,42 +52,42 @@ SETS = {
 
 def check(preset: str, kind: str, entries: tuple[str, ...], where: str) -> None:
     """Raises `ConfigError` unless `entries` are the `classes` or `templates` of a known set."""
-    count, digest = getattr(SETS[preset], kind)
-    found = hashlib.sha1("\n".join(entries).encode()).hexdigest()[:12]
-    if (len(entries), found) != (count, digest):
+    count, expected = getattr(SETS[preset], kind)
+    digest = hashlib.sha1("\n".join(entries).encode()).hexdigest()[:12]
+    if (len(entries), digest) != (count, expected):
         raise ConfigError(
             f"{where}.{kind}",
-            f"{len(entries)} {kind}, SHA-1 {found}",
-            f"the {count} of {preset}, SHA-1 {digest}",
-            "leave them out, and open_clip's are taken"
+            f"{len(entries)} {kind}, SHA-1 {digest}",
+            f"the {count} of {preset}, SHA-1 {expected}",
+            f"leave {kind} out to use open_clip's"
             if preset == "imagenet"
             else f"set lists to a copy of {_SOURCE}, or leave preset out",
         )
 
 
 def published(preset: str, kind: str, lists: str, where: str) -> tuple[str, ...]:
-    """The `classes` or `templates` of a known set: ImageNet's from an installed open_clip, others'
-    from `lists`, a copy of OpenAI's data/prompts.md; () where there is none."""
+    """The `classes` or `templates` of a known set. ImageNet's come from an installed open_clip, the
+    others from `lists`, a copy of OpenAI's data/prompts.md. () if neither has them."""
     if preset == "imagenet":
         return names("openai_imagenet", kind, where)
     if not lists:
         return ()
-    if (preset, kind) == ("birdsnap", "classes"):  # ProtoCLIP's own selection
+    if (preset, kind) == ("birdsnap", "classes"):  # ProtoCLIP's own selection, not in prompts.md
         return ()
     return tuple(_section(lists, preset, f"{where}.lists")[kind])
 
 
 def _section(path: str, preset: str, where: str) -> dict[str, list[str]]:
-    """Both lists of a set in prompts.md, which has a heading for each set and its lists as Python
-    in a fence below it."""
+    """Both lists of a set in prompts.md. The file has a heading for each set, and below it the
+    lists as Python code in a fence."""
     wanted = f"OpenAI's prompts.md ({_SOURCE})"
     text = _text(path, where, wanted)
     for heading, code in re.findall(r"^## *(\S+)\s*^```\w*$(.*?)^```", text, re.M | re.S):
         if heading.lower() == preset.replace("_", ""):
             try:
                 body = ast.parse(code).body
-                found = {line.targets[0].id: ast.literal_eval(line.value) for line in body}
-                return {kind: found[kind] for kind in ("classes", "templates")}
+                lists = {line.targets[0].id: ast.literal_eval(line.value) for line in body}
+                return {kind: lists[kind] for kind in ("classes", "templates")}
             except (SyntaxError, ValueError, AttributeError, KeyError):
                 raise ConfigError(
                     where, f"{path!r} without two lists under {heading!r}", wanted
@@ -96,8 +96,8 @@ def _section(path: str, preset: str, where: str) -> dict[str, list[str]]:
 
 
 def names(value: tuple[str, ...] | str, kind: str, where: str) -> tuple[str, ...]:
-    """The `classes` or `templates` that `value` is or names: itself, a known list of open_clip's,
-    or a file's lines."""
+    """The `classes` or `templates` that `value` stands for: the tuple itself, a list of open_clip's
+    by name, or the lines of a text file."""
     if not isinstance(value, str):
         return tuple(value)
     where, known = f"{where}.{kind}", _OPEN_CLIP[kind]
@@ -120,17 +120,17 @@ def _text(path: str, where: str, wanted: str) -> str:
 
 
 def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
-    # Its one file of plain lists is run by itself: importing the package would import torch.
+    # This runs only the file that holds the lists: importing open_clip would import torch.
     package = importlib.util.find_spec("open_clip")
-    folders = package.submodule_search_locations if package else ()
+    folders = (package and package.submodule_search_locations) or ()
     files = [pathlib.Path(folder, "zero_shot_metadata.py") for folder in folders]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    metadata = next((file for file in files if file.is_file()), None)
+    if metadata is None:
         raise ConfigError(
             where,
             "no open_clip in this environment",
             "the package that carries OpenAI's ImageNet names and templates",
             "pip install open_clip_torch, or the extra clipx[interop]",
         )
-    entries = runpy.run_path(str(found))[name]
+    entries = runpy.run_path(str(metadata))[name]
     return tuple(entry if isinstance(entry, str) else entry("{}") for entry in entries)

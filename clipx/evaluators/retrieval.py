@@ -18,13 +18,13 @@ _DEPTHS = (1, 5, 10)
 
 
 def _recall(direction: str, k: int) -> Metric:
-    """CLIP_benchmark names a direction by what is found, clipx by what looks for what."""
-    column, found = direction.replace("_to_", "→"), direction.rpartition("_")[2]
+    """The metric of one recall. CLIP_benchmark names a direction by its answers alone."""
+    column, answers = direction.replace("_to_", "→"), direction.rpartition("_")[2]
     return Metric(
         *("more", "percent"),
         column=f"{column} R@",
         label=str(k),
-        benchmark=f"{found}_retrieval_recall@{k}",
+        benchmark=f"{answers}_retrieval_recall@{k}",
     )
 
 
@@ -33,13 +33,14 @@ class Retrieval(Evaluator):
     """Recalls between 0 and 1, `image_to_text_R@1` to `text_to_image_R@10`, their `mean_recall`,
     and each direction's `median_rank` (1 is best).
 
-    A picture finds its text when any of its captions is among the first k of all captions; every
-    caption looks for its one picture. Equal scores stand in random order, and recalls and ranks are
-    the expectation over it: a model that says the same of everything gets exactly chance.
+    image_to_text: a hit is a picture with any of its captions among the first k of all captions.
+    text_to_image: a hit is a caption with its one picture among the first k of all pictures. Ties
+    are broken at random, and recalls and ranks are expectations over the ties, so that a model that
+    encodes everything alike gets exactly chance.
 
-    captions: only the first so many of each picture; None takes all, however many each has.
-    chunk: pictures and captions compared at once. Embeddings and one strip of chunk x N scores are
-    held, never the whole matrix.
+    captions: how many captions of each picture to use, from its first; None: all.
+    chunk: pictures and captions that are compared at once. In memory are the embeddings and one
+    strip of chunk x N scores, never the complete matrix.
     """
 
     metrics = {
@@ -65,82 +66,82 @@ class Retrieval(Evaluator):
                 raise ConfigError(f"retrieval.{name}", str(value), "at least 1")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        texts, owner = captions_of(self.examples, "retrieval.examples", most=self.captions)
+        texts, picture_of = captions_of(self.examples, "retrieval.examples", most=self.captions)
         size = self.batch_size
         images = _encode(encode.image, self.examples.batches(size))
         captions = _encode(encode.text, (texts[i : i + size] for i in range(0, len(texts), size)))
-        row, similarity = np.arange(len(self.examples)), encode.similarity
+        picture, similarity = np.arange(len(self.examples)), encode.similarity
 
-        def transposed(texts: Encoded, images: Encoded):
+        def transposed(texts: Encoded, images: Encoded) -> Float[np.ndarray, "t i"]:
             return similarity(images, texts).T
 
-        def of_images(rows: slice):
-            return row[rows, None] == owner
+        def texts_of(rows: slice) -> Bool[np.ndarray, "i t"]:
+            return picture[rows, None] == picture_of
 
-        def of_texts(rows: slice):
-            return owner[rows, None] == row
+        def pictures_of(rows: slice) -> Bool[np.ndarray, "t i"]:
+            return picture_of[rows, None] == picture
 
-        found = {
-            "image_to_text": _stand(similarity, images, captions, of_images, self.chunk),
-            "text_to_image": _stand(transposed, captions, images, of_texts, self.chunk),
+        places = {
+            "image_to_text": _rank(similarity, images, captions, texts_of, self.chunk),
+            "text_to_image": _rank(transposed, captions, images, pictures_of, self.chunk),
         }
         recalls = {
-            f"{direction}_R@{k}": float(np.mean(places.within(k)))
-            for direction, places in found.items()
+            f"{direction}_R@{k}": float(np.mean(found.within(k)))
+            for direction, found in places.items()
             for k in _DEPTHS
         }
-        medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in found.items()}
+        medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in places.items()}
         return {**recalls, "mean_recall": float(np.mean(list(recalls.values()))), **medians}
 
 
 class Places(NamedTuple):
-    """Where the best right answer of each query stands, up to the order of equal scores."""
+    """The rank of each query's best right answer, up to the order of equal scores."""
 
     above: Int[np.ndarray, " q"]  # wrong answers that score higher
     right: Int[np.ndarray, " q"]  # right answers that score the same; at least 1
     wrong: Int[np.ndarray, " q"]  # wrong answers that score the same
 
     def within(self, k: int) -> Float[np.ndarray, " q"]:
-        """The probability that one of `right` is among the first k, in random order."""
-        none = np.ones(len(self.above))
-        for place in range(k):  # the draw at this place, given only wrong answers so far
-            drawn = np.maximum(place - self.above, 0)
-            left = np.maximum(self.wrong - drawn, 0)
-            none *= np.where(place < self.above, 1, left / (left + self.right))
-        return 1 - none
+        """The probability that a right answer is among the first k, with ties in random order."""
+        miss = np.ones(len(self.above))  # the probability that all places so far are wrong
+        for place in range(k):
+            taken = np.maximum(place - self.above, 0)  # tied wrong answers on earlier places
+            left = np.maximum(self.wrong - taken, 0)
+            miss *= np.where(place < self.above, 1, left / (left + self.right))
+        return 1 - miss
 
     def rank(self) -> Float[np.ndarray, " q"]:
-        """The expected place, from 1."""
+        """The expected rank, from 1."""
         return 1 + self.above + self.wrong / (self.right + 1)
 
 
-def _stand(
+def _rank(
     score: Callable[[Encoded, Encoded], Float[np.ndarray, "q n"]],
     queries: Encoded,
     answers: Encoded,
-    own: Callable[[slice], Bool[np.ndarray, "q n"]],
+    right: Callable[[slice], Bool[np.ndarray, "q n"]],
     chunk: int,
 ) -> Places:
-    """Where the best right answer of each query stands among all answers; `own` says which are
-    right for some of the queries."""
+    """The places of all queries among all answers. `right(rows)` is a mask of the right answers for
+    those queries."""
     strips = []
     for rows in _chunks(_len(queries), chunk):
-        part = _take(queries, rows)
-        scores = [score(part, _take(answers, s)) for s in _chunks(_len(answers), chunk)]
-        strips.append(_places(np.concatenate(scores, axis=1), own(rows)))
+        strip = _take(queries, rows)
+        scores = [score(strip, _take(answers, s)) for s in _chunks(_len(answers), chunk)]
+        strips.append(_places(np.concatenate(scores, axis=1), right(rows)))
     return Places(*map(np.concatenate, zip(*strips)))
 
 
-def _places(scores: Float[np.ndarray, "q n"], own: Bool[np.ndarray, "q n"]) -> Places:
-    best = np.max(scores, axis=1, keepdims=True, where=own, initial=-np.inf)
+def _places(scores: Float[np.ndarray, "q n"], right: Bool[np.ndarray, "q n"]) -> Places:
+    best = np.max(scores, axis=1, keepdims=True, where=right, initial=-np.inf)
     equal = ~(best > scores) & ~(scores > best)  # a NaN compares as equal
-    above = np.sum((scores > best) & ~own, axis=1)
-    return Places(above, np.sum(equal & own, axis=1), np.sum(equal & ~own, axis=1))
+    above = np.sum((scores > best) & ~right, axis=1)
+    return Places(above, np.sum(equal & right, axis=1), np.sum(equal & ~right, axis=1))
 
 
-def _encode(encode: Callable[[Any], Encoded], batches: Iterable[Sequence]) -> Encoded:
-    parts = [encode(batch) for batch in batches]
-    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+def _encode(encode: Callable[[Any], Encoded], batches: Iterable[Sequence | np.ndarray]) -> Encoded:
+    encoded = [encode(batch) for batch in batches]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *encoded)
 
 
 def _chunks(n: int, size: int) -> list[slice]:

@@ -19,12 +19,12 @@ _TREE = (
     "the folder VOCdevkit, with VOC2007/ImageSets/Main/<class>_trainval.txt and <class>_test.txt "
     "and VOC2007/JPEGImages/<id>.jpg"
 )
-_FIX = "unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar in one place"
+_FIX = "unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar in one folder"
 
 
 class Split(NamedTuple):
     ids: tuple[str, ...]
-    labels: dict[str, Int[np.ndarray, " n"]]  # by class: 1 there, -1 not, 0 only "difficult" ones
+    labels: dict[str, Int[np.ndarray, " n"]]  # by class: 1 yes, -1 no, 0 only "difficult" objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,15 @@ class Voc(Evaluator):
     """`mAP` between 0 and 1: the mean over classes of the average precision on VOC2007's test set.
 
     path: the folder VOCdevkit, with trainval and test unpacked in it.
-    costs: the SVM's C is the one with the greatest mean average precision over 3 folds of trainval;
-    of equal ones, the smallest.
-    per_class: also one `class/<name>` for every class.
+    costs: candidates for the SVM's C. The best mean average precision over 3 folds of trainval
+    wins, the smallest C of equally good ones.
+    per_class: also report `class/<name>` for every class.
 
-    As voc_clf.py of VirTex and CLIP-Lite: `backbone` features in evaluation mode, divided by their
-    length; scikit-learn's LinearSVC in its dual form, positives weighted 2 to 1; a picture in which
-    all objects of the class are "difficult" is a negative in training and left out of the test;
-    the average precision is the step integral over all recalls, not VOC's own 11 points.
+    The protocol is voc_clf.py of VirTex and CLIP-Lite. Features are the `backbone` output in
+    evaluation mode, divided by their length. The SVM is scikit-learn's LinearSVC in its dual form,
+    with positives weighted 2 to 1. A picture in which all objects of the class are "difficult" is a
+    negative in training and is left out of the test. The average precision is the step integral
+    over all recalls, not VOC's own 11 points.
     """
 
     metrics = {
@@ -66,12 +67,12 @@ class Voc(Evaluator):
         from sklearn.metrics import average_precision_score
 
         train, test = self._splits()
-        seen, unseen = (self._features(encode, split) for split in (train, test))
+        train_rows, test_rows = (self._features(encode, split) for split in (train, test))
         precision = {}
         for name in train.labels:
-            svm = fit(seen, train.labels[name] == 1, self.costs)
+            svm = fit(train_rows, train.labels[name] == 1, self.costs)
             clear = test.labels[name] != 0
-            scores = svm.decision_function(unseen[clear])
+            scores = svm.decision_function(test_rows[clear])
             precision[name] = average_precision_score(test.labels[name][clear] == 1, scores)
         result = {"mAP": float(np.mean(list(precision.values())))}
         if self.per_class:
@@ -87,8 +88,8 @@ class Voc(Evaluator):
         return pathlib.Path(self.path).expanduser() / "VOC2007"
 
     def _splits(self) -> tuple[Split, Split]:
-        """Trainval and test. Raises `ConfigError` for what is missing, and for a class with too few
-        pictures to be learned or tested."""
+        """Trainval and test. Raises `ConfigError` for a missing file, and for a class with too few
+        pictures to train or test on."""
         lists = self._folder / "ImageSets" / "Main"
         classes = sorted(
             file.name[: -len("_trainval.txt")] for file in lists.glob("*_trainval.txt")
@@ -99,22 +100,24 @@ class Voc(Evaluator):
             raise ConfigError("voc.path", f"no folder {self._folder / 'JPEGImages'}", _TREE, _FIX)
         train, test = (_read(lists, classes, part) for part in ("trainval", "test"))
         for name in classes:
-            there = int((train.labels[name] == 1).sum())
-            if min(there, len(train.ids) - there) < _FOLDS:
+            positives = int((train.labels[name] == 1).sum())
+            if min(positives, len(train.ids) - positives) < _FOLDS:
                 raise ConfigError(
                     "voc.path",
-                    f"{there} of {len(train.ids)} pictures of trainval with class {name!r}",
+                    f"{positives} of {len(train.ids)} pictures of trainval with class {name!r}",
                     f"at least {_FOLDS} with it and {_FOLDS} without it",
                 )
             if not (test.labels[name] == 1).any():
                 raise ConfigError(
-                    "voc.path", f"no picture of test with class {name!r}", "at least one"
+                    "voc.path", f"no picture of test with class {name!r}", "at least one picture"
                 )
         return train, test
 
 
 def _read(lists: pathlib.Path, classes: list[str], part: str) -> Split:
-    ids, labels = (), {}
+    """The split `part`, "trainval" or "test". All classes must list the same pictures."""
+    ids: tuple[str, ...] = ()
+    labels = {}
     for name in classes:
         file = lists / f"{name}_{part}.txt"
         try:
@@ -126,34 +129,34 @@ def _read(lists: pathlib.Path, classes: list[str], part: str) -> Split:
                 raise ConfigError(
                     "voc.path", f"{file} with a line {' '.join(row)!r}", "<id> and -1, 0 or 1"
                 )
-        own = tuple(row[0] for row in rows)
-        if (ids or own) != own:
+        listed = tuple(row[0] for row in rows)
+        if (ids or listed) != listed:
             raise ConfigError(
-                "voc.path", f"other pictures in {file} than in that of {classes[0]}", "the same"
+                "voc.path", f"other pictures in {file} than for {classes[0]}", "the same pictures"
             )
-        ids, labels[name] = own, np.array([int(row[1]) for row in rows], int)
+        ids, labels[name] = listed, np.array([int(row[1]) for row in rows], int)
     return Split(ids, labels)
 
 
 def fit(
-    features: Float[np.ndarray, "n c"], there: Bool[np.ndarray, " n"], costs: tuple[float, ...]
+    features: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, " n"], costs: tuple[float, ...]
 ) -> Any:
-    """The SVM of one class, trained on all rows with the C that 3 stratified, unshuffled folds
-    prefer."""
+    """The SVM of one class, trained on all rows. Its C has the best mean average precision over 3
+    stratified, unshuffled folds."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-    targets, folds = np.where(there, 1, -1), StratifiedKFold(_FOLDS)
-    with warnings.catch_warnings():  # the protocol's 2,000 iterations end where they end
+    targets, folds = np.where(positive, 1, -1), StratifiedKFold(_FOLDS)
+    with warnings.catch_warnings():  # the protocol stops at 2,000 iterations, converged or not
         warnings.simplefilter("ignore", ConvergenceWarning)
-        best, kept = -np.inf, None
+        best, best_cost = -np.inf, 0.0
         for cost in sorted(costs):
             scores = cross_val_score(
                 _svm(cost), features, targets, cv=folds, scoring="average_precision"
             )
             if scores.mean() > best:
-                best, kept = scores.mean(), cost
-        return _svm(kept).fit(features, targets)
+                best, best_cost = scores.mean(), cost
+        return _svm(best_cost).fit(features, targets)
 
 
 def _svm(cost: float) -> Any:
@@ -164,7 +167,8 @@ def _svm(cost: float) -> Any:
         class_weight={1: 2, -1: 1},
         penalty="l2",
         loss="squared_hinge",
-        dual=True,  # recent versions would choose the primal
+        # newer versions of scikit-learn would choose the primal form by default
+        dual=True,  # pyright: ignore[reportArgumentType]
         max_iter=2000,
         random_state=0,
     )

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is its name in a few sentences (Radford et al. 2021, §3.1)."""
+"""Zero-shot classification: a class is the text of its name (Radford et al. 2021, §3.1)."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ TEMPLATES = ("a photo of a {}.",)
 class ZeroShot(Evaluator):
     """Accuracies between 0 and 1: `top1`, `top5` (with more than five classes), `mean_per_class`.
 
-    classes: the names, in the order of the labels; () takes the set's own. A string is a text file
-    with one name a line, or "openai_imagenet".
-    templates: sentences with {} where the name goes; a string is a text file with one a line, or
-    "openai_imagenet" (80) or "simple" (7). The named lists are read from an installed open_clip.
-    preset: one of CLIP's and ProtoCLIP's ten sets, whose names and templates must then be OpenAI's:
-    counts and hashes are checked. What `classes` and `templates` leave at their defaults is read
-    from an installed open_clip for "imagenet", and for the others from `lists`, a copy of
-    github.com/openai/CLIP/blob/main/data/prompts.md; without it the set's own names may do. That
-    labels count in the order of the names cannot be checked. The names of "birdsnap" are those 491
-    that ProtoCLIP selects, which are not in that file.
-    per_class: also one `class/<name>` for every class that has a picture.
+    classes: the class names, in the order of the labels; () uses the data set's own. A string is a
+    text file with one name a line, or "openai_imagenet".
+    templates: sentences with {} where the class name goes. A string is a text file with one
+    template a line, or "openai_imagenet" (80) or "simple" (7). Both named lists are read from an
+    installed open_clip.
+    preset: one of CLIP's and ProtoCLIP's ten data sets. Names and templates must then be OpenAI's,
+    which is checked by count and hash. Those that `classes` and `templates` leave at their defaults
+    are read from an installed open_clip for "imagenet", and for other presets from `lists`; without
+    `lists`, the data set's own names may pass the check. Whether the labels follow the order of the
+    names cannot be checked.
+    lists: a copy of github.com/openai/CLIP/blob/main/data/prompts.md. It lacks the names of
+    "birdsnap", which are the 491 that ProtoCLIP selects.
+    per_class: also report `class/<name>` for every class that has a picture.
 
-    Equal scores stand in random order, and the accuracies are the expectation over it: a model that
-    says the same of everything gets exactly chance, and of two classes with one name (OpenAI's
-    ImageNet list has two such pairs) each gets half. `mean_per_class` is over the classes that have
-    a picture.
+    Ties are broken at random, and accuracies are expectations over the ties. So a model that
+    encodes everything alike gets exactly chance, and two classes of one name (OpenAI's ImageNet
+    list has two such pairs) get half each. `mean_per_class` is over the classes that have a
+    picture.
 
-    Several templates are one classifier: where the method compares unit rows alone, the mean of a
-    class's unit rows, normalised again; for any other similarity (FILIP's over tokens, a critic's)
-    the mean of the templates' scores, as rows of tokens have no mean (Yao et al. 2022, §3.3).
+    Several templates form one classifier. If the method compares unit embeddings alone, a class is
+    the mean of its templates' unit embeddings, normalised again. For any other similarity (FILIP's
+    over tokens, a critic's) the templates' scores are averaged, because rows of tokens have no mean
+    (Yao et al. 2022, §3.3).
     """
 
     metrics = ACCURACIES | {"class/*": Metric("more", "percent", detail=True)}
@@ -52,7 +55,7 @@ class ZeroShot(Evaluator):
     templates: tuple[str, ...] | str = TEMPLATES
     batch_size: int = 256
     per_class: bool = False
-    preset: Literal[*SETS] | None = None
+    preset: Literal[*SETS] | None = None  # pyright: ignore[reportInvalidTypeForm]
     lists: str = ""
 
     def __post_init__(self):
@@ -60,7 +63,7 @@ class ZeroShot(Evaluator):
             raise ConfigError("zero_shot.batch_size", str(self.batch_size), "at least 1")
         if self.lists and self.preset in (None, "imagenet"):
             raise ConfigError(
-                "zero_shot.lists", repr(self.lists), "a preset that is in that file, or no lists"
+                "zero_shot.lists", repr(self.lists), "a preset that reads lists, or no lists"
             )
         check_templates(self._templates(), "zero_shot.templates")
         self._classes()
@@ -71,10 +74,10 @@ class ZeroShot(Evaluator):
         members = ensemble(encode.text, classes, self._templates(), self.batch_size)
         hits, start = [], 0
         for pictures in self.examples.batches(self.batch_size):
-            own = labels[start : (start := start + len(pictures))]
+            batch_labels = labels[start : (start := start + len(pictures))]
             images = encode.image(pictures)
-            scores = sum(encode.similarity(images, m) for m in members) / len(members)
-            hits.append([_right(scores, own, k) for k in (1, 5)])
+            scores = np.asarray(sum(encode.similarity(images, m) for m in members) / len(members))
+            hits.append([_right(scores, batch_labels, k) for k in (1, 5)])
         top1, top5 = np.concatenate(hits, axis=1)
         count = np.bincount(labels, minlength=len(classes))
         right = np.bincount(labels, weights=top1, minlength=len(classes))
@@ -88,47 +91,48 @@ class ZeroShot(Evaluator):
         return result
 
     def _templates(self) -> tuple[str, ...]:
-        found = ()
+        templates = ()
         if self.preset and self.templates == TEMPLATES:
-            found = published(self.preset, "templates", self.lists, "zero_shot")
-        found = found or names(self.templates, "templates", "zero_shot")
-        if not found:
+            templates = published(self.preset, "templates", self.lists, "zero_shot")
+        templates = templates or names(self.templates, "templates", "zero_shot")
+        if not templates:
             raise ConfigError("zero_shot.templates", "none", "at least one, such as '{}'")
         if self.preset:
-            check(self.preset, "templates", found, "zero_shot")
-        return found
+            check(self.preset, "templates", templates, "zero_shot")
+        return templates
 
     def _classes(self) -> tuple[str, ...]:
-        """The names, (): none. Before the set is open, its own are not known."""
-        found = names(self.classes, "classes", "zero_shot")
-        if self.preset and not found:
-            found = published(self.preset, "classes", self.lists, "zero_shot")
+        """The class names; () if none are known, as before the data set is open."""
+        classes = names(self.classes, "classes", "zero_shot")
+        if self.preset and not classes:
+            classes = published(self.preset, "classes", self.lists, "zero_shot")
         if self.examples is not None:
-            found = found or tuple(self.examples.classes)
-        if self.preset and found:
-            check(self.preset, "classes", found, "zero_shot")
-        return found
+            classes = classes or tuple(self.examples.classes)
+        if self.preset and classes:
+            check(self.preset, "classes", classes, "zero_shot")
+        return classes
 
     def _class_names(self) -> tuple[str, ...]:
-        classes, own = self._classes(), tuple(self.examples.classes)
+        """`_classes`. Raises `ConfigError` if there are none, or not as many as in the data set."""
+        classes, names_of_set = self._classes(), tuple(self.examples.classes)
         if not classes:
             raise ConfigError(
                 "zero_shot.classes",
                 "none, and the data set names none either",
                 "one name for each label",
-                "set classes to the names, or to a text file with one a line",
+                "set classes to the names, or to a text file with one name a line",
             )
-        if own and len(own) != len(classes):
+        if names_of_set and len(names_of_set) != len(classes):
             raise ConfigError(
                 "zero_shot.classes",
                 f"{len(classes)} names",
-                f"{len(own)}, as many as the data set has classes",
+                f"{len(names_of_set)}, as many as the data set has classes",
             )
         return classes
 
     def _labels(self, n_classes: int) -> Int[np.ndarray, " n"]:
         labels = labels_of(
-            self.examples, "zero_shot.examples", "a set of captions is what `retrieval` scores"
+            self.examples, "zero_shot.examples", "for a set of captions use the eval `retrieval`"
         )
         for row, label in enumerate(labels):
             if not 0 <= label < n_classes:
@@ -158,25 +162,26 @@ def ensemble(
     templates: Sequence[str],
     size: int,
 ) -> list[Encoded]:
-    """The classes as texts, `size` at a time: one `Encoded` for each member of the ensemble, whose
-    scores the caller averages. The rows of an `Encoded` are the classes in their order."""
+    """The encoded classes, one `Encoded` per member of the ensemble, whose scores are averaged. One
+    member if the method compares unit embeddings alone, else one per template."""
     members = []
     for template in templates:
         prompts = [template.replace("{}", name) for name in classes]
-        parts = [encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
+        encoded = [encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *encoded))
     if any(m.unit is None or len(jax.tree.leaves(m)) > 1 for m in members):
         return members
-    mean = unit(sum(unit(m.unit) for m in members))
-    return [Encoded(unit=mean)]
+    rows = [unit(np.asarray(m.unit)) for m in members]
+    mean = unit(np.asarray(sum(rows)))
+    return [Encoded(unit=mean)]  # pyright: ignore[reportArgumentType]
 
 
 def _right(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], k: int
 ) -> Float[np.ndarray, " n"]:
-    """The probability that the right class is among the first k, equal scores in random order.
-    A NaN compares as equal."""
-    own = scores[np.arange(len(labels)), labels][:, None]
-    above = np.sum(scores > own, axis=1)
-    equal = np.sum(~(own > scores), axis=1) - above  # the right class among them
+    """The probability that the right class is among the first k, with ties in random order. NaN
+    compares as a tie."""
+    right = scores[np.arange(len(labels)), labels][:, None]
+    above = np.sum(scores > right, axis=1)
+    equal = np.sum(~(right > scores), axis=1) - above  # includes the right class
     return np.clip((k - above) / equal, 0, 1)

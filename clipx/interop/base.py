@@ -1,4 +1,4 @@
-"""`Format`: what the files of a library are to clipx."""
+"""`Format`: how clipx writes, reads and verifies the files of another library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipx.interop.rules import Arrays
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """A model's features of pictures and texts, float32 and of any length, and their scores."""
+    """A model's outputs in float32: features of images and texts, not normalised, and logits."""
 
     image: Float[np.ndarray, "i d"]
     text: Float[np.ndarray, "t d"]
@@ -30,69 +30,74 @@ class Said:
 class Format(abc.ABC):
     """The files in which a library keeps a model: how they are written, read and verified.
 
-    A format is one subclass in one file, listed in `formats.FORMATS`. It has no state.
+    A format is a stateless subclass in its own file, listed in `formats.FORMATS`.
     """
 
-    name: ClassVar[str]  # of `--format`
-    library: ClassVar[str]  # `library_name` of a card on the Hub
+    name: ClassVar[str]  # value of `--format`
+    library: ClassVar[str]  # `library_name` on a Hub model card
     judges: ClassVar[tuple[str, ...]]  # modules that verify an export; the last one loads it
-    config: ClassVar[str]  # the JSON file that describes a model
-    weights: ClassVar[str]  # the safetensors file that an export has
-    torch_weights: ClassVar[str]  # torch's own file, for `--pt`
-    weights_read: ClassVar[tuple[str, ...]]  # names of weights that are read, the best first
-    expected: ClassVar[str]  # what a folder of this format has, for messages
-    loading: ClassVar[str]  # Python that loads `{folder}`, for a card
-    metadata: ClassVar[Mapping[str, str] | None] = None  # of the safetensors file
-    # rules of cleaning that the format's tokenizers follow to the letter
+    config: ClassVar[str]  # name of the JSON file that describes a model
+    weights: ClassVar[str]  # name of the safetensors file that an export writes
+    torch_weights: ClassVar[str]  # name of the torch file that `--pt` writes
+    weights_read: ClassVar[tuple[str, ...]]  # names of readable weight files, preferred first
+    expected: ClassVar[str]  # files that a folder of this format has, for error messages
+    loading: ClassVar[str]  # Python code that loads `{folder}`, for the model card
+    metadata: ClassVar[dict[str, str] | None] = None  # metadata of the safetensors file
+    # caption cleaning rules that the format's tokenizers reproduce exactly
     exact_cleaning: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
     def arrays(self, model: Model) -> Arrays:
-        """The library's arrays. Raises `NotExpressible` for a model that it cannot build."""
+        """The model's arrays under the library's names.
+
+        Raises `NotExpressible` for a model that the library cannot build.
+        """
 
     @abc.abstractmethod
     def configs(self, model: Model, folder: str) -> dict[str, Any]:
-        """The content of every JSON file, by name. Raises `NotExpressible` as `arrays` does.
+        """The content of every JSON file, by file name.
 
-        folder: where the library will load the export from.
+        folder: path from which the library will load the export. Raises `NotExpressible` for a
+        model that the library cannot build.
         """
 
     def write_configs(self, model: Model, folder: pathlib.Path, at: str) -> None:
-        """Writes the configs into `folder`, of an export that will be loaded from `at`."""
+        """Writes the JSON files into `folder`, for an export that will be loaded from `at`."""
         for name, value in self.configs(model, at).items():
             text = json.dumps(value, indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
 
     def write(self, model: Model, folder: pathlib.Path, at: str) -> Arrays:
-        """Writes the weights and the configs into `folder`, and returns the arrays."""
+        """Writes the weights and the JSON files into `folder`, and returns the arrays."""
         arrays = self.arrays(model)
         save_file(arrays, folder / self.weights, metadata=self.metadata)
         self.write_configs(model, folder, at)
         return arrays
 
     def has_tokenizer(self, model: Model) -> bool:
-        """Whether the library has the model's tokenizer itself: then none is written."""
+        """Whether the library ships the model's tokenizer, so that the export needs none."""
         return False
 
     def attention_mask(self, model: Model) -> bool:
-        """Whether the library's tokenizer shall give a mask of padding beside the ids."""
+        """Whether the exported tokenizer also returns an attention mask."""
         return True
 
     def also_needs(self, model: Model) -> tuple[str, ...]:
-        """Modules that the library imports to load this model, beside `judges`."""
+        """Modules, besides `judges`, that the library imports to load this model."""
         return ()
 
     def notes(self, model: Model, folder: str) -> list[str]:
-        """Sentences for the card of an export in `folder`."""
+        """Sentences for the model card of an export in `folder`."""
         return []
 
     @abc.abstractmethod
     def describes(self, config: Mapping[str, Any]) -> bool:
-        """Whether `config`, the content of the file `self.config` or {}, is of this format."""
+        """Whether `config` describes a model of this format. It is the content of the file
+        `self.config`, or {} without that file."""
 
     @abc.abstractmethod
     def names(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Whether the arrays have the names of this format."""
+        """Whether the arrays' names are those of this format."""
 
     @abc.abstractmethod
     def read(
@@ -101,18 +106,20 @@ class Format(abc.ABC):
         config: Callable[[str], Any],
         file: str = "a file",
     ) -> Model:
-        """The model of a folder's arrays.
+        """Returns the model that a folder's arrays and JSON files describe.
 
-        config: gives the content of a JSON file of the folder by its name, None if there is none.
-        file: where the arrays come from, for messages. Raises `ConfigError` for what no tower of
-        clipx does and for arrays that do not fit the configs; `where` is "" if the fault is the
-        file's own.
+        config: returns the content of a JSON file of the folder by its name; None if the folder
+        has no such file.
+        file: where the arrays come from, for error messages.
+
+        Raises `ConfigError` for a setting that no clipx tower has, and for arrays that do not fit
+        the JSON files. Its `where` is "" if the weights file itself is at fault.
         """
 
     def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | None:
-        """The fields of the `TokenizerConfig` that gives the ids of the folder's own tokenizer;
-        None if there is none in clipx. Raises `ConfigError`, found at `where`, for settings under
-        which the library's tokenizer differs."""
+        """Fields of the `TokenizerConfig` that gives the same ids as the folder's tokenizer; None
+        if clipx has no such tokenizer. Raises `ConfigError` at `where` for tokenizer settings that
+        clipx cannot reproduce."""
         return None
 
     @abc.abstractmethod
@@ -122,12 +129,14 @@ class Format(abc.ABC):
         images: Sequence[UInt8[np.ndarray, "h w 3"]],
         captions: Sequence[str],
     ) -> tuple[Said, Int[np.ndarray, "t n"]]:
-        """What the library's model of the folder says, through the library's own preprocessing and
-        tokenizer, and the ids of the captions. Raises `MissingLibrary`."""
+        """Returns (the outputs of the folder's model, token ids of the captions). Loads the model
+        with the library and uses the library's own preprocessing and tokenizer. Raises
+        `MissingLibrary`."""
 
 
 def read_json(path: pathlib.Path, where: str) -> Any:
-    """The content of a JSON file; None if there is none. Raises `ConfigError` at `where`."""
+    """The content of a JSON file; None without the file. Raises `ConfigError` at `where` for a file
+    that is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

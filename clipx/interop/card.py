@@ -1,4 +1,5 @@
-"""README.md of an export, as the Hugging Face Hub wants it, with code that loads its heads."""
+"""The model card (README.md) of an export, for the Hugging Face Hub, with code that uses its
+heads."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def unit(x):
 
 
 def mlp(name, x):
-    """Dense layers, a BatchNorm where there is one, a ReLU between two."""
+    """Dense layers with a ReLU in between; a layer may be followed by a BatchNorm."""
     count = sum(f"params/{{name}}/fc_{{i}}/kernel" in heads for i in range(9))
     for i in range(count):
         x = dense(f"{{name}}/fc_{{i}}", x)
@@ -48,7 +49,7 @@ def mlp(name, x):
             x = batch_norm(f"{{name}}/norm_{{i}}", x)
         x = relu(x) if i < count - 1 else x
     return x'''
-# code for each kind of head, by an array that only this kind has
+# code for each kind of head, keyed by an array that only this kind has
 _HEADS = {
     "params/image_text/left/fc/kernel": '''def side(name, x):
     hidden = relu(batch_norm(f"{name}/norm", dense(f"{name}/fc", x)))
@@ -58,47 +59,47 @@ _HEADS = {
 
 
 def score(image, text):
-    """The critic's score of every picture with every text, of features before normalisation."""
+    """The critic's score of every image with every text, from features before normalisation."""
     image = side("image_text/left", image[:, : len(heads["params/image_text/left/fc/kernel"])])
     text = side("image_text/right", text[:, : len(heads["params/image_text/right/fc/kernel"])])
     return np.exp(params("image_text/logit_scale")) * image @ text.T''',
     "params/image_text/top/fc/kernel": '''def score(image, text):
-    """The critic's score of every picture with every text, of features before normalisation."""
+    """The critic's score of every image with every text, from features before normalisation."""
     image = image[:, : len(heads["params/image_text/left/kernel"])]
     text = text[:, : len(heads["params/image_text/right/kernel"])]
     pairs = dense("image_text/left", image)[:, None] + dense("image_text/right", text)
     return dense("image_text/top/out", relu(dense("image_text/top/fc", relu(pairs))))[..., 0]''',
     "params/heads/mlp/fc_0/kernel": '''def project(side, x):
-    """Unit rows among prototypes, of features before normalisation: of pictures with side 0, of
-    texts with 1. Those of an episode's clusters are `memory/centroids/...`, where it kept them."""
+    """Unit vectors in the space of the prototypes, from features before normalisation. side: 0 for
+    images, 1 for texts. The prototypes are `memory/centroids/...`, if the run kept them."""
     both = {name: x for name, x in heads.items() if "/heads/mlp/" in name}
     heads.update({name: x[side] for name, x in both.items()})
     x = unit(mlp("heads/mlp", x))
     heads.update(both)
     return x''',
     "params/late_interaction/image/fc/kernel": '''def image_tokens(x):
-    """Of a picture's tokens, before any norm or projection after the last block."""
+    """Unit vectors of an image's tokens, as they leave the last block (no norm, no projection)."""
     return unit(dense("late_interaction/image/fc", x))
 
 
 def text_tokens(x):
-    """Of a text's tokens after the last norm, up to its end mark."""
+    """Unit vectors of a text's tokens up to its end mark, after the last norm."""
     return unit(dense("late_interaction/text/fc", x))''',
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a card tells of a run."""
+    """What a card says about a run and its export."""
 
     format: Format
-    folder: str
-    name: str
-    method: str
+    folder: str  # path in the code that loads the export
+    name: str  # title of the card
+    method: str  # name of the objective
     license: str
     towers: str
     data: str
-    seen: str
+    seen: str  # samples seen in training
     metrics: Mapping[str, float]
     proof: Proof | None
     unproven: str  # why there is no proof
@@ -109,18 +110,18 @@ class Facts:
 
 
 def card(facts: Facts) -> str:
-    """README.md, whole."""
+    """The text of README.md."""
     sections = [
         _header(facts),
         f"# {facts.name}\n\nTrained with clipx by {facts.method}, and exported to "
         f"{facts.format.library}'s format.",
         _list({"Towers": facts.towers, "Data": facts.data, "Samples seen": facts.seen}),
         "## Load it\n\n" + _code(facts.format.loading.format(folder=facts.folder)) + "\n\n"
-        f"clipx trains it on with `--config.init_from={facts.folder}`, and evaluates it with "
-        f"`python -m clipx.evaluate --init_from={facts.folder}`.",
-        *(["## To know\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
+        f"To train it further with clipx, use `--config.init_from={facts.folder}`. To evaluate it, "
+        f"run `python -m clipx.evaluate --init_from={facts.folder}`.",
+        *(["## Notes\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
         "## Metrics\n\n" + _metrics(facts.metrics),
-        "## The proof of the export\n\n" + _proof(facts),
+        "## Verification of the export\n\n" + _proof(facts),
         "## Heads\n\n" + _heads(facts),
     ]
     return "\n\n".join(sections) + "\n"
@@ -157,16 +158,16 @@ def _metrics(metrics: Mapping[str, float]) -> str:
 
 
 def proof_lines(proof: Proof) -> list[str]:
-    """The figures, a line each."""
+    """The figures of a proof, one per line."""
     lines = [
-        f"least cosine of a picture: {proof.image_cosine:.9f} (held to {COSINE})",
-        f"least cosine of a caption: {proof.text_cosine:.9f} (held to {COSINE})",
-        f"largest difference of logits over the largest logit: {proof.logits:.2g} "
-        f"(held to {RELATIVE:g})",
+        f"least cosine of an image: {proof.image_cosine:.9f} (must exceed {COSINE})",
+        f"least cosine of a caption: {proof.text_cosine:.9f} (must exceed {COSINE})",
+        f"largest difference of logits, relative to the largest logit: {proof.logits:.2g} "
+        f"(must be below {RELATIVE:g})",
     ]
     if proof.odd:
         captions = ", ".join(repr(x) for x in proof.odd)
-        lines.append(f"cut into other tokens than in training: {captions}")
+        lines.append(f"captions with other token ids than in training: {captions}")
     return lines
 
 
@@ -175,21 +176,23 @@ def _proof(facts: Facts) -> str:
         return f"Not verified: {facts.unproven}."
     lines = "\n".join(f"- {line}" for line in proof_lines(facts.proof))
     return (
-        f"Loaded by {facts.proof.library} and compared with clipx, in float32, on fixed random "
-        f"pictures and captions through the library's own preprocessing and tokenizer:\n\n{lines}"
+        f"Loaded by {facts.proof.library} and compared with clipx in float32, on fixed random "
+        f"images and fixed captions, through the library's own preprocessing and tokenizer:\n\n"
+        f"{lines}"
     )
 
 
 def _heads(facts: Facts) -> str:
     if not facts.left_out:
-        return "Training used nothing beside what is here."
+        return "Training used only the two towers."
     names = ", ".join(f"`{name}`" for name in sorted(facts.left_out))
     if not facts.with_heads:
-        return f"Used in training and left out: {names}."
-    own = [text for key, text in _HEADS.items() if key in facts.heads]
-    code = "\n\n\n".join([_LAYERS.format(file=HEADS), *own])
+        return f"Training also used these heads, which are not exported: {names}."
+    functions = [text for key, text in _HEADS.items() if key in facts.heads]
+    code = "\n\n\n".join([_LAYERS.format(file=HEADS), *functions])
     arrays = "\n".join(f"- `{name}`" for name in sorted(facts.heads))
     return (
-        f"Used in training, and kept in `{HEADS}`: {names}. They are read without any framework:"
-        f"\n\n{_code(code)}\n\n<details><summary>All arrays</summary>\n\n{arrays}\n\n</details>"
+        f"Training also used these heads, which `{HEADS}` keeps: {names}. NumPy is enough to use "
+        f"them:\n\n{_code(code)}\n\n<details><summary>All arrays</summary>\n\n{arrays}\n\n"
+        "</details>"
     )

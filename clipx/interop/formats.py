@@ -1,4 +1,4 @@
-"""The formats that a model is written to and read from. A new one is a file and a line here."""
+"""The formats that models are written to and read from. A new format is a file and a line here."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from clipx.interop.base import Format
 from clipx.interop.huggingface import HuggingFace
 from clipx.interop.open_clip import OpenClip
 
-# A folder or file is read by the first format that knows it.
+# The first format that recognises a folder or file reads it.
 FORMATS: tuple[Format, ...] = (OpenClip(), HuggingFace())
 
 
 def named(name: str, where: str = "--format") -> Format:
-    """The format of that name. Raises `ConfigError` at `where`."""
+    """The format called `name`. Raises `ConfigError` at `where` for an unknown name."""
     for format_ in FORMATS:
         if format_.name == name:
             return format_

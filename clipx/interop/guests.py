@@ -1,9 +1,9 @@
-"""Towers that open_clip builds through other libraries: through timm, a ViT without class token and
-the plain ResNet; through transformers, BERT.
+"""Towers that open_clip builds through timm (a ViT without class token, the plain ResNet) or
+through transformers (BERT).
 
-timm knows the plain ResNet by its name. The other two need a `config.json`, which lies in the
-export. open_clip's config gives its whole path: timm and transformers are not told from where
-open_clip was loaded.
+timm builds the plain ResNet from its name. The other two need a `config.json` in the export.
+open_clip's config must give the full path of that folder, because open_clip does not pass its own
+folder on to timm and transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from clipx.interop.model import Model, ratio, vit_shape
 from clipx.interop.open_clip_layout import Layout
 from clipx.interop.rules import Rule
 from clipx.models.bert import BERT
+from clipx.models.layers import Tower
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.vit import ViT
 
@@ -42,11 +43,11 @@ def _vit_section(model: Model, folder: str) -> dict[str, Any]:
 
 
 def _vit_config(model: Model) -> dict[str, Any]:
-    """What timm reads of the ViT in `config.json`."""
+    """The content of `config.json` from which timm builds the ViT."""
     image = model.image
     width, depth, heads, mlp_width, patch = image.shape
     return {
-        "architecture": "vit_base_patch16_224",  # whose sizes `model_args` replaces
+        "architecture": "vit_base_patch16_224",  # `model_args` overrides its sizes
         "num_classes": 0,
         "num_features": width,
         "model_args": {
@@ -76,7 +77,7 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
     if image.shape != (PLAIN[image.variant][0], 64):
         raise NotExpressible(
             f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
-            f"channels, and this one {image.shape[0]} and {image.shape[1]}"
+            f"channels, but this one has {image.shape[0]} blocks and {image.shape[1]} channels"
         )
     return _timm_section(image.variant, "avg", image.image_size)
 
@@ -94,7 +95,7 @@ def _bert_section(model: Model, folder: str) -> dict[str, Any]:
 
 
 def _bert_config(model: Model) -> dict[str, Any]:
-    """What transformers reads of BERT in `config.json`."""
+    """The content of `config.json` from which transformers builds BERT."""
     text = model.text
     return {
         "model_type": "bert",
@@ -111,7 +112,8 @@ def _bert_config(model: Model) -> dict[str, Any]:
     }
 
 
-def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
+def _head(tower: Tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
+    """The projection to the shared space, with weights multiplied by `factor`."""
     if tower.embed_dim:
         return rules.scaled(rules.dense(ours, theirs, bias=False), factor)
     copy = rules.identity(width, tower.backbone_width)
@@ -119,8 +121,9 @@ def _head(tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> lis
 
 
 def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
-    """A ViT of timm's. Its LayerNorms add 1e-6 to a variance whatever `norm_eps` is, so the tokens
-    between blocks are scaled until 1e-6 is the same share of their variance."""
+    """The rules of timm's ViT. Its LayerNorms always add 1e-6 to the variance. The tokens between
+    blocks are therefore scaled so that 1e-6 is the same fraction of their variance as `norm_eps` is
+    in clipx."""
     channels, depth, heads, *_ = image.shape
     scale = float((_TIMM_EPS / image.norm_eps) ** 0.5)
     a, b = "params/image", "visual.trunk"
@@ -161,8 +164,8 @@ def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
 
 
 def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
-    """Positions, and the bias of timm's patch embedding where no norm follows. The same bias is
-    added to every patch, so reading adds it to every position."""
+    """The rule of the positional embedding and, if no norm follows, of the bias of timm's patch
+    embedding. Every patch gets the same bias, so reading adds it to every position."""
     position, bias = f"{trunk}.pos_embed", f"{trunk}.patch_embed.proj.bias"
     if image.pre_norm:
         return Rule((ours,), (position,), lambda x: (x[None],), lambda x: (x[0],))
@@ -175,10 +178,10 @@ def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
 
 
 def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
-    """torchvision's ResNet under timm's names."""
+    """The rules of torchvision's ResNet, under timm's names."""
     layout = []
 
-    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str):
+    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str) -> None:
         layout.append(rules.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
         layout.extend(rules.batch_norm("image", ours[1], f"{theirs}{norm}"))
 
@@ -228,7 +231,7 @@ RESNET = Layout(_resnet_section, _resnet_rules)
 BERT_LAYOUT = Layout(_bert_section, _bert_rules, _bert_config)
 
 
-# timm's names of SigLIP's ViTs, and the sizes of clipx's
+# timm's names of SigLIP's ViTs, and clipx's names of their sizes
 _SIGLIP = re.compile(r"vit_(base|large|so400m)_patch(\d+)_siglip(_gap)?_\d+$")
 _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 
@@ -236,28 +239,29 @@ _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 def image_tower(
     section: Mapping[str, Any], embed_dim: int, size: int, guest: Mapping[str, Any], where: str
 ) -> ViT | ResNet:
-    """The tower that timm builds from open_clip's section.
+    """The tower that timm builds from open_clip's `vision_cfg`.
 
-    guest: the content of the folder's `config.json`, which the section may point at. Raises
-    `ConfigError`, found at `where`, for another model of timm's.
+    size: pixels of an image's side. guest: the content of the folder's `config.json`, which the
+    section may point at. Raises `ConfigError` at `where` for a timm model that clipx does not have.
     """
     where, name = f"{where}: vision_cfg", section["timm_model_name"]
     projections = {"linear": embed_dim, "none": 0}
     _only(f"{where}.timm_proj", section.get("timm_proj", "linear"), *projections)
     _only(f"{where}.timm_proj_bias", section.get("timm_proj_bias", False), False)
-    common = {"image_size": size, "embed_dim": projections[section.get("timm_proj", "linear")]}
+    embed_dim = projections[section.get("timm_proj", "linear")]
+    common: dict[str, Any] = {"image_size": size, "embed_dim": embed_dim}
     if name in PLAIN:
         _only(f"{where}.timm_pool", section.get("timm_pool", "avg"), "avg")
         return ResNet(variant=name, **common)
     pool = {"map": "attention", "avg": "mean"}
     _only(f"{where}.timm_pool", section.get("timm_pool"), *pool)
     common |= {"pool": pool[section["timm_pool"]], "norm_eps": _TIMM_EPS}
-    if found := _SIGLIP.match(name):
-        variant = f"ViT-{_SIGLIP_SIZES[found[1]]}/{found[2]}"
+    if match := _SIGLIP.match(name):
+        variant = f"ViT-{_SIGLIP_SIZES[match[1]]}/{match[2]}"
         return ViT(variant=variant, pre_norm=False, **common)
     args = guest.get("model_args", {})
     if not name.startswith("local-dir:") or args.get("class_token", True):
-        known = f"{', '.join(PLAIN)}, a ViT of SigLIP's or one that clipx wrote"
+        known = f"{', '.join(PLAIN)}, a SigLIP ViT, or local-dir:FOLDER with a ViT that clipx wrote"
         raise ConfigError(f"{where}.timm_model_name", repr(name), known)
     width = args["embed_dim"]
     shape = (width, args["depth"], args["num_heads"], int(width * args["mlp_ratio"]))
@@ -272,12 +276,12 @@ def image_tower(
 def text_tower(
     section: Mapping[str, Any], embed_dim: int, guest: Mapping[str, Any], where: str
 ) -> BERT:
-    """The BERT that transformers builds from open_clip's section and `guest`, the content of the
-    folder's `config.json`. Raises `ConfigError`, found at `where`, for another model."""
+    """The BERT that transformers builds from open_clip's `text_cfg` and `guest`, the content of the
+    folder's `config.json`. Raises `ConfigError` at `where` for another model."""
     where = f"{where}: text_cfg"
     if guest.get("model_type") != "bert":
-        found = f"{section['hf_model_name']!r}, and no config.json of a BERT beside it"
-        raise ConfigError(f"{where}.hf_model_name", found, "a BERT whose config lies in the folder")
+        found = f"{section['hf_model_name']!r}, but no config.json of a BERT in the folder"
+        raise ConfigError(f"{where}.hf_model_name", found, "a BERT with its config.json there")
     _only(f"{where}.hf_pooler_type", section.get("hf_pooler_type"), "cls_pooler")
     _only(f"{where}.hf_proj_type", section.get("hf_proj_type"), "linear")
     _only("config.json: hidden_act", guest.get("hidden_act", "gelu"), "gelu")
@@ -295,6 +299,7 @@ def text_tower(
     )
 
 
-def _only(where: str, found: Any, *known: Any) -> None:
-    if found not in known:
-        raise ConfigError(where, repr(found), " or ".join(map(repr, known)))
+def _only(where: str, value: Any, *known: Any) -> None:
+    """Raises `ConfigError` at `where` unless `value` is one of `known`."""
+    if value not in known:
+        raise ConfigError(where, repr(value), " or ".join(map(repr, known)))

@@ -1,13 +1,14 @@
-"""transformers' format: a folder of `CLIPModel`, or of `SiglipModel` if the picture tower pools by
-attention (transformers 5)."""
+"""transformers' format: a folder of `SiglipModel` if the image tower pools by attention, otherwise
+of `CLIPModel` (transformers 5)."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
@@ -23,10 +24,9 @@ from clipx.models.vit import ViT
 from clipx.ops import photometry
 
 WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
-PROCESSOR = "processor_config.json"  # where transformers 5 keeps a preprocessor too
+PROCESSOR = "processor_config.json"  # transformers 5 may save the preprocessor in it
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
-_IMAGE, _TEXT = ViT, TextTransformer  # the only towers that transformers' classes have
-_ELSE = "; --format=open_clip can"
+_ELSE = "; use --format=open_clip"
 
 
 class HuggingFace(Format):
@@ -59,10 +59,10 @@ with torch.no_grad():
     exact_cleaning = frozenset({"siglip"})
 
     def arrays(self, model: Model) -> Arrays:
-        _check(model)
+        image, text = _check(model)
         siglip = _is_siglip(model)
-        towers = (model.image, model.text, model.width, model.words.dropped)
-        arrays = rules.write(layout.tower_rules(*towers, siglip), model.flat)
+        rules_of_both = layout.tower_rules(image, text, model.width, model.words.dropped, siglip)
+        arrays = rules.write(rules_of_both, model.flat)
         scale = np.asarray(model.logit_scale, np.float32)
         if siglip:
             bias = np.zeros(()) if model.logit_bias is None else model.logit_bias
@@ -81,7 +81,7 @@ with torch.no_grad():
         return not _is_siglip(model)
 
     def notes(self, model: Model, folder: str) -> list[str]:
-        return ['Texts are padded to the context: `padding="max_length"`.']
+        return ['Tokenize texts with `padding="max_length"`, as in training.']
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return "model_type" in config
@@ -98,14 +98,14 @@ with torch.no_grad():
         return _read(arrays, config(CONFIG) or {}, preprocessor or {})
 
     def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | None:
-        """Of a SigLIP folder with the files of a `SiglipTokenizer`."""
+        """Fields for a SigLIP folder with the files of a `SiglipTokenizer`; None for others."""
         pieces = folder / tokenizer.PIECES
         if not pieces.is_file():
             return None
         config = read_json(folder / CONFIG, where) or {}
         settings = read_json(folder / tokenizer.SETTINGS, where) or {}
-        named = settings.get("tokenizer_class", tokenizer.SIGLIP)
-        if config.get("model_type") != "siglip" or named != tokenizer.SIGLIP:
+        class_name = settings.get("tokenizer_class", tokenizer.SIGLIP)
+        if config.get("model_type") != "siglip" or class_name != tokenizer.SIGLIP:
             return None
         size, context = layout.words_size(config.get("text_config") or {}, siglip=True)
         tokenizer.check_siglip(settings, where)
@@ -118,7 +118,12 @@ with torch.no_grad():
             "marks": "end",
         }
 
-    def says(self, folder: pathlib.Path, images, captions):
+    def says(
+        self,
+        folder: pathlib.Path,
+        images: Sequence[UInt8[np.ndarray, "h w 3"]],
+        captions: Sequence[str],
+    ) -> tuple[Said, Int[np.ndarray, "t n"]]:
         torch, transformers = libraries.require("torch"), libraries.require("transformers")
         with libraries.quiet(), torch.no_grad():
             transformers.utils.logging.set_verbosity_error()
@@ -132,35 +137,35 @@ with torch.no_grad():
                 padding="max_length",
                 truncation=True,
             )
-            said = model(**inputs)
-            # `said` has normalised features alone
+            outputs = model(**inputs)  # whose features are normalised: ask for raw ones
             image = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
             rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
             text = model.get_text_features(**rest).pooler_output
         ids = inputs["input_ids"].numpy()
-        return Said(*(x.numpy() for x in (image, text, said.logits_per_image))), ids
+        return Said(*(x.numpy() for x in (image, text, outputs.logits_per_image))), ids
 
 
 def _is_siglip(model: Model) -> bool:
     return model.image.pool == "attention"
 
 
-def _check(model: Model) -> None:
-    """Raises `NotExpressible` for what neither class has."""
+def _check(model: Model) -> tuple[ViT, TextTransformer]:
+    """The model's towers. Raises `NotExpressible` for a model that neither class can express."""
     image, text = model.image, model.text
-    if type(image) is not _IMAGE:
+    if type(image) is not ViT:
         raise NotExpressible(f"transformers has no CLIP with a {type(image).__name__}{_ELSE}")
-    if type(text) is not _TEXT:
+    if type(text) is not TextTransformer:
         raise NotExpressible(f"CLIPModel has no text tower like {type(text).__name__}")
     check_widths(model)
     (_check_siglip if _is_siglip(model) else _check_clip)(model)
     check_padding(model, own=False)
+    return image, text
 
 
 def _refuse(faults: Mapping[str, bool], cls: str) -> None:
-    for what, found in faults.items():
-        if found:
-            raise NotExpressible(f"{cls} has no {what}")
+    for feature, present in faults.items():
+        if present:
+            raise NotExpressible(f"{cls} has no {feature}")
 
 
 def _check_clip(model: Model) -> None:
@@ -172,8 +177,8 @@ def _check_clip(model: Model) -> None:
         {
             f"image tower that pools by the mean{_ELSE}": image.pool == "mean",
             f"image tower without a LayerNorm before its blocks{_ELSE}": not image.pre_norm,
-            f"text tower in which tokens see those after them{other}": not text.causal,
-            f"text tower that is read out anywhere but at its end mark{other}": not at_end,
+            f"text tower without a causal mask{other}": not text.causal,
+            f"text tower that pools elsewhere than at the end mark{other}": not at_end,
             f"bias in the text's projection{_ELSE}": biased,
             f"logit bias, which SigLIP's loss learns{_ELSE}": model.logit_bias is not None,
         },
@@ -185,20 +190,20 @@ def _check_siglip(model: Model) -> None:
     image, text = model.image, model.text
     _refuse(
         {
-            "projection after the picture's attention pooling (config.image.embed_dim=0 trains "
-            f"without one){_ELSE}": bool(image.embed_dim),
-            "LayerNorm before the image tower's blocks (config.image.pre_norm=false trains "
-            f"without one){_ELSE}": image.pre_norm,
-            "text tower that leaves padding out": text.mask_padding,
-            f"causal text tower (config.text.causal=false trains another){_ELSE}": text.causal,
-            "text tower that is read out anywhere but at its last token": text.pool != "last",
+            "projection after the image's attention pooling (train with "
+            f"config.image.embed_dim=0 to have none){_ELSE}": bool(image.embed_dim),
+            "LayerNorm before the image tower's blocks (train with "
+            f"config.image.pre_norm=false to have none){_ELSE}": image.pre_norm,
+            "text tower that masks padding": text.mask_padding,
+            f"causal text tower (train with config.text.causal=false){_ELSE}": text.causal,
+            "text tower that pools elsewhere than at the last token": text.pool != "last",
         },
         "SiglipModel",
     )
 
 
 def _config(model: Model, kind: str) -> dict[str, Any]:
-    """`config.json`. kind: "CLIP" or "Siglip", as the names of transformers' classes begin."""
+    """`config.json`. kind: the prefix of transformers' class names, "CLIP" or "Siglip"."""
     image, text, words = model.image, model.text, model.words.without_mask()
     width, depth, heads, mlp_width, patch = image.shape
     vision_config = _sizes(width, depth, heads, mlp_width, image) | {
@@ -212,7 +217,7 @@ def _config(model: Model, kind: str) -> dict[str, Any]:
         "model_type": f"{kind.lower()}_text_model",
         "vocab_size": words.vocab_size,
         "max_position_embeddings": text.context,
-        # CLIP's tokenizer pads with the end mark; a causal tower does not see it
+        # CLIP's tokenizer pads with the end mark; no token of a causal tower attends to padding
         "pad_token_id": words.eot_id if words.plain else words.pad_id,
         "bos_token_id": words.sot_id,
         "eos_token_id": words.eot_id,
@@ -235,7 +240,7 @@ def _config(model: Model, kind: str) -> dict[str, Any]:
 
 
 def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> dict[str, Any]:
-    """The entries that both sections have."""
+    """The entries that both towers' sections have."""
     return {
         "hidden_size": width,
         "intermediate_size": mlp_width,
@@ -248,19 +253,19 @@ def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> 
 
 
 def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
-    """`preprocessor_config.json`: resizes the shorter side and cuts out the centre, as clipx does
-    in evaluations, or resizes both sides."""
+    """`preprocessor_config.json`. For `resize="shortest"` it resizes the shorter side and crops the
+    centre, as clipx's evaluations do; otherwise it resizes both sides."""
     size = model.image.image_size
-    whole, centre = {"height": size, "width": size}, model.resize == "shortest"
+    square, centre = {"height": size, "width": size}, model.resize == "shortest"
     return {
         "image_processor_type": f"{kind}ImageProcessor",
         "processor_class": f"{kind}Processor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size} if centre else whole,
+        "size": {"shortest_edge": size} if centre else square,
         "resample": _RESAMPLE[model.interpolation],
         "do_center_crop": centre,
-        **({"crop_size": whole} if centre else {}),
+        **({"crop_size": square} if centre else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -272,10 +277,10 @@ def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
 def _read(
     arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> Model:
-    """The model of a CLIP or SigLIP folder, from the contents of its configs.
+    """The model of a CLIP or SigLIP folder, from its arrays and the contents of its configs.
 
-    Raises `ConfigError` for another architecture, for what no tower of clipx does, and for arrays
-    that do not fit the config.
+    Raises `ConfigError` for another architecture, for a setting that no clipx tower has, and for
+    arrays that do not fit the config.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
@@ -284,17 +289,17 @@ def _read(
     vision, words = config.get("vision_config") or {}, config.get("text_config") or {}
     image, text = layout.towers(vision, words, config, siglip)
     arrays = {
-        # old files have one more level of names
+        # some files repeat the prefix
         name.replace("text_model.text_model.", "text_model."): x
         for name, x in arrays.items()
     }
     scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
     mean, std = ((0.5,) * 3,) * 2 if siglip else (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
     resample = {number: name for name, number in _RESAMPLE.items()}
-    pictures = {
+    preprocessing = {
         "mean": tuple(preprocessor.get("image_mean", mean)),
         "std": tuple(preprocessor.get("image_std", std)),
-        # SigLIP's processor resizes both sides, CLIP's cuts out the centre
+        # by default SigLIP's processor resizes both sides, and CLIP's crops the centre
         "resize": "shortest" if preprocessor.get("do_center_crop", not siglip) else "squash",
         "interpolation": resample.get(preprocessor.get("resample", 3), "bicubic"),
     }
@@ -302,13 +307,13 @@ def _read(
     logit_bias = np.float32(scalars["logit_bias"]).reshape(()) if siglip else None
     width = max(image.output_width, text.output_width)
     variables = rules.read(layout.tower_rules(image, text, width, None, siglip), arrays, WEIGHTS)
-    whole = make_model(
+    read = make_model(
         image,
         text,
         variables,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
-        **pictures,
+        **preprocessing,
         words=Words(
             kind="sentencepiece" if siglip else "clip_bpe",
             vocab_size=text.vocab_size,
@@ -319,4 +324,4 @@ def _read(
             plain=not siglip and text.vocab_size == 49408,
         ),
     )
-    return checked(whole, WEIGHTS)
+    return checked(read, WEIGHTS)

@@ -1,5 +1,5 @@
 """The towers of transformers' `CLIPModel` and `SiglipModel`: names and layouts of their arrays, and
-what their configs say (transformers 5, `modeling_clip.py`, `modeling_siglip.py`)."""
+how their configs are read (transformers 5, `modeling_clip.py`, `modeling_siglip.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tower_rules(
     image: ViT, text: TextTransformer, width: int, dropped: int | None, siglip: bool
 ) -> list[Rule]:
     """The rules of both towers, for a shared space of `width` channels. dropped: the row that the
-    table of words leaves out."""
+    exported token embedding leaves out."""
     return [
         *(_siglip_vision(image) if siglip else _clip_vision(image, width)),
         *_text_rules(text, width, dropped, siglip),
@@ -72,7 +72,8 @@ def _siglip_vision(image: ViT) -> list[Rule]:
     a, b = "params/image", "vision_model"
     width, depth, heads, *_ = image.shape
     pool, head = f"{a}/pool", f"{b}.head"
-    # the same bias is added to every patch, so reading adds it to every position
+    # clipx's patch embedding has no bias: every patch gets the same one, so reading adds it to
+    # every position, and writing gives zeros
     positions = Rule(
         (f"{a}/positional_embedding",),
         (f"{b}.embeddings.position_embedding.weight", f"{b}.embeddings.patch_embedding.bias"),
@@ -106,12 +107,13 @@ def _text_rules(text: TextTransformer, width: int, dropped: int | None, siglip: 
         return layout + _projection(text, f"{a}/projection", "text_projection", width)
     if text.embed_dim and text.projection_bias:
         return layout + rules.dense(f"{a}/projection", f"{b}.head")
-    none = rules.constant(f"{b}.head.bias", lambda: np.zeros(width, np.float32))
-    return [*layout, *_projection(text, f"{a}/projection", f"{b}.head", width), none]
+    no_bias = rules.constant(f"{b}.head.bias", lambda: np.zeros(width, np.float32))
+    return [*layout, *_projection(text, f"{a}/projection", f"{b}.head", width), no_bias]
 
 
 def words_size(words: Mapping[str, Any], *, siglip: bool) -> tuple[int, int]:
-    """Rows of the table of words and tokens of a text, as a `text_config` says."""
+    """(vocabulary size, tokens per text) of a `text_config`. A missing key is the default of
+    transformers' class."""
     size, context = (32000, 64) if siglip else (49408, 77)
     return words.get("vocab_size") or size, words.get("max_position_embeddings", context)
 
@@ -119,16 +121,17 @@ def words_size(words: Mapping[str, Any], *, siglip: bool) -> tuple[int, int]:
 def towers(
     vision: Mapping[str, Any], words: Mapping[str, Any], config: Mapping[str, Any], siglip: bool
 ) -> tuple[ViT, TextTransformer]:
-    """The towers of a `vision_config` and a `text_config`. A missing key is the default of
-    transformers' class. Raises `ConfigError` for an activation that clipx has not."""
+    """The towers of a `vision_config` and a `text_config` (`words`), inside of `config`. A missing
+    key is the default of transformers' class. Raises `ConfigError` for an activation that clipx
+    does not have."""
     act, eps = ("gelu_pytorch_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
     known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     for name, section in (("vision_config", vision), ("text_config", words)):
-        found = section.get("hidden_act", act)
-        if found not in known:
-            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(found), ", ".join(known))
+        activation = section.get("hidden_act", act)
+        if activation not in known:
+            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(activation), ", ".join(known))
 
-    def common(section):
+    def common(section: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "activation": known[section.get("hidden_act", act)],
             "norm_eps": section.get("layer_norm_eps", eps),
@@ -149,25 +152,25 @@ def towers(
         pre_norm=not siglip,
         **common(vision),
     )
-    narrow = words.get("hidden_size", 768 if siglip else 512)
+    text_width = words.get("hidden_size", 768 if siglip else 512)
     vocabulary, context = words_size(words, siglip=siglip)
     end = words.get("eos_token_id", 49407)
-    # old configs, and SigLIP's to this day, have CLIP's last id here whatever their tokenizer
+    # CLIP's configs once gave 2, and SigLIP's give CLIP's 49407, whatever the tokenizer's id is
     if end == 2 or end >= vocabulary or (siglip and end == 49407):
         end = 1 if siglip else vocabulary - 1
     text = TextTransformer(
         vocab_size=vocabulary,
         context=context,
-        width=narrow,
+        width=text_width,
         depth=words.get("num_hidden_layers", 12),
         heads=words.get("num_attention_heads", 12 if siglip else 8),
-        mlp_ratio=words.get("intermediate_size", 3072 if siglip else 2048) / narrow,
+        mlp_ratio=words.get("intermediate_size", 3072 if siglip else 2048) / text_width,
         causal=not siglip,
         pool="last" if siglip else "eot",
         eot_id=end,
         pad_id=words.get("pad_token_id", 1) if siglip else 0,
         projection_bias=siglip,
-        embed_dim=(words.get("projection_size") or narrow)
+        embed_dim=(words.get("projection_size") or text_width)
         if siglip
         else config.get("projection_dim", 512),
         **common(words),

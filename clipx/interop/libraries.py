@@ -1,4 +1,4 @@
-"""Optional libraries: torch, open_clip and transformers are imported only when they are asked."""
+"""Optional libraries: torch, open_clip and transformers are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from clipx.errors import MissingLibrary
 
 
 def require(name: str) -> Any:
-    """The module `name`, imported. Raises `MissingLibrary` if it is not installed or fails."""
+    """Imports and returns the module `name`. Raises `MissingLibrary` if it is not installed or its
+    import fails."""
     try:
         with quiet():
             if name not in sys.modules:
-                _torchvision()
+                _import_torchvision()
             return importlib.import_module(name)
     except ImportError as error:
         if getattr(error, "name", None) == name:
@@ -28,12 +30,12 @@ def require(name: str) -> Any:
 
 
 @functools.cache
-def _torchvision() -> None:
-    """Imports torchvision if it is installed: open_clip, timm and transformers will import it too.
+def _import_torchvision() -> None:
+    """Imports torchvision, if installed, before open_clip, timm and transformers import it.
 
-    A torchvision that was built for another torch (a CUDA wheel beside a CPU torch) does not find
-    its compiled operators and fails when it describes two of them. clipx needs neither, so both
-    are declared without a body and the import is tried again.
+    A torchvision built for another torch (a CUDA wheel beside a CPU torch) misses its compiled
+    operators, and its import fails where it registers two of them. clipx uses neither. This
+    function declares both without a body and imports torchvision again.
     """
     try:
         importlib.import_module("torchvision")
@@ -46,7 +48,7 @@ def _torchvision() -> None:
         declared = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             declared.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        _KEPT.append(declared)  # its operators are undeclared when it is freed
+        _KEPT.append(declared)  # freeing the library would remove its operators
         for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
             del sys.modules[module]
         importlib.import_module("torchvision")
@@ -56,13 +58,13 @@ _KEPT: list[Any] = []
 
 
 @contextlib.contextmanager
-def quiet():
-    """A context without the libraries' warnings: none of them is about the model."""
+def quiet() -> Iterator[None]:
+    """A context that silences the libraries' warnings: none of them concerns the model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
+    """The message of an exception, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]

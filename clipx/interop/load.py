@@ -1,5 +1,5 @@
-"""Models from files: a folder as a library writes it, or a file of weights of its names; and how
-such a model fits the towers of a config."""
+"""Loads models that open_clip or transformers wrote, from a folder or a weights file, and fits them
+to the towers of a config."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ _TORCH = (".pt", ".pth", ".bin")
 
 
 def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
-    """The model at `path`: a folder as open_clip or transformers writes it, or a file of weights.
+    """The model at `path`: a folder as open_clip or transformers writes it, or a weights file.
 
-    A file's config lies beside it. OpenAI's files, with open_clip's names, need none. Weights are
-    safetensors, or torch's if torch is installed. Raises `ConfigError` at `where` for a path that
-    is not there, and for a file that is not whole or of another architecture.
+    A weights file needs its config in the same folder, except OpenAI's files with open_clip's
+    names. Weights are safetensors files, or torch files if torch is installed.
+
+    Raises `ConfigError` at `where` for a missing path, an incomplete file or an architecture that
+    clipx does not have.
     """
     file = pathlib.Path(path).expanduser()
     folder = file if file.is_dir() else file.parent
     if not file.exists():
-        raise ConfigError(where, f"nothing at {file}", "a folder or a file of weights")
+        raise ConfigError(where, f"nothing at {file}", "a folder or a weights file")
     config = functools.cache(lambda name: read_json(folder / name, where))
     described = [f for f in FORMATS if f.describes(config(f.config) or {})]
     if file.is_dir():
@@ -45,7 +47,7 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None:
             expected = ", or ".join(f.expected for f in FORMATS)
-            raise ConfigError(where, f"{folder}, with {_listed(folder)}", expected)
+            raise ConfigError(where, f"{folder} with {_listed(folder)}", expected)
     arrays = _arrays(file, where)
     format_ = next((f for f in FORMATS if f.names(arrays)), FORMATS[0])
     try:
@@ -62,51 +64,52 @@ def _listed(folder: pathlib.Path) -> str:
 
 
 def _arrays(file: pathlib.Path, where: str) -> Arrays:
-    """Every array of a file, or of the files that an index names."""
+    """Every array of a weights file, or of the files that an index (.json) lists."""
     if file.suffix in _TORCH:
         return _torch_arrays(file, where)
     if file.suffix == ".json":
         index = (read_json(file, where) or {}).get("weight_map", {})
-        parts = [_arrays(file.parent / name, where) for name in sorted(set(index.values()))]
-        return {name: x for part in parts for name, x in part.items()}
+        shards = [_arrays(file.parent / name, where) for name in sorted(set(index.values()))]
+        return {name: x for shard in shards for name, x in shard.items()}
     import safetensors
-    from safetensors.flax import load_file  # which knows bfloat16, as NumPy's does not
+    from safetensors.flax import load_file  # reads bfloat16; safetensors.numpy does not
 
     try:
         with jax.default_device(cpu()):
             return {name: np.asarray(x) for name, x in load_file(file).items()}
     except (OSError, safetensors.SafetensorError) as error:
         found = f"{file} ({' '.join(str(error).split())})"
-        raise ConfigError(where, found, "a whole safetensors file") from None
+        raise ConfigError(where, found, "a complete safetensors file") from None
 
 
 def _torch_arrays(file: pathlib.Path, where: str) -> Arrays:
-    """Every array of torch's file: a state dict, a checkpoint of open_clip's training, or a whole
-    model as OpenAI's are. No other code in the file is run."""
+    """Every array of a torch file: a state dict, a checkpoint of open_clip's training, or a
+    TorchScript model such as OpenAI's. A state dict or checkpoint runs no pickled code
+    (`weights_only`)."""
     try:
         torch = libraries.require("torch")
     except MissingLibrary as error:
-        expected = "safetensors, or torch to read this with"
-        raise ConfigError(where, f"{file}, and {error}", expected, "pip install torch") from None
+        expected = "a safetensors file, or torch installed to read this one"
+        raise ConfigError(where, f"{file}, but {error}", expected, "pip install torch") from None
     try:
         with libraries.quiet():
             if _is_script(file):
-                found = torch.jit.load(file, map_location="cpu").state_dict()
+                state = torch.jit.load(file, map_location="cpu").state_dict()
             else:
-                found = torch.load(file, map_location="cpu", weights_only=True)
-        found = found.get("state_dict", found)
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
         return {
             name.removeprefix("module."): x.float().numpy()
-            for name, x in found.items()
+            for name, x in state.items()
             if torch.is_tensor(x)
         }
     except Exception as error:
-        found = f"{file} ({' '.join(str(error).split())[:200]})"
-        raise ConfigError(where, found, "a whole file of torch's with arrays alone") from None
+        found = f"{file} ({libraries.one_line(error)})"
+        raise ConfigError(where, found, "a complete torch file that holds only arrays") from None
 
 
 def _is_script(file: pathlib.Path) -> bool:
-    """Whether torch wrote a whole model with its code, as OpenAI's files are."""
+    """Whether the file is a TorchScript model, which contains code, as OpenAI's files do."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -123,18 +126,21 @@ def fit(
     faults: Collection[str] = (),
     where: str = "config.init_from",
 ) -> dict[str, PyTree]:
-    """{"params": {"image": ..., "text": ...}, "batch_stats": ...} of `model` for these towers, in
-    their layouts.
+    """{"params": {"image": ..., "text": ...}, "batch_stats": ...} of `model`, in the layout of the
+    towers `image` and `text`.
 
-    Positions are resized if sizes differ: of pictures bicubic, of texts linear, as open_clip does.
-    If the model's words have no mask, the row of `mask_id` is the mean of all rows.
+    Positional embeddings of another size are resized as open_clip does: bicubic for images, linear
+    for texts. If `model` has no mask token, row `mask_id` of its token embedding becomes the mean
+    of all rows.
 
-    ignore: what may differ, as patterns of file names: "image.activation" for a setting;
-    "text.projection" for arrays, which are then left out; "text" for a whole tower.
-    faults: differences that the caller has found, as "name: what". Raises one `ConfigError` at
-    `where` that lists all differences but the ignored ones.
+    ignore: differences to accept, as patterns with wildcards such as "*": "image.activation" for a
+    setting; "text.projection" for arrays, which are then left out; "text" for a complete tower.
+    faults: further differences that the caller found, as "name: description".
+
+    Raises one `ConfigError` at `where` that lists every difference that is not ignored.
     """
-    found: dict[str, PyTree] = {"params": {}}
+    params_by_tower: dict[str, PyTree] = {}
+    batch_stats: dict[str, PyTree] = {}
     faults = list(faults)
     for name, tower in (("image", image), ("text", text)):
         if ignored(name, ignore):
@@ -144,11 +150,11 @@ def fit(
             kinds = f"{type(given).__name__}, and {type(tower).__name__} in the config"
             faults.append(f"{name}: {kinds}")
             continue
-        own = given.unseen_settings
+        settings = given.unseen_settings
         faults += [
-            f"{name}.{field}: {own[field]!r}, and {value!r} in the config"
+            f"{name}.{field}: {settings[field]!r}, and {value!r} in the config"
             for field, value in tower.unseen_settings.items()
-            if own[field] != value
+            if settings[field] != value
         ]
         params = dict(model.params[name])
         _resize(params, tower)
@@ -157,9 +163,9 @@ def fit(
         _compare(name, params, tower, faults)
         kept = {k: x for k, x in params.items() if not ignored(f"{name}.{k}", ignore)}
         stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
-        found["params"][name] = jax.tree.map(np.asarray, stacked)
+        params_by_tower[name] = jax.tree.map(np.asarray, stacked)
         if name in model.batch_stats:
-            found.setdefault("batch_stats", {})[name] = model.batch_stats[name]
+            batch_stats[name] = model.batch_stats[name]
     names = [fault.split(":")[0] for fault in faults]
     left = [fault for name, fault in zip(names, faults) if not ignored(name, ignore)]
     if left:
@@ -167,10 +173,10 @@ def fit(
         raise ConfigError(
             where,
             "another model than the config's:\n    " + "\n    ".join(left),
-            "the same model",
-            f"change the config, or name what may differ: config.init_ignore=({wanted},)",
+            "the model that the config describes",
+            f"change the config, or accept the differences: config.init_ignore=({wanted},)",
         )
-    return found
+    return {"params": params_by_tower} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
 def ignored(name: str, patterns: Collection[str]) -> bool:
@@ -179,23 +185,25 @@ def ignored(name: str, patterns: Collection[str]) -> bool:
 
 
 def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None:
-    """Adds a fault for each entry of a tower that is missing, left over or of another shape."""
-    expected = shapes(tower.clone(scan=False) if hasattr(tower, "scan") else tower)["params"]
+    """Appends to `faults` each entry of a tower's parameters that is missing, unexpected or of
+    another shape."""
+    plain = tower.clone(scan=False) if hasattr(tower, "scan") else tower
+    expected = shapes(plain)["params"]  # pyright: ignore[reportArgumentType]  # modules hash
     for key in sorted(expected.keys() | params.keys()):
         a, b = (
             jax.tree_util.tree_flatten_with_path(tree.get(key, {}))[0]
             for tree in (params, expected)
         )
-        found, wanted = ({jax.tree_util.keystr(p): x.shape for p, x in leaves} for leaves in (a, b))
-        if found != wanted:
-            path = min(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-            both = f"{found.get(path, 'nothing')}, and {wanted.get(path, 'nothing')}"
+        given, wanted = ({jax.tree_util.keystr(p): x.shape for p, x in leaves} for leaves in (a, b))
+        if given != wanted:
+            path = min(k for k in given.keys() | wanted.keys() if given.get(k) != wanted.get(k))
+            both = f"{given.get(path, 'nothing')}, and {wanted.get(path, 'nothing')}"
             faults.append(f"{name}.{key}: {both} in the config")
 
 
 def _resize(params: PyTree, tower: Tower) -> None:
-    """Replaces the positions in `params` by ones of the tower's size, if only their number
-    differs."""
+    """Resizes the positional embedding in `params` to the tower's size, if only the number of
+    positions differs."""
     table = tower.position_table
     if table is None:
         return
@@ -203,7 +211,7 @@ def _resize(params: PyTree, tower: Tower) -> None:
     for name in parents:
         if name not in params:
             return
-        params[name] = params = dict(params[name])  # the model's own dict stays as it is
+        params[name] = params = dict(params[name])  # a copy: the model's own dict must not change
     rows = params[leaf]
     if len(table.shape) == 1:
         if len(rows) != table.shape[0]:
@@ -216,7 +224,9 @@ def _resize(params: PyTree, tower: Tower) -> None:
 
 
 def _mask(params: PyTree, tower: Tower, given: int | None, wanted: int | None) -> None:
-    """Deletes the row of the mask in the table of words, or inserts one, the mean of all rows."""
+    """Deletes the mask's row of the token embedding, or inserts one, so that the number of rows is
+    the tower's. An inserted row is the mean of all rows. given, wanted: the mask's id in the model
+    and in the tower; None without a mask."""
     table = params["token_embedding"]
     if given is not None and wanted is None and len(table) == tower.vocab_size + 1:
         params["token_embedding"] = np.delete(table, given, axis=0)
@@ -225,8 +235,8 @@ def _mask(params: PyTree, tower: Tower, given: int | None, wanted: int | None) -
 
 
 def resize_grid(rows: Float[np.ndarray, "n c"], first: int, side: int) -> Float[np.ndarray, "m c"]:
-    """Positions of a square grid, resized to `side` x `side`: bicubic, with antialiasing. The
-    `first` rows, a class token's, stay as they are (open_clip, resize_pos_embed)."""
+    """Positional embeddings of a square grid, resized to `side` x `side`: bicubic, with
+    antialiasing. The `first` rows (the class token's) are kept (open_clip, resize_pos_embed)."""
     kept, grid = rows[:first], rows[first:]
     old = round(len(grid) ** 0.5)
     grid = grid.reshape(old, old, -1)
@@ -235,6 +245,7 @@ def resize_grid(rows: Float[np.ndarray, "n c"], first: int, side: int) -> Float[
 
 
 def resize_line(rows: Float[np.ndarray, "n c"], length: int) -> Float[np.ndarray, "m c"]:
-    """Positions of a text, resized to `length`: linear (open_clip, resize_text_pos_embed)."""
+    """Positional embeddings of a text, resized to `length` linearly (open_clip,
+    resize_text_pos_embed)."""
     shape = (length, rows.shape[1])
     return np.asarray(jax.image.resize(rows, shape, "linear", antialias=False))

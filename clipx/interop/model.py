@@ -1,4 +1,4 @@
-"""A model on its way between clipx and a library: two towers as NumPy arrays, and its words."""
+"""A model in transit between clipx and a library: two towers, their NumPy arrays and token ids."""
 
 from __future__ import annotations
 
@@ -21,39 +21,45 @@ from clipx.models.vit import SIZES
 from clipx.types import PyTree
 
 
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """{"a/b/c": leaf} of nested dicts."""
+    return traverse_util.flatten_dict(tree, sep="/")  # pyright: ignore[reportReturnType]
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """The token ids of a model's texts."""
+    """The vocabulary of a model: its size, text length and special token ids."""
 
     kind: Literal["clip_bpe", "sentencepiece", "wordpiece"]
     vocab_size: int
-    context: int
+    context: int  # tokens per text
     pad_id: int
     sot_id: int | None  # None if texts have no start mark
     eot_id: int
-    mask_id: int | None = None  # hides words in training; no text has it
+    mask_id: int | None = None  # replaces words in masked training; no caption contains it
     plain: bool = True  # OpenAI's byte pairs and cleaning, which every CLIP library has
 
     @property
     def dropped(self) -> int | None:
-        """The row of the table of words that an export leaves out: the mask's. BERT's own mask is
-        one of its words and stays."""
+        """The row of the token embedding that an export leaves out: the mask's. BERT's own mask
+        token is part of its vocabulary and stays."""
         return None if self.kind == "wordpiece" else self.mask_id
 
     def without_mask(self) -> Words:
-        """The ids of an export, whose table has no row for the mask: later ids move down by 1."""
+        """The ids of an export, whose token embedding has no row for the mask: higher ids move down
+        by 1."""
         gone = self.dropped
         if gone is None:
             return self
 
-        def moved(i: int | None) -> int | None:
-            return None if i is None else i - (i > gone)
+        def moved(i: int) -> int:
+            return i - (i > gone)
 
         return dataclasses.replace(
             self,
             vocab_size=self.vocab_size - 1,
             pad_id=moved(self.pad_id),
-            sot_id=moved(self.sot_id),
+            sot_id=None if self.sot_id is None else moved(self.sot_id),
             eot_id=moved(self.eot_id),
             mask_id=None,
         )
@@ -61,35 +67,34 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Two towers and all else that a score needs, in float32 NumPy."""
+    """Two towers and everything else that a score needs, as float32 NumPy arrays."""
 
     image: Tower
     text: Tower
-    params: PyTree  # {"image": ..., "text": ...}, one entry a block (`scan=False`)
+    params: PyTree  # {"image": ..., "text": ...}, one entry per block (`scan=False`)
     batch_stats: PyTree
-    logit_scale: Float[np.ndarray, ""]  # the logarithm
+    logit_scale: Float[np.ndarray, ""]  # its logarithm
     logit_bias: Float[np.ndarray, ""] | None
-    mean: tuple[float, float, float]  # of RGB in 0..1
+    mean: tuple[float, float, float]  # RGB mean for normalisation, of values in 0..1
     std: tuple[float, float, float]
     words: Words
-    resize: Literal["shortest", "squash"] = "shortest"  # how a picture becomes a square
+    resize: Literal["shortest", "squash"] = "shortest"  # how an image becomes a square
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     @property
     def flat(self) -> Arrays:
-        """Every array by its path, `params/image/...` or `batch_stats/image/...`."""
-        tree = {"params": self.params, "batch_stats": self.batch_stats}
-        return traverse_util.flatten_dict(tree, sep="/")
+        """Every array by its path, such as `params/image/...` or `batch_stats/image/...`."""
+        return _flatten({"params": self.params, "batch_stats": self.batch_stats})
 
     @property
     def width(self) -> int:
-        """Channels of the shared space. A narrower tower without a projection is padded with
-        zeros."""
+        """Width of the shared embedding space. The output of a narrower tower without a projection
+        is padded with zeros."""
         return max(self.image.output_width, self.text.output_width)
 
 
 def make_model(image: Tower, text: Tower, variables: Mapping[str, PyTree], **rest: Any) -> Model:
-    """A `Model` of float32 copies, from a run's towers and variables, scanned or not.
+    """A `Model` with float32 copies of a run's variables, whether its blocks are scanned or not.
 
     rest: the other fields of `Model`.
     """
@@ -113,8 +118,8 @@ def make_model(image: Tower, text: Tower, variables: Mapping[str, PyTree], **res
 
 
 def vit_shape(shape: tuple[int, int, int, int], patch: int) -> dict[str, Any]:
-    """The fields of a `ViT` of this width, depth, heads and MLP width: a named variant if one has
-    that shape, else the sizes themselves."""
+    """Fields of a `ViT` whose `shape` is (width, depth, heads, MLP width): a variant's name if one
+    has that shape, otherwise the sizes themselves."""
     for name, known in SIZES.items():
         if known == shape:
             return {"variant": f"ViT-{name}/{patch}"}
@@ -129,13 +134,13 @@ def vit_shape(shape: tuple[int, int, int, int], patch: int) -> dict[str, Any]:
 
 
 def ratio(mlp_width: int, width: int) -> float:
-    """The ratio for which torch's models, which compute `int(width * ratio)`, get `mlp_width`."""
-    found = mlp_width / width
-    return found if int(width * found) == mlp_width else (mlp_width + 0.5) / width
+    """The `mlp_ratio` for which torch's models, with `int(width * mlp_ratio)`, get `mlp_width`."""
+    exact = mlp_width / width
+    return exact if int(width * exact) == mlp_width else (mlp_width + 0.5) / width
 
 
 def check_widths(model: Model) -> None:
-    """Raises `NotExpressible` for projections to two different widths."""
+    """Raises `NotExpressible` if the towers' projections have different widths."""
     for tower in (model.image, model.text):
         if tower.embed_dim not in (0, model.width):
             raise NotExpressible(
@@ -144,49 +149,52 @@ def check_widths(model: Model) -> None:
 
 
 def check_padding(model: Model, own: bool) -> None:
-    """Raises `NotExpressible` if padding changes the features of a text and the export's tokenizer
-    pads with another id than training did. transformers' CLIP tokenizer does; CLIP's own (`own`)
-    does not. For a `TextTransformer`."""
+    """Raises `NotExpressible` if the text tower reads padding and the export's tokenizer pads with
+    another id than training. transformers' CLIP tokenizer does so; CLIP's own (`own`) does not. The
+    model's text tower must be a `TextTransformer`."""
     text = model.text
-    counts = not text.causal or (text.pool == "last" and not text.mask_padding)
-    if counts and model.words.kind == "clip_bpe" and not own:
+    reads_padding = not text.causal or (text.pool == "last" and not text.mask_padding)
+    if reads_padding and model.words.kind == "clip_bpe" and not own:
         raise NotExpressible(
-            "transformers' CLIP tokenizer pads with the end mark, training did with 0, and this "
-            "text tower reads padding; a SentencePiece tokenizer has an id for it"
+            "this text tower reads padding; training padded with id 0, but transformers' CLIP "
+            "tokenizer pads with the end mark. A SentencePiece tokenizer "
+            "(config.tokenizer.name=sentencepiece) has an id for padding"
         )
 
 
 @functools.cache
-def shapes(tower: Tower) -> PyTree:
-    """A tower's variables, abstract."""
+def shapes(tower: Tower) -> dict[str, Any]:
+    """Shapes and dtypes of a tower's variables."""
     size = getattr(tower, "image_size", None)
     if size is None:
         example = jax.ShapeDtypeStruct((1, tower.context), jnp.int32)
     else:
         example = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    found = jax.eval_shape(tower.init, jax.random.key(0), example)
-    return {k: v for k, v in found.items() if k in ("params", "batch_stats")}
+    variables = jax.eval_shape(tower.init, jax.random.key(0), example)
+    return {k: v for k, v in variables.items() if k in ("params", "batch_stats")}
 
 
 def checked(model: Model, where: str) -> Model:
-    """`model` itself. Raises `ConfigError` at `where` for the first array that its towers want in
-    another shape, or that is missing."""
+    """Returns `model` unchanged. Raises `ConfigError` at `where` for the first array that is
+    missing or has another shape than its tower expects."""
     for name in ("image", "text"):
-        expected = traverse_util.flatten_dict(shapes(getattr(model, name)), sep="/")
+        expected = _flatten(shapes(getattr(model, name)))
         for path, x in expected.items():
             kind, _, rest = path.partition("/")
-            found = model.flat.get(f"{kind}/{name}/{rest}")
-            if found is None or found.shape != x.shape:
+            array = model.flat.get(f"{kind}/{name}/{rest}")
+            if array is None or array.shape != x.shape:
                 raise ConfigError(
                     where,
-                    f"{name}/{rest} of shape {None if found is None else found.shape}",
-                    f"{x.shape}, of the model that the config describes",
+                    f"no {name}/{rest}"
+                    if array is None
+                    else f"{name}/{rest} of shape {array.shape}",
+                    f"shape {x.shape}, as the model's config describes",
                 )
     return model
 
 
-def cpu() -> jax.Device:
-    """The host's device; the first device if JAX has no CPU backend."""
+def cpu() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs
+    """The CPU device; the first device if JAX has no CPU backend."""
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:

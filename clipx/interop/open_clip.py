@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
@@ -24,8 +25,8 @@ from clipx.models.vit import ViT
 from clipx.ops import photometry
 
 WEIGHTS = "open_clip_model.safetensors"
-_GUEST_CONFIG = "config.json"  # of towers that open_clip builds through timm and transformers
-# how open_clip has each class of tower
+_GUEST_CONFIG = "config.json"  # for towers that open_clip builds through timm or transformers
+# the layout of each class of tower
 _IMAGES: dict[type, Callable[[Any], Layout]] = {
     ViT: lambda image: native.VIT if image.pool == "class" else guests.VIT,
     ResNet: lambda image: native.RESNET if image.modified else guests.RESNET,
@@ -34,7 +35,7 @@ _TEXTS: dict[type, Callable[[Any], Layout]] = {
     TextTransformer: lambda text: native.TEXT,
     BERT: lambda text: guests.BERT_LAYOUT,
 }
-# Keys of open_clip's sections that change a tower, and the only value that clipx's towers have.
+# Keys of open_clip's sections that change a tower, with the only value that clipx's towers support.
 _ONLY = {
     "ls_init_value": None,
     "attentional_pool": False,
@@ -73,7 +74,7 @@ with torch.no_grad():
 print(image @ text.T)"""
 
     def arrays(self, model: Model) -> Arrays:
-        self.configs(model, "")  # refuses what has no place before anything is copied
+        self.configs(model, "")  # raises `NotExpressible` before any array is copied
         layout = _rules(model.image, model.text, model.width, model.words.dropped)
         arrays = rules.write(layout, model.flat)
         for name in ("logit_scale", "logit_bias"):
@@ -115,10 +116,10 @@ print(image @ text.T)"""
         if not _guest_config(model):
             return []
         return [
-            f"`open_clip_config.json` names this folder as `{folder}`, since timm and transformers "
-            "are not told where open_clip was loaded from. After a move set `timm_model_name` to "
-            "`local-dir:FOLDER` and `hf_model_name` to `FOLDER`; after an upload to "
-            "`hf-hub:USER/NAME` and `USER/NAME`."
+            f"`open_clip_config.json` refers to this folder as `{folder}`, because open_clip does "
+            "not pass the folder on to timm and transformers. If you move the folder, set "
+            "`timm_model_name` to `local-dir:FOLDER` and `hf_model_name` to `FOLDER`. If you "
+            "upload it, set them to `hf-hub:USER/NAME` and `USER/NAME`."
         ]
 
     def describes(self, config: Mapping[str, Any]) -> bool:
@@ -133,7 +134,12 @@ print(image @ text.T)"""
         own = config(CONFIG) or native.config_of(arrays, file)
         return _read(arrays, own, config(_GUEST_CONFIG) or {})
 
-    def says(self, folder: pathlib.Path, images, captions):
+    def says(
+        self,
+        folder: pathlib.Path,
+        images: Sequence[UInt8[np.ndarray, "h w 3"]],
+        captions: Sequence[str],
+    ) -> tuple[Said, Int[np.ndarray, "t n"]]:
         torch, open_clip = libraries.require("torch"), libraries.require("open_clip")
         name = f"local-dir:{folder}"
         with libraries.quiet(), torch.no_grad():
@@ -160,7 +166,8 @@ def _text_layout(text: Tower) -> Layout:
 
 
 def _guest_config(model: Model) -> dict[str, Any]:
-    """What `config.json` says of the towers that other libraries build; {} without such a tower."""
+    """The content of `config.json`, for towers that other libraries build; {} without such a
+    tower."""
     layouts = (_image_layout(model.image), _text_layout(model.text))
     return {k: v for layout in layouts if layout.guest for k, v in layout.guest(model).items()}
 
@@ -173,13 +180,13 @@ def _rules(image: Tower, text: Tower, width: int, dropped: int | None) -> list[R
 
 
 def _activation(model: Model) -> dict[str, bool]:
-    """The one flag that open_clip has for the activation of both its own transformers."""
+    """open_clip's flag `quick_gelu`, which sets the activation of both its own transformers."""
     layouts = ((_image_layout(model.image), model.image), (_text_layout(model.text), model.text))
     quick = {tower.activation == "quick_gelu" for layout, tower in layouts if layout.quick_gelu}
     if len(quick) > 1:
         raise NotExpressible(
-            "open_clip has QuickGELU for both towers or for none, and here it is one's; "
-            "--format=huggingface has an activation for each"
+            "open_clip uses QuickGELU in both towers or in neither, but only one of these towers "
+            "uses it; --format=huggingface has an activation for each tower"
         )
     return {"quick_gelu": True} if quick == {True} else {}
 
@@ -189,9 +196,11 @@ def _read(
 ) -> Model:
     """The model of an open_clip folder.
 
-    config: of `open_clip_config.json`. guest: of the `config.json` beside it, of towers that other
-    libraries build. Raises `ConfigError` for what no tower of clipx does, and for arrays that do
-    not fit the config.
+    config: content of `open_clip_config.json`.
+    guest: content of the folder's `config.json`, for towers that other libraries build.
+
+    Raises `ConfigError` for a setting that no clipx tower has, and for arrays that do not fit the
+    config.
     """
     model, preprocess = config.get("model_cfg", config), config.get("preprocess_cfg", {})
     _check_keys(model)
@@ -202,12 +211,12 @@ def _read(
         raise ConfigError(CONFIG, f"no {error}", "a config as open_clip writes it") from None
     arrays = dict(arrays)
     borrowed = bool(model["text_cfg"].get("hf_model_name"))
-    if not borrowed:  # open_clip's CustomTextCLIP keeps its own text tower a level deeper
+    if not borrowed:  # open_clip's CustomTextCLIP prefixes the names of its text tower
         arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
     layout = _rules(image, text, width, None)
     if model["vision_cfg"].get("timm_proj") == "none":
         layout = [rule for rule in layout if rule.theirs != ("visual.head.proj.weight",)]
-    rest = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
+    scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
     variables = rules.read(layout, arrays, WEIGHTS)
     plain = not model["text_cfg"].get("hf_tokenizer_name")
     words = Words(
@@ -219,32 +228,33 @@ def _read(
         eot_id=text.eot_id,
         plain=plain,
     )
-    whole = make_model(
+    bias = scalars.get("logit_bias")
+    read = make_model(
         image,
         text,
         variables,
-        logit_scale=np.float32(rest["logit_scale"]).reshape(()),
-        logit_bias=np.float32(rest["logit_bias"]).reshape(()) if "logit_bias" in rest else None,
+        logit_scale=np.float32(scalars["logit_scale"]).reshape(()),
+        logit_bias=None if bias is None else np.float32(bias).reshape(()),
         mean=tuple(preprocess.get("mean", photometry.OPENAI_MEAN)),
         std=tuple(preprocess.get("std", photometry.OPENAI_STD)),
         words=words,
         resize=preprocess.get("resize_mode", "shortest"),
         interpolation=preprocess.get("interpolation", "bicubic"),
     )
-    return checked(whole, WEIGHTS)
+    return checked(read, WEIGHTS)
 
 
 def _check_keys(model: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for an option of open_clip's that clipx's towers have not."""
+    """Raises `ConfigError` for an open_clip option that clipx's towers do not have."""
     for section in ("vision_cfg", "text_cfg"):
         for key, value in _ONLY.items():
             given = model.get(section, {}).get(key, value)
             if given not in (value, None, "default"):
                 raise ConfigError(
-                    f"{CONFIG}: {section}.{key}", repr(given), f"{value!r}, all that is read here"
+                    f"{CONFIG}: {section}.{key}", repr(given), f"{value!r}: clipx has no other"
                 )
     if "multimodal_cfg" in model:
-        raise ConfigError(f"{CONFIG}: multimodal_cfg", "a CoCa model", "two towers alone")
+        raise ConfigError(f"{CONFIG}: multimodal_cfg", "a CoCa model", "a model of two towers")
 
 
 def _image_tower(model: Mapping[str, Any], guest: Mapping[str, Any]) -> ViT | ResNet:

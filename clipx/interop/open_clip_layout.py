@@ -1,5 +1,5 @@
-"""open_clip's own towers: their sections of a config, and the names and layouts of their arrays
-(open_clip 3, `model.py`, `transformer.py`, `modified_resnet.py`)."""
+"""Towers that open_clip itself implements: their config sections, and the names and layouts of
+their arrays (open_clip 3, `model.py`, `transformer.py`, `modified_resnet.py`)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 CONFIG = "open_clip_config.json"
-_PADDED = "texts whose padding is not attended to, which its config has no word for"
 
 
 class Layout(NamedTuple):
-    """How open_clip has one kind of tower."""
+    """How open_clip describes and stores one kind of tower."""
 
-    # the tower's section of the config, for an export that will be loaded from a folder. Raises
-    # `NotExpressible` for a tower that the section cannot describe.
+    # (model, folder from which the export will be loaded) -> the tower's section of the config.
+    # Raises `NotExpressible` for a tower that the section cannot describe.
     section: Callable[[Model, str], dict[str, Any]]
-    # (tower, width of the shared space, row that the table of words leaves out)
+    # (tower, width of the shared space, row that the token embedding leaves out) -> rules
     rules: Callable[[Any, int, int | None], list[Rule]]
-    # what `config.json` says of the tower, for those that open_clip builds through other libraries
+    # model -> entries of `config.json`, for a tower that open_clip builds through another library
     guest: Callable[[Model], dict[str, Any]] | None = None
-    quick_gelu: bool = False  # whether the config's one flag for both towers is about this one
+    quick_gelu: bool = False  # whether the config's `quick_gelu` flag applies to this tower
 
 
-def _own_config(tower: Tower) -> dict[str, Any]:
-    """The entries of a section for norms and activations other than open_clip's default."""
-    found: dict[str, Any] = {}
+def _norm_and_activation(tower: Tower) -> dict[str, Any]:
+    """A section's entries for a norm epsilon or activation other than open_clip's default, for a
+    `ViT` or `TextTransformer`."""
+    entries: dict[str, Any] = {}
     if tower.norm_eps != 1e-5:
-        found["norm_kwargs"] = {"eps": tower.norm_eps}
+        entries["norm_kwargs"] = {"eps": tower.norm_eps}
     if tower.activation == "gelu_tanh":
-        found["act_kwargs"] = {"approximate": "tanh"}
-    return found
+        entries["act_kwargs"] = {"approximate": "tanh"}
+    return entries
 
 
 def _vit_section(model: Model, folder: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _vit_section(model: Model, folder: str) -> dict[str, Any]:
         "head_width": width // heads,
         "mlp_ratio": ratio(mlp_width, width),
         **({} if image.pre_norm else {"no_ln_pre": True}),
-        **_own_config(image),
+        **_norm_and_activation(image),
     }
 
 
@@ -95,7 +95,7 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
     blocks, width = image.shape
     if len(blocks) != 4:
         raise NotExpressible(
-            f"open_clip's modified ResNet has four stages, and this one {len(blocks)}"
+            f"open_clip's modified ResNet has four stages, but this one has {len(blocks)}"
         )
     return {
         "image_size": image.image_size,
@@ -109,7 +109,7 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
 def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
     layout = []
 
-    def conv_and_norm(ours, theirs, conv, norm):
+    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str) -> None:
         layout.append(rules.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
         layout.extend(rules.batch_norm("image", ours[1], f"{theirs}{norm}"))
 
@@ -148,7 +148,7 @@ def _text_section(model: Model, folder: str) -> dict[str, Any]:
     words = model.words.without_mask()
     pool = _pool(text)
     if pool == "eos" and words.plain:
-        pool = "argmax"  # CLIP's own tokenizer ends a text with its last id
+        pool = "argmax"  # in CLIP's own vocabulary the end mark is the highest id
     return {
         "context_length": text.context,
         "vocab_size": words.vocab_size,
@@ -161,17 +161,19 @@ def _text_section(model: Model, folder: str) -> dict[str, Any]:
         **({} if text.causal else {"no_causal_mask": True}),
         **({"proj_bias": True} if text.embed_dim and text.projection_bias else {}),
         **({} if words.plain else {"hf_tokenizer_name": "."}),  # the folder itself
-        **_own_config(text),
+        **_norm_and_activation(text),
     }
 
 
-def _pool(text: TextTransformer) -> str:
-    """open_clip's name for where a text is read out."""
+def _pool(text: Tower) -> str:
+    """open_clip's name of the token at which a `TextTransformer` pools a text."""
     if text.pool == "mean":
         raise NotExpressible("open_clip's text tower has no mean over tokens")
     if not text.causal and text.mask_padding:
-        raise NotExpressible(f"open_clip's text tower cannot take {_PADDED}")
-    # a causal tower with masked padding reads out at the end mark: nothing after it counts
+        raise NotExpressible(
+            "open_clip's text tower always attends to padding, but this one masks padding"
+        )
+    # in a causal tower with masked padding, `last` is the last token before padding: the end mark
     at_end = text.pool == "eot" or text.mask_padding
     return "eos" if at_end else "last"
 
@@ -197,7 +199,7 @@ TEXT = Layout(_text_section, _text_rules, quick_gelu=True)
 
 
 def _common(model: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that both transformers have."""
+    """Fields that `ViT` and `TextTransformer` share. model: a `model_cfg`; section: the tower's."""
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     if kwargs := section.get("act_kwargs"):
         if kwargs != {"approximate": "tanh"} or model.get("quick_gelu"):
@@ -211,16 +213,16 @@ def _common(model: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, A
 
 
 def image_tower(model: Mapping[str, Any], size: int) -> ViT | ResNet:
-    """The picture tower of a `model_cfg`, for pictures of `size` pixels. Raises `ConfigError` for
-    one that clipx has not."""
+    """The image tower of a `model_cfg`, for images of `size` pixels. Raises `ConfigError` for a
+    tower that clipx does not have."""
     section = model["vision_cfg"]
     layers, width = section.get("layers", 12), section.get("width", 768)
     if not isinstance(layers, int):
         known = {v: k for k, v in MODIFIED.items()}
         variant = known.get((tuple(layers), width))
-        own = {} if variant else {"blocks": tuple(layers), "width": width}
+        sizes = {} if variant else {"blocks": tuple(layers), "width": width}
         return ResNet(
-            embed_dim=model["embed_dim"], image_size=size, variant=variant or "RN50", **own
+            embed_dim=model["embed_dim"], image_size=size, variant=variant or "RN50", **sizes
         )
     pool = section.get("pool_type", "tok")
     if pool != "tok":
@@ -236,13 +238,14 @@ def image_tower(model: Mapping[str, Any], size: int) -> ViT | ResNet:
 
 
 def text_tower(model: Mapping[str, Any]) -> TextTransformer:
-    """The text tower of a `model_cfg`. Raises `ConfigError` for one that clipx has not."""
+    """The text tower of a `model_cfg`. Raises `ConfigError` for a `pool_type` or `act_kwargs` that
+    clipx does not have."""
     section = model["text_cfg"]
-    words, pool = section.get("vocab_size", 49408), section.get("pool_type", "argmax")
+    vocab_size, pool = section.get("vocab_size", 49408), section.get("pool_type", "argmax")
     if pool not in ("argmax", "eos", "last"):
         raise ConfigError(f"{CONFIG}: text_cfg.pool_type", repr(pool), "'argmax', 'eos' or 'last'")
     return TextTransformer(
-        vocab_size=words,
+        vocab_size=vocab_size,
         context=section.get("context_length", 77),
         width=section.get("width", 512),
         depth=section.get("layers", 12),
@@ -250,7 +253,7 @@ def text_tower(model: Mapping[str, Any]) -> TextTransformer:
         mlp_ratio=section.get("mlp_ratio", 4.0),
         causal=not section.get("no_causal_mask", False),
         pool="last" if pool == "last" else "eot",
-        eot_id=words - 1 if pool == "argmax" else section.get("eos_id", 2),
+        eot_id=vocab_size - 1 if pool == "argmax" else section.get("eos_id", 2),
         pad_id=section.get("pad_id", 0),
         projection_bias=bool(section.get("proj_bias", False)),
         **_common(model, section),
@@ -258,15 +261,18 @@ def text_tower(model: Mapping[str, Any]) -> TextTransformer:
 
 
 def config_of(arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
-    """The config of arrays that have none: sizes as the arrays show them, heads of 64 channels and
-    QuickGELU as in OpenAI's models (open_clip, build_model_from_openai_state_dict).
+    """A `model_cfg` for arrays without a config. Sizes follow from the arrays' shapes; attention
+    heads have 64 channels and the activation is QuickGELU, as in OpenAI's models (open_clip,
+    build_model_from_openai_state_dict).
 
-    Raises `ConfigError`, its `where` empty, for arrays of another model. file: for the message.
+    file: name of the weights file, for error messages. Raises `ConfigError`, with an empty `where`,
+    for arrays of another model.
     """
     arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
     if not {"visual.conv1.weight", "ln_final.weight", "text_projection"} <= arrays.keys():
+        example = f"an array {min(arrays)}" if arrays else "no arrays"
         raise ConfigError(
-            "", f"{file}, with {min(arrays, default='no arrays')}", "CLIP in open_clip's names"
+            "", f"{file} with {example}", "arrays of a CLIP model with open_clip's names"
         )
 
     def count(start: str, part: int) -> int:
@@ -282,10 +288,10 @@ def config_of(arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
         side = round((len(arrays["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
         width = len(arrays["visual.layer1.0.conv1.weight"])
         vision = {"layers": stages, "width": width, "image_size": 32 * side}
-    words, width = arrays["token_embedding.weight"].shape
+    vocab_size, width = arrays["token_embedding.weight"].shape
     text = {
         "context_length": len(arrays["positional_embedding"]),
-        "vocab_size": words,
+        "vocab_size": vocab_size,
         "width": width,
         "heads": max(width // 64, 1),
         "layers": count("transformer.resblocks.", 2),

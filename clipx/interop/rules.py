@@ -1,6 +1,6 @@
-"""Rules between the arrays of clipx and those of a library: names, layouts and dtypes.
+"""Rules that convert arrays between clipx and a library: names, layouts and dtypes.
 
-A rule goes both ways and loses nothing: what was read is written again to the bit.
+A rule works in both directions without loss: arrays that were read are written back to the bit.
 """
 
 from __future__ import annotations
@@ -19,56 +19,58 @@ Arrays = dict[str, np.ndarray]
 
 
 class Rule(NamedTuple):
-    """How arrays of clipx become arrays of a library, and back."""
+    """How some arrays of clipx become arrays of a library, and back."""
 
-    ours: tuple[str, ...]  # paths, as `Model.flat` has them
+    ours: tuple[str, ...]  # paths in clipx, the keys of `Model.flat`
     theirs: tuple[str, ...]  # names in the library's file
     out: Callable[..., tuple[np.ndarray, ...]]  # (*ours) -> theirs
-    back: Callable[..., tuple[np.ndarray, ...]]  # (*theirs) -> ours; None for a missing array
+    back: Callable[..., tuple[np.ndarray, ...]]  # (*theirs) -> ours; a missing array is None
 
 
 def write(rules: Iterable[Rule], arrays: Arrays) -> Arrays:
-    """The library's arrays, contiguous, from `arrays` of clipx by path. Raises `ValueError` for an
-    array that no rule takes."""
-    left, found = dict(arrays), {}
+    """The library's arrays by name, contiguous, from clipx's `arrays` by path. Raises `ValueError`
+    for an array that no rule takes."""
+    left, written = dict(arrays), {}
     for rule in rules:
         made = rule.out(*(left.pop(path) for path in rule.ours))
-        found |= {name: np.ascontiguousarray(x) for name, x in zip(rule.theirs, made, strict=True)}
+        named = zip(rule.theirs, made, strict=True)
+        written |= {name: np.ascontiguousarray(x) for name, x in named}
     if left:
         raise ValueError(f"no rule for {', '.join(sorted(left))}")
-    return found
+    return written
 
 
-# Ends of names that some versions of a library stored although they compute them: may be missing,
-# and are never read.
+# Suffixes of arrays that a library computes but some of its versions store. They are never read and
+# may be missing.
 _NOT_LEARNED = ("num_batches_tracked", "position_ids", "attn_mask")
 _NOT_LEARNED += ("input_resolution", "context_length", "vocab_size")  # in OpenAI's scripts
 
 
 def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) -> PyTree:
     """{"params": ..., "batch_stats": ...} in float32, from a library's arrays by name. Raises
-    `ConfigError` at `where` for the first array that is missing, and for one that no rule reads."""
-    left, found = dict(arrays), {}
+    `ConfigError` at `where` for the first array that is missing or that no rule reads."""
+    left, ours = dict(arrays), {}
     for rule in rules:
         missing = [name for name in rule.theirs if name not in left and not _computed(name)]
         if missing:
             raise ConfigError(
                 where,
-                f"no {missing[0]}",
-                f"the {len(list(arrays))} arrays of a model as its config describes it",
-                "a whole file, or the config that belongs to it",
+                f"no {missing[0]} among its {len(arrays)} arrays",
+                "every array of the model that its config describes",
+                "use a complete weights file, or the config that belongs to this one",
             )
         theirs = [left.pop(name, None) for name in rule.theirs]
         theirs = [x if x is None else np.asarray(x).astype(np.float32) for x in theirs]
-        found |= dict(zip(rule.ours, rule.back(*theirs), strict=True))
-    left = [name for name in left if not _computed(name)]
-    if left:
+        ours |= dict(zip(rule.ours, rule.back(*theirs), strict=True))
+    unread = [name for name in left if not _computed(name)]
+    if unread:
         raise ConfigError(
             where,
-            f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else ""),
-            "no arrays beyond those of the model that the config describes",
+            f"{unread[0]}" + (f" and {len(unread) - 1} more" if len(unread) > 1 else ""),
+            "only arrays of the model that its config describes",
+            "use the config that belongs to this weights file",
         )
-    return traverse_util.unflatten_dict(found, sep="/")
+    return traverse_util.unflatten_dict(ours, sep="/")
 
 
 def _computed(name: str) -> bool:
@@ -76,28 +78,28 @@ def _computed(name: str) -> bool:
 
 
 def same(ours: str, theirs: str) -> Rule:
-    """An array without any change."""
+    """An array that is equal in both."""
     return Rule((ours,), (theirs,), lambda x: (x,), lambda x: (x,))
 
 
 def transposed(ours: str, theirs: str) -> Rule:
-    """A dense kernel [in, out] as torch's weight [out, in]."""
+    """A dense kernel [in, out], in torch a weight [out, in]."""
     return Rule((ours,), (theirs,), lambda x: (x.T,), lambda x: (x.T,))
 
 
 def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
-    """A dense layer: kernel, and bias where it has one."""
+    """A dense layer: its kernel and, with `bias`, its bias."""
     rules = [transposed(f"{ours}/kernel", f"{theirs}.weight")]
     return rules + [same(f"{ours}/bias", f"{theirs}.bias")] * bias
 
 
 def norm(ours: str, theirs: str) -> list[Rule]:
-    """Scale and bias of a normalisation."""
+    """Scale and bias of a normalisation layer."""
     return [same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def conv(ours: str, theirs: str) -> Rule:
-    """A kernel [h, w, in, out] as torch's [out, in, h, w]."""
+    """A convolution kernel [h, w, in, out], in torch [out, in, h, w]."""
     return Rule(
         (f"{ours}/kernel",),
         (f"{theirs}.weight",),
@@ -107,10 +109,11 @@ def conv(ours: str, theirs: str) -> Rule:
 
 
 def batch_norm(tower: str, ours: str, theirs: str) -> list[Rule]:
-    """A BatchNorm of the tower `tower` ("image" or "text") with its running statistics. torch also
-    keeps a count of batches, which is written as 0 and never read."""
+    """A BatchNorm and its running statistics. tower: "image" or "text". torch also keeps a count of
+    batches, which is written as 0 and never read."""
     stats = f"batch_stats/{tower}/{ours}"
-    count = Rule((), (f"{theirs}.num_batches_tracked",), lambda: (np.int64(0),), lambda _: ())
+    zero = np.zeros((), np.int64)
+    count = Rule((), (f"{theirs}.num_batches_tracked",), lambda: (zero,), lambda _: ())
     return [
         *norm(f"params/{tower}/{ours}", theirs),
         same(f"{stats}/mean", f"{theirs}.running_mean"),
@@ -126,32 +129,32 @@ def heads_in(
     parts: tuple[int, ...],
     before: str = ".",
 ) -> list[Rule]:
-    """The projections to queries, keys and values.
+    """The projections of an attention layer to queries, keys and values.
 
-    ours: modules. Module i holds `parts[i]` projections in one kernel
-    [c, parts, heads, head width], without the axis of parts if it holds one.
-    theirs: names of torch's weights [rows, c]: one for each projection, or one for all of them.
-    before: what stands between such a name and "weight" or "bias".
+    ours: modules of clipx. Module i holds `parts[i]` projections in one kernel
+    [c, parts, heads, head width]; with one projection the kernel has no axis of parts.
+    theirs: names of torch's weights [rows, c]: one per projection, or one for all projections.
+    before: the separator between such a name and "weight" or "bias".
     """
 
-    def out(weight: bool, *arrays):
+    def out(weight: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         rows = []
         for x, count in zip(arrays, parts):
             x = x.reshape(len(x) if weight else 1, count, -1)
             rows += list(x.transpose(1, 2, 0) if weight else x[0])
         return tuple(np.concatenate(part) for part in np.split(np.stack(rows), len(theirs)))
 
-    def back(weight: bool, *arrays):
+    def back(weight: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         rows = np.concatenate(arrays)
         rows = rows.reshape(sum(parts), -1, *rows.shape[1:])
-        found, start = [], 0
+        kernels, start = [], 0
         for count in parts:
             x = rows[start : start + count]
             x = x.transpose(2, 0, 1) if weight else x
             axes = (count,) * (count > 1)
-            found.append(x.reshape(*x.shape[:1] * weight, *axes, heads, -1))
+            kernels.append(x.reshape(*x.shape[:1] * weight, *axes, heads, -1))
             start += count
-        return tuple(found)
+        return tuple(kernels)
 
     def rule(leaf: str, ending: str, weight: bool) -> Rule:
         return Rule(
@@ -165,7 +168,7 @@ def heads_in(
 
 
 def heads_out(ours: str, theirs: str, heads: int) -> list[Rule]:
-    """The projection of the joined heads, in clipx a kernel [heads, head width, c]."""
+    """The output projection of an attention layer, in clipx a kernel [heads, head width, c]."""
     kernel = Rule(
         (f"{ours}/kernel",),
         (f"{theirs}.weight",),
@@ -176,25 +179,25 @@ def heads_out(ours: str, theirs: str, heads: int) -> list[Rule]:
 
 
 def words(path: str, theirs: str, dropped: int | None) -> Rule:
-    """The table of words; the library's is without the row `dropped`."""
+    """The token embedding [vocabulary, c]. The library's has no row `dropped`."""
 
-    def out(x):
+    def out(x: np.ndarray) -> tuple[np.ndarray]:
         return (x if dropped is None else np.delete(x, dropped, axis=0),)
 
     return Rule((path,), (theirs,), out, lambda x: (x,))
 
 
 def constant(theirs: str, make: Callable[[], np.ndarray]) -> Rule:
-    """An array that the library needs and clipx has not. Its value changes no output."""
+    """An array that the library needs and clipx does not have. Its value changes no output."""
     return Rule((), (theirs,), lambda: (make(),), lambda _: ())
 
 
 def scaled(rules: Iterable[Rule], factor: float) -> list[Rule]:
-    """The same rules, with the library's arrays `factor` times clipx's."""
+    """The same rules, with the library's arrays multiplied by `factor`."""
     if factor == 1:
         return list(rules)
 
-    def times(function: Callable, by: float):
+    def times(function: Callable, by: float) -> Callable[..., tuple[np.ndarray, ...]]:
         return lambda *arrays: tuple(np.float32(by) * x for x in function(*arrays))
 
     return [
@@ -204,5 +207,6 @@ def scaled(rules: Iterable[Rule], factor: float) -> list[Rule]:
 
 
 def identity(rows: int, columns: int) -> Callable[[], np.ndarray]:
-    """Makes a projection [rows, columns] that copies its input, padded with zeros."""
+    """Returns a function that makes a projection [rows, columns]: it copies its input and pads with
+    zeros."""
     return lambda: np.eye(rows, columns, dtype=np.float32)

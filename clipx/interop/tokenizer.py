@@ -1,4 +1,4 @@
-"""A tokenizer as files that transformers' `AutoTokenizer` reads, and open_clip through it."""
+"""Tokenizers as files that transformers' `AutoTokenizer` reads; open_clip reads them through it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from clipx.interop.model import Words
 if TYPE_CHECKING:
     import tokenizers
 
-CLIPX = "clipx_tokenizer.json"  # all of a clipx tokenizer, which no library reads
+CLIPX = "clipx_tokenizer.json"  # the complete clipx tokenizer; only clipx reads it
 SETTINGS, PIECES, SIGLIP = "tokenizer_config.json", "spiece.model", "SiglipTokenizer"
-# of OpenAI's 48,894 merges, one a line
+# SHA-256 of OpenAI's 48,894 merges, one per line
 OPENAI_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
-_MARKS = {
+_MARKS = {  # start, end, padding and unknown token
     "clip_bpe": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "sentencepiece": ("<s>", "</s>", "<pad>", "<unk>"),
     "wordpiece": ("[CLS]", "[SEP]", "[PAD]", "[UNK]"),
 }
-_END_MARKS = (None, "</s>", "</s>", "<unk>")  # where a text has no start mark
-_PUNCTUATION = r"[,.'!?\"()*#:;~]"  # that CLIP-Lite deletes
-_ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"  # that SigLIP does
+_END_MARKS = (None, "</s>", "</s>", "<unk>")  # for texts without a start mark
+_PUNCTUATION = r"[,.'!?\"()*#:;~]"  # deleted by CLIP-Lite
+_ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"  # deleted by SigLIP
 
 
 def cleaning(rule: str, lower: bool) -> list[Any]:
-    """A rule of clipx/data/text/cleaning.py as normalizers, but for what no normalizer does: mended
-    encodings, entities, a cut after 30 words."""
+    """Normalizers that apply a rule of clipx/data/text/cleaning.py. Three of its operations have no
+    normalizer and are left out: fixing encodings, decoding HTML entities, and the cut after 30
+    words."""
     from tokenizers import Regex, normalizers
 
     collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -61,19 +62,20 @@ def cleaning(rule: str, lower: bool) -> list[Any]:
 
 
 def unpacked(saved: Mapping[str, Any]) -> str:
-    """The merges or word pieces that a clipx tokenizer saved."""
+    """The text that a clipx tokenizer saved: its merges or word pieces."""
     return zlib.decompress(base64.b64decode(saved["payload"])).decode("utf-8")
 
 
 def is_openai(saved: Mapping[str, Any]) -> bool:
-    """Whether a CLIP tokenizer of clipx has OpenAI's merges; one without a payload does."""
+    """Whether a saved CLIP tokenizer has OpenAI's merges. Without a payload it does."""
     if not saved["payload"]:
         return True
     return hashlib.sha256(unpacked(saved).encode()).hexdigest() == OPENAI_MERGES
 
 
 def clip_files(merges: str, vocabulary: dict[str, int], context: int) -> dict[str, str]:
-    """What `CLIPTokenizer` reads: the vocabulary with both marks at its end, and the merges."""
+    """Files for `CLIPTokenizer`, by name: the vocabulary, with both marks appended, the merges and
+    the settings."""
     start, end, *_ = _MARKS["clip_bpe"]
     vocabulary = vocabulary | {start: len(vocabulary), end: len(vocabulary) + 1}
     settings = _settings(_MARKS["clip_bpe"], "CLIPTokenizer", context, mask=True)
@@ -85,49 +87,52 @@ def clip_files(merges: str, vocabulary: dict[str, int], context: int) -> dict[st
 
 
 def siglip_files(model: bytes, context: int) -> dict[str, str | bytes]:
-    """What `SiglipTokenizer` reads: a SentencePiece model whose end mark also pads."""
+    """Files for `SiglipTokenizer`, by name: a SentencePiece model whose end mark also pads, and the
+    settings."""
     settings = _settings(_END_MARKS, SIGLIP, context, mask=False) | {"do_lower_case": True}
     return {PIECES: model, SETTINGS: _dump(settings)}
 
 
 def check_siglip(settings: Mapping[str, Any], where: str) -> None:
-    """Raises `ConfigError`, found at `where`, for settings of a `SiglipTokenizer` under which it
-    gives other ids than Google's."""
+    """Raises `ConfigError` at `where` for settings with which a `SiglipTokenizer` gives other ids
+    than Google's."""
     wanted = {"do_lower_case": True, "sp_model_kwargs": {}}
     wanted |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     for name, value in wanted.items():
-        found = settings.get(name)
-        found = found.get("content", found) if isinstance(found, Mapping) else found
-        if found not in (None, value):
+        setting = settings.get(name)
+        setting = setting.get("content", setting) if isinstance(setting, Mapping) else setting
+        if setting not in (None, value):
             raise ConfigError(
-                f"{where}: {SETTINGS}: {name}", repr(found), f"{value!r}, as Google's SigLIP"
+                f"{where}: {SETTINGS}: {name}", repr(setting), f"{value!r}, as Google's SigLIP has"
             )
 
 
 def files(
     core: tokenizers.Tokenizer, words: Words, rule: str, *, attention_mask: bool = True
 ) -> dict[str, str]:
-    """`tokenizer.json` and its settings, from a `core` that cuts one text without marks.
+    """`tokenizer.json` and its settings, from a `core` that encodes one text without marks.
 
-    words: the ids as the exported model has them. Without `attention_mask` a model is given ids
-    alone, as SigLIP's are. Raises `NotExpressible` for a mark that `core` numbers in another way.
+    words: the ids of the exported model. rule: the caption cleaning rule of training.
+    attention_mask: whether the tokenizer also returns an attention mask; SigLIP's does not.
+
+    Raises `NotExpressible` for a mark whose id in `core` differs from the model's.
     """
     from tokenizers import AddedToken, normalizers, processors
 
     marks = _MARKS[words.kind] if words.sot_id is not None else _END_MARKS
     start, end, pad, _ = marks
     ids = {end: words.eot_id} if start is None else {start: words.sot_id, end: words.eot_id}
-    if words.kind != "clip_bpe":  # which pads with its end mark
+    if words.kind != "clip_bpe":  # CLIP pads with its end mark
         ids[pad] = words.pad_id
     core.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in ids])
     wrong = [m for m, i in ids.items() if core.token_to_id(m) != i]
     if wrong:
         raise NotExpressible(
-            f"the tokenizer's {wrong[0]} is id {core.token_to_id(wrong[0])}, and the model's "
-            f"{ids[wrong[0]]}"
+            f"{wrong[0]} has id {core.token_to_id(wrong[0])} in the tokenizer, but id "
+            f"{ids[wrong[0]]} in the model"
         )
-    own = [core.normalizer] if core.normalizer is not None else []
-    core.normalizer = normalizers.Sequence([*cleaning(rule, words.kind == "clip_bpe"), *own])
+    existing = [core.normalizer] if core.normalizer is not None else []
+    core.normalizer = normalizers.Sequence([*cleaning(rule, words.kind == "clip_bpe"), *existing])
     first = "" if start is None else f"{start} "
     core.post_processor = processors.TemplateProcessing(
         single=f"{first}$A {end}",
@@ -161,13 +166,13 @@ def _dump(value: Any) -> str:
 
 
 def sentencepiece(model: bytes) -> tokenizers.Tokenizer:
-    """The encoding of a SentencePiece model, unigram or BPE, without marks."""
+    """A tokenizer that encodes as a SentencePiece model, unigram or BPE, does; without marks."""
     import sentencepiece as library
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(model)
     processor = library.SentencePieceProcessor(model_proto=model)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -193,14 +198,14 @@ def sentencepiece(model: bytes) -> tokenizers.Tokenizer:
 
 
 def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
-    """SentencePiece's BPE has no list of merges: two neighbours are joined where their union is a
-    piece, the best score first."""
+    """The merges of a SentencePiece BPE model. The model lists none: SentencePiece joins two
+    neighbours if their union is a piece, the best score first."""
     known = {piece: score for piece, score in pieces}
     order = {piece: i for i, (piece, _) in enumerate(pieces)}
-    found = [
+    merges = [
         (-score, order[piece[:i]], order[piece[i:]], piece[:i], piece[i:])
         for piece, score in pieces
         for i in range(1, len(piece))
         if piece[:i] in known and piece[i:] in known
     ]
-    return [(left, right) for *_, left, right in sorted(found)]
+    return [(left, right) for *_, left, right in sorted(merges)]

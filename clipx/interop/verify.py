@@ -1,7 +1,7 @@
-"""Whether an export is what was trained: the library loads the folder, and its features, scores and
-token ids are compared with those of clipx.
+"""Proof that an export is the model that was trained: the library loads the folder, and its
+features, logits and token ids are compared with those of clipx.
 
-torch is imported with the library that is asked, and for nothing else.
+torch is imported only together with the library that verifies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from clipx.interop.base import Format, Said
 from clipx.interop.model import Model, cpu
 from clipx.ops import photometry
 
-COSINE, RELATIVE = 0.99999, 1e-4  # the limits of a proof, in float32
+# Limits of a proof in float32: least cosine of a row, largest difference relative to the largest
+# logit
+COSINE, RELATIVE = 0.99999, 1e-4
 CAPTIONS = (
     "a photo of a dog",
     "Two men in red shirts, riding horses!",
@@ -30,7 +32,7 @@ CAPTIONS = (
     "x",
     "an old house with a garden, a fence, a gate, a dog, a cat and two children on bicycles " * 3,
 )
-# Libraries clean these in different ways: other token ids are reported, and are no failure.
+# Libraries clean these captions differently: different token ids are reported but do not fail.
 ODD_CAPTIONS = (
     "a caf\u00e9 in Z\u00fcrich",
     "bread &amp; butter",
@@ -41,32 +43,32 @@ _SEED, _PICTURES = 20_210_103, 6
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """How far two models are apart."""
+    """How much the outputs of clipx and of a library differ."""
 
-    library: str
-    image_cosine: float  # the least of any row
+    library: str  # the modules that verified, with their versions
+    image_cosine: float  # least cosine of any image's two features
     text_cosine: float
-    logits: float  # the largest difference, over the largest logit
-    odd: tuple[str, ...]  # captions that the library cuts into other tokens
+    logits: float  # largest absolute difference, divided by the largest absolute logit
+    odd: tuple[str, ...]  # captions for which the library gives other token ids
 
 
 def pictures(size: int) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Fixed random pictures of `size` pixels, from smooth ones to noise."""
+    """Fixed random images of `size` x `size` pixels, from smooth to noisy."""
     rng = np.random.default_rng(_SEED)
-    found = []
+    made = []
     for i in range(_PICTURES):
         cells = min(size, 2 ** (i + 1))
         small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-        found.append(np.asarray(small.resize((size, size), Image.Resampling.BICUBIC)))
-    return found
+        made.append(np.asarray(small.resize((size, size), Image.Resampling.BICUBIC)))
+    return made
 
 
 def ours(
     model: Model, images: Sequence[UInt8[np.ndarray, "h w 3"]], ids: Int[np.ndarray, "t n"]
 ) -> Said:
-    """What the towers say under clipx, in float32 on the CPU."""
+    """The model's outputs under clipx, in float32 on the CPU."""
 
-    def rows(name: str, x) -> np.ndarray:
+    def rows(name: str, x: np.ndarray | jax.Array) -> np.ndarray:
         variables = {"params": model.params[name]}
         if name in model.batch_stats:
             variables["batch_stats"] = model.batch_stats[name]
@@ -75,13 +77,20 @@ def ours(
         return np.pad(raw, ((0, 0), (0, model.width - raw.shape[1])))
 
     with jax.default_device(cpu()), jax.default_matmul_precision("highest"):
-        image = rows("image", photometry.normalize(np.stack(images), model.mean, model.std))
+        pixels = np.stack(images)
+        inputs = photometry.normalize(pixels, model.mean, model.std)  # pyright: ignore[reportArgumentType]
+        image = rows("image", inputs)
         text = rows("text", np.asarray(ids, np.int32))
     return Said(image, text, logits(image, text, model.logit_scale, model.logit_bias))
 
 
-def logits(image, text, scale, bias) -> Float[np.ndarray, "i t"]:
-    """The score of every picture with every text, from features and the logarithm of a scale."""
+def logits(
+    image: Float[np.ndarray, "i d"],
+    text: Float[np.ndarray, "t d"],
+    scale: np.ndarray | float,
+    bias: np.ndarray | float | None,
+) -> Float[np.ndarray, "i t"]:
+    """`exp(scale) * cosine + bias` of every image with every text, from features of any length."""
     image, text = (x.astype(np.float64) for x in (image, text))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
@@ -90,7 +99,7 @@ def logits(image, text, scale, bias) -> Float[np.ndarray, "i t"]:
 
 
 def needs(format_: Format, model: Model) -> None:
-    """Raises `MissingLibrary` unless everything that verifies such an export imports."""
+    """Raises `MissingLibrary` unless every module that verifies such an export can be imported."""
     for name in (*format_.judges, *format_.also_needs(model)):
         libraries.require(name)
 
@@ -101,11 +110,13 @@ def prove(
     model: Model,
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "t n"]],
 ) -> Proof:
-    """How far the library's model in `folder` is from `model`, on fixed pictures and captions.
+    """Compares the library's model in `folder` with `model` on fixed images and captions.
 
-    tokenize: captions to ids, as in training. Raises `NotProven` for a folder that the library does
-    not load, captions that it cuts into other tokens, and features or logits beyond `COSINE` and
-    `RELATIVE`.
+    tokenize: captions to ids, as in training.
+
+    Raises `NotProven` for a folder that the library cannot load, for other token ids of a caption
+    in `CAPTIONS`, and for features or logits that differ by more than `COSINE` and `RELATIVE`
+    allow. Raises `MissingLibrary` without the library.
     """
     names = format_.judges
     images, captions = pictures(model.image.image_size), [*CAPTIONS, *ODD_CAPTIONS]
@@ -114,7 +125,7 @@ def prove(
     except MissingLibrary:
         raise
     except Exception as error:
-        raise NotProven(f"{names[-1]} does not load it: {libraries.one_line(error)}") from error
+        raise NotProven(f"{names[-1]} cannot load it: {libraries.one_line(error)}") from error
     our_ids = tokenize(captions)
     end = model.words.eot_id
     same = [
@@ -126,44 +137,47 @@ def prove(
     if wrong is not None:
         raise NotProven(f"{names[-1]} cuts the caption {wrong[:40]!r} into other tokens")
     said = ours(model, images, our_ids)
-    found = Proof(
+    proof = Proof(
         library=", ".join(f"{n} {getattr(libraries.require(n), '__version__', '')}" for n in names),
         image_cosine=_cosine(said.image, theirs.image),
         text_cosine=_cosine(said.text[kept], theirs.text[kept]),
-        logits=_apart(said.logits[:, kept], theirs.logits[:, kept]),
+        logits=_relative_difference(said.logits[:, kept], theirs.logits[:, kept]),
         odd=tuple(c for c, ok in zip(captions, same) if not ok),
     )
-    _hold(found)
-    return found
+    _check_limits(proof)
+    return proof
 
 
-def _hold(proof: Proof) -> None:
+def _check_limits(proof: Proof) -> None:
     faults = [
-        f"{name} {value:.7f} (at least {COSINE})"
+        f"{name} {value:.7f}, expected more than {COSINE}"
         for name, value in (
-            ("the least cosine of a picture is", proof.image_cosine),
+            ("the least cosine of an image is", proof.image_cosine),
             ("the least cosine of a caption is", proof.text_cosine),
         )
         if not value > COSINE
     ]
     if not proof.logits < RELATIVE:
-        faults.append(f"logits differ by {proof.logits:.2g} of the largest (at most {RELATIVE})")
+        faults.append(
+            f"logits differ by {proof.logits:.2g} of the largest, expected less than {RELATIVE:g}"
+        )
     if faults:
         raise NotProven("; ".join(faults))
 
 
-def _body(ids, end: int, dropped: int | None) -> list[int]:
-    """The ids up to the end mark, numbered as in an export without the row `dropped`."""
-    ids = [int(i) for i in ids]
+def _body(row: Int[np.ndarray, " n"], end: int, dropped: int | None) -> list[int]:
+    """The ids up to the end mark, renumbered for a vocabulary without the id `dropped`."""
+    ids = [int(i) for i in row]
     ids = ids[: ids.index(end) + 1] if end in ids else ids
     return ids if dropped is None else [i - (i > dropped) for i in ids]
 
 
-def _cosine(a, b) -> float:
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """The least cosine of a row of `a` with the same row of `b`."""
     a, b = (x.astype(np.float64) for x in (a, b))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(np.min((a * b).sum(1) / lengths))
 
 
-def _apart(a, b) -> float:
+def _relative_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(a)))

@@ -1,4 +1,4 @@
-"""The losses, callable alone: `from clipx import losses`, then `jax.jit(losses.info_nce)`."""
+"""Every loss as a plain function: `from clipx import losses`, then `jax.jit(losses.info_nce)`."""
 
 from clipx.losses.contrastive import info_nce, nt_xent, recall_at_1, sigmoid
 from clipx.losses.late_interaction import late_interaction, token_similarity

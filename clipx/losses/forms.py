@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import jax
+
 from clipx.losses.tiles import size
 from clipx.types import batch_axes
 
 Form = Literal["gather", "assembly", "ring"]
 
 
-def pick_form(form: Form | None, visitors) -> Form:
-    """`form`, or the one that suits these rows on the mesh that is set.
+def pick_form(form: Form | None, visitors: jax.Array | jax.ShapeDtypeStruct) -> Form:
+    """`form`, or for None the form that suits rows like `visitors` on the current mesh.
 
-    Raises `ValueError` for a form that does not exist. Estimates of the TPU's compiler for InfoNCE
-    on v5e chips, width 512, bfloat16, in MiB per chip and millions of cycles:
+    Raises `ValueError` for an unknown form. The choice rests on these estimates of the TPU compiler
+    for InfoNCE on v5e chips (width 512, bfloat16), in MiB per chip and millions of cycles:
 
         rows on chips      gather       assembly     ring
          16,384 on  16      71, 2.2     104, 1.0     19, 3.0
@@ -22,8 +24,9 @@ def pick_form(form: Form | None, visitors) -> Form:
          32,768 on 256      81, 0.6     113, 0.3      2, 6.1
       1,048,576 on 256                               67, 370
 
-    A ring of few rows has many short stops. An assembly is fastest where its memory fits. Small
-    batches are gathered, so that their numbers keep their bits (`benchmarks/loss_forms.py`).
+    A ring of few rows makes many short stops. An assembly is fastest where its memory fits. Small
+    batches stay in the form "gather", so that their losses keep the same bits from release to
+    release (`benchmarks/loss_forms.py`).
     """
     if form is not None:
         if form not in get_args(Form):

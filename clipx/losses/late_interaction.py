@@ -1,10 +1,13 @@
-"""FILIP's loss: a picture and a text meet token by token, in tiles."""
+"""FILIP's late interaction: images and texts are compared token by token, in tiles."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from clipx.losses import ring
@@ -19,13 +22,20 @@ from clipx.losses.pairwise import (
     wide,
 )
 from clipx.losses.reductions import LOG_SUM_EXP
-from clipx.losses.tiles import gather, row_numbers, spread, tiles
+from clipx.losses.tiles import Axes, gather, row_numbers, spread, tiles
+from clipx.types import PyTree
 
 
-def _scores(a, b, a_mask, b_mask, narrow_to=None):
+def _scores(
+    a: Array,
+    b: Array,
+    a_mask: Array | None,
+    b_mask: Array | None,
+    narrow_to: DTypeLike | None = None,
+) -> Array:
     """Scores [i t] of all pairs: the mean over a's tokens of the largest product with a token of b.
 
-    Tokens that a mask leaves out do not count. `narrow_to` is the dtype of products in a ring.
+    Masked tokens do not count. With `narrow_to` products are `narrow_product`s in that dtype.
     """
     if narrow_to is None:
         highest, out = lax.Precision.HIGHEST, wide(a)
@@ -33,7 +43,7 @@ def _scores(a, b, a_mask, b_mask, narrow_to=None):
     else:
         (i, n, d), (t, m, _) = a.shape, b.shape
         products = narrow_product(a.reshape(-1, d), b.reshape(-1, d), narrow_to)
-        products = products.reshape(i, n, t, m)
+        products = products.reshape(i, n, t, m)  # pyright: ignore[reportAttributeAccessIssue]
     if b_mask is not None:
         products = jnp.where(b_mask, products, NEVER)
     best = jnp.max(products, axis=3)
@@ -43,11 +53,13 @@ def _scores(a, b, a_mask, b_mask, narrow_to=None):
     return jnp.sum(best, axis=1) / jnp.maximum(jnp.sum(a_mask, axis=1, keepdims=True), 1)
 
 
-def _select(a, b, a_mask, b_mask, top_k):
+def _select(
+    a: Array, b: Array, a_mask: Array | None, b_mask: Array | None, top_k: int | None
+) -> tuple[Array, Array | None]:
     """(tokens, mask) of the `top_k` tokens of each row of a.
 
-    They have the largest sums of products with the same row's tokens of b. A sum is one product,
-    with the sum of b's tokens.
+    These have the largest sums of products with the tokens of the same row of b. Each sum is
+    computed as one product with the sum of b's tokens.
     """
     if top_k is None or top_k >= a.shape[1]:
         return a, a_mask
@@ -70,14 +82,15 @@ def token_similarity(
     b_mask: Bool[Array, "t m"] | None = None,
     chunk: int | None = None,
 ) -> Float[Array, "i t"]:
-    """The score of every row of a with every row of b: for each token of a the largest product with
-    a token of b, and the mean of these over a's tokens; float32 at least.
+    """FILIP's score of every row of a with every row of b, float32 at least.
 
-    Masks are True where a token counts; each row needs one. No other arrays than tiles of `chunk`
-    rows of `a` are held. Source: FILIP (arXiv 2111.07783), section 3.1.
+    For each token of a it takes the largest product with a token of b, and averages these over a's
+    tokens. Masks are True where a token counts; each row needs at least one such token. Products of
+    tokens exist only for a tile of `chunk` rows of a at a time; None picks the number. Source:
+    FILIP (arXiv 2111.07783), section 3.1.
     """
 
-    def tile(carry, rows, valid):
+    def tile(carry: tuple, rows: PyTree, valid: Array) -> tuple[tuple, Array]:
         a, a_mask = rows
         return carry, _scores(a, b, a_mask, b_mask)
 
@@ -96,35 +109,40 @@ def late_interaction(
     chunk: int | None = None,
     form: Form | None = None,
 ) -> Float[Array, " b"]:
-    """Cross-entropy of each row's match among all rows, in nats: half a→b and half b→a, where two
-    rows' score is `token_similarity`, which is not symmetric. Tokens come unit-normalised.
+    """FILIP's cross-entropy of each row's match among all rows, in nats: half a→b plus half b→a.
 
-    All tokens of a row look for their best among the `top_k` tokens of each other row: those with
-    the largest sum of products with their own pair's tokens; None keeps all. Selection has no
-    gradient, the selected have. Masks are True where a token counts; without one all do, padding
-    too, as in DeCLIP's code, whose published runs may have had `top_k` off. Each row needs a token
-    that counts. `scale` is positive; `groups`, `chunk` and `form` as in `info_nce`. Source:
-    FILIP (arXiv 2111.07783), section 3.1; prototype/model/filip.py.
+    The logits are `scale` (positive) times `token_similarity(a, b)` for a→b and times
+    `token_similarity(b, a)` for b→a; the two differ. Tokens must be unit-normalised.
+
+    Every token of a row looks for its best match among `top_k` tokens of each row of the other
+    side; None keeps all tokens. A row keeps the tokens that have the largest sums of products with
+    the tokens of their own pair. The selection has no gradient; the selected tokens have one.
+
+    Masks are True where a token counts; each row needs at least one such token. Without a mask all
+    tokens count, padding included, as in DeCLIP's code (whose published runs may have had `top_k`
+    off). `groups`, `chunk`, `form` and the errors are those of `info_nce`.
+
+    Source: FILIP (arXiv 2111.07783), section 3.1; DeCLIP's code, prototype/model/filip.py.
     """
     size, total = group_size(a[:, 0], b[:, 0], groups), a.shape[0]
     scale = jnp.asarray(scale, wide(a))
     form = pick_form(form, a if a.size > b.size else b)
     if form != "gather":
         kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
-        return sum(
+        return sum(  # pyright: ignore[reportReturnType]
             0.5 * _ring_half(*x, *y, scale, size, chunk, form)
             for x, y in zip(((a, a_mask), (b, b_mask)), kept)
         )
 
-    def local(axes, rows, scalars):
+    def local(axes: Axes, rows: PyTree, scalars: tuple) -> Array:
         a, b, a_mask, b_mask = rows
         (scale,) = scalars
         index = row_numbers(axes, a.shape[0])
 
-        def toward(x, x_mask, y, y_mask):
+        def toward(x: Array, x_mask: Array | None, y: Array, y_mask: Array | None) -> Array:
             y, y_mask = gather(y, axes), gather(y_mask, axes)
 
-            def tile(carry, rows, valid):
+            def tile(carry: tuple, rows: PyTree, valid: Array) -> tuple[tuple, Array]:
                 x, x_mask, index = rows
                 logits = scale * _scores(x, y, x_mask, y_mask)
                 if groups > 1:
@@ -133,8 +151,8 @@ def late_interaction(
                 match = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
                 return carry, jax.nn.logsumexp(logits, axis=1) - match
 
-            each = x.shape[1] * y.shape[0] * y.shape[1]
-            return tiles(tile, (), (x, x_mask, index), chunk, each, axes)[1]
+            products = x.shape[1] * y.shape[0] * y.shape[1]  # of one row
+            return tiles(tile, (), (x, x_mask, index), chunk, products, axes)[1]
 
         a_kept = _select(a, b, a_mask, b_mask, top_k)
         b_kept = _select(b, a, b_mask, a_mask, top_k)
@@ -143,12 +161,21 @@ def late_interaction(
     return spread(local, (a, b, a_mask, b_mask), (scale,))
 
 
-def _ring_half(x, x_mask, y, y_mask, scale, size, chunk, form):
-    """The loss x→y without a gather: rows of x stay, the kept tokens of y are the visitors."""
+def _ring_half(
+    x: Array,
+    x_mask: Array | None,
+    y: Array,
+    y_mask: Array | None,
+    scale: Array,
+    size: int | None,
+    chunk: int | None,
+    form: Literal["assembly", "ring"],
+) -> Array:
+    """The loss x→y without a gather: the rows of x stay, the kept tokens of y are the visitors."""
     dtype = narrow(x)
     index = None if size is None else jnp.arange(x.shape[0])
 
-    def score(rows, visitors, scalars):
+    def score(rows: Rows, visitors: Rows, scalars: tuple) -> Array:
         (index, x_mask), (columns, y_mask) = rows.constants, visitors.constants
         logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, dtype)
         if size is None:
@@ -157,16 +184,24 @@ def _ring_half(x, x_mask, y, y_mask, scale, size, chunk, form):
 
     rows, visitors = Rows(x, (index, x_mask)), Rows(y, (index, y_mask))
     elements = x.shape[1] * y.shape[1]
-    options = {"chunk": chunk, "elements": elements, "form": form}
-    lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, rows, visitors, (scale,), **options)
+    lse, _ = ring.pairwise_reduce(
+        score,
+        LOG_SUM_EXP,
+        rows,
+        visitors,
+        (scale,),
+        chunk=chunk,
+        elements=elements,
+        form=form,
+    )
 
-    def own(axes, rows, scalars):
-        def pair(row):
+    def match_scores(axes: Axes, rows: PyTree, scalars: tuple) -> Array:
+        def pair(row: PyTree) -> Array:
             return _scores(*jax.tree.map(lambda x: x[None], row))[0, 0]
 
-        def tile(carry, rows, valid):
+        def tile(carry: tuple, rows: PyTree, valid: Array) -> tuple[tuple, Array]:
             return carry, jax.vmap(pair)(rows)
 
         return tiles(tile, (), rows, chunk, elements, axes)[1]
 
-    return lse - scale * spread(own, (x, y, x_mask, y_mask), ())
+    return lse - scale * spread(match_scores, (x, y, x_mask, y_mask), ())

@@ -1,4 +1,4 @@
-"""Losses on a critic's scores: what tells a pair from a wrong one, a feature from noise."""
+"""CLIP-Lite's losses on logits: of a critic that scores pairs, and of a prior discriminator."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def jsd(
     *,
     weight: Float[Array, " b"] | None = None,
 ) -> Float[Array, " b"]:
-    """softplus(-T+) + softplus(T-) of each row, in nats, at least float32: minus the
-    Jensen-Shannon bound on mutual information (CLIP-Lite, arXiv 2112.07133, section 3).
+    """softplus(-T+) + softplus(T-) of each row, in nats, float32 at least.
 
-    `positive` is the critic's score of a row's own pair, `negative` that of its wrong one, whose
-    term is multiplied by `weight` if there is one. Finite for any finite score. A critic that says
-    0 of everything costs 2 ln 2; there is neither an offset nor a factor of a half.
+    This is minus the Jensen-Shannon lower bound on mutual information (CLIP-Lite, arXiv 2112.07133,
+    section 3), without its constant offset or a factor of one half. T+ is `positive`, the critic's
+    score of the row's own pair; T- is `negative`, its score of a wrong pair. `weight` multiplies
+    the term of T-. Finite for any finite score. A critic that always answers 0 costs 2 ln 2.
     """
     wrong = jax.nn.softplus(_wide(negative))
     return jax.nn.softplus(-_wide(positive)) + (wrong if weight is None else weight * wrong)
 
 
 def prior(real_logit: Float[Array, " b"], uniform_logit: Float[Array, " b"]) -> Float[Array, " b"]:
-    """softplus(-uniform) + softplus(real) of each row, in nats, at least float32: the binary
-    cross-entropy of a discriminator that tells uniform noise (1) from features (0).
+    """softplus(-uniform) + softplus(real) of each row, in nats, float32 at least.
 
-    Written with logits, as log(1 - sigmoid) is -inf in half precision from a logit of 9 on. A
-    discriminator that cannot tell costs 2 ln 2.
+    This is the binary cross-entropy of a discriminator that tells uniform noise (class 1) from
+    features (class 0). It takes logits, because log(1 - sigmoid(x)) is -inf in half precision for
+    x of 9 or more. A discriminator that always answers 0 costs 2 ln 2.
     """
     return jax.nn.softplus(-_wide(uniform_logit)) + jax.nn.softplus(_wide(real_logit))

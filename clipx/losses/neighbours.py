@@ -1,4 +1,4 @@
-"""Neighbours of rows in a queue of earlier ones."""
+"""Nearest neighbours in a queue of the rows of earlier batches (DeCLIP)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clipx.losses.pairwise import product, wide
-from clipx.losses.tiles import first_row, spread, tiles
-from clipx.types import batch_axes
+from clipx.losses.tiles import Axes, first_row, spread, tiles
+from clipx.types import PyTree, batch_axes
 
 
 def nearest(
     query: Float[Array, "b d"], bank: Float[Array, "*g k d"], *, chunk: int | None = None
 ) -> Float[Array, "b d"]:
-    """The bank's row of largest cosine with each row of `query`, as it is stored; ties: the first.
+    """For each row of `query`, the row of `bank` with the largest cosine, as it is stored.
 
-    No gradient flows. The bank is replicated, and searched in tiles of `chunk` rows of `query`. A
-    bank [g k d] is g banks, one for each group of b/g rows, as on g devices that share nothing.
-    Raises `ValueError` for rows that do not divide into the banks. Source: DeCLIP (arXiv
+    Of several equal cosines the first wins. No gradient flows. The bank is replicated. It is
+    searched in tiles of `chunk` rows of `query`; None picks the number. A bank [g k d] is g banks,
+    one for each group of b/g consecutive rows, as on g devices that exchange nothing.
+
+    Raises `ValueError` if the number of banks does not divide the rows. Source: DeCLIP (arXiv
     2110.05208), section 3.2.
     """
     groups = bank.shape[0] if bank.ndim == 3 else 1
@@ -29,24 +31,24 @@ def nearest(
         raise ValueError(f"{query.shape[0]} rows do not divide into {groups} banks")
     size = query.shape[0] // groups
 
-    def search(axes, query, bank):
+    def search(axes: Axes, query: Array, bank: Array) -> Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(bank.astype(wide(bank))), axis=-1))
-        inverse = 1 / jnp.maximum(norm, 1e-12)
+        inverse_norm = 1 / jnp.maximum(norm, 1e-12)
 
-        def tile(carry, query, valid):
-            return carry, jnp.argmax(product(query, bank) * inverse, axis=1)
+        def tile(carry: tuple, query: Array, valid: Array) -> tuple[tuple, Array]:
+            return carry, jnp.argmax(product(query, bank) * inverse_norm, axis=1)
 
         return bank[tiles(tile, (), query, chunk, bank.shape[0], axes)[1]]
 
-    def local(axes, rows, scalars):
+    def local(axes: Axes, rows: PyTree, scalars: tuple) -> Array:
         (query,), (bank,) = rows, scalars
         if bank.ndim == 2:
             return search(axes, query, bank)
         block = math.gcd(query.shape[0], size)  # rows of one device and of one group
         blocks = query.reshape(-1, block, query.shape[1])
         first = first_row(axes, query.shape[0]) + block * jnp.arange(blocks.shape[0])
-        found = lax.map(lambda x: search(axes, x[0], bank[x[1]]), (blocks, first // size))
-        return found.reshape(query.shape[0], -1)
+        neighbours = lax.map(lambda x: search(axes, x[0], bank[x[1]]), (blocks, first // size))
+        return neighbours.reshape(query.shape[0], -1)
 
     return spread(local, (lax.stop_gradient(query),), (lax.stop_gradient(bank),))
 
@@ -54,12 +56,14 @@ def nearest(
 def enqueue(
     queue: Float[Array, "*g k d"], pointer: Int[Array, ""], rows: Float[Array, "b d"]
 ) -> tuple[Float[Array, "*g k d"], Int[Array, ""]]:
-    """The queue with `rows` written from `pointer` on, and the next pointer.
+    """(the queue with `rows` written from `pointer` on, the next pointer).
 
-    Nothing wraps, as in DeCLIP's memory bank (memory_bank.py): rows beyond the end are dropped, and
-    the pointer returns to 0 once the end is reached. Call `nearest` first, or a batch finds itself.
-    A queue [g k d] is g queues, one for each group of b/g rows. No gradient flows. Raises
-    `ValueError` for rows that do not divide into the queues.
+    Writing does not wrap round, as in DeCLIP's memory bank (memory_bank.py): rows beyond the end of
+    the queue are dropped, and the pointer returns to 0 once it reaches the end. Call `nearest`
+    before `enqueue`, or the rows of a batch find themselves. A queue [g k d] is g queues, one for
+    each group of b/g consecutive rows. No gradient flows.
+
+    Raises `ValueError` if the number of queues does not divide the rows.
     """
     rows = lax.stop_gradient(rows).astype(queue.dtype)
     if batch_axes():  # the queue is replicated

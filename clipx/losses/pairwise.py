@@ -1,4 +1,4 @@
-"""What all forms of a pairwise loss share: rows, products, and the pairs that are left out."""
+"""What all forms of a pairwise loss share: rows, products, and the mask of excluded pairs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clipx.types import PyTree
@@ -16,17 +17,16 @@ NEVER = -1e30  # a masked logit: finite, so that no gradient is NaN
 
 
 class Rows(NamedTuple):
-    """Arrays with the row axis first. Gradients reach `values`, never `constants`."""
+    """Arrays with the row axis first. Gradients flow to `values`, never to `constants`."""
 
     values: PyTree
     constants: PyTree = ()
 
 
 def group_size(a: Float[Array, "b d"], b: Float[Array, "b d"], groups: int) -> int | None:
-    """The number of rows of each group; None for one group.
+    """The number of rows per group; None for one group.
 
-    Raises `ValueError` for towers whose rows differ in shape, and for rows that do not divide into
-    the groups.
+    Raises `ValueError` if a and b differ in shape, or if `groups` does not divide the rows.
     """
     if a.shape != b.shape:
         raise ValueError(f"the two towers' rows differ in shape: {a.shape} and {b.shape}")
@@ -42,14 +42,15 @@ def excluded_pairs(
     column_ids: Int[Array, " t"] | None,
     size: int | None,
 ) -> Bool[Array, "c t"]:
-    """Mask of the pairs that the loss leaves out.
+    """Mask of the pairs that the loss leaves out: True for a pair that does not count.
 
-    Left out are pairs of different rows with the same id, and pairs of rows from different groups
-    of `size` rows; None stands for one group. `index` and `columns` are the rows' places in the
-    whole batch.
+    These are pairs of different rows with the same id, and pairs of rows from different groups of
+    `size` rows; with `size=None` there is one group. `index` and `columns` are positions in the
+    global batch.
     """
     out = jnp.zeros((index.shape[0], columns.shape[0]), bool)
     if column_ids is not None:
+        assert ids is not None  # ids and column_ids are None together
         out |= (ids[:, None] == column_ids[None, :]) & (index[:, None] != columns[None, :])
     if size is not None:
         out |= (index // size)[:, None] != (columns // size)[None, :]
@@ -57,20 +58,20 @@ def excluded_pairs(
 
 
 def wide(*arrays: Array) -> jnp.dtype:
-    """Float32, or float64 if an array is float64."""
+    """float32, or float64 if an array is float64."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def narrow(x: Array) -> jnp.dtype:
-    """The dtype in which rows of x are multiplied: bfloat16, or float32 at least.
+def narrow(x: Array) -> DTypeLike:
+    """The dtype in which rows of x are multiplied: bfloat16 for bfloat16, else float32 at least.
 
-    Float16 is not: a gradient may not fit its range.
+    float16 rows are multiplied in float32, because a gradient may exceed the range of float16.
     """
     return jnp.bfloat16 if x.dtype == jnp.bfloat16 else wide(x)
 
 
 def matches(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """The product of each row with its own match, float32 at least."""
+    """The product of each row of a with its match, the same row of b; float32 at least."""
     return jnp.sum(a.astype(wide(a)) * b.astype(wide(a)), axis=-1)
 
 
@@ -84,23 +85,26 @@ def product(a: Float[Array, "c d"], b: Float[Array, "t d"]) -> Float[Array, "c t
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def narrow_product(
-    a: Float[Array, "c d"], b: Float[Array, "t d"], dtype: jnp.dtype
+    a: Float[Array, "c d"], b: Float[Array, "t d"], dtype: DTypeLike
 ) -> Float[Array, "c t"]:
-    """a @ b.T of wide rows that were made from `dtype`, multiplied in `dtype` in both passes.
+    """a @ b.T, multiplied in `dtype` in both passes. The rows are float32 at least and were cast
+    from `dtype`.
 
-    For bfloat16 that is three products of bfloat16. Autodiff would take two of them in float32,
-    where an accelerator needs six of bfloat16 for each.
+    For bfloat16 the two passes take three bfloat16 products. Autodiff would take the two products
+    of the backward pass in float32, and an accelerator needs six bfloat16 products for each.
     """
     return _einsum("id,jd->ij", a, b, dtype)
 
 
-def _einsum(how, a, b, dtype):
+def _einsum(how: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     a, b, out = a.astype(dtype), b.astype(dtype), wide(a)
     highest = lax.Precision.HIGHEST
     return jnp.einsum(how, a, b, preferred_element_type=out, precision=highest)
 
 
-def _narrow_backward(dtype, rows, slopes):
+def _narrow_backward(
+    dtype: DTypeLike, rows: tuple[Array, Array], slopes: Array
+) -> tuple[Array, Array]:
     a, b = rows
     return _einsum("ij,jd->id", slopes, b, dtype), _einsum("ij,id->jd", slopes, a, dtype)
 

@@ -1,6 +1,6 @@
-"""Losses in which every row picks the prototype of its cluster.
+"""ProtoCLIP's losses, in which every row picks the prototype of its cluster.
 
-Prototypes and targets are constants: gradients reach the rows alone. Every result is float32, or
+Prototypes and targets are constants: gradients flow to the rows alone. Every result is float32, or
 float64 for float64 inputs.
 """
 
@@ -24,18 +24,19 @@ from clipx.types import batch_axes, constrain_rows
 
 
 @partial(jax.jit, static_argnames="k")
-def _sums(labels, x, k):
+def _sums(labels: Array, x: Array, k: int) -> tuple[Array, Array]:
     """(sums [k d], counts [k]) of the rows of each label.
 
-    Rows are sorted and scanned, not scattered: a GPU's scatter adds them in any order.
+    Rows are sorted and scanned instead of scattered, because a GPU's scatter adds in any order, and
+    the bits of the sums would differ from call to call.
     """
     order = jnp.argsort(labels, stable=True)
     labels, x = labels[order], x[order]
     first = jnp.concatenate([jnp.ones_like(labels[:1], bool), labels[1:] != labels[:-1]])
 
-    def add(a, b):
-        (x, new), (y, newer) = a, b
-        return jnp.where(newer[:, None], y, x + y), new | newer
+    def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, x_first), (y, y_first) = a, b
+        return jnp.where(y_first[:, None], y, x + y), x_first | y_first
 
     running, _ = lax.associative_scan(add, (x, first))
     ends = jnp.searchsorted(labels, jnp.arange(k), side="right")
@@ -48,15 +49,15 @@ def back_translate(
 ) -> Float[Array, "k d"]:
     """The mean of the rows of each of k labels, not normalised; zeros for a label without rows.
 
-    A teacher's clusters become prototypes in the student's own space: Prototypical Back Translation
-    (ProtoCLIP, arXiv 2206.10996; training/clustering.py, `PBT`). Rows whose label is not in
-    0..k-1 count nowhere. The table is replicated, and its bits are the same from call to call. No
-    gradient flows.
+    This is Prototypical Back Translation: with `labels` from the teacher's clusters and `features`
+    of the student, the clusters become prototypes in the student's own space. Rows whose label is
+    outside 0..k-1 are ignored. The result is replicated, and the same bits from call to call. No
+    gradient flows. Source: ProtoCLIP (arXiv 2206.10996); training/clustering.py, `PBT`.
     """
     axes = batch_axes()
     x = lax.stop_gradient(jnp.asarray(features, wide(features)))
 
-    def local(labels, x):
+    def local(labels: Array, x: Array) -> tuple[Array, Array]:
         sums, counts = _sums(labels, x, k)
         return lax.psum((sums, counts), axes) if axes else (sums, counts)
 
@@ -69,16 +70,17 @@ def back_translate(
 def targets(
     prototypes: Float[Array, "k e"], labels: Int[Array, " b"], *, temperature: float
 ) -> Float[Array, "b k"]:
-    """The distribution over prototypes that each row is to learn, from its label alone.
+    """The target distribution of each row over the prototypes, from its label alone.
 
-    It is the softmax of the products of the label's prototype with all prototypes, itself included,
-    over `temperature`, a Python number. At temperature 0 it is the label, one-hot. Products and
-    softmax run in float32 at least, since a temperature of 0.01 magnifies rounding. No gradient
-    flows. Raises `ValueError` for a negative temperature. Source: ProtoCLIP, training/loss.py,
-    `ProtoLoss`.
+    Row i's target is softmax(prototypes @ prototypes[labels[i]] / temperature). At temperature 0 it
+    is the one-hot label. `temperature` is a Python number. Products and softmax run in float32 at
+    least, because a temperature of 0.01 magnifies rounding. No gradient flows.
+
+    Raises `ValueError` for a negative temperature. Source: ProtoCLIP (arXiv 2206.10996);
+    training/loss.py, `ProtoLoss`.
     """
     if temperature < 0:
-        raise ValueError(f"temperature={temperature}: expected 0, which is one-hot, or more")
+        raise ValueError(f"temperature={temperature}: expected 0 (one-hot targets) or more")
     table = lax.stop_gradient(jnp.asarray(prototypes, wide(prototypes)))
     if not temperature:
         return constrain_rows(jax.nn.one_hot(labels, len(table), dtype=table.dtype))
@@ -93,16 +95,17 @@ def prototypical(
     scale: Float[Array, ""] | float,
     form: Literal["gather", "ring"] | None = None,
 ) -> Float[Array, " b"]:
-    """Cross-entropy, in nats, of each row's choice among the prototypes against its target.
+    """Cross-entropy of each row's choice among the prototypes, against its target, in nats.
 
-    Targets are distributions, or labels, which stand for their one-hot. The logits are `scale`
-    times the products with the prototypes, which are not normalised: those of a tight cluster are
-    longer, and a prototype of zeros has a logit of 0.
+    The value of row i is -Σ_k target[i, k]·log softmax(scale·prototypes @ student[i])[k]. Targets
+    are distributions [b k], or labels [b], which stand for one-hot distributions. Prototypes are
+    not normalised here: the mean of a tight cluster is longer, and a prototype of zeros always has
+    the logit 0.
 
-    With `form="gather"` each device holds the table and all logits of its rows. With "ring" the
-    table travels round the devices, and logits come in tiles. None takes the ring for 2**25 logits
-    per device or more. Source: ProtoCLIP (arXiv 2206.10996), training/loss.py, `ProtoLoss`, whose
-    value is the mean over rows.
+    With `form="gather"` each device holds all prototypes and all logits of its rows. With "ring"
+    the prototypes travel round the devices, and logits are computed in tiles. None takes the ring
+    from 2**25 logits per device on. Raises `ValueError` for an unknown `form`. Source: ProtoCLIP
+    (arXiv 2206.10996); training/loss.py, `ProtoLoss`, which returns the mean over rows.
     """
     (b, _), k = student.shape, len(prototypes)
     prototypes, targets = lax.stop_gradient((prototypes, targets))
@@ -117,19 +120,26 @@ def prototypical(
     return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1)
 
 
-def _ring(student, table, targets, scale, hard):
-    """-Σ t·(l - lse) = lse·Σ t - scale·student·(Σ t·prototype), whose last sum is a constant."""
+def _ring(
+    student: Array,
+    table: Array,
+    targets: Array,
+    scale: Float[Array, ""] | float,
+    hard: bool,
+) -> Array:
+    """-Σ t·(l - lse), computed as lse·Σ t - scale·student·(Σ t·prototype); the last sum is
+    constant."""
     k, dtype = len(table), wide(student, table)
     student, table = student.astype(dtype), table.astype(dtype)
-    pad = -k % size(batch_axes())  # the same number on each device
+    pad = -k % size(batch_axes())  # so that each device has the same number of prototypes
     table, columns = jnp.pad(table, ((0, pad), (0, 0))), jnp.arange(k + pad)
 
-    def score(rows, visitors, scalars):
+    def score(rows: Rows, visitors: Rows, scalars: tuple) -> Array:
         table, columns = visitors.constants
         logits = scalars[0] * product(rows.values, table)
         return jnp.where(columns < k, logits, NEVER)
 
-    def weigh(rows, visitors):
+    def weigh(rows: Rows, visitors: Rows) -> Array:
         if hard:
             return (rows.constants[:, None] == visitors.constants).astype(dtype)
         columns = visitors.constants
@@ -137,21 +147,24 @@ def _ring(student, table, targets, scale, hard):
 
     visitors, scale = Rows((), (table, columns)), jnp.asarray(scale, dtype)
     lse, _ = ring.pairwise_reduce(score, LOG_SUM_EXP, Rows(student), visitors, (scale,))
-    meant = ring.mix(weigh, Rows((), targets), Rows(table, columns))
-    within = (targets >= 0) & (targets < k) if hard else jnp.sum(targets, axis=1)
-    return within * lse - scale * jnp.sum(student * meant, axis=1)
+    expected = ring.mix(weigh, Rows((), targets), Rows(table, columns))
+    mass = (targets >= 0) & (targets < k) if hard else jnp.sum(targets, axis=1)
+    return mass * lse - scale * jnp.sum(student * expected, axis=1)
 
 
 def prototype_accuracy(
     student: Float[Array, "b d"], prototypes: Float[Array, "k d"], labels: Int[Array, " b"]
 ) -> Float[Array, " b"]:
-    """1 for a row whose product with its label's prototype is the first of the largest, else 0."""
+    """1 for each row whose largest product is with the prototype of its label, else 0.
+
+    Of several equal products the first counts as the largest. No gradient flows.
+    """
     picked = jnp.argmax(_products(lax.stop_gradient(student), prototypes), axis=1)
     return (picked == labels).astype(jnp.float32)
 
 
-def _products(rows, table):
-    """The products of all rows with all rows of a replicated table."""
+def _products(rows: Array, table: Array) -> Array:
+    """Products [b k] of rows, sharded over the batch axes, with all rows of a replicated table."""
     dtype = wide(rows, table)
     rows, table = constrain_rows(jnp.asarray(rows, dtype)), jnp.asarray(table, dtype)
     highest = lax.Precision.HIGHEST

@@ -1,13 +1,13 @@
-"""Pairwise reductions with gradients written by hand: the forms "ring" and "assembly".
+"""Pairwise reductions with hand-written gradients: the forms "ring" and "assembly".
 
-Ring: each device keeps its rows. The rows of the other tower, its visitors, travel from device to
-device. At each stop every row meets every visitor, tile by tile, and each keeps one number. The
-backward pass sends the visitors round again, with their numbers and their gradients so far, and
-computes each tile anew. So memory does not grow with the rows of other devices. On one device
-nothing travels.
+Ring: each device keeps its rows. The rows of the other tower, called visitors, travel from device
+to device. At each stop every row meets every visitor, tile by tile, and both keep a running result.
+The backward pass sends the visitors round again, with their results and their gradients so far, and
+recomputes each tile. So memory does not grow with the rows of other devices. On one device nothing
+travels.
 
-Assembly: each device gathers all visitors at once. Their gradients are summed over devices and
-scattered. This costs memory, and saves the stops.
+Assembly: each device gathers all visitors at once. The gradients of the visitors are summed over
+devices and scattered. This costs memory and saves the stops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 
 from clipx.losses.pairwise import NEVER, Rows, narrow, narrow_product, wide
 from clipx.losses.reductions import LARGEST, Reduction
-from clipx.losses.tiles import check_spread, gather, scan, size, split
-from clipx.types import batch_axes
+from clipx.losses.tiles import Axes, check_spread, gather, scan, size, split
+from clipx.types import PyTree, batch_axes
 
 TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
 
@@ -43,13 +43,15 @@ def pairwise_reduce(
     columns: bool = False,
     form: Literal["assembly", "ring"] = "ring",
 ) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
-    """(a number per row, a number per visitor): the `reduction` of the logits of all their pairs.
+    """(one result per row, one result per visitor): the `reduction` of the logits of all pairs.
 
-    The logits are `score(rows, visitors, scalars)` [c t] of a tile of each, where `values` are
-    float32 at least and `constants` as given; excluded pairs are `NEVER`. A score computes
-    `elements` numbers for each pair. Without `columns` the visitors' numbers are None. `chunk` is
-    the number of rows, and of visitors, of a tile; None picks it. Called in the global view. Raises
-    `ValueError` for rows that do not divide by the number of devices.
+    `score(rows, visitors, scalars)` returns the logits [c t] of a tile of rows and a tile of
+    visitors. It gets `values` in float32 at least and `constants` as they are, and marks excluded
+    pairs with `NEVER`. `elements` is how many numbers it computes per pair. Without `columns` the
+    visitors' results are None. `chunk` is the number of rows, and of visitors, per tile; None picks
+    it. Call it in the global view, with the rows of all devices.
+
+    Raises `ValueError` if the number of devices does not divide the rows or the visitors.
     """
     axes = batch_axes()
     for one in (rows, visitors):
@@ -60,23 +62,25 @@ def pairwise_reduce(
     return _reduce(ring, rows, visitors, scalars)
 
 
-def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None):
-    """Weighted sums [b d] of the visitors' values, float32 at least.
+def mix(
+    weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None
+) -> Float[Array, "b d"]:
+    """Sums of the visitors' values [t d], weighted per row; float32 at least.
 
-    `weigh(rows, visitors)` gives the weights [c t] of a tile. It may weigh padding, whose values
-    are 0. No gradient flows.
+    `weigh(rows, visitors)` returns the weights [c t] of a tile. Weights of padding have no effect,
+    because the values of padding are 0. No gradient flows.
     """
     axes = batch_axes()
     ring = _Ring(None, LARGEST, axes, size(axes), chunk, 1, False)
 
-    def local(rows, visitors, _):
+    def local(rows: Rows, visitors: Rows, scalars: tuple) -> Array:
         sides = ring.sides(visitors, visitors)
         (x, _), (y, _) = map(ring.cut, (rows, visitors), sides)
         count, c = jax.tree.leaves(x)[0].shape[:2]
         values = visitors.values
 
-        def visit(total, y):
-            def tile(_, rows):
+        def visit(total: Array, y: Rows) -> tuple[Array, None]:
+            def tile(_: None, rows: tuple[Rows, Array]) -> tuple[None, Array]:
                 x, total = rows
                 highest = lax.Precision.HIGHEST
                 weights, table = weigh(x, y), y.values.astype(wide(values))
@@ -84,7 +88,7 @@ def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None
 
             return scan(tile, None, (x, total))[1], None
 
-        def stop(carry, _):
+        def stop(carry: tuple[Rows, Array], _: None) -> tuple[tuple[Rows, Array], None]:
             y, total = carry
             return (ring.send(y), scan(visit, total, y)[0]), None
 
@@ -94,36 +98,40 @@ def mix(weigh: Callable, rows: Rows, visitors: Rows, *, chunk: int | None = None
     return ring.spread(local, *lax.stop_gradient((rows, visitors)), scalars=(), out=1)
 
 
-def matches(a, b, *, chunk: int | None = None):
-    """The product of each row with its match, the same to the bit as in a tile of both."""
+def matches(
+    a: Float[Array, "b d"], b: Float[Array, "b d"], *, chunk: int | None = None
+) -> Float[Array, " b"]:
+    """The product of each row of a with its match, to the bit as in a tile that holds both."""
     axes = batch_axes()
     ring = _Ring(None, LARGEST, axes, size(axes), chunk, 1, False)
 
-    def own(tiles):
+    def diagonal(tiles: tuple[Array, Array]) -> Array:
         return jnp.diagonal(narrow_product(*(x.astype(wide(x)) for x in tiles), narrow(a)))
 
-    def local(a, b, _):
+    def local(a: Array, b: Array, _: tuple) -> Array:
         side = min(ring.sides(Rows(a), Rows(b)))
-        return _rows(lax.map(own, (ring.cut(a, side)[0], ring.cut(b, side)[0])), a)
+        return _rows(lax.map(diagonal, (ring.cut(a, side)[0], ring.cut(b, side)[0])), a)
 
     return ring.spread(local, a, b, scalars=(), out=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reduce(ring, rows, visitors, scalars):
+def _reduce(ring: _Ring, rows: Rows, visitors: Rows, scalars: tuple) -> Any:
     return ring.spread(ring.reduce, rows, visitors, scalars=scalars, out=2)
 
 
-def _reduce_forward(ring, rows, visitors, scalars):
-    reduced = _reduce(ring, rows, visitors, scalars)
-    return reduced, (rows, visitors, scalars, reduced)
+def _reduce_forward(
+    ring: _Ring, rows: Rows, visitors: Rows, scalars: tuple
+) -> tuple[PyTree, PyTree]:
+    results = _reduce(ring, rows, visitors, scalars)
+    return results, (rows, visitors, scalars, results)
 
 
-def _reduce_backward(ring, kept, slopes):
-    rows, visitors, scalars, reduced = kept
-    marked = list(zip((rows, visitors), reduced, slopes))
-    *values, scalars = ring.spread(ring.gradients, *marked, scalars=scalars, out=3)
-    return (*(Rows(x, None) for x in values), scalars)
+def _reduce_backward(ring: _Ring, residuals: PyTree, slopes: PyTree) -> tuple[Rows, Rows, PyTree]:
+    rows, visitors, scalars, results = residuals
+    x, y = zip((rows, visitors), results, slopes)
+    dx, dy, ds = ring.spread(ring.gradients, x, y, scalars=scalars, out=3)
+    return Rows(dx, None), Rows(dy, None), ds
 
 
 _reduce.defvjp(_reduce_forward, _reduce_backward)
@@ -131,32 +139,32 @@ _reduce.defvjp(_reduce_forward, _reduce_backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is static in a reduction. Its methods run on each device's rows."""
+    """The static part of a reduction. Its methods run on the rows of one device."""
 
-    score: Callable
+    score: Callable | None  # None if only rows travel, and nothing is reduced
     reduction: Reduction
-    axes: tuple[str, ...]
+    axes: Axes
     devices: int
     chunk: int | None
     elements: int
     columns: bool
     together: bool = False  # an assembly: all visitors are gathered
 
-    def reduce(self, rows, visitors, scalars):
-        """What `pairwise_reduce` returns, of each device's rows."""
+    def reduce(self, rows: Rows, visitors: Rows, scalars: tuple) -> tuple[PyTree, PyTree]:
+        """The results of `pairwise_reduce` for the rows and the visitors of one device."""
         visitors = self.arrive(visitors)
         sides = self.sides(rows, visitors)
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
         scalars, reduce, join = self.vary(scalars), self.reduction.reduce, self.reduction.join
 
-        def nothing(tree):
-            shape = jax.tree.leaves(tree)[0].shape[:2]
+        def start_results(tiles: PyTree) -> Array:
+            shape = jax.tree.leaves(tiles)[0].shape[:2]
             return self.vary(jnp.full(shape, self.reduction.start, scalars[0].dtype))
 
-        def visit(seen, visitors):
+        def visit(seen: PyTree, visitors: PyTree) -> tuple[PyTree, PyTree]:
             y, y_real, column = visitors
 
-            def tile(column, rows):
+            def tile(column: PyTree, rows: PyTree) -> tuple[PyTree, Array]:
                 x, x_real, row = rows
                 logits = self.logits(_widened(x), _widened(y), (x_real, y_real), scalars)
                 column = join(column, reduce(logits, axis=0)) if self.columns else None
@@ -165,54 +173,56 @@ class _Ring:
             column, seen = scan(tile, column, (x, x_real, seen))
             return seen, column
 
-        def stop(carry, _):
+        def stop(carry: PyTree, _: None) -> tuple[PyTree, None]:
             y, seen, columns = carry
             away, columns = self.send(y), self.send(columns)
-            here = nothing(y) if self.columns else None
+            here = start_results(y) if self.columns else None
             seen, here = scan(visit, seen, (y, y_real, here))
             return (away, seen, join(columns, here) if self.columns else None), None
 
-        start = y, nothing(x), nothing(y) if self.columns else None
+        start = y, start_results(x), start_results(y) if self.columns else None
         _, seen, columns = self.round(stop, start)
         columns = _rows(self.send(columns), visitors)
-        if self.together and self.columns:  # each device keeps its own
+        if self.together and self.columns:  # each device keeps the results of its own visitors
+            assert self.reduction.share is not None
             columns = self.reduction.share(columns, self.axes)
         return _rows(seen, rows), columns
 
-    def gradients(self, rows, visitors, scalars):
-        """Gradients by the values of each device's rows, those of its visitors, and the scalars.
+    def gradients(self, rows: PyTree, visitors: PyTree, scalars: tuple) -> tuple[PyTree, ...]:
+        """Gradients by the values of one device's rows, by those of its visitors, by the scalars.
 
-        `rows` and `visitors` come as (`Rows`, their numbers, the gradients by these numbers)."""
+        `rows` and `visitors` are triples: `Rows`, their results, and the gradients by the results.
+        """
         visitors = self.arrive(visitors)
         sides = self.sides(rows[0], visitors[0])
         (x, x_real), (y, y_real) = map(self.cut, (rows, visitors), sides)
         scalars = self.vary(scalars)
 
-        def nothing(tree):
+        def zeros(tree: PyTree) -> PyTree:
             return self.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x)), tree))
 
-        def visit(carry, visitors):
+        def visit(carry: PyTree, visitors: PyTree) -> tuple[PyTree, PyTree]:
             y, y_real = visitors
 
-            def tile(carry, rows):
+            def tile(carry: PyTree, rows: PyTree) -> tuple[PyTree, None]:
                 dx, dy, ds = carry
                 i, x, x_real = rows
                 gx, gy, gs = self.tile_gradients(x, y, (x_real, y_real), scalars)
                 dx = jax.tree.map(lambda d, g: d.at[i].add(g), dx, gx)
                 return (dx, _sum(dy, gy), _sum(ds, gs)), None
 
-            (dx, ds), dy = carry, nothing(y[0].values)
-            places = jnp.arange(len(jax.tree.leaves(x)[0]))
-            (dx, dy, ds), _ = scan(tile, (dx, dy, ds), (places, x, x_real))
+            (dx, ds), dy = carry, zeros(y[0].values)
+            numbers = jnp.arange(len(jax.tree.leaves(x)[0]))
+            (dx, dy, ds), _ = scan(tile, (dx, dy, ds), (numbers, x, x_real))
             return (dx, ds), dy
 
-        def stop(carry, _):
+        def stop(carry: PyTree, _: None) -> tuple[PyTree, None]:
             y, dx, dy, ds = carry
             away, dy = self.send(y), self.send(dy)  # while this stop's gradients are computed
             (dx, ds), here = scan(visit, (dx, ds), (y, y_real))
             return (away, dx, _sum(dy, here), ds), None
 
-        start = y, nothing(x[0].values), nothing(y[0].values), nothing(scalars)
+        start = y, zeros(x[0].values), zeros(y[0].values), zeros(scalars)
         _, dx, dy, ds = self.round(stop, start)
         dx, dy = (_rows(d, one) for d, one in ((dx, rows), (self.send(dy), visitors)))
         if self.together:
@@ -223,36 +233,39 @@ class _Ring:
         )
         return dx, dy, lax.psum(ds, self.axes) if self.axes else ds
 
-    def tile_gradients(self, x, y, real, scalars):
+    def tile_gradients(self, x: PyTree, y: PyTree, real: tuple, scalars: tuple) -> PyTree:
         """Gradients by the values of a tile of rows, of a tile of visitors, and by the scalars."""
-        (x, whole, slope), (y, column_whole, column_slope) = x, y
+        (x, result, slope), (y, column_result, column_slope) = x, y
+        reduction_slope = self.reduction.slope
+        assert reduction_slope is not None
 
-        def logits(x_values, y_values, scalars):
+        def tile_logits(x_values: PyTree, y_values: PyTree, scalars: tuple) -> Array:
             ours, theirs = x._replace(values=x_values), y._replace(values=y_values)
             return self.logits(ours, theirs, real, scalars)
 
         x, y = _widened(x), _widened(y)
-        logits, pull = jax.vjp(logits, x.values, y.values, scalars)
-        each = slope[:, None] * self.reduction.slope(logits, whole[:, None])
+        logits, pull = jax.vjp(tile_logits, x.values, y.values, scalars)
+        each = slope[:, None] * reduction_slope(logits, result[:, None])
         if self.columns:
-            each += column_slope * self.reduction.slope(logits, column_whole)
+            each += column_slope * reduction_slope(logits, column_result)
         return pull(each)
 
-    def logits(self, x, y, real, scalars):
-        """The logits of a tile of rows and one of visitors; `NEVER` for padding."""
+    def logits(self, x: Rows, y: Rows, real: tuple, scalars: tuple) -> Array:
+        """The logits of a tile of rows and a tile of visitors; `NEVER` for padding."""
+        assert self.score is not None
         logits = self.score(x, y, scalars)
-        for here, axis in zip(real, (1, 0)):
-            if here is not None:
-                logits = jnp.where(jnp.expand_dims(here, axis), logits, NEVER)
+        for is_real, axis in zip(real, (1, 0)):
+            if is_real is not None:
+                logits = jnp.where(jnp.expand_dims(is_real, axis), logits, NEVER)
         return logits
 
-    def sides(self, rows, visitors) -> tuple[int, int]:
-        """(rows of a tile, visitors of a tile).
+    def sides(self, rows: Rows, visitors: Rows) -> tuple[int, int]:
+        """(rows per tile, visitors per tile).
 
-        Without `chunk` a tile's logits take as much memory as a device's rows, within bounds. That
-        is little beside the rows, and larger tiles take fewer cycles. By the TPU's compiler,
-        1,048,576 rows of InfoNCE on 16 v5e chips: 12.1 G cycles and 833 MiB with tiles of 2**18,
-        6.0 G and 897 with 2**20, 4.1 G and 898 with 2**22.
+        Without `chunk` a tile's logits take as much memory as a device's rows, within `TILES`. That
+        is little beside the rows, and larger tiles take fewer cycles. Estimates of the TPU compiler
+        for 1,048,576 rows of InfoNCE on 16 v5e chips: 12.1 G cycles and 833 MiB with tiles of
+        2**18, 6.0 G and 897 MiB with 2**20, 4.1 G and 898 MiB with 2**22.
         """
         if self.chunk:
             return self.chunk, self.chunk
@@ -265,46 +278,50 @@ class _Ring:
         side = min(side, len(jax.tree.leaves(rows)[0]))
         return side, max(1, 2 ** (pairs.bit_length() - 1) // side)
 
-    def cut(self, tree, side):
-        """(tiles [count c ...] of a device's rows, mask of those that are no padding or None)."""
+    def cut(self, tree: PyTree, side: int) -> tuple[PyTree, Array | None]:
+        """(tiles [count c ...] of a device's rows, mask of the rows that are not padding).
+
+        The mask is None if there is no padding.
+        """
         b = len(jax.tree.leaves(tree)[0])
         chunk = min(b, side)
         count = -(-b // chunk)
-        chunk = chunk if self.chunk else -(-b // count)  # as even as can be
+        chunk = chunk if self.chunk else -(-b // count)  # spread the padding over all tiles
         cut = jax.tree.map(partial(split, count=count, chunk=chunk), tree)
         return cut, None if count * chunk == b else split(jnp.ones(b, bool), count, chunk)
 
-    def arrive(self, visitors):
-        """The visitors of a device's first stop: in an assembly all, in a ring its own."""
+    def arrive(self, visitors: PyTree) -> PyTree:
+        """The visitors of a device's first stop: its own in a ring, all in an assembly."""
         return (
             jax.tree.map(partial(gather, axes=self.axes), visitors) if self.together else visitors
         )
 
-    def round(self, stop, carry):
-        """Runs `stop` as often as visitors stop. Each then is at the device before its own."""
+    def round(self, stop: Callable, carry: PyTree) -> PyTree:
+        """Runs `stop` once per device of the ring, which leaves visitors one `send` from home."""
         if not self.axes or self.together:
             return stop(carry, None)[0]
         return lax.scan(stop, carry, length=self.devices)[0]
 
-    def send(self, tree):
+    def send(self, tree: PyTree) -> PyTree:
         """Sends arrays from each device to the next."""
         if not self.axes or self.together:
             return tree
         turn = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, turn), tree)
 
-    def spread(self, fn, *rows, scalars, out):
-        """Calls `fn(*rows, scalars)` on each device's rows.
+    def spread(self, fn: Callable, *rows: PyTree, scalars: tuple, out: int) -> PyTree:
+        """Calls `fn(*rows, scalars)` on the rows of each device.
 
-        It returns `out` trees: two of rows, and the third of scalars."""
+        `fn` returns `out` trees. The first two have the row axis first; the third is replicated.
+        """
         if not self.axes:
             return fn(*rows, scalars)
         specs = P(self.axes), P(self.axes), P()
-        out = specs[:out] if out > 1 else specs[0]
-        return jax.shard_map(fn, in_specs=specs, out_specs=out)(*rows, scalars)
+        out_specs = specs[:out] if out > 1 else specs[0]
+        return jax.shard_map(fn, in_specs=specs, out_specs=out_specs)(*rows, scalars)
 
-    def vary(self, tree):
-        """The tree, marked as device-varying: a scan's carry must be so from the start."""
+    def vary(self, tree: PyTree) -> PyTree:
+        """The tree marked as device-varying, which a scan's carry must be from the start."""
         return (
             jax.tree.map(lambda x: lax.pcast(x, self.axes, to="varying"), tree)
             if self.axes
@@ -312,15 +329,15 @@ class _Ring:
         )
 
 
-def _rows(tree, like):
-    """The rows of tiles [count c ...] without their padding: as many as `like` has."""
+def _rows(tiles: PyTree, like: PyTree) -> PyTree:
+    """The rows of tiles [count c ...] without the padding: as many rows as `like` has."""
     b = len(jax.tree.leaves(like)[0])
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tree)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tiles)
 
 
-def _widened(rows):
+def _widened(rows: Rows) -> Rows:
     return rows._replace(values=jax.tree.map(lambda x: x.astype(wide(x)), rows.values))
 
 
-def _sum(a, b):
+def _sum(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)

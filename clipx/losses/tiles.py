@@ -1,24 +1,29 @@
-"""Rows spread over devices, and loops over tiles of a device's rows."""
+"""Rows sharded over devices, and loops over tiles of a device's rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
-from clipx.types import batch_axes
+from clipx.types import PyTree, batch_axes
 
 TILE = 2**22  # elements of one tile when `chunk` is None: 16 MiB of float32
+Axes = tuple[str, ...]  # mesh axes over which rows are sharded; () on one device
 
 
-def spread(rows_fn, rows: tuple, scalars: tuple):
-    """Calls `rows_fn(axes, rows, scalars)` on each device's rows. All that it returns has rows too.
+def spread(rows_fn: Callable, rows: PyTree, scalars: PyTree) -> Any:
+    """Calls `rows_fn(axes, rows, scalars)` on the rows of each device.
 
-    Raises `ValueError` where the rows do not divide by the number of devices.
+    Every array of `rows` and of the result has the row axis first; `scalars` are replicated. Raises
+    `ValueError` if the number of devices does not divide the rows.
     """
     axes = batch_axes()
     if not axes:
@@ -32,13 +37,13 @@ def spread(rows_fn, rows: tuple, scalars: tuple):
     return local(rows, scalars)
 
 
-def size(axes) -> int:
+def size(axes: Axes) -> int:
     """The number of devices along these mesh axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
 
 
-def check_spread(b: int, axes) -> None:
-    """Raises `ValueError` where b rows do not divide by the number of devices."""
+def check_spread(b: int, axes: Axes) -> None:
+    """Raises `ValueError` if the number of devices does not divide b rows."""
     devices = size(axes)
     if b % devices:
         raise ValueError(
@@ -47,22 +52,22 @@ def check_spread(b: int, axes) -> None:
         )
 
 
-def gather(x, axes):
+def gather(x: Array | None, axes: Axes) -> Any:
     """The rows of all devices; None stays None."""
     return lax.all_gather(x, axes, tiled=True) if axes and x is not None else x
 
 
-def first_row(axes, b: int):
-    """The place in the whole batch of a device's first row, where each device has b."""
+def first_row(axes: Axes, b: int) -> Array | int:
+    """The position in the global batch of a device's first row, if each device has b rows."""
     return lax.axis_index(axes) * b if axes else 0
 
 
-def row_numbers(axes, b: int):
-    """The places in the whole batch of a device's b rows."""
+def row_numbers(axes: Axes, b: int) -> Array:
+    """The positions in the global batch of a device's b rows."""
     return first_row(axes, b) + jnp.arange(b)
 
 
-def split(x, count, chunk):
+def split(x: Array, count: int, chunk: int) -> Array:
     """Rows as tiles [count chunk ...]; the last tile is padded with zeros."""
     pad = count * chunk - x.shape[0]
     if pad:
@@ -70,21 +75,24 @@ def split(x, count, chunk):
     return x.reshape(count, chunk, *x.shape[1:])
 
 
-def tiles(fn, carry, rows, chunk, total, axes):
-    """Scans `fn(carry, rows, valid) -> (carry, per-row out)` over tiles of rows. Returns the same.
+def tiles(
+    fn: Callable, carry: PyTree, rows: PyTree, chunk: int | None, total: int, axes: Axes
+) -> tuple[PyTree, PyTree]:
+    """Scans `fn(carry, rows, valid) -> (carry, values per row)` over tiles of rows.
 
-    The backward pass computes each tile anew. A tile has `chunk` rows; None: so many that a tile of
-    `chunk` x `total` has at most `TILE` elements. The last tile is padded, and `valid` marks the
-    rows that are not padding.
+    Returns the last carry and the values of all rows. The backward pass recomputes each tile.
+
+    A tile has `chunk` rows. For None it has as many rows as keep `rows x total` within `TILE`
+    elements. The last tile is padded; `valid` is False for the rows of the padding.
     """
-    b = jax.tree.leaves(rows)[0].shape[0]
+    b: int = jax.tree.leaves(rows)[0].shape[0]
     chunk = min(b, chunk or max(1, TILE // total))
     count = -(-b // chunk)
     fn = jax.checkpoint(fn)
     if count == 1:
         carry, out = fn(carry, rows, jnp.ones(b, bool))
         return carry, out
-    if axes:  # a scan's carry must be as device-varying going in as it is coming out
+    if axes:  # shard_map wants a scan's first carry to be as device-varying as its last
         carry = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), carry)
     cut = partial(split, count=count, chunk=chunk)
     valid = cut(jnp.ones(b, bool))
@@ -92,8 +100,8 @@ def tiles(fn, carry, rows, chunk, total, axes):
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], out)
 
 
-def scan(fn, carry, xs):
-    """`lax.scan`, without a loop where it would run once."""
+def scan(fn: Callable, carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+    """`lax.scan`, but without a loop if there is only one step."""
     if len(jax.tree.leaves(xs)[0]) > 1:
         return lax.scan(fn, carry, xs)
     carry, ys = fn(carry, jax.tree.map(lambda x: x[0], xs))

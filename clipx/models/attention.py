@@ -1,28 +1,35 @@
-"""Attention, by the kernel that the devices have: cuDNN's on GPUs, one of our own on TPUs.
+"""Attention by the fastest kernel of the device: cuDNN's on GPUs, a Pallas kernel on TPUs.
 
-The sequences of this field are short: a picture's patches or a caption's tokens fit a TPU's vector
-memory whole, with all heads. So the kernel tiles nothing and keeps no running maximum; scores and
-weights never reach the chip's main memory, and the backward pass, which makes them again, needs
-nothing kept but what the kernel was given.
+Sequences in image-text models are short: all patches of an image, or all tokens of a caption, fit a
+TPU's vector memory with all heads. So the TPU kernel neither tiles the sequence nor keeps a running
+maximum, and scores and weights never reach the chip's main memory. The backward pass recomputes
+them; its only residuals are the inputs.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clipx.types import batch_axes
 
 _NEVER = -1e30  # a masked score: finite, so that no difference is NaN
-_ROOM = 12 * 2**20  # bytes of vector memory that blocks and scores may take, of 16 MiB by default
-_MOST = 28 * 2**20  # the same for one row that needs more; every TPU from v4 on has 32 MiB
+_ROOM = 12 * 2**20  # bytes of vector memory for blocks and scores; the default limit is 16 MiB
+_MOST = 28 * 2**20  # the same if a single row needs more; every TPU from v4 on has 32 MiB
+
+# Pallas hands mutable references to a kernel; they have no public type.
+Ref = Any
+Static = tuple[int, bool, bool]  # heads, causal, interpret
 
 
 @functools.cache
@@ -39,12 +46,13 @@ def attention(
     causal: bool = False,
     lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b t h d"]:
-    """Scaled dot-product attention; of row i only the first `lengths[i]` keys are seen.
+    """Scaled dot-product attention of t queries over s keys; scores are scaled by d**-0.5.
 
-    Softmax in float32, or float64 for float64 inputs. cuDNN's fused kernel where the device, the
-    dtype and the shapes have one.
+    With `lengths`, row i attends to its first `lengths[i]` keys only. With `causal`, a query
+    attends to no later key. Softmax runs in float32, or in float64 for float64 inputs. Uses cuDNN's
+    fused kernel if it supports the device, the dtype and the shapes.
     """
-    if q.dtype == jnp.float64:  # jax.nn's softmax is float32 whatever the inputs
+    if q.dtype == jnp.float64:  # jax.nn.dot_product_attention takes every softmax in float32
         logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
         seen = jnp.ones(logits.shape[-2:], bool)
         seen = jnp.tril(seen) if causal else seen
@@ -68,10 +76,10 @@ def attention(
     )
 
 
-def has_kernel(rows: int, tokens: int, heads: int, head_width: int, dtype) -> bool:
-    """Whether `packed_attention` can take such rows on the mesh that is set."""
-    split, per = _tensor(heads), math.prod(_mesh_sizes(batch_axes()))
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32) or rows % per:
+def has_kernel(rows: int, tokens: int, heads: int, head_width: int, dtype: DTypeLike) -> bool:
+    """Whether `packed_attention` supports these sizes on the current mesh."""
+    split, devices = _tensor(heads), math.prod(_mesh_sizes(batch_axes()))
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32) or rows % devices:
         return False
     row, scores = _vector_memory(tokens, heads // split, head_width, dtype)
     return row + scores <= _MOST
@@ -85,12 +93,14 @@ def packed_attention(
     causal: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "b n c"]:
-    """Scaled dot-product self-attention on TPUs; of row i only the first `lengths[i]` keys are
-    seen. Head h's queries, keys and values lie side by side, [heads, 3, c / heads] flattened.
+    """Scaled dot-product self-attention by the TPU kernel; w = 3c.
 
-    Products are of the inputs' dtype and summed in float32; softmax runs in float32. Rows stay on
-    the devices that hold them, and heads on those of the mesh's `tensor` axis. `interpret` runs the
-    kernel anywhere, slowly.
+    The last axis of `qkv` is [heads, 3, c / heads] flattened: each head has its queries, keys and
+    values side by side. With `lengths`, row i attends to its first `lengths[i]` keys only.
+
+    Products are taken in the dtype of `qkv` and summed in float32; softmax runs in float32. Rows
+    stay on their devices, and heads on the devices of the mesh's `tensor` axis. `interpret` runs
+    the kernel on any backend, slowly.
     """
     b, n, _ = qkv.shape
     lengths = jnp.full(b, n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
@@ -98,17 +108,21 @@ def packed_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, qkv, lengths):
+def _attend(static: Static, qkv: Array, lengths: Array) -> Array:
     return _attend_forward(static, qkv, lengths)[0]
 
 
-def _attend_forward(static, qkv, lengths):
+def _attend_forward(
+    static: Static, qkv: Array, lengths: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return _spread(_forward_kernel, static, 1 / 3, lengths, qkv), (qkv, lengths)
 
 
-def _attend_backward(static, residuals, dy):
+def _attend_backward(
+    static: Static, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, None]:
     qkv, lengths = residuals
-    return _spread(_backward_kernel, static, 1, lengths, qkv, dy), None
+    return _spread(_backward_kernel, static, 1.0, lengths, qkv, dy), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -120,14 +134,19 @@ def _mesh_sizes(axes: tuple[str, ...]) -> list[int]:
 
 
 def _tensor(heads: int) -> int:
-    """Over how many devices heads are spread."""
+    """The number of devices over which the heads are split."""
     mesh = jax.sharding.get_abstract_mesh()
     size = mesh.shape.get("tensor", 1)
     return size if heads % size == 0 else 1
 
 
-def _spread(kernel, static, share, lengths, *inputs):
-    """What the kernel makes of each device's rows and heads: `share` of the first input's width."""
+def _spread(
+    kernel: Callable, static: Static, share: float, lengths: Array, *inputs: Array
+) -> Array:
+    """The output of the kernel, which runs on each device's rows and heads.
+
+    The output is `share` times as wide as the first input.
+    """
     heads, causal, interpret = static
     split = _tensor(heads)
     run = functools.partial(_call, kernel, heads // split, causal, interpret, share)
@@ -135,7 +154,8 @@ def _spread(kernel, static, share, lengths, *inputs):
     if split == 1 and not axes:
         return run(lengths, *inputs)
     spec = P(axes or None, None, "tensor" if split > 1 else None)
-    # nothing here meets across devices: the partitioner cannot look into a kernel, that is all
+    # The kernel needs nothing from other devices. It is in a shard_map because the partitioner
+    # cannot split a kernel by itself.
     spread = jax.shard_map(
         run,
         in_specs=(P(axes or None), *[spec] * len(inputs)),
@@ -145,14 +165,22 @@ def _spread(kernel, static, share, lengths, *inputs):
     return spread(lengths, *inputs)
 
 
-def _vector_memory(tokens: int, heads: int, head_width: int, dtype) -> tuple[int, int]:
-    """Bytes that the backward kernel takes: of the blocks of one row, held twice, and of scores."""
+def _vector_memory(tokens: int, heads: int, head_width: int, dtype: DTypeLike) -> tuple[int, int]:
+    """Bytes that the backward kernel needs: (for one row's blocks, double-buffered; for scores)."""
     item = jnp.dtype(dtype).itemsize
     padded, width = -(-tokens // 16) * 16, -(-3 * heads * head_width // 128) * 128
     return 2 * padded * width * item * 7 // 3, 6 * padded * (-(-tokens // 128) * 128) * 4
 
 
-def _call(kernel, heads, causal, interpret, share, lengths, *inputs):
+def _call(
+    kernel: Callable,
+    heads: int,
+    causal: bool,
+    interpret: bool,
+    share: float,
+    lengths: Array,
+    *inputs: Array,
+) -> Array:
     b, n, width = inputs[0].shape
     dtype, d = inputs[0].dtype, width // heads // 3
     row, scores = _vector_memory(n, heads, d, dtype)
@@ -160,13 +188,13 @@ def _call(kernel, heads, causal, interpret, share, lengths, *inputs):
     out = jax.ShapeDtypeStruct((b, n, round(width * share)), dtype)
     products = 2 if kernel is _forward_kernel else 5
     weights = b * heads * n * n
-    cost = pl.CostEstimate(  # of what is done: masked scores too
+    cost = pl.CostEstimate(  # masked scores count too: the kernel computes them
         flops=weights * (2 * products * d + 3 * products),
         transcendentals=weights,
         bytes_accessed=sum(x.size * dtype.itemsize for x in (*inputs, out)),
     )
 
-    def spec(x):
+    def spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         return pl.BlockSpec((rows, *x.shape[1:]), lambda i, *_: (i, 0, 0))
 
     return pl.pallas_call(
@@ -187,61 +215,63 @@ def _call(kernel, heads, causal, interpret, share, lengths, *inputs):
     )(lengths, *inputs)
 
 
-def _dot(a, b, contract):
+def _dot(a: Array, b: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _seen(n, length, causal):
-    """Which keys [n, n] a query sees."""
+def _seen(n: int, length: Array, causal: bool) -> Array:
+    """Mask [n, n]: the keys that each query attends to."""
     key = jax.lax.broadcasted_iota(jnp.int32, (n, n), 1)
     seen = key < length
     return seen & (key <= jax.lax.broadcasted_iota(jnp.int32, (n, n), 0)) if causal else seen
 
 
-def _parts(qkv, row, head, d):
-    """A head's queries, keys and values [n, d]."""
+def _parts(qkv: Ref, row: Array | int, head: int, d: int) -> Iterator[Array]:
+    """The queries, keys and values [n, d] of a head."""
     first = 3 * d * head
     return (qkv[row, :, first + i * d : first + (i + 1) * d] for i in range(3))
 
 
-def _weights(q, k, seen):
-    """exp(scores - maximum), and 1 / its sum over keys."""
+def _weights(q: Array, k: Array, seen: Array) -> tuple[Array, Array]:
+    """(exp(scores - maximum), 1 / its sum over keys)."""
     scores = jnp.where(seen, _dot(q, k, ((1,), (1,))) * q.shape[-1] ** -0.5, _NEVER)
     e = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return e, 1 / jnp.sum(e, axis=1, keepdims=True)
 
 
-def _forward_kernel(lengths, qkv, out, *, heads, causal):
+def _forward_kernel(lengths: Ref, qkv: Ref, out: Ref, *, heads: int, causal: bool) -> None:
     rows, n, c = out.shape
     d = c // heads
     first = pl.program_id(0) * rows
 
-    def attend(row, _):
+    def attend(row: Array | int, _: None) -> None:
         seen = _seen(n, lengths[first + row], causal)
         for head in range(heads):
             q, k, v = _parts(qkv, row, head, d)
-            e, share = _weights(q, k, seen)
-            y = _dot(e.astype(v.dtype), v, ((1,), (0,))) * share
+            e, inverse_sum = _weights(q, k, seen)
+            y = _dot(e.astype(v.dtype), v, ((1,), (0,))) * inverse_sum
             out[row, :, d * head : d * (head + 1)] = y.astype(out.dtype)
 
     jax.lax.fori_loop(0, rows, attend, None)
 
 
-def _backward_kernel(lengths, qkv, dy, out, *, heads, causal):
+def _backward_kernel(
+    lengths: Ref, qkv: Ref, dy: Ref, out: Ref, *, heads: int, causal: bool
+) -> None:
     rows, n, c = dy.shape
     d = c // heads
     first = pl.program_id(0) * rows
 
-    def attend(row, _):
+    def attend(row: Array | int, _: None) -> None:
         seen = _seen(n, lengths[first + row], causal)
         for head in range(heads):
             q, k, v = _parts(qkv, row, head, d)
             g = dy[row, :, d * head : d * (head + 1)]
-            e, share = _weights(q, k, seen)
-            p = e * share
+            e, inverse_sum = _weights(q, k, seen)
+            p = e * inverse_sum
             dp = _dot(g, v, ((1,), (1,)))
             ds = p * (dp - jnp.sum(p * dp, axis=1, keepdims=True)) * d**-0.5
             p, ds = p.astype(q.dtype), ds.astype(q.dtype)

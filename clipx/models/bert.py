@@ -1,4 +1,4 @@
-"""BERT as a text tower."""
+"""BERT as a text tower, with its weights from a Hugging Face checkpoint if wanted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from clipx.errors import ConfigError
@@ -31,7 +32,10 @@ _Norm = functools.partial(LayerNorm, epsilon=_EPS)
 
 
 class BertAttention(nn.Module):
-    """Self-attention with dropout on its weights; kernels as in `transformer.SelfAttention`."""
+    """Self-attention with dropout on the attention weights.
+
+    Parameters have the layout of `transformer.SelfAttention`.
+    """
 
     heads: int
     dropout: float
@@ -94,24 +98,24 @@ class BertBlock(nn.Module):
 
 
 class BERT(Tower):
-    """BERT-base (Devlin et al. 2019, arXiv 1810.04805), of any depth and size, with its pooler.
+    """BERT-base (Devlin et al. 2019, arXiv 1810.04805) with its pooler, of any depth and size.
 
-    `backbone` of the result is the pooler's tanh of the first token, which the tokenizer's start
-    mark is; `tokens` are the last layer's. Padding is not attended to: it is what follows the first
-    `eot_id`, or, in a row without one, the `pad_id`s at its end. Texts may be shorter than
-    `positions`; every token is of the first segment type. Dropout acts on embeddings, attention
-    weights and both sums of a block.
+    `backbone` of the result is the pooler's output, tanh(W x + b) of the first token, which must be
+    the tokenizer's start mark. `tokens` are the last layer's. Padding is masked in attention: the
+    tokens after the first `eot_id`, or, in a row without one, the `pad_id`s at its end. Texts may
+    be shorter than `positions`. Every token has the first segment type. Dropout acts on embeddings,
+    on attention weights, and on the output of both halves of a block.
 
-    init_from: a safetensors file of Hugging Face's `bert-base-uncased` layout; a tower of less
-    depth takes its first layers.
+    `init_from`: a safetensors file in the layout of Hugging Face's `bert-base-uncased`. A shallower
+    tower takes the first layers of the file.
     """
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
     needs_start_mark: ClassVar[bool] = True
 
     vocab_size: int = 30522
-    context: int = 30  # tokens that the tokenizer delivers
-    positions: int = 512  # rows of the table of positions
+    context: int = 30  # tokens per text, as the tokenizer makes them
+    positions: int = 512  # rows of the position table
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -147,7 +151,7 @@ class BERT(Tower):
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """The heads. Positions are no matter: a text takes the first rows of a longer table."""
+        """The heads. `positions` does not change the output: texts use the table's first rows."""
         return {"heads": self.heads}
 
     @nn.compact
@@ -156,18 +160,20 @@ class BERT(Tower):
     ) -> Encoded:
         ids, length = x, x.shape[1]
         if length > self.positions:
-            raise ValueError(f"{self.at('positions')}: {self.positions}, texts: {x.shape}")
+            raise ValueError(
+                f"{self.at('positions')}={self.positions}, but the texts {x.shape} are longer"
+            )
         keys = dropout_keys(self.dropout, train, keys)
         valid = jnp.arange(length) < text_lengths(ids, self.eot_id, self.pad_id)[:, None]
 
-        def table(name, rows, init=_normal):
+        def table(name: str, rows: int, init: Callable = _normal) -> Array:
             return self.param(name, init, (rows, self.width), jnp.float32)
 
-        def words(key, shape, dtype):
+        def zero_padding(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return _normal(key, shape, dtype).at[self.pad_id].set(0)
 
-        # summed before the cast; an id outside the table becomes NaN rather than some other token
-        x = jnp.take(table("token_embedding", self.vocab_size, words), ids, axis=0)
+        # Summed before the cast to `dtype`. An id outside the table gives NaN, not another token.
+        x = jnp.take(table("token_embedding", self.vocab_size, zero_padding), ids, axis=0)
         x = x + table("positional_embedding", self.positions)[:length]
         x = x + table("type_embedding", 2)[0]
         x = _Norm(dtype=self.dtype, name="ln_embedding")(x)
@@ -185,11 +191,11 @@ class BERT(Tower):
 
     @nn.nowrap
     def pretrained(self) -> dict[str, PyTree]:
-        """The entries of `params` that training starts from in place of their random ones: float32
-        NumPy arrays from `init_from`, {} without one. A projection is not among them.
+        """The entries of `params` that `init_from` holds, as float32 NumPy arrays; {} without it.
 
-        Raises `ConfigError` for a file that is not there or is no safetensors file, and for the
-        first array that is missing or of another shape.
+        Training starts from them instead of random values. The projection is not among them. Raises
+        `ConfigError` if the file is missing or is not a safetensors file, and for the first array
+        that is missing or has another shape.
         """
         if not self.init_from:
             return {}
@@ -200,7 +206,7 @@ class BERT(Tower):
 _WHERE = "config.text.init_from"
 
 
-def _open(path: str):
+def _open(path: str) -> Any:  # a context manager of safetensors, which has no public type
     import safetensors
 
     try:
@@ -212,47 +218,50 @@ def _open(path: str):
         raise ConfigError(_WHERE, f"{path!r} ({error})", "a safetensors file") from None
 
 
-def _get(path: str, file, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One array, under its name with or without "bert." and, as old files have it, with gamma and
-    beta for a norm's weight and bias."""
+def _get(path: str, file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array `name` of the file, in float32.
+
+    The file may have the name with or without the prefix "bert.", and, if it is old, "gamma" and
+    "beta" for the weight and bias of a norm.
+    """
     names = [name]
     if "LayerNorm" in name:
         names.append(name.replace(".weight", ".gamma").replace(".bias", ".beta"))
     names += ["bert." + n for n in names]
-    there = sorted(set(names) & set(file.keys()))
-    if not there:
+    present = sorted(set(names) & set(file.keys()))
+    if not present:
         raise ConfigError(
             _WHERE,
-            f"no {name} in {path!r}",
-            "a BERT in Hugging Face's names, with at least config.text.depth layers",
+            f"no array {name} in {path!r}",
+            "a BERT with Hugging Face's names and at least config.text.depth layers",
         )
-    found = tuple(file.get_slice(there[0]).get_shape())
-    if found != shape:
-        words = name.endswith("word_embeddings.weight") and found[1:] == shape[1:]
+    file_shape = tuple(file.get_slice(present[0]).get_shape())
+    if file_shape != shape:
+        only_vocabulary = name.endswith("word_embeddings.weight") and file_shape[1:] == shape[1:]
         raise ConfigError(
             _WHERE,
-            f"{there[0]} of shape {found} in {path!r}",
-            f"{shape}, of the tower that the config describes",
-            f"config.tokenizer.vocab_size={found[0]}, with the vocabulary of that file"
-            if words
+            f"{present[0]} of shape {file_shape} in {path!r}",
+            f"shape {shape}, as the config describes the tower",
+            f"config.tokenizer.vocab_size={file_shape[0]}, with the vocabulary of that file"
+            if only_vocabulary
             else "",
         )
-    return file.get_tensor(there[0]).astype(np.float32)
+    return file.get_tensor(present[0]).astype(np.float32)
 
 
-def _read(get: Callable, tower: BERT) -> dict[str, PyTree]:
-    """Arrays of Hugging Face's names and torch's layouts, under this project's."""
+def _read(get: Callable[[str, tuple[int, ...]], np.ndarray], tower: BERT) -> dict[str, PyTree]:
+    """The arrays of a Hugging Face file, in the names and layouts of `tower`'s params."""
     c, hidden = tower.width, round(tower.width * tower.mlp_ratio)
     heads = (tower.heads, c // tower.heads)
 
-    def norm(name):
+    def norm(name: str) -> dict[str, np.ndarray]:
         return {"scale": get(f"{name}.weight", (c,)), "bias": get(f"{name}.bias", (c,))}
 
-    def dense(name, inputs=c, outputs=c):
+    def dense(name: str, inputs: int = c, outputs: int = c) -> dict[str, np.ndarray]:
         kernel = get(f"{name}.weight", (outputs, inputs)).T
         return {"kernel": kernel, "bias": get(f"{name}.bias", (outputs,))}
 
-    def block(name):
+    def block(name: str) -> dict[str, PyTree]:
         q, k, v = (dense(f"{name}.attention.self.{n}") for n in ("query", "key", "value"))
         out = dense(f"{name}.attention.output.dense")
         kernel = np.stack([x["kernel"].reshape(c, *heads) for x in (q, k, v)], axis=1)

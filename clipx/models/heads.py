@@ -1,18 +1,19 @@
-"""What stands on two towers' features: critics that score pairs, discriminators that judge rows,
-projections of rows or tokens to where a loss compares them.
+"""Heads on the towers' features: critics that score pairs, discriminators, and projections.
 
-All compute in the dtype of the features they are given, float32 at least. Those with BatchNorm let
-rows meet: they belong in an objective's `loss`.
+All heads compute in the dtype of their inputs, which are float32 at least. In a head with
+BatchNorm rows depend on each other, so it belongs in an objective's `loss`, not in `embed`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from clipx.errors import ConfigError
@@ -29,22 +30,22 @@ from clipx.types import constrain_rows
 _TILE = 2**22  # hidden units of one tile of pairs: 16 MiB of float32
 
 
-def _dense(width: int, fan_in: int, **options) -> nn.Dense:
-    """A dense layer that starts as torch's do, in the dtype of what it is given."""
+def _dense(width: int, fan_in: int, **options: Any) -> nn.Dense:
+    """A dense layer with torch's initialisation, in the dtype of its input."""
     return nn.Dense(
         width, **{"kernel_init": torch_uniform, "bias_init": torch_bias(fan_in)} | options
     )
 
 
-def _noisy_identity(key, shape, dtype=jnp.float32):
-    """Uniform within 0.01, but for ones on the main diagonal."""
+def _noisy_identity(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Ones on the main diagonal, uniform in [-0.01, 0.01) elsewhere."""
     return jnp.where(
         jnp.eye(*shape, dtype=bool), 1, jax.random.uniform(key, shape, dtype, -0.01, 0.01)
     )
 
 
 def next_row(x: Shaped[Array, "b ..."], groups: int = 1) -> Shaped[Array, "b ..."]:
-    """Row i + 1 in the place of row i, cyclically within each run of b/groups rows."""
+    """`x` with row i + 1 in the place of row i, cyclically within each run of b/groups rows."""
     if groups == 1:
         return constrain_rows(jnp.roll(x, -1, axis=0))
     grouped = x.reshape(groups, -1, *x.shape[1:])
@@ -52,8 +53,10 @@ def next_row(x: Shaped[Array, "b ..."], groups: int = 1) -> Shaped[Array, "b ...
 
 
 class GroupedBatchNorm(BatchNorm):
-    """BatchNorm whose statistics are those of b/groups rows, as on `groups` devices that share
-    nothing. The running statistics are the first group's, as torch's DDP keeps rank 0's."""
+    """BatchNorm with statistics per run of b/groups rows, as on `groups` devices without SyncBN.
+
+    The running statistics are those of the first group, as torch's DDP keeps those of rank 0.
+    """
 
     groups: int = 1
 
@@ -71,10 +74,13 @@ class GroupedBatchNorm(BatchNorm):
 
 
 class Projection(nn.Module):
-    """A dot critic's block: LayerNorm(W2 relu(BatchNorm(W1 x)) + Ws x), [b, width], not normalised.
+    """A side of the dot critic: LayerNorm(W2 relu(BatchNorm(W1 x)) + Ws x), not unit-normalised.
 
-    The shortcut Ws starts as a noisy identity. CLIP-Lite's code calls each critic twice a step, for
-    right and for wrong pairs, on the same rows, so its running statistics move by 1 - 0.9^2.
+    The shortcut Ws starts as a noisy identity. The momentum of the running statistics is 1 - 0.9²,
+    because CLIP-Lite's code calls a critic twice per step on the same rows: once for the right
+    pairs and once for the wrong ones.
+
+    Raises `ConfigError` for features that are wider than `width`.
     """
 
     width: int
@@ -86,18 +92,18 @@ class Projection(nn.Module):
         if channels > self.width:
             raise ConfigError(
                 "config.objective.width",
-                f"{self.width}, for features of {channels}",
-                f"at least {channels}: the critic starts as a copy of its features",
+                f"{self.width}, for features of {channels} channels",
+                f"at least {channels}, because the critic starts as a copy of its features",
             )
         norm = GroupedBatchNorm(str(x.dtype), momentum=1 - 0.9**2, groups=self.groups, name="norm")
         y = nn.relu(norm(_dense(self.width, channels, use_bias=False, name="fc")(x), train=train))
         y = _dense(self.width, self.width, name="proj")(y)
-        copy = _dense(self.width, channels, kernel_init=_noisy_identity, name="shortcut")(x)
-        return LayerNorm(name="ln")(y + copy)
+        shortcut = _dense(self.width, channels, kernel_init=_noisy_identity, name="shortcut")(x)
+        return LayerNorm(name="ln")(y + shortcut)
 
 
 class DotCritic(nn.Module):
-    """exp(logit_scale) times the cosine of two projections that share nothing."""
+    """CLIP-Lite's critic: exp(logit_scale) times the cosine of two separate projections."""
 
     width: int
     groups: int = 1
@@ -119,7 +125,7 @@ class DotCritic(nn.Module):
 
 
 class _Perceptron(nn.Module):
-    """ReLU, a dense layer, ReLU, a dense layer to one number."""
+    """ReLU, dense layer, ReLU, dense layer to one number."""
 
     width: int
 
@@ -130,19 +136,21 @@ class _Perceptron(nn.Module):
 
 
 class ConcatCritic(nn.Module):
-    """A perceptron of two hidden layers over [a; b], without norm or temperature.
+    """A perceptron with two hidden layers over the concatenation [a; b].
 
-    Its first layer is kept as one for each side, whose results are added: the same function, but a
-    row passes it once however many pairs it is in.
+    It has neither a norm nor a temperature. The first layer is stored as one layer per side, and
+    the two results are added. This is the same function, but each row passes the first layer once,
+    however many pairs it is in.
     """
 
     width: int = 512
     groups: int = 1
 
     @nn.compact
-    def _parts(self, a, b):
+    def _first_layer(self, a: Array, b: Array) -> tuple[Array, Array, _Perceptron]:
+        """(hidden units of a, hidden units of b, the layers above)."""
         channels = a.shape[-1] + b.shape[-1]
-        init = torch_bias(channels)  # uniform; of the layer as a whole
+        init = torch_bias(channels)  # the fan-in is that of both sides together
         left = nn.Dense(self.width, kernel_init=init, bias_init=init, name="left")(a)
         right = nn.Dense(self.width, kernel_init=init, use_bias=False, name="right")(b)
         return left, right, _Perceptron(self.width, name="top")
@@ -151,19 +159,19 @@ class ConcatCritic(nn.Module):
         self, a: Float[Array, "b c"], b: Float[Array, "b e"], *, train: bool = False
     ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
         """The scores of a_i with b_i, and of a_i with the next row of b in its group."""
-        left, right, top = self._parts(a, b)
+        left, right, top = self._first_layer(a, b)
         return top(left + right), top(left + next_row(right, self.groups))
 
     def pairs(self, a: Float[Array, "i c"], b: Float[Array, "t e"]) -> Float[Array, "i t"]:
-        """The score of every a with every b, some rows of `a` at a time."""
-        left, right, top = self._parts(a, b)
+        """The score of every row of a with every row of b, some rows of a at a time."""
+        left, right, top = self._first_layer(a, b)
         top, variables = top.unbind()
         rows = max(1, _TILE // right.size)
         return jax.lax.map(lambda x: top.apply(variables, x + right), left, batch_size=rows)
 
 
 class PriorDiscriminator(nn.Module):
-    """A logit a row: uniform noise rather than a feature."""
+    """One logit per row: large for uniform noise, small for a feature (CLIP-Lite)."""
 
     widths: tuple[int, ...] = (1000, 200)
 
@@ -175,11 +183,11 @@ class PriorDiscriminator(nn.Module):
 
 
 class BatchNormMLP(nn.Module):
-    """Dense layers of `widths`, a BatchNorm and a ReLU after each but the last, which has a
-    BatchNorm with `last_norm`, and never a ReLU.
+    """Dense layers of `widths`, with BatchNorm and ReLU after each layer but the last.
 
-    DeCLIP's projector (three layers of 1024, `last_norm`) and predictor (512, 1024), SLIP's head
-    (4096, 4096, 256). As in both codes every layer has a bias, also those before a BatchNorm.
+    The last layer has a BatchNorm if `last_norm`, and never a ReLU. DeCLIP's projector has widths
+    (1024, 1024, 1024) and `last_norm`, DeCLIP's predictor (512, 1024), and SLIP's head (4096, 4096,
+    256). As in both codes every layer has a bias, also a layer in front of a BatchNorm.
     """
 
     widths: tuple[int, ...]
@@ -199,11 +207,11 @@ class BatchNormMLP(nn.Module):
 
 
 class PrototypeHeads(nn.Module):
-    """A `BatchNormMLP` for pictures and one for texts, which start as copies of each other and
-    share nothing (ProtoCLIP), and the log scale of what their unit rows are compared by.
+    """ProtoCLIP's heads: one `BatchNormMLP` for images, one for texts, and `logit_scale`.
 
-    Parameters and statistics have a leading axis: pictures, texts. With one width a head is a
-    single dense layer.
+    The two heads start as copies of each other and share no parameters. Parameters and statistics
+    have a leading axis of two: images, texts. With one width a head is a single dense layer.
+    `logit_scale` is the log of the scale of the logits.
     """
 
     widths: tuple[int, ...]
@@ -218,19 +226,19 @@ class PrototypeHeads(nn.Module):
     def __call__(
         self, image: Float[Array, "b c"], text: Float[Array, "b c"], *, train: bool = False
     ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-        """The unit rows of both."""
-        each = nn.vmap(
+        """The unit-normalised projections of images and of texts."""
+        both_heads = nn.vmap(
             lambda mlp, x: mlp(x, train=train),
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": False},
         )
         both = constrain_rows(jnp.stack([image, text]), axis=1)
-        image, text = unit(each(self.mlp, both))
+        image, text = unit(both_heads(self.mlp, both))
         return constrain_rows((image, text))
 
 
 class TokenProjection(nn.Module):
-    """Every token's unit row, through one dense layer with a bias."""
+    """Unit-normalised tokens after one dense layer with a bias."""
 
     width: int
 
@@ -241,8 +249,10 @@ class TokenProjection(nn.Module):
 
 
 class VocabularyHead(nn.Module):
-    """Kernel [c, words] and bias [words] of the layer that says which word a token was, which
-    shares nothing with the embedding of words. `losses.masked_lm` applies it, in tiles."""
+    """Kernel [c, words] and bias [words] of the layer that predicts masked words.
+
+    They are not tied to the word embedding. `losses.masked_lm` applies the layer, in tiles.
+    """
 
     words: int
 

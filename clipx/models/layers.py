@@ -1,7 +1,7 @@
-"""What the towers are made of, and `Tower`, what every one of them is.
+"""The layers that towers are made of, and their base class `Tower`.
 
 Compute runs in the tower's `dtype`; parameters are float32; normalisation and softmax run in
-float32 at least. Dropout is drawn from one key per row, so a row's mask depends on nothing else.
+float32 at least. Dropout takes one key per row, so a row's mask depends on its own key alone.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from clipx.errors import ConfigError
@@ -24,17 +25,18 @@ from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
 from clipx.types import Encoded, PyTree
 
-# exact; CLIP's x * sigmoid(1.702 x); by a tanh, as big_vision's SigLIP and JAX's default have it
+# "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
+# approximation, which big_vision's SigLIP and JAX's default use
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 
 # torch's default for linear and convolution kernels: uniform within 1/sqrt(fan_in)
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def torch_bias(fan_in: int):
+def torch_bias(fan_in: int) -> Callable:
     """torch's default initialiser for biases: uniform within 1/sqrt(fan_in)."""
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
 
     return init
@@ -56,19 +58,19 @@ def check_name(where: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError(where, repr(name), "one of " + ", ".join(known), fix)
 
 
-def reduction_dtype(dtype) -> jnp.dtype:
-    """float64 for float64, else float32: what sums, norms and softmax are computed in."""
+def reduction_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of sums, norms and softmax: float64 for float64, else float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def wide(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """`x` in float32 at least, which is what heads and losses compute in."""
+    """`x` in float32 at least, the dtype in which heads and losses compute."""
     return x.astype(reduction_dtype(x.dtype))
 
 
 def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Rows of length 1, float32 at least. Rows shorter than 1e-6 stay shorter than 1, so that value
-    and gradient are finite everywhere."""
+    """Rows scaled to length 1, float32 at least. A row shorter than 1e-6 is divided by 1e-6, and so
+    value and gradient are finite everywhere."""
     x = x.astype(reduction_dtype(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
@@ -76,46 +78,46 @@ def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 def mean_tokens(
     x: Float[Array, "b n c"], valid: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b c"]:
-    """The mean over (valid) tokens, in `x`'s dtype, summed in float32 at least."""
+    """The mean over the `valid` tokens (None: all), in `x`'s dtype, summed in float32 at least."""
     weight = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid
     weight = weight[..., None].astype(reduction_dtype(x.dtype))
     return ((x * weight).sum(1) / weight.sum(1)).astype(x.dtype)
 
 
 def text_lengths(ids: Int32[Array, "b n"], eot_id: int, pad_id: int) -> Int[Array, " b"]:
-    """Tokens of each row that are no padding, 1 at least. Padding is what follows the first
-    `eot_id`, or, in a row without one, the `pad_id`s at its end."""
+    """Tokens of each row that are not padding, 1 at least. Padding is what follows the first
+    `eot_id`, or, in a row without one, the run of `pad_id`s at its end."""
     is_eot = ids == eot_id
     text_end = ids.shape[1] - (ids != pad_id)[:, ::-1].argmax(axis=1)
     return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
 
 
 class PositionTable(NamedTuple):
-    """Where a tower keeps learned positions that can be resized for other inputs."""
+    """A tower's table of learned positions, which can be resized for inputs of another size."""
 
-    path: tuple[str, ...]  # of the table [rows, channels], in the tower's `params`
-    first: int  # rows in front of the positions, a class token's: they have no place
-    shape: tuple[int, ...]  # what the other rows cover: (side, side) patches, or (tokens,)
+    path: tuple[str, ...]  # where the table [rows, channels] is in the tower's `params`
+    first: int  # rows in front of the positions, such as the class token's
+    shape: tuple[int, ...]  # the grid of the other rows: (side, side) patches, or (tokens,)
 
 
 class Tower(nn.Module):
-    """Base of every tower: pictures or token ids in, `Encoded` out. Its fields are config keys.
+    """Base class of every tower: images or token ids in, `Encoded` out. Its fields are config keys.
 
-    `__call__(x, *, train=False, keys=None) -> Encoded` fills every field; row i of each comes from
-    row i of `x` and `keys[i]` (BatchNorm in training excepted). `keys` are typed PRNG keys, needed
-    only when `train` and `dropout`.
+    `__call__(x, *, train=False, keys=None) -> Encoded` fills every field of `Encoded`. Row i of
+    each field depends on row i of `x` and on `keys[i]` alone (except for BatchNorm in training).
+    `keys` are typed PRNG keys, needed only if `train` and dropout is on.
 
-    Code outside of `clipx/models/` never tests which tower it has. A tower declares what others
+    Code outside `clipx/models/` never tests which class a tower has. A tower declares what others
     need to know: `from_tokenizer`, `needs_start_mark`, `backbone_width`, `position_table` and
     `unseen_settings`. None of these is a config key.
     """
 
-    # fields that a config's tokenizer gives, and its tower's section may not
+    # fields that are filled in from the config's tokenizer, and may not be in the tower's section
     from_tokenizer: ClassVar[tuple[str, ...]] = ()
-    # whether the tower is read out at the start mark of a text, so that every text must have one
+    # whether the tower's output is read at the start mark, so that every text must have one
     needs_start_mark: ClassVar[bool] = False
 
-    embed_dim: int = 512  # width of the shared space; 0: no projection, raw is the backbone
+    embed_dim: int = 512  # width of the shared space; 0: no projection, `raw` is `backbone`
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ class Tower(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises `ConfigError` for fields that cannot go together. Runs on every Linen clone."""
+        """Raises `ConfigError` for impossible values of fields. Runs on every Linen clone."""
         check(self.embed_dim >= 0, self.at("embed_dim"), self.embed_dim, "0 or more")
 
     @property
@@ -134,37 +136,36 @@ class Tower(nn.Module):
 
     @property
     def output_width(self) -> int:
-        """Channels of `Encoded.raw`: of the projection, or of the backbone without one."""
+        """Channels of `Encoded.raw`: those of the projection, or of the backbone without one."""
         return self.embed_dim or self.backbone_width
 
     @property
     def position_table(self) -> PositionTable | None:
-        """The positions that change with the size of pictures or the length of texts; None where
-        any size that the config allows takes the same array."""
+        """The learned positions whose number depends on the image size or text length, if any."""
         return None
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """The settings that change the output and leave the shapes of arrays as they are. Models
-        that differ in one of them are different models, whatever their arrays."""
+        """Settings that change the output but no array's shape. Parameters do not fit a model that
+        differs in one of them, although every array has the right shape."""
         return {}
 
     @nn.nowrap
     def at(self, field: str) -> str:
-        """Where a config error about `field` is."""
+        """The `where` of a `ConfigError` about `field`."""
         return f"{type(self).__name__}.{field}"
 
     @nn.nowrap
     def pretrained(self) -> dict[str, PyTree]:
-        """The entries of this tower's `params` that training starts from in place of random ones;
-        {} for a tower that reads no file."""
+        """The entries of `params` that a file gives and training starts from; {} for no file."""
         return {}
 
     def encoded(
         self, pooled: Float[Array, "b c"], tokens: Float[Array, "b n c"], *, bias: bool = False
     ) -> Encoded:
-        """The four fields, through a projection that starts as N(0, 1/c) (CLIP, clip/model.py).
-        A bias starts as torch's linear layers start it."""
+        """All fields of `Encoded`; `raw` is a projection of `pooled`, or `pooled` if `embed_dim=0`.
+        The projection's kernel starts as N(0, 1/c) (CLIP, clip/model.py), its bias as torch's do.
+        """
         raw = pooled
         if self.embed_dim:
             width = pooled.shape[-1]
@@ -186,7 +187,9 @@ class LayerNorm(nn.LayerNorm):
     use_fast_variance: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*r c"]) -> Float[Array, "*r c"]:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "*r c"]
+    ) -> Float[Array, "*r c"]:
         if not on_tpu():
             return super().__call__(x)
         scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
@@ -195,16 +198,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over every axis but the last, as torch's BatchNorm.
+    """Batch normalisation over every axis but the last, like torch's BatchNorm.
 
-    In training the statistics are those of the rows given, which in the global view is the whole
-    batch on any mesh. The collection `batch_stats` holds the running mean and the running unbiased
-    variance (flax keeps the biased one), moved by 0.1 a call; it must be mutable in training.
+    In training the statistics are those of the given rows: in the global view, those of the
+    complete batch on any mesh. The collection `batch_stats` holds the running mean and the running
+    unbiased variance (flax keeps the biased one). Each call in training updates them with weight
+    `momentum`; the collection must be mutable then.
     """
 
     dtype: str = "float32"
     epsilon: float = 1e-5
-    momentum: float = 0.1  # weight of the new statistics, torch's convention
+    momentum: float = 0.1  # weight of the new statistics (torch's convention)
     scale_init: Any = initializers.ones
 
     @nn.compact
@@ -222,8 +226,8 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 unbiased = var * (rows / max(rows - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    moved = (1 - self.momentum) * running.value + self.momentum * new
-                    running.value = jax.lax.stop_gradient(moved).astype(running.value.dtype)
+                    updated = (1 - self.momentum) * running.value + self.momentum * new
+                    running.value = jax.lax.stop_gradient(updated).astype(running.value.dtype)
         scale = self.param("scale", self.scale_init, (width,), jnp.float32)
         bias = self.param("bias", initializers.zeros, (width,), jnp.float32)
         gain = jax.lax.rsqrt(var + self.epsilon) * scale
@@ -231,9 +235,13 @@ class BatchNorm(nn.Module):
 
 
 def drop(
-    x: Float[Array, "b n c"], rate: float, keys: Key[Array, " b"] | None, index
+    x: Float[Array, "b n c"],
+    rate: float,
+    keys: Key[Array, " b"] | None,
+    index: int | Int[Array, ""],
 ) -> Float[Array, "b n c"]:
-    """`x` with inverted dropout; row i's mask comes from `keys[i]` and `index` alone."""
+    """`x` after inverted dropout; `keys=None` drops nothing. Row i's mask depends on `keys[i]` and
+    `index` alone; `index` tells the dropouts of a tower apart."""
     if not rate or keys is None:
         return x
     keep = jax.vmap(
@@ -245,7 +253,7 @@ def drop(
 def dropout_keys(
     rate: float, train: bool, keys: Key[Array, " b"] | None
 ) -> Key[Array, " b"] | None:
-    """`keys` where dropout is on, else None. Raises `ValueError` where it is on without keys."""
+    """`keys` if dropout is on, else None. Raises `ValueError` if it is on and `keys` is None."""
     if not (train and rate):
         return None
     if keys is None:
@@ -263,7 +271,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        def dense(name, x, width, kernel_init):
+        def dense(name: str, x: Array, width: int, kernel_init: Callable) -> Array:
             return Affine((width,), self.dtype, kernel_init, torch_bias(x.shape[-1]), name=name)(x)
 
         y = dense("fc", x, self.width, self.kernel_inits[0])
@@ -275,30 +283,30 @@ class MLP(nn.Module):
 
 
 class Affine(nn.Module):
-    """A linear layer from the last axes of its input to `shape`, its parameters those of a
-    DenseGeneral: `kernel` [*inputs, *shape] and `bias` [*shape].
+    """A linear layer from the last `inputs` axes of x to `shape`, with DenseGeneral's parameters:
+    `kernel` [*inputs, *shape] and `bias` [*shape].
 
-    On TPUs rows are flattened, for the layout that attention's kernel takes.
+    On TPUs it multiplies flattened rows, which gives the layout that the attention kernel takes.
     """
 
     shape: tuple[int, ...]
     dtype: str
     kernel_init: Any
     bias_init: Any = initializers.zeros
-    inputs: int = 1  # axes
+    inputs: int = 1  # number of axes
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "*b"], *, order: tuple[int, ...] | None = None
     ) -> Float[Array, "*rows"]:
-        """[..., *shape]; with `order`, the axes of `shape` in that order and flattened."""
+        """[..., *shape]; on TPUs with `order`, the axes of `shape` in that order and flattened."""
         lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
         fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
 
-        def kernel_init(key, shape, dtype):
+        def kernel_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return self.kernel_init(key, (fan_in, fan_out), dtype).reshape(shape)
 
-        def bias_init(key, shape, dtype):
+        def bias_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return self.bias_init(key, (fan_out,), dtype).reshape(shape)
 
         kernel = self.param("kernel", kernel_init, (*inputs, *self.shape), jnp.float32)
@@ -310,7 +318,7 @@ class Affine(nn.Module):
         if order is not None:
             kernel = kernel.transpose(0, *(i + 1 for i in order))
             bias = bias.transpose(order)
-        # behind a barrier, or the compiler gives x the layout that suits the kernel's many axes
+        # without the barrier the compiler gives x the layout that suits the kernel's many axes
         kernel = jax.lax.optimization_barrier(kernel.reshape(fan_in, fan_out))
         y = jnp.dot(x.reshape(-1, fan_in), kernel)
         y = add_bias(y, bias.reshape(-1))
@@ -318,7 +326,7 @@ class Affine(nn.Module):
 
 
 class PoolAttention(nn.Module):
-    """Attention of query tokens over all tokens, heads joined, before any output projection:
+    """Multi-head attention of query tokens over all tokens, without an output projection. Kernels:
     `q` [c, heads, head width], `kv` [c, 2, heads, head width]."""
 
     heads: int

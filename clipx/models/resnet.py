@@ -1,8 +1,9 @@
-"""Residual networks: CLIP's modified ResNet and the plain one."""
+"""Residual networks: CLIP's modified ResNet and torchvision's plain one."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from clipx.models.layers import (
 )
 from clipx.types import Encoded, constrain_rows
 
-# blocks per stage and stem width: Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4
+# Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4: blocks per stage, stem width
 MODIFIED = {
     "RN50": ((3, 4, 6, 3), 64),
     "RN101": ((3, 4, 23, 3), 64),
@@ -39,7 +40,7 @@ PLAIN = {
     "resnet101": ((3, 4, 23, 3), True),
     "resnet152": ((3, 8, 36, 3), True),
 }
-_he_normal = initializers.variance_scaling(2, "fan_out", "normal")  # torchvision's for ResNets
+_he_normal = initializers.variance_scaling(2, "fan_out", "normal")  # torchvision's, for ResNets
 
 
 def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j c"]:
@@ -49,9 +50,9 @@ def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j c"]
 class Residual(nn.Module):
     """One residual block: two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck.
 
-    `modified` strides by average pooling, in front of the last and of the shortcut's convolution
-    (clip/model.py, Bottleneck); else the 3x3 convolution and the shortcut's stride (torchvision,
-    ResNet v1.5).
+    A `modified` block strides by average pooling, in front of its last convolution and of the
+    shortcut's (clip/model.py, Bottleneck). A plain block strides in its 3x3 convolution and in the
+    shortcut's (torchvision, ResNet v1.5).
     """
 
     width: int
@@ -82,8 +83,8 @@ class Residual(nn.Module):
         return constrain_rows(nn.relu(x + y))
 
 
-def _conv_and_norm(modified: bool, dtype: str, train: bool):
-    """Makers of a convolution without bias, padded as torch pads it, and of a BatchNorm."""
+def _conv_and_norm(modified: bool, dtype: str, train: bool) -> tuple[Callable, Callable]:
+    """Functions that make a convolution, without bias and padded as in torch, and a BatchNorm."""
 
     def conv(name: str, width: int, size: int, stride: int = 1) -> nn.Conv:
         return nn.Conv(
@@ -97,15 +98,17 @@ def _conv_and_norm(modified: bool, dtype: str, train: bool):
             name=name,
         )
 
-    def norm(name: str, scale_init: Any = initializers.ones):
+    def norm(name: str, scale_init: Any = initializers.ones) -> Callable:
         return functools.partial(BatchNorm(dtype, scale_init=scale_init, name=name), train=train)
 
     return conv, norm
 
 
 class AttentionPool(nn.Module):
-    """The mean token attends to itself and all others (clip/model.py, AttentionPool2d, without its
-    output projection, which is the tower's)."""
+    """Attention pooling: the mean token attends to itself and to all tokens.
+
+    This is AttentionPool2d of clip/model.py without its output projection, which is the tower's.
+    """
 
     heads: int
     dtype: str
@@ -122,22 +125,23 @@ class AttentionPool(nn.Module):
 
 
 class ResNet(Tower):
-    """CLIP's modified ResNet (clip/model.py, ModifiedResNet; "RN50", "RN101", "RN50x4", ...), or
-    the plain one (torchvision; "resnet18" to "resnet152").
+    """CLIP's modified ResNet ("RN50", "RN101", "RN50x4", ...) or a plain one ("resnet18" to
+    "resnet152"). Sources: clip/model.py, ModifiedResNet; torchvision.
 
-    The modified one has a stem of three convolutions, strides by average pooling, and attention
-    pooling, whose output projection is the tower's and has a bias. The plain one takes the mean.
-    `blocks` and `width` (of the stem) override the variant's. `tokens` of the result are the last
-    feature map, which is also known as `last_map` among Linen's intermediates and perturbations.
-    Pictures come normalised. In training, BatchNorm's rows are the rows given, and the
-    collection `batch_stats` must be mutable.
+    The modified ResNet has a stem of three convolutions, strides by average pooling, and ends in
+    attention pooling, whose output projection is the tower's and has a bias. The plain ResNet ends
+    in mean pooling. `blocks` (per stage) and `width` (of the stem) override the variant's.
+
+    Images must be normalised. `tokens` of the result are the last feature map. Linen's
+    intermediates and perturbations also hold it, as `last_map`. In training, BatchNorm's statistics
+    are those of the given rows, and the collection `batch_stats` must be mutable.
     """
 
     variant: str = "RN50"
     image_size: int = 224  # pixels
     width: int | None = None
     blocks: tuple[int, ...] | None = None
-    zero_gamma: bool = False  # the plain one: blocks start as the identity; the modified always do
+    zero_gamma: bool = False  # plain blocks start as the identity; modified blocks always do
 
     @nn.nowrap
     def check(self) -> None:
@@ -150,7 +154,7 @@ class ResNet(Tower):
             self.at("image_size"),
             f"{self.image_size} pixels",
             f"a multiple of {stride}",
-            f"{max(round(self.image_size / stride), 1) * stride} pixels",
+            f"set image_size={max(round(self.image_size / stride), 1) * stride}",
         )
         check(
             min(blocks, default=0) > 0,
@@ -163,7 +167,7 @@ class ResNet(Tower):
             width > 0 and width % 2 == 0 and (not self.modified or channels % self.heads == 0),
             self.at("width"),
             width,
-            "an even number whose last map splits into heads of about 64",
+            "an even number such that heads of about 64 channels divide the last feature map",
         )
 
     @property
@@ -181,7 +185,7 @@ class ResNet(Tower):
 
     @property
     def heads(self) -> int:
-        """Of the attention pool: 64 wide each (clip/model.py, CLIP)."""
+        """The number of heads of the attention pool, 64 channels each (clip/model.py, CLIP)."""
         blocks, width = self.shape
         return max(width * 2 ** (len(blocks) + 1) // 64, 1)
 
@@ -194,8 +198,10 @@ class ResNet(Tower):
 
     @property
     def position_table(self) -> PositionTable | None:
-        """Of the attention pool: one row a place of the last feature map, behind the mean token's.
-        The plain one has none."""
+        """The positions of the attention pool; None for a plain ResNet.
+
+        One row for the mean token, then one per pixel of the last feature map.
+        """
         if not self.modified:
             return None
         side = self.image_size // 2 ** (len(self.shape[0]) + 1)
@@ -217,7 +223,7 @@ class ResNet(Tower):
         blocks, width = self.shape
         modified = self.modified
         if x.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"{self.at('image_size')}: {self.image_size}, pictures: {x.shape}")
+            raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
         conv, norm = _conv_and_norm(modified, self.dtype, train)
         x = x.astype(self.dtype)
         if modified:
@@ -227,7 +233,8 @@ class ResNet(Tower):
             x = _average(x, 2)
         else:
             x = nn.relu(norm("bn1")(conv("conv1", width, 7, 2)(x)))
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            padding = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding)  # pyright: ignore[reportArgumentType]
         for stage, count in enumerate(blocks):
             for i in range(count):
                 x = Residual(
@@ -239,9 +246,14 @@ class ResNet(Tower):
                     dtype=self.dtype,
                     name=f"stage_{stage}_{i}",
                 )(x, train=train)
-        # For heat maps: whoever asks is given the last map, and may perturb it for its gradient.
-        self.sow("intermediates", "last_map", x, reduce_fn=lambda _, last: last)
-        if not self.is_initializing():  # which would keep an array of the batch's size
+        # Heat maps read the last map here, and perturb it to get its gradient.
+        self.sow(
+            "intermediates",
+            "last_map",
+            x,
+            reduce_fn=lambda _, last: last,  # pyright: ignore[reportArgumentType]
+        )
+        if not self.is_initializing():  # or the variables would keep an array of the batch's size
             x = self.perturb("last_map", x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if modified:

@@ -1,4 +1,4 @@
-"""The text transformer."""
+"""CLIP's text transformer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from clipx.types import Encoded
 class TextTransformer(Tower):
     """CLIP's text transformer (clip/model.py), or, with `causal=False`, a bidirectional one.
 
-    `pool`: the token at the first `eot_id` (in a row without one, the last token), the last token,
-    or the mean. With `mask_padding`, padding is neither attended to nor pooled; padding is what
-    follows the first `eot_id`, or, in a row without one, the `pad_id`s at its end (CLIP's pad id is
-    also the id of "!", so an id alone does not make a padding). `tokens` of the result are all
-    tokens after the last LayerNorm. Texts may be shorter than `context`.
+    `pool` picks `backbone`: "eot" is the token at the first `eot_id` (in a row without one, the
+    last token), "last" the last token, "mean" the mean. `tokens` of the result are all tokens after
+    the last LayerNorm. Texts may be shorter than `context`.
+
+    With `mask_padding`, padding is masked in attention and left out of the pooling. Padding is
+    everything after the first `eot_id`; in a row without one it is the run of `pad_id`s at the end.
+    (An id alone does not tell padding: CLIP's `pad_id` is also the id of "!".)
     """
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
@@ -46,7 +48,7 @@ class TextTransformer(Tower):
     eot_id: int = 49407
     pad_id: int = 0
     mask_padding: bool = False
-    projection_bias: bool = False  # CLIP has none, DeCLIP one
+    projection_bias: bool = False  # CLIP's projection has no bias, DeCLIP's has one
     activation: Activation = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -80,15 +82,15 @@ class TextTransformer(Tower):
 
     @property
     def position_table(self) -> PositionTable:
-        """One row a token."""
+        """One row per token."""
         return PositionTable(("positional_embedding",), 0, (self.context,))
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """Fields. In a causal tower masked padding changes nothing."""
+        """Fields of the tower. `mask_padding` counts only if the tower is not causal."""
         names = ("activation", "norm_eps", "heads", "pool", "causal")
-        found = {name: getattr(self, name) for name in names}
-        return found | {"mask_padding": self.mask_padding and not self.causal}
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"mask_padding": self.mask_padding and not self.causal}
 
     @nn.compact
     def __call__(
@@ -96,15 +98,17 @@ class TextTransformer(Tower):
     ) -> Encoded:
         ids, (rows, length) = x, x.shape
         if length > self.context:
-            raise ValueError(f"{self.at('context')}: {self.context}, texts: {x.shape}")
+            raise ValueError(
+                f"{self.at('context')}={self.context}, but the texts {x.shape} are longer"
+            )
         table = self.param(
             "token_embedding",
             initializers.normal(0.02),
             (self.vocab_size, self.width),
             jnp.float32,
         )
-        # looked up before the cast, so that a frequent token's gradient is summed in float32; an id
-        # outside the table becomes NaN rather than some other token
+        # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
+        # An id outside the table gives NaN, not another token.
         x = jnp.take(table, ids, axis=0).astype(self.dtype)
         position = self.param(
             "positional_embedding",
@@ -137,6 +141,6 @@ class TextTransformer(Tower):
             pooled = mean_tokens(tokens, valid)
         else:
             last = jnp.full(rows, length - 1) if lengths is None else lengths - 1
-            at = eot if self.pool == "eot" else last
-            pooled = jnp.take_along_axis(tokens, at[:, None, None], axis=1)[:, 0]
+            pooled_at = eot if self.pool == "eot" else last
+            pooled = jnp.take_along_axis(tokens, pooled_at[:, None, None], axis=1)[:, 0]
         return self.encoded(pooled, tokens, bias=self.projection_bias)

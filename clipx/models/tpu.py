@@ -1,5 +1,7 @@
-"""What towers compute in another way on TPUs, whose vector unit sums slowly and whose matrix unit,
-given ones to multiply with, sums fast and in float32. The numbers are the same up to rounding.
+"""Layers that towers compute in another way on TPUs.
+
+A TPU's vector unit sums slowly. Its matrix unit sums fast, and in float32, if one factor is all
+ones. The results agree with the usual layers up to rounding.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-# Names that remat policies know: a norm's two numbers per token, which no policy makes again, and
-# what a kernel of attention makes, which is to them as a product of weights is.
+# Names for remat policies. STATISTICS: a norm's two numbers per token, which every policy saves.
+# ATTENDED: the output of the attention kernel, which a policy saves if it saves weight products.
 STATISTICS, ATTENDED = "statistics", "attended"
 
 
 def on_tpu() -> bool:
-    """Whether what is traced now will run on TPUs: on those of the mesh that is set, which need not
-    be here, or else on the default ones."""
+    """Whether the program that is being traced will run on TPUs.
+
+    The devices are those of the current mesh, which may be absent from this machine, or else the
+    default devices.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device is not None else jax.default_backend()) == "tpu"
 
 
-def _dot(a, b):
+def _dot(a: Array, b: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
 
@@ -38,11 +43,11 @@ def _row_means(x: Float[Array, "*r c"]) -> Float[Array, "*r 1"]:
 
 @jax.custom_vjp
 def add_bias(x: Float[Array, "r c"], bias: Float[Array, " c"]) -> Float[Array, "r c"]:
-    """x + bias, the gradient of the bias summed in float32."""
+    """x + bias; the gradient of the bias is summed in float32."""
     return x + bias
 
 
-def _add_bias_backward(_, dy):
+def _add_bias_backward(_: None, dy: Array) -> tuple[Array, Array]:
     return dy, _column_sums(dy).astype(dy.dtype)
 
 
@@ -57,29 +62,35 @@ def layer_norm(
     epsilon: float,
     dtype: str,
 ) -> Float[Array, "*r c"]:
-    """Layer normalisation, its variance in two passes, all in float32 until the result's `dtype`.
-    The gradient keeps the statistics under the name `STATISTICS`."""
+    """Layer normalisation in float32, cast to `dtype` at the end; the variance takes two passes.
+
+    The statistics are residuals of the backward pass, under the name `STATISTICS`.
+    """
     return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _layer_norm_forward(x, scale, bias, epsilon, dtype):
+def _layer_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float, dtype: str
+) -> tuple[Array, tuple[Array, ...]]:
     mean = checkpoint_name(_row_means(x), STATISTICS)
-    apart = x.astype(jnp.float32) - mean
-    inverse = jax.lax.rsqrt(_row_means(jnp.square(apart)) + epsilon)
-    inverse = checkpoint_name(inverse, STATISTICS)
-    y = apart * (inverse * scale) + bias
-    return y.astype(dtype), (x, scale, mean, inverse)
+    centred = x.astype(jnp.float32) - mean
+    inverse_std = jax.lax.rsqrt(_row_means(jnp.square(centred)) + epsilon)
+    inverse_std = checkpoint_name(inverse_std, STATISTICS)
+    y = centred * (inverse_std * scale) + bias
+    return y.astype(dtype), (x, scale, mean, inverse_std)
 
 
-def _layer_norm_backward(epsilon, dtype, residuals, dy):
-    x, scale, mean, inverse = residuals
+def _layer_norm_backward(
+    epsilon: float, dtype: str, residuals: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse_std = residuals
     dy = dy.astype(jnp.float32)
-    unit = (x.astype(jnp.float32) - mean) * inverse
-    part = dy * scale
-    along = jnp.mean(part * unit, axis=-1, keepdims=True)
-    dx = inverse * (part - jnp.mean(part, axis=-1, keepdims=True) - unit * along)
+    normed = (x.astype(jnp.float32) - mean) * inverse_std
+    d_normed = dy * scale
+    along = jnp.mean(d_normed * normed, axis=-1, keepdims=True)
+    dx = inverse_std * (d_normed - jnp.mean(d_normed, axis=-1, keepdims=True) - normed * along)
     rows = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), jnp.sum(dy * unit, axis=rows), jnp.sum(dy, axis=rows)
+    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=rows), jnp.sum(dy, axis=rows)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

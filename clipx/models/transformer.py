@@ -1,4 +1,4 @@
-"""A stack of transformer blocks, and the two layouts of its parameters."""
+"""The stack of transformer blocks that the towers share, and the two layouts of its parameters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from clipx.types import PyTree, constrain_rows
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention. Kernels keep a `heads` axis, for tensor parallelism to split:
-    `qkv` [c, 3, heads, head width], `out` [heads, head width, c]."""
+    """Multi-head self-attention.
+
+    The kernels `qkv` [c, 3, heads, head width] and `out` [heads, head width, c] have a `heads`
+    axis, which tensor parallelism splits.
+    """
 
     heads: int
     causal: bool
     dtype: str
     kernel_inits: tuple[Any, Any]
-    tokens: int = 0  # of a row, where rows come flattened for the TPU's kernel
+    tokens: int = 0  # per row, if x is flattened to [b n, c] for the TPU kernel; 0: it is not
 
     @nn.compact
     def __call__(
@@ -36,7 +39,7 @@ class SelfAttention(nn.Module):
         shape = (3, self.heads, width // self.heads)
         project = Affine(shape, self.dtype, self.kernel_inits[0], name="qkv")
         if self.tokens:
-            # heads outermost, so that a mesh's tensor axis splits the flat axis too
+            # heads are outermost, so that a mesh's tensor axis can split the flat axis
             qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
             y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
             y = checkpoint_name(y, ATTENDED)
@@ -53,14 +56,14 @@ class Block(nn.Module):
 
     heads: int
     mlp_width: int
-    depth: int  # of the whole transformer: it scales the initialisation
+    depth: int  # of the complete transformer, which scales the initialisation
     activation: Activation
     norm_eps: float
     dropout: float
     causal: bool
     block_init: Literal["clip", "torch"]
     dtype: str
-    tokens: int = 0  # of a row, where rows come flattened: [b n, c]
+    tokens: int = 0  # as in `SelfAttention`
 
     @nn.compact
     def __call__(
@@ -83,7 +86,7 @@ class Block(nn.Module):
             self.heads, self.causal, self.dtype, attention_inits, self.tokens, name="attn"
         )
 
-        def dropped(y, index):
+        def dropped(y: Array, index: int | Array) -> Array:
             rows = y.reshape(-1, self.tokens, width) if self.tokens else y
             return drop(rows, self.dropout, keys, index).reshape(y.shape)
 
@@ -94,14 +97,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: parameters `block_0`, `block_1`, ..., or, with `scan`, one `blocks` with a
-    leading layer axis (compiled once). `remat`: what the backward pass computes again: nothing, all
-    but the weight products (and, on TPUs, what attention's kernel makes), or whole blocks (on TPUs,
-    all but the statistics of norms).
+    """A stack of pre-LN transformer blocks.
 
-    `block_init`: "clip" scales the normals by depth, as CLIP does for text; "torch" leaves the
-    layers as torch makes them, as CLIP's code does for pictures (clip/model.py,
-    initialize_parameters).
+    The parameters are `block_0`, `block_1`, ...; with `scan` they are one `blocks` with a leading
+    layer axis, and the block is compiled once.
+
+    `remat` says what the backward pass recomputes. "none": nothing. "dots": all but weight products
+    (and, on TPUs, all but the attention kernel's output). "full": complete blocks. On TPUs every
+    policy saves the statistics of norms.
+
+    `block_init` "clip" scales the normal initialisers by depth, as CLIP does for text. "torch"
+    keeps torch's defaults, as CLIP's code does for images (clip/model.py, initialize_parameters).
     """
 
     depth: int
@@ -125,12 +131,13 @@ class Transformer(nn.Module):
     ) -> Float[Array, "b n c"]:
         rows, tokens, width = x.shape
         flat = on_tpu() and has_kernel(rows, tokens, self.heads, width // self.heads, self.dtype)
+        padded_tokens = 0
         if flat:
-            # whole tiles of memory, so that one layout serves the products and the kernel; nobody
-            # looks at the tokens that fill the last tile
+            # Padded to a TPU's memory tiles, so that the weight products and the kernel take the
+            # same layout. `lengths` keeps the padding out of attention.
             lengths = jnp.full(rows, tokens) if lengths is None else lengths
             x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
-            whole, x = x.shape[1], constrain_rows(x.reshape(-1, width))
+            padded_tokens, x = x.shape[1], constrain_rows(x.reshape(-1, width))
         cls = Block
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -152,7 +159,7 @@ class Transformer(nn.Module):
             causal=self.causal,
             block_init=self.block_init,
             dtype=self.dtype,
-            tokens=whole if flat else 0,
+            tokens=padded_tokens,
         )
         if not self.scan:
             for i in range(self.depth):
@@ -169,7 +176,7 @@ class Transformer(nn.Module):
 
 
 def stack_blocks(params: PyTree) -> PyTree:
-    """`params` with every `block_0`, `block_1`, ... as one `blocks`: the layout of `scan=True`."""
+    """`params` in the layout of `scan=True`: `block_0`, `block_1`, ... stacked to one `blocks`."""
     if not isinstance(params, dict):
         return params
     names = [f"block_{i}" for i in range(sum(k.startswith("block_") for k in params))]
@@ -180,7 +187,7 @@ def stack_blocks(params: PyTree) -> PyTree:
 
 
 def unstack_blocks(params: PyTree) -> PyTree:
-    """The opposite of `stack_blocks`: the layout of `scan=False`."""
+    """`params` in the layout of `scan=False`; the inverse of `stack_blocks`."""
     if not isinstance(params, dict):
         return params
     rest = {k: unstack_blocks(v) for k, v in params.items() if k != "blocks"}

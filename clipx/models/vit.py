@@ -27,8 +27,8 @@ from clipx.models.layers import (
 from clipx.models.transformer import Transformer
 from clipx.types import Encoded
 
-# width, depth, heads, MLP width: Zhai et al. 2022 (arXiv:2106.04560), table 2; bigG is open_clip's
-# name of G
+# Zhai et al. 2022 (arXiv:2106.04560), table 2: width, depth, heads, MLP width. "bigG" is
+# open_clip's name for G.
 SIZES = {
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
@@ -43,13 +43,13 @@ SIZES = {
 }
 
 
-def _frozen_product(x, kernel, *args, **options):
-    """x @ kernel, of which x alone has a gradient."""
+def _frozen_product(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """`dot_general` of x and a kernel that gets no gradient."""
     return jax.lax.dot_general(x, jax.lax.stop_gradient(kernel), *args, **options)
 
 
 class MapHead(nn.Module):
-    """One learned query attends to all tokens, then a residual MLP (big_vision, models/vit.py,
+    """Attention pooling with one learned query, then a residual MLP (big_vision, models/vit.py,
     MAPHead)."""
 
     heads: int
@@ -73,15 +73,16 @@ class MapHead(nn.Module):
 
 
 class ViT(Tower):
-    """A vision transformer after CLIP's (clip/model.py, VisionTransformer), of any size.
+    """CLIP's vision transformer (clip/model.py, VisionTransformer), of any size.
 
-    `variant` names size and patch, as "ViT-B/32"; `width`, `depth`, `heads`, `patch`, `mlp_ratio`
-    override what it says. `pool`: the class token after `ln_post`; or, without class token and with
-    `ln_post` over all tokens, their mean or attention pooling. `tokens` of the result are the patch
-    tokens before `ln_post`. Pictures come normalised.
+    `variant` names size and patch, such as "ViT-B/32"; `width`, `depth`, `heads`, `patch` and
+    `mlp_ratio` override it. `pool` picks `backbone`: "class" is the class token after `ln_post`.
+    "mean" and "attention" have no class token, apply `ln_post` to all tokens, and take their mean
+    or a `MapHead`. `tokens` of the result are the patch tokens before `ln_post`. Images must be
+    normalised.
 
-    With `freeze_patches` the patch embedding has no gradient, as in MoCo v3 (arXiv:2104.02057,
-    section 4) and DeCLIP's code; a rule of the optimizer must spare it weight decay.
+    With `freeze_patches` the patch embedding gets no gradient, as in MoCo v3 (arXiv:2104.02057,
+    section 4) and in DeCLIP's code. A rule of the optimizer must exempt it from weight decay.
     """
 
     variant: str = "ViT-B/32"
@@ -93,8 +94,8 @@ class ViT(Tower):
     mlp_ratio: float | None = None
     pool: Literal["class", "mean", "attention"] = "class"
     pre_norm: bool = True  # CLIP's LayerNorm before the first block
-    block_init: Literal["torch", "clip"] = "torch"  # "clip": as the text tower's, scaled by depth
-    freeze_patches: bool = False  # the patch embedding stays what it starts as
+    block_init: Literal["torch", "clip"] = "torch"  # "clip": scaled by depth, as in the text tower
+    freeze_patches: bool = False  # the patch embedding keeps its initial values
     activation: Activation = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -112,7 +113,7 @@ class ViT(Tower):
             self.at("image_size"),
             f"{self.image_size} pixels with a patch of {patch}",
             "a multiple of the patch",
-            f"{max(round(self.image_size / patch), 1) * patch} pixels",
+            f"set image_size={max(round(self.image_size / patch), 1) * patch}",
         )
         check(
             width % heads == 0,
@@ -125,7 +126,7 @@ class ViT(Tower):
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """Width, depth, heads, MLP width and patch: the variant's, unless a field overrides it."""
-        digits = re.search(r"[0-9]*$", self.variant)[0]
+        digits = re.findall(r"[0-9]*$", self.variant)[0]
         known = [f"ViT-{size}/{digits or 32}" for size in SIZES]
         check_name(self.at("variant"), self.variant, known)
         width, depth, heads, mlp_width = SIZES[self.variant[4 : -len(digits) - 1]]
@@ -146,13 +147,13 @@ class ViT(Tower):
 
     @property
     def position_table(self) -> PositionTable:
-        """One row a patch, behind the class token's."""
+        """One row for the class token, if there is one, then one per patch."""
         side = self.image_size // self.shape[-1]
         return PositionTable(("positional_embedding",), int(self.pool == "class"), (side, side))
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """Fields, and the heads that the variant says."""
+        """Fields of the tower, and the number of heads, which may come from the variant."""
         return {
             "activation": self.activation,
             "norm_eps": self.norm_eps,
@@ -171,7 +172,7 @@ class ViT(Tower):
     ) -> Encoded:
         width, depth, heads, mlp_width, patch = self.shape
         if x.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"{self.at('image_size')}: {self.image_size}, pictures: {x.shape}")
+            raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
         side, rows = self.image_size // patch, x.shape[0]
         x = x.reshape(rows, side, patch, side, patch, 3).swapaxes(2, 3)
         x = nn.DenseGeneral(

@@ -1,9 +1,9 @@
-"""What a run minimises: two towers, `embed` in which rows are alone, `loss` in which they meet."""
+"""Base class of what a run minimises: `embed` treats each row alone, `loss` compares rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -15,23 +15,31 @@ from clipx.models.layers import Tower, check
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
 
+if TYPE_CHECKING:
+    Augmentation = str | photometry.Policy  # checkers cannot expand the names in `Named`
+else:
+    Augmentation = photometry.Named | photometry.Policy
+
 
 class Objective(nn.Module):
-    """A method. Subclasses add their constants as fields, which are their config keys, and write
-    `embed` and `loss`; the rest has defaults that suit a method of two plain towers.
+    """A training method: two towers, `embed` and `loss`.
 
-    Everything is written in the global view, as if there were one device. Row i of what `embed`
-    returns comes from row i of the batch and key i alone (but for BatchNorm inside a tower).
+    Subclasses add their constants as fields, which are their config keys, and write `embed` and
+    `loss`. The other methods have defaults that suit a method of two plain towers.
+
+    Everything is written in the global view, as if there were one device. Row i of the features
+    that `embed` returns depends only on row i of the batch and on key i, except through BatchNorm
+    inside a tower.
     """
 
     image: Tower
     text: Tower
-    augmentation: photometry.Named | photometry.Policy = "none"  # of each picture view
-    crop_scale: tuple[float, float] | None = None  # area share of a crop; None: the augmentation's
-    false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are no negatives
+    augmentation: Augmentation = "none"  # of every image view
+    crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
+    false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are not negatives
     mean: tuple[float, float, float] = photometry.OPENAI_MEAN  # of RGB in 0..1
     std: tuple[float, float, float] = photometry.OPENAI_STD
-    locked: tuple[str, ...] = ()  # given: towers that the optimizer freezes whole
+    locked: tuple[str, ...] = ()  # set by the run: towers that are frozen completely
 
     # Fields that other sections of the config fill: {field: "section.key"}. A config cannot set
     # them under `objective`.
@@ -39,24 +47,24 @@ class Objective(nn.Module):
 
     @property
     def episode_steps(self) -> int | None:
-        """Steps between two calls of `refresh`; None: never."""
+        """Steps between two calls of `refresh`; None if it is never called."""
         return None
 
     @property
     def with_replacement(self) -> bool:
-        """Whether an episode's rows are drawn with replacement; else they are the next ones of the
-        run's usual order."""
+        """Whether an episode samples its rows with replacement. Otherwise it takes the next rows in
+        the run's usual order."""
         return False
 
     @property
     def external_width(self) -> int | None:
-        """Width of the external teacher's rows, `batch.extra["teacher"]`, float32 [b, e]; None
+        """Width e of the external teacher's rows, `batch.extra["teacher"]`, float32 [b, e]; None
         without a teacher."""
         return None
 
     @property
     def views(self) -> Views:
-        """What the data pipeline must deliver."""
+        """The image views and texts that the data pipeline must deliver."""
         view = picture_view(self.augmentation, self.crop_scale)
         return Views((view,), mirror_words=view.photometry.mirror_words)
 
@@ -66,35 +74,37 @@ class Objective(nn.Module):
         return ("unit",)
 
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> Features:
-        """Features of every row, each from its own row of the batch and its own key."""
-        raise TypeError(f"{type(self).__name__} has no embed")
+        """Features of every row, each computed from its own row of the batch and its own key."""
+        raise TypeError(f"{type(self).__name__} does not implement embed")
 
-    def loss(self, features: Features, memory: PyTree, *, train: bool) -> Loss:
-        """The loss over all rows, its metrics, and the memory of the next step."""
-        raise TypeError(f"{type(self).__name__} has no loss")
+    # `features` is whatever subclass of `Features` the objective's own `embed` returns.
+    def loss(self, features: Any, memory: PyTree, *, train: bool) -> Loss:
+        """The loss over all rows, its metrics, and the memory for the next step."""
+        raise TypeError(f"{type(self).__name__} does not implement loss")
 
     def init_memory(self) -> PyTree:
-        """The memory of step 0."""
+        """The memory at step 0; {} for an objective that keeps none."""
         return {}
 
-    def episode_features(self, features: Features) -> Features:
-        """What `refresh` is given of a batch that `embed` has seen in evaluation mode."""
+    def episode_features(self, features: Any) -> Features:
+        """What `refresh` receives of one batch, from the features that `embed` computed in
+        evaluation mode."""
         return features
 
-    def refresh(self, memory: PyTree, features: Features, *, key: Key[Array, ""]) -> PyTree:
-        """The memory of a new episode, from the features of all its rows: row p is that of
-        `position` p."""
+    def refresh(self, memory: PyTree, features: Any, *, key: Key[Array, ""]) -> PyTree:
+        """The memory of a new episode, from the `episode_features` of all its rows. Row p is the
+        one at `position` p."""
         return memory
 
     def picture(
         self, batch: Batch, keys: Key[Array, " b"], view: int = 0
     ) -> UInt8[Array, "b h w 3"]:
-        """One view of the batch's pictures after its photometry."""
+        """One view of the batch's images, after its photometric augmentation."""
         policy = self.views.pictures[view].photometry
         return photometry.photometry(batch.image[:, view], tower_keys(keys, _VIEW + view), policy)
 
     def ids(self, batch: Batch) -> Int32[Array, " b"] | None:
-        """What `losses` take as `ids`: rows of one caption share one; None keeps them negatives."""
+        """The `ids` that `losses` take: equal for equal captions. None keeps those as negatives."""
         return caption_ids(batch.text[:, 0]) if self.false_negatives == "mask" else None
 
     def encode_image(
@@ -104,7 +114,7 @@ class Objective(nn.Module):
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
-        """The image tower's rows, for pictures as a user has them: uint8, RGB."""
+        """Output of the image tower for raw images: uint8, RGB."""
         image = photometry.normalize(image, self.mean, self.std)
         return self._tower("image", image, train, keys)
 
@@ -115,18 +125,19 @@ class Objective(nn.Module):
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
-        """The text tower's rows, for token ids."""
+        """Output of the text tower for token ids."""
         return self._tower("text", text, train, keys)
 
-    def _tower(self, name: str, x, train: bool, keys) -> Encoded:
-        """What a tower says; a locked one, as in evaluation and without a gradient."""
+    def _tower(self, name: str, x: Array, train: bool, keys: Key[Array, " b"] | None) -> Encoded:
+        """Output of one tower. A locked tower runs in evaluation mode and gets no gradient."""
         if name not in self.locked:
             return getattr(self, name)(x, train=train, keys=keys)
         return jax.lax.stop_gradient(getattr(self, name)(x))
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
-        """The score of every picture with every text: the product of unit rows."""
-        return jnp.einsum("id,td->it", images.unit, texts.unit, precision=jax.lax.Precision.HIGHEST)
+        """Score of every image with every text: the inner product of their unit embeddings."""
+        rows = present(images.unit), present(texts.unit)
+        return jnp.einsum("id,td->it", *rows, precision=jax.lax.Precision.HIGHEST)
 
     def similarity_scale(self) -> Float[Array, ""]:
         """The factor that makes logits of `similarity`: exp(logit_scale) as the loss multiplies by
@@ -135,45 +146,50 @@ class Objective(nn.Module):
         return jnp.ones(()) if scale is None else jnp.exp(scale)
 
     def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
-        """`embed` and `loss` in one: what initialisation traces, so that every parameter exists."""
+        """`embed` and then `loss`. Initialisation traces it, so that every parameter is created."""
         return self.loss(self.embed(batch, keys, train=True), memory, train=True)
 
 
-_VIEW = 1 << 16  # keys of views lie apart from those of towers
+_VIEW = 1 << 16  # offset that keeps the keys of views apart from the keys of towers
 
 
 def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
-    """A hash of each row's tokens: equal for equal captions, and else different but for one pair
-    in 2^32."""
+    """A hash of each row's tokens. Equal captions have equal hashes; two different captions collide
+    with a probability of 2^-32."""
     n = text.shape[1]
     weights = np.random.default_rng(0).integers(1 << 32, size=n, dtype=np.uint32) | 1
     total = jnp.sum(text.astype(jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(total, jnp.int32)
 
 
-def picture_view(
-    augmentation: photometry.Named | photometry.Policy, crop_scale: tuple[float, float] | None
-) -> View:
-    """A view of an augmentation, its crops of `crop_scale` if that is given."""
+def picture_view(augmentation: Augmentation, crop_scale: tuple[float, float] | None) -> View:
+    """The view of an augmentation, with crops of `crop_scale` if that is given."""
     policy = photometry.find(augmentation)
     return View(crop_scale or policy.scale, policy.flip, policy)
 
 
 def check_groups(groups: int, rows: int) -> None:
-    """Raises `ConfigError` for rows that do not fall into so many groups."""
+    """Raises `ConfigError` unless `groups` divides `rows`, the size of the global batch."""
     check(
         rows % groups == 0,
         "config.objective.groups",
         f"{groups}, with {rows} rows",
-        "a number that divides the batch",
+        "a number that divides the batch size",
     )
 
 
+def present(x: Array | None) -> Array:
+    """`x`, which must not be None. Towers fill every field of `Encoded`, and `embed` fills those
+    fields of its features that `loss` reads."""
+    assert x is not None
+    return x
+
+
 def tower_keys(keys: Key[Array, " b"], tower: int) -> Key[Array, " b"]:
-    """One key per row for one use of a tower, independent of the other towers' and views'."""
+    """One key per row for one use of a tower, independent of the keys of other towers and views."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, tower)
 
 
 def scalar(module: nn.Module, name: str, value: float) -> Any:
-    """A learned float32 scalar that starts at `value`."""
+    """A learned float32 scalar, initialised to `value`."""
     return module.param(name, nn.initializers.constant(value), (), jnp.float32)

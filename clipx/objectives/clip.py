@@ -1,28 +1,28 @@
-"""CLIP: each picture picks its caption among all captions of the batch, and the reverse."""
+"""CLIP: each image picks its caption among all captions of the batch, and the reverse."""
 
 from __future__ import annotations
 
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Key
 
 from clipx import losses
-from clipx.objectives.base import Objective, scalar, tower_keys
-from clipx.types import Features, Loss
+from clipx.objectives.base import Objective, present, scalar, tower_keys
+from clipx.types import Batch, Features, Loss, PyTree
 
 
 class ClipFeatures(Features):
     image: Float[Array, "b d"]
     text: Float[Array, "b d"]
-    ids: Int32[Array, " b"] | None = None  # of captions, where equal ones are no negatives
+    ids: Int32[Array, " b"] | None = None  # caption hashes; None: equal captions stay negatives
 
 
 class CLIP(Objective):
     """Symmetric InfoNCE with a learned temperature (arXiv 2103.00020, section 2.3).
 
-    `logit_scale` is the logarithm of the scale; the recipe keeps it below ln 100 through a `clamp`
-    in the optimizer's rules. `groups` = n: rows are negatives only within B/n rows.
+    `logit_scale` is the logarithm of the scale. The recipe keeps it below ln 100 with a `clamp` in
+    the optimizer's rules. With `groups` = n, rows are negatives only within groups of B/n rows.
     """
 
     logit_scale_init: float = math.log(1 / 0.07)
@@ -31,12 +31,12 @@ class CLIP(Objective):
     def setup(self):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
 
-    def embed(self, batch, keys, *, train):
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> ClipFeatures:
         image = self.encode_image(self.picture(batch, keys), train=train, keys=tower_keys(keys, 0))
         text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
-        return ClipFeatures(image=image.unit, text=text.unit, ids=self.ids(batch))
+        return ClipFeatures(image=present(image.unit), text=present(text.unit), ids=self.ids(batch))
 
-    def loss(self, features, memory, *, train):
+    def loss(self, features: ClipFeatures, memory: PyTree, *, train: bool) -> Loss:
         image, text = features.image, features.text
         scale = jnp.exp(self.logit_scale)
         value = jnp.mean(

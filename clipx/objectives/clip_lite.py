@@ -1,4 +1,4 @@
-"""CLIP-Lite: each picture tells its caption from one other, through a learned critic."""
+"""CLIP-Lite: each image tells its caption from one other caption, through a learned critic."""
 
 from __future__ import annotations
 
@@ -8,63 +8,67 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clipx import losses
 from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next_row
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import Objective, check_groups, tower_keys
+from clipx.objectives.base import Augmentation, Objective, check_groups, present, tower_keys
 from clipx.ops import photometry
-from clipx.types import Encoded, Features, Loss, Views
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Views
 
-# the critic of picture-caption pairs, and that of two views or two captions of one picture
+# the critic of image-caption pairs, and the one of two views or two captions of an image
 _CRITICS = {
     "dot": (DotCritic, DotCritic),
     "concat": (ConcatCritic, ConcatCritic),
     "condot": (ConcatCritic, DotCritic),
     "dotcon": (DotCritic, ConcatCritic),
 }
-# which of a row's independent keys: towers, views, and the noise that a prior compares with
+# numbers of a row's independent keys: towers, views, and the noise that a prior compares with
 _IMAGE, _TEXT, _OTHER_IMAGE, _OTHER_TEXT, _IMAGE_NOISE, _TEXT_NOISE = range(6)
 
 
 class CLIPLiteFeatures(Features):
     image: Float[Array, "b c"]
     text: Float[Array, "b e"]
-    other_image: Float[Array, "b c"] | None = None  # of the second view
-    other_text: Float[Array, "b e"] | None = None  # of another caption
-    prior: Float[Array, " b"] | None = None  # the two discriminators' losses, summed
-    ids: Int32[Array, " b"] | None = None  # of captions, where equal ones are no negatives
+    other_image: Float[Array, "b c"] | None = None  # features of the second view
+    other_text: Float[Array, "b e"] | None = None  # features of another caption
+    prior: Float[Array, " b"] | None = None  # sum of the two discriminators' losses
+    ids: Int32[Array, " b"] | None = None  # caption hashes; None: equal captions stay negatives
 
 
 class CLIPLite(Objective):
-    """A Jensen-Shannon bound on mutual information from one negative a pair (arXiv 2112.07133):
-    (1 - w) (picture-caption + picture-picture + caption-caption) + w prior.
+    """A Jensen-Shannon bound on mutual information, with one negative per pair (arXiv 2112.07133):
+    (1 - w) (image-caption + image-image + caption-caption) + w prior, where w = `prior_weight`.
 
-    A row's negative is the next row of the batch, cyclically; `groups` = n: of its B/n rows, whose
-    statistics the critics' BatchNorms take too, as on n devices that share nothing. With
-    `data.clusters` rows 2i and 2i + 1 are of one cluster of captions, so that every other negative
-    is a hard one: the authors' "clusters" mode, but each row stands in one pair an epoch, where
-    theirs draws each row's partner anew, and k stays, where theirs grows. The critics see what the
-    towers call `raw`: towers with `embed_dim` = 0 are the published ones, and a critic starts as a
-    copy of its features padded to `width`.
+    A row's negative is the next row of the batch, cyclically. With `groups` = n it is the next row
+    of a group of B/n rows, and the critics' BatchNorms take their statistics within the group, as
+    on n devices that share nothing.
 
-    critic: `dot`, scaled cosines of projections; `concat`, a perceptron over both features; of
-    `condot` and `dotcon` the first part is for picture-caption pairs, the second for the others.
-    prior: discriminators tell features from uniform noise. As the authors' code has it, the towers
-    help them ("cooperative"); as the paper's objective has it, they do not ("adversarial"). With
-    "off" the rest keeps its factor of 1 - w.
+    With `data.clusters`, rows 2i and 2i + 1 come from one cluster of captions, so every other
+    negative is a hard one. This is the authors' "clusters" mode with two differences: here each row
+    is in one pair per epoch and k is constant; there each row's partner is sampled anew and k
+    grows.
+
+    The critics read the towers' `raw` output; the published towers have `embed_dim` = 0. A dot
+    critic starts as a copy of its features padded to `width`.
+
+    critic: `dot` is a scaled cosine of projections; `concat` is a perceptron over both features.
+    `condot` uses `concat` for image-caption pairs and `dot` for the others; `dotcon` the reverse.
+    prior: discriminators tell features from uniform noise. "cooperative": the towers help them, as
+    in the authors' code. "adversarial": the towers work against them, as in the paper's objective.
+    "off": there is no prior, and the other terms keep their factor 1 - w.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "clip_lite"
+    augmentation: Augmentation = "clip_lite"
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     critic: Literal["dot", "concat", "condot", "dotcon"] = "dot"
     prior: Literal["cooperative", "adversarial", "off"] = "cooperative"
     prior_weight: float = 0.1
     width: int = 2048  # of a dot critic's projections
-    image_terms: bool = False  # a second view of each picture is a pair too
-    text_terms: bool = False  # another caption of each picture is a pair too
+    image_terms: bool = False  # two views of each image are a pair too
+    text_terms: bool = False  # two captions of each image are a pair too
     groups: int = 1
 
     def __post_init__(self):
@@ -74,8 +78,8 @@ class CLIPLite(Objective):
             0 <= weight < 1 and (weight > 0 or not used),
             f"{where}.prior_weight",
             weight,
-            "a share between 0 and 1",
-            "prior='off'" if used and not weight else "",
+            "more than 0 and less than 1" if used else "at least 0 and less than 1",
+            "config.objective.prior='off'" if used and not weight else "",
         )
         check(self.width > 0, f"{where}.width", self.width, "1 or more")
         check(self.groups > 0, f"{where}.groups", self.groups, "1 or more")
@@ -91,7 +95,7 @@ class CLIPLite(Objective):
         if self.prior != "off":
             self.image_prior, self.text_prior = PriorDiscriminator(), PriorDiscriminator()
 
-    def _critic(self, cls):
+    def _critic(self, cls: type[nn.Module]) -> DotCritic | ConcatCritic:
         if cls is DotCritic:
             return DotCritic(self.width, groups=self.groups)
         return ConcatCritic(groups=self.groups)
@@ -108,25 +112,27 @@ class CLIPLite(Objective):
     def compares(self) -> tuple[str, ...]:
         return ("unit",) if _CRITICS[self.critic][0] is DotCritic else ("raw",)
 
-    def embed(self, batch, keys, *, train):
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> CLIPLiteFeatures:
         towers = super()
 
-        def image(view, use):
-            pictures = self.picture(batch, keys, view)
-            return wide(towers.encode_image(pictures, train=train, keys=tower_keys(keys, use)).raw)
+        def image(view: int, use: int) -> Float[Array, "b c"]:
+            pixels = self.picture(batch, keys, view)
+            encoded = towers.encode_image(pixels, train=train, keys=tower_keys(keys, use))
+            return wide(present(encoded.raw))
 
-        def text(view, use):
+        def text(view: int, use: int) -> Float[Array, "b e"]:
             ids = batch.text[:, view]
-            return wide(towers.encode_text(ids, train=train, keys=tower_keys(keys, use)).raw)
+            encoded = towers.encode_text(ids, train=train, keys=tower_keys(keys, use))
+            return wide(present(encoded.raw))
 
-        own_image, own_text = image(0, _IMAGE), text(0, _TEXT)
+        first_image, first_text = image(0, _IMAGE), text(0, _TEXT)
         prior = None
         if self.prior != "off":
-            prior = self._prior(self.image_prior, own_image, tower_keys(keys, _IMAGE_NOISE))
-            prior += self._prior(self.text_prior, own_text, tower_keys(keys, _TEXT_NOISE))
+            prior = self._prior(self.image_prior, first_image, tower_keys(keys, _IMAGE_NOISE))
+            prior += self._prior(self.text_prior, first_text, tower_keys(keys, _TEXT_NOISE))
         return CLIPLiteFeatures(
-            image=own_image,
-            text=own_text,
+            image=first_image,
+            text=first_text,
             other_image=image(1, _OTHER_IMAGE) if self.image_terms else None,
             other_text=text(1, _OTHER_TEXT) if self.text_terms else None,
             prior=prior,
@@ -136,28 +142,30 @@ class CLIPLite(Objective):
     def _prior(
         self, discriminator: nn.Module, x: Float[Array, "b c"], keys: Key[Array, " b"]
     ) -> Float[Array, " b"]:
-        def draw(key):
-            return jax.random.uniform(key, x.shape[1:], jnp.float32)  # one draw for every dtype
+        """One discriminator's loss per row: the row's features against one sample of noise."""
+
+        def sample(key: Key[Array, ""]) -> Float[Array, " c"]:
+            return jax.random.uniform(key, x.shape[1:], jnp.float32)  # the same for every dtype
 
         if self.prior == "adversarial":
             x = 2 * jax.lax.stop_gradient(x) - x  # x, with its gradient reversed
-        noise = jax.vmap(draw)(keys).astype(x.dtype)
+        noise = jax.vmap(sample)(keys).astype(x.dtype)
         return losses.prior(discriminator(x), discriminator(noise))
 
-    def loss(self, features, memory, *, train):
+    def loss(self, features: CLIPLiteFeatures, memory: PyTree, *, train: bool) -> Loss:
         check_groups(self.groups, features.image.shape[0])
         pairs = {"cross_modal": (self.image_text, features.image, features.text)}
         if self.image_terms:
-            pairs["image"] = (self.image_image, features.image, features.other_image)
+            pairs["image"] = (self.image_image, features.image, present(features.other_image))
         if self.text_terms:
-            pairs["text"] = (self.text_text, features.text, features.other_text)
+            pairs["text"] = (self.text_text, features.text, present(features.other_text))
         weight = self._weight(features.ids)
         scores = {name: critic(a, b, train=train) for name, (critic, a, b) in pairs.items()}
         terms = {name: jnp.mean(losses.jsd(*s, weight=weight)) for name, s in scores.items()}
         value = (1 - self.prior_weight) * sum(terms.values())
         chance = (1 - self.prior_weight) * len(terms)
         if self.prior != "off":
-            terms["prior"] = jnp.mean(features.prior)
+            terms["prior"] = jnp.mean(present(features.prior))
             value += self.prior_weight * terms["prior"]
             chance += self.prior_weight * 2
         positive, negative = scores["cross_modal"]
@@ -169,36 +177,48 @@ class CLIPLite(Objective):
         }
         if isinstance(self.image_text, DotCritic):
             metrics["logit_scale"] = jnp.exp(self.image_text.logit_scale)
-        return Loss(value, metrics, memory)
+        return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
     def _weight(self, ids: Int32[Array, " b"] | None) -> Float[Array, " b"] | None:
-        """Of each row's negative: 0 where it has the row's own caption, so that the mean is one
-        over the others."""
+        """Weight of each row's negative: 0 if the negative has the row's own caption. The weights
+        are scaled so that a mean over all rows is the mean over the negatives that count."""
         if ids is None:
             return None
         differs = (ids != next_row(ids, self.groups)).astype(jnp.float32)
         return differs / jnp.maximum(jnp.mean(differs), 1 / len(ids))
 
-    def encode_image(self, image, *, train=False, keys=None):
+    def encode_image(
+        self,
+        image: UInt8[Array, "b h w 3"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
         return self._projected("left", super().encode_image(image, train=train, keys=keys), train)
 
-    def encode_text(self, text, *, train=False, keys=None):
+    def encode_text(
+        self,
+        text: Int32[Array, "b n"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
         return self._projected("right", super().encode_text(text, train=train, keys=keys), train)
 
     def _projected(self, side: str, encoded: Encoded, train: bool) -> Encoded:
-        """`encoded` behind a dot critic's projection at its running statistics. In training, and
-        before a critic that takes both sides at once, it is the tower's own."""
+        """`encoded` after a dot critic's projection, with running statistics. In training, and for
+        a critic that reads both sides at once, it is `encoded` unchanged."""
         if train or not isinstance(self.image_text, DotCritic):
             return encoded
-        raw = getattr(self.image_text, side)(wide(encoded.raw))
+        raw = getattr(self.image_text, side)(wide(present(encoded.raw)))
         return encoded.replace(raw=raw, unit=unit(raw))
 
-    def similarity(self, images, texts):
+    def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         if isinstance(self.image_text, DotCritic):
             return super().similarity(images, texts)
-        return self.image_text.pairs(images.raw, texts.raw)
+        return self.image_text.pairs(present(images.raw), present(texts.raw))
 
-    def similarity_scale(self):
+    def similarity_scale(self) -> Float[Array, ""]:
         """A dot critic's scale. Other critics give logits: at the optimum of the bound they are the
         logarithm of p(x, y) / p(x) p(y) (Goodfellow et al. 2014, Proposition 1)."""
         if isinstance(self.image_text, DotCritic):

@@ -1,4 +1,4 @@
-"""FILIP: a picture and a caption are compared token by token."""
+"""FILIP: an image and a caption are compared token by token."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from clipx import losses
 from clipx.models.heads import TokenProjection
 from clipx.models.layers import check
-from clipx.objectives.base import Objective, scalar, tower_keys
+from clipx.objectives.base import Augmentation, Objective, present, scalar, tower_keys
 from clipx.ops import photometry
-from clipx.types import Batch, Features, Loss
+from clipx.types import Batch, Encoded, Features, Loss, PyTree
 
-# of the `filled` fields of objectives that hide words
+# the `filled` fields of objectives that hide words
 WORDS = {"mask_id": "tokenizer.mask_id", "special_ids": "tokenizer.special_ids"}
 
-_IMAGE, _TEXT, _HIDDEN = range(3)  # which of a row's independent keys
+_IMAGE, _TEXT, _HIDDEN = range(3)  # numbers of a row's independent keys
 
 
 class LateInteraction(nn.Module):
-    """The token-wise loss, and what it needs beside two towers: a map for the tokens of each side,
-    and a scale of its own, the `logit_scale_dense` of DeCLIP's code.
+    """The token-wise loss and its parameters: a projection for the tokens of each side, and a scale
+    of its own, which is the `logit_scale_dense` of DeCLIP's code.
 
-    Text tokens beyond the first end mark are 0 with `mask_padding`, which no unit row is: so a mask
-    travels with its tokens.
+    With `mask_padding`, text tokens after the first end mark are set to 0. No unit vector is 0, so
+    the zeros are the mask, and it travels with the tokens.
     """
 
     width: int
@@ -74,36 +74,38 @@ class FILIPFeatures(Features):
     text_tokens: Float[Array, "b m d"]  # 0 where padding is masked
     image: Float[Array, "b e"] | None = None
     text: Float[Array, "b e"] | None = None
-    ids: Int32[Array, " b"] | None = None  # of captions, where equal ones are no negatives
+    ids: Int32[Array, " b"] | None = None  # caption hashes; None: equal captions stay negatives
 
 
 class FILIP(Objective):
-    """Token-wise contrastive loss (arXiv 2111.07783), as DeCLIP's repository has it
-    (prototype/model/filip.py): `late_interaction_weight` x it + `contrastive_weight` x CLIP's.
+    """`late_interaction_weight` x a token-wise contrastive loss + `contrastive_weight` x CLIP's
+    loss (arXiv 2111.07783, as in DeCLIP's repository, prototype/model/filip.py).
 
-    All tokens of a row look for their best among the `top_k` tokens of each other row that are most
-    like their own pair's; None keeps all, as that code did until May 2022. Tokens are those of the
-    image tower's last map or block, without a class token, and those of the text up to its end
-    mark; with `mask_padding` off all of the context, as the published runs had it, so that padding
-    may be among the kept.
+    Each token of a row looks for its best match among `top_k` tokens of every other row: those that
+    are most similar to the other row's own pair. None keeps all tokens, as that code did until May
+    2022. Image tokens are those of the tower's last map or block, without a class token. Text
+    tokens are those up to the end mark; with `mask_padding` off, those of the complete context, as
+    in the published runs, so that padding may be among the `top_k`.
 
-    As in that code the caption that is contrasted has hidden words (a share `mask_rate`, BERT's
-    80/10/10), though nothing asks which; with `contrast_clean_caption` it has none. It never has
-    any in evaluation. Its zero `contrastive_weight` leaves the towers' projections untrained.
+    As in that code, the contrasted caption has hidden words (a share `mask_rate`, BERT's 80/10/10),
+    though no term predicts them; `contrast_clean_caption` hides none. In evaluation no word is
+    hidden. The default `contrastive_weight` of 0 leaves the towers' projections untrained.
 
-    evaluation: `image_tokens` scores a pair by the mean, over the picture's tokens, of the largest
-    cosine with one of the text's, as that code does, over all tokens rather than `top_k`;
-    `both_tokens` by the mean of that and the same with sides changed, which training has both of;
-    `global` by the towers' unit rows. In evaluation that code averages prompts position by position
-    and divides a text's matrix by its Frobenius norm. Here prompts are averaged by score, since
-    different words stand at one position; the norm, which is one number for all single prompts
-    where padding counts, is left out.
+    evaluation: how `similarity` scores a pair.
+      `image_tokens`: the mean, over the image's tokens, of the largest cosine with a text token, as
+      in that code. It uses all tokens rather than `top_k`.
+      `both_tokens`: the mean of that score and the one with the sides swapped, as in training.
+      `global`: the cosine of the towers' unit embeddings.
+      That code averages the tokens of several prompts position by position, and divides a text's
+      tokens by their Frobenius norm. Here the prompts' scores are averaged, because different words
+      are at one position. The norm is left out: where padding counts, it is the same for all single
+      prompts.
 
-    `groups` = n: rows are negatives only within B/n rows. `mask_id` and `special_ids` are the
-    tokenizer's.
+    With `groups` = n, rows are negatives only within groups of B/n rows. `mask_id` and
+    `special_ids` come from the tokenizer.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "mocov2"
+    augmentation: Augmentation = "mocov2"
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     late_interaction_weight: float = 1.0
@@ -129,13 +131,13 @@ class FILIP(Objective):
             self.late_interaction_weight > 0,
             "FILIP.late_interaction_weight",
             self.late_interaction_weight,
-            "more than 0; without it there is `clip`",
+            "more than 0; without this term use the objective `clip`",
         )
         check(
             self.evaluation != "global" or self.contrastive_weight > 0,
             "FILIP.evaluation",
-            "'global', which nothing trains at a contrastive_weight of 0",
-            "'image_tokens', 'both_tokens', or a contrastive_weight",
+            "'global', which a contrastive_weight of 0 leaves untrained",
+            "'image_tokens' or 'both_tokens', or a contrastive_weight above 0",
         )
         super().__post_init__()
 
@@ -150,32 +152,45 @@ class FILIP(Objective):
     def compares(self) -> tuple[str, ...]:
         return ("unit",) if self.evaluation == "global" else ("tokens",)
 
-    def embed(self, batch, keys, *, train):
-        text = batch.text[:, 0]
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> FILIPFeatures:
+        ids = batch.text[:, 0]
         if train and not self.contrast_clean_caption:
-            text, _ = hide_words(self, batch, keys)
+            ids, _ = hide_words(self, batch, keys)
         images = self.picture(batch, keys)
         image = self.encode_image(images, train=train, keys=tower_keys(keys, _IMAGE))
-        text = self.encode_text(text, train=train, keys=tower_keys(keys, _TEXT))
+        text = self.encode_text(ids, train=train, keys=tower_keys(keys, _TEXT))
         contrasted = bool(self.contrastive_weight)
         return FILIPFeatures(
-            image_tokens=image.tokens,
-            text_tokens=text.tokens,
+            image_tokens=present(image.tokens),
+            text_tokens=present(text.tokens),
             image=image.unit if contrasted else None,
             text=text.unit if contrasted else None,
             ids=self.ids(batch) if contrasted else None,
         )
 
-    def encode_image(self, image, *, train=False, keys=None):
+    def encode_image(
+        self,
+        image: UInt8[Array, "b h w 3"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
         encoded = super().encode_image(image, train=train, keys=keys)
-        return encoded.replace(tokens=self.late_interaction.image_tokens(encoded.tokens))
+        return encoded.replace(tokens=self.late_interaction.image_tokens(present(encoded.tokens)))
 
-    def encode_text(self, text, *, train=False, keys=None):
+    def encode_text(
+        self,
+        text: Int32[Array, "b n"],
+        *,
+        train: bool = False,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Encoded:
         encoded = super().encode_text(text, train=train, keys=keys)
-        tokens = self.late_interaction.text_tokens(encoded.tokens, text, self.text.eot_id)
+        tokens = present(encoded.tokens)
+        tokens = self.late_interaction.text_tokens(tokens, text, self.text.eot_id)
         return encoded.replace(tokens=tokens)
 
-    def loss(self, features, memory, *, train):
+    def loss(self, features: FILIPFeatures, memory: PyTree, *, train: bool) -> Loss:
         late = jnp.mean(self.late_interaction(features.image_tokens, features.text_tokens))
         value = self.late_interaction_weight * late
         chance = math.log(len(features.image_tokens) // self.groups)
@@ -184,29 +199,31 @@ class FILIP(Objective):
             "logit_scale_dense": jnp.exp(self.late_interaction.logit_scale),
         }
         if self.contrastive_weight:
-            image, text, groups = features.image, features.text, self.groups
+            image, text, groups = present(features.image), present(features.text), self.groups
             scale = jnp.exp(self.logit_scale)
-            each = losses.info_nce(image, text, scale=scale, ids=features.ids, groups=groups)
+            per_row = losses.info_nce(image, text, scale=scale, ids=features.ids, groups=groups)
             metrics |= {
-                "loss/contrastive": jnp.mean(each),
+                "loss/contrastive": jnp.mean(per_row),
                 "logit_scale": scale,
                 "batch/R@1": jnp.mean(losses.recall_at_1(image, text, groups=groups)),
             }
-            value += self.contrastive_weight * jnp.mean(each)
+            value += self.contrastive_weight * jnp.mean(per_row)
         weight = self.late_interaction_weight + self.contrastive_weight
-        return Loss(value, {"loss": value, "loss/chance": weight * chance, **metrics}, memory)
+        metrics = {"loss": value, "loss/chance": weight * chance, **metrics}
+        return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
-    def similarity(self, images, texts):
+    def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         if self.evaluation == "global":
             return super().similarity(images, texts)
-        mask = self.late_interaction.mask(texts.tokens)
-        scores = losses.token_similarity(images.tokens, texts.tokens, b_mask=mask)
+        image, text = present(images.tokens), present(texts.tokens)
+        mask = self.late_interaction.mask(text)
+        scores = losses.token_similarity(image, text, b_mask=mask)
         if self.evaluation == "both_tokens":
-            reverse = losses.token_similarity(texts.tokens, images.tokens, a_mask=mask)
+            reverse = losses.token_similarity(text, image, a_mask=mask)
             scores = (scores + reverse.T) / 2
         return scores
 
-    def similarity_scale(self):
+    def similarity_scale(self) -> Float[Array, ""]:
         if self.evaluation == "global":
             return super().similarity_scale()
         return jnp.exp(self.late_interaction.logit_scale)
@@ -215,8 +232,11 @@ class FILIP(Objective):
 def hide_words(
     objective: Objective, batch: Batch, keys: Key[Array, " b"]
 ) -> tuple[Int32[Array, "b n"], Bool[Array, "b n"]]:
-    """The captions with words hidden, and True where one is. The end mark is never drawn, so that a
-    text is read out where it ends, which it is not always in DeCLIP's code."""
+    """The captions with words hidden, and a mask of the hidden words.
+
+    The end mark is neither hidden nor a random replacement, so the text tower reads out at the
+    text's end. In DeCLIP's code it may be a random replacement, and the tower then reads out there.
+    """
     return losses.mask_tokens(
         batch.text[:, 0],
         tower_keys(keys, _HIDDEN),
@@ -240,7 +260,8 @@ def check_weights(objective: Objective, *fields: str) -> None:
 
 
 def check_masking(objective: Objective, *, used: bool) -> None:
-    """Raises `ConfigError` where words cannot be hidden that are to be."""
+    """Raises `ConfigError` for an impossible `mask_rate`, and for masking that is `used` without a
+    mask id from the tokenizer."""
     where = type(objective).__name__
     check(
         0 < objective.mask_rate < 1, f"{where}.mask_rate", objective.mask_rate, "a share in (0, 1)"
@@ -249,13 +270,13 @@ def check_masking(objective: Objective, *, used: bool) -> None:
         objective.mask_id is not None or not used,
         "config.tokenizer.mask",
         "false",
-        "an id for hidden words",
+        "true: this objective hides words behind a mask token",
         "config.tokenizer.mask=true",
     )
 
 
 def check_late_interaction(objective: Objective) -> None:
-    """Raises `ConfigError` for fields of a token-wise loss that cannot be."""
+    """Raises `ConfigError` for impossible fields of a token-wise loss."""
     where = type(objective).__name__
     for field in ("top_k", "token_width", "groups"):
         value = getattr(objective, field)
@@ -263,6 +284,6 @@ def check_late_interaction(objective: Objective) -> None:
     check(
         objective.false_negatives == "keep" or not objective.late_interaction_weight,
         f"{where}.false_negatives",
-        "'mask', with a token-wise loss, which takes all rows as negatives",
+        "'mask', with a token-wise loss, which uses all rows as negatives",
         "'keep'",
     )

@@ -1,33 +1,40 @@
-"""ProtoCLIP: CLIP whose rows also pick the prototype of the cluster that another modality puts them
-in, clusters of an episode at a time."""
+"""ProtoCLIP: CLIP whose rows also pick prototypes, by the clusters of the other modality or of a
+teacher. Clusters are computed once per episode."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from clipx import losses
 from clipx.models.heads import PrototypeHeads
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import Objective, check_groups, scalar, tower_keys
+from clipx.objectives.base import (
+    Augmentation,
+    Objective,
+    check_groups,
+    present,
+    scalar,
+    tower_keys,
+)
 from clipx.objectives.filip import check_weights
-from clipx.ops import kmeans, photometry
-from clipx.types import Features, Loss, PyTree
+from clipx.ops import kmeans
+from clipx.types import Batch, Features, Loss, PyTree
 
-_MODALITIES = ("image", "text")
-_PAIRS = (  # a term, who picks in it, and whose clusters
+_MODALITIES: tuple[str, ...] = ("image", "text")
+_PAIRS = (  # term, modality that picks, modality whose clusters give the labels
     ("prototype", "image", "text"),
     ("prototype", "text", "image"),
     ("external", "image", "external"),
     ("external", "text", "external"),
 )
-_LEAST = {  # values of fields
+_LEAST = {  # smallest allowed values of fields
     "target_temperature": 0,
     "k": 2,
     "iterations": 1,
@@ -43,21 +50,21 @@ _LEAST = {  # values of fields
 
 @dataclasses.dataclass(frozen=True)
 class Compat:
-    """What published numbers were trained with and nobody would choose."""
+    """Quirks that published numbers were trained with and that nobody would choose."""
 
-    lit_start: bool = False  # episodes of the contrastive loss alone begin one before `lit_start`
+    lit_start: bool = False  # the contrastive loss is alone from one episode earlier
 
 
 class ProtoCLIPFeatures(Features):
     image: Float[Array, "b d"]  # not normalised
     text: Float[Array, "b d"]
     position: Int32[Array, " b"]  # place in the episode
-    teacher: Float[Array, "b e"] | None = None  # in the pass before an episode
-    ids: Int32[Array, " b"] | None = None  # of captions, where equal ones are no negatives
+    teacher: Float[Array, "b e"] | None = None  # only in the pass before an episode
+    ids: Int32[Array, " b"] | None = None  # caption hashes; None: equal captions stay negatives
 
 
 class EpisodeFeatures(Features):
-    image: Float[Array, "b d"]  # what the heads say, unit rows
+    image: Float[Array, "b d"]  # output of the heads, unit length
     text: Float[Array, "b d"]
     teacher: Float[Array, "b e"] | None = None
 
@@ -66,33 +73,34 @@ class ProtoCLIP(Objective):
     """CLIP's loss + `prototype_weight` x prototypes + `external_weight` x external prototypes
     (arXiv 2206.10996, as megvii-research/protoclip computes them).
 
-    An episode is `episode_size` // `batch_size` steps; the rows left over, which the reference
-    clusters too but never trains on, are left out. Before it, k-means of what the heads say of its
-    rows gives each row a label in either modality. In its steps a picture picks, among k
-    prototypes, that of its caption's cluster, and a caption that of its picture's. k-means of both
-    modalities, and of the teacher, start from the same rows.
+    An episode is `episode_size` // `batch_size` steps; rows that do not fill a batch are left out.
+    (The reference clusters them but never trains on them.) Before each episode, k-means on the
+    heads' outputs gives each of its rows a label in either modality. During the episode an image
+    picks, among k prototypes, the one of its caption's cluster, and a caption the one of its
+    image's cluster. The k-means of both modalities, and of the teacher, start from the same rows.
 
-    back_translation: the prototypes are the means of the picking modality's own rows over the other
-      one's clusters, zeros for a cluster left empty; without, the other one's centroids. None is
-      normalised.
-    target_temperature: the target is a softmax over the centroids of the modality that labelled, by
-      their products with the row's own over this temperature; 0: one-hot.
-    external_weight: the same with the clusters of a teacher's rows, which `config.data.teacher`
-      names; targets are one-hot. Needs `back_translation`, as a teacher's space is not the heads'.
-    warmup_episodes, lit_start: the contrastive loss alone, with a weight of 1, in so many first
-      episodes, and from that episode (of 0, 1, ...) on; a `horizon` of the optimizer's rule for the
-      image tower then ends its training, and the text tower goes on to it (LiT). There the heads
-      learn nothing, while their running statistics move.
-    with_replacement: each of an episode's rows is drawn from all of the data; else they are the
-      next of the run's order, so that the same pairs are seen as without episodes.
+    back_translation: a prototype is the mean of the picking modality's own rows over a cluster of
+      the other modality, or zeros if the cluster is empty. Without it, a prototype is the other
+      modality's centroid. Prototypes are not normalised.
+    target_temperature: the target is a softmax over the labelling modality's centroids, of their
+      inner products with the row's own centroid over this temperature. 0: one-hot.
+    external_weight: the same term with the clusters of a teacher's rows (`config.data.teacher`).
+      Targets are one-hot. Needs `back_translation`: a teacher's space is not the heads'.
+    warmup_episodes, lit_start: the loss is the contrastive term alone, with a weight of 1, in the
+      first `warmup_episodes` episodes and from episode `lit_start` (counted from 0) on. The heads
+      then learn nothing, but their running statistics move. A `horizon` in the optimizer's rule for
+      the image tower can end its training at `lit_start`, so that only the text tower learns (LiT).
+    with_replacement: each row of an episode is sampled from all data. Otherwise an episode takes
+      the next rows of the run's order, so that the same pairs are seen as without episodes.
 
     compat.lit_start: the reference's `--lit-start-epoch` n begins with episode n - 1.
 
-    `groups` = n: the heads' statistics are those of B/n rows, as on n devices. Negatives are all
-    rows in any case. In evaluation the towers' unit rows are compared, without heads.
+    With `groups` = n, the heads take their statistics within groups of B/n rows, as on n devices.
+    Negatives are all rows in any case. In evaluation the towers' unit embeddings are compared,
+    without the heads.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "protoclip_light"
+    augmentation: Augmentation = "protoclip_light"
     contrastive_weight: float = 1.0
     prototype_weight: float = 1.0
     external_weight: float = 0.0
@@ -100,7 +108,7 @@ class ProtoCLIP(Objective):
     target_temperature: float = 0.01
     k: int = 20_000
     episode_size: int = 200_000  # rows
-    with_replacement: bool = True
+    with_replacement: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
     iterations: int = 20  # of k-means
     restarts: int = 3
     projection_dim: int = 128
@@ -112,7 +120,7 @@ class ProtoCLIP(Objective):
     logit_scale_init: float = math.log(1 / 0.07)  # of both scales
     groups: int = 1
     compat: Compat = Compat()
-    batch_size: int = 512  # the run's
+    batch_size: int = 512  # of the run
 
     filled: ClassVar[Mapping[str, str]] = {"batch_size": "train.batch_size"}
 
@@ -122,17 +130,17 @@ class ProtoCLIP(Objective):
             value = getattr(self, field)
             check(value >= least, f"ProtoCLIP.{field}", value, f"{least} or more")
         used = self.prototype_weight + self.external_weight
-        check(used > 0, "ProtoCLIP.prototype_weight", 0, "a weight for this term or `external`")
+        check(used > 0, "ProtoCLIP.prototype_weight", 0, "more than 0, or an external_weight > 0")
         check(
             self.back_translation or not self.external_weight,
             "ProtoCLIP.external_weight",
             f"{self.external_weight}, without back_translation",
-            "0: a teacher's centroids are not in the space of the heads",
+            "0 without back_translation: a teacher's centroids are not in the heads' space",
             "config.objective.back_translation=true",
         )
         image, text = self.image.embed_dim, self.text.embed_dim
-        found = f"{text}, and {image} of the image tower"
-        check(image == text, "config.text.embed_dim", found, "one width for both")
+        widths = f"{text}, and {image} for the image tower"
+        check(image == text, "config.text.embed_dim", widths, "the same width for both towers")
         self._check_episode()
         super().__post_init__()
 
@@ -142,7 +150,7 @@ class ProtoCLIP(Objective):
             size >= batch,
             "ProtoCLIP.episode_size",
             f"{size} rows, with batches of {batch}",
-            "a batch or more",
+            "at least one batch",
             f"config.objective.episode_size={batch}, or a smaller config.train.batch_size",
         )
         rows = size // batch * batch
@@ -150,7 +158,7 @@ class ProtoCLIP(Objective):
             self.k <= rows,
             "ProtoCLIP.k",
             f"{self.k}, with too few rows for k: episodes of {size // batch} batches of {batch}",
-            f"{rows} at most",
+            f"at most {rows}",
             f"config.objective.k={rows}, or a larger config.objective.episode_size",
         )
         if self.lit_start is not None:
@@ -159,7 +167,7 @@ class ProtoCLIP(Objective):
                 self.lit_start >= least,
                 "ProtoCLIP.lit_start",
                 f"{self.lit_start}, after warmup_episodes={self.warmup_episodes}",
-                f"{least} or more, so that an episode between the two learns from prototypes",
+                f"{least} or more, so that at least one episode learns from prototypes",
             )
 
     def setup(self):
@@ -177,65 +185,68 @@ class ProtoCLIP(Objective):
 
     @property
     def _pairs(self) -> tuple[tuple[str, str, str], ...]:
-        """Those of terms with a weight."""
+        """The entries of `_PAIRS` whose term has a weight."""
         return tuple(pair for pair in _PAIRS if getattr(self, f"{pair[0]}_weight"))
 
     def init_memory(self) -> PyTree:
-        rows, table = self.episode_steps * self.batch_size, (self.k, self.projection_dim)
+        rows, table_shape = self.episode_steps * self.batch_size, (self.k, self.projection_dim)
         clustered = list(dict.fromkeys(name for _, _, name in self._pairs))
-        soft = self.target_temperature > 0 or not self.back_translation
+        needs_centroids = self.target_temperature > 0 or not self.back_translation
+        centroids = [name for name in clustered if needs_centroids and name in _MODALITIES]
         translated = [f"{a}_from_{b}" for _, a, b in self._pairs if self.back_translation]
         scalars = [f"{name}_{what}" for name in clustered for what in ("inertia", "empty")]
         scalars += ["equal_labels"] if self.prototype_weight else []
 
-        def zeros(names, shape=(), dtype=jnp.float32):
+        def zeros(
+            names: Iterable[str], shape: int | tuple[int, ...] = (), dtype: Any = jnp.float32
+        ) -> dict[str, Array]:
             return {name: jnp.zeros(shape, dtype) for name in names}
 
         return {
-            "episode": jnp.int32(-1),  # the number of the current one; -1 before the first
-            "labels": zeros(clustered, rows, jnp.int32),  # by position
-            "centroids": zeros([x for x in clustered if soft and x in _MODALITIES], table),
-            "translated": zeros(translated, table),
-            "clusters": zeros(scalars),  # metrics of the episode's
+            "episode": jnp.int32(-1),  # number of the current episode; -1 before the first
+            "labels": zeros(clustered, rows, jnp.int32),  # of each row, by position
+            "centroids": zeros(centroids, table_shape),
+            "translated": zeros(translated, table_shape),
+            "clusters": zeros(scalars),  # metrics of the episode's clusters
         }
 
-    def embed(self, batch, keys, *, train):
-        picture = self.picture(batch, keys)
-        image = self.encode_image(picture, train=train, keys=tower_keys(keys, 0))
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> ProtoCLIPFeatures:
+        pixels = self.picture(batch, keys)
+        image = self.encode_image(pixels, train=train, keys=tower_keys(keys, 0))
         text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
         return ProtoCLIPFeatures(
-            image=wide(image.raw),
-            text=wide(text.raw),
+            image=wide(present(image.raw)),
+            text=wide(present(text.raw)),
             position=batch.position,
             teacher=batch.extra.get("teacher"),
             ids=self.ids(batch),
         )
 
-    def episode_features(self, features):
+    def episode_features(self, features: ProtoCLIPFeatures) -> EpisodeFeatures:
         image, text = self.heads(features.image, features.text)
         return EpisodeFeatures(image=image, text=text, teacher=features.teacher)
 
-    def refresh(self, memory, features, *, key):
+    def refresh(self, memory: PyTree, features: EpisodeFeatures, *, key: Key[Array, ""]) -> PyTree:
         rows = {"image": _finite(features.image), "text": _finite(features.text)}
         if self.external_weight:
-            rows["external"] = _finite(features.teacher)
-        found = {
+            rows["external"] = _finite(present(features.teacher))
+        fits = {
             name: kmeans.fit(
                 rows[name], self.k, key=key, iterations=self.iterations, restarts=self.restarts
             )
             for name in memory["labels"]
         }
-        labels = {name: one.assignment for name, one in found.items()}
+        labels = {name: fit.assignment for name, fit in fits.items()}
         clusters = {}
-        for name, one in found.items():
-            clusters[f"{name}_inertia"] = one.inertia / len(rows[name])  # of a row
-            clusters[f"{name}_empty"] = jnp.sum(one.counts == 0)
+        for name, fit in fits.items():
+            clusters[f"{name}_inertia"] = fit.inertia / len(rows[name])  # per row
+            clusters[f"{name}_empty"] = jnp.sum(fit.counts == 0)
         if self.prototype_weight:
             clusters["equal_labels"] = jnp.mean(labels["image"] == labels["text"])
         return {
             "episode": memory["episode"] + 1,
             "labels": labels,
-            "centroids": {name: found[name].centroids for name in memory["centroids"]},
+            "centroids": {name: fits[name].centroids for name in memory["centroids"]},
             "translated": {
                 f"{a}_from_{b}": losses.back_translate(labels[b], rows[a], self.k)
                 for _, a, b in self._pairs
@@ -244,7 +255,7 @@ class ProtoCLIP(Objective):
             "clusters": {name: x.astype(jnp.float32) for name, x in clusters.items()},
         }
 
-    def loss(self, features, memory, *, train):
+    def loss(self, features: ProtoCLIPFeatures, memory: PyTree, *, train: bool) -> Loss:
         rows = len(features.text)
         check_groups(self.groups, rows)
         image, text = unit(features.image), unit(features.text)
@@ -275,15 +286,16 @@ class ProtoCLIP(Objective):
     def _prototypes(
         self, features: ProtoCLIPFeatures, memory: PyTree, active: Bool[Array, ""], train: bool
     ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
-        """The terms in which rows pick prototypes, and metrics. Unless `active` nothing learns from
-        them, even where they are not finite."""
+        """The terms in which rows pick prototypes, and their metrics. Unless `active` they have no
+        gradient, not even NaN where they are not finite."""
 
-        def learned(x):
+        def if_active(x: Array) -> Array:
+            """`x`, without a gradient unless `active`."""
             return jnp.where(active, x, jax.lax.stop_gradient(x))
 
         heads = self.heads(features.image, features.text, train=train)
-        students = dict(zip(_MODALITIES, map(learned, heads)))
-        scale = learned(jnp.exp(self.heads.logit_scale))
+        students = dict(zip(_MODALITIES, map(if_active, heads)))
+        scale = if_active(jnp.exp(self.heads.logit_scale))
         tables = {name: memory[name] for name in ("centroids", "translated")}
         tables = jax.tree.map(lambda x: jnp.asarray(x, heads[0].dtype), tables)
         terms, metrics = {}, {"logit_scale_prototype": scale}
@@ -292,16 +304,16 @@ class ProtoCLIP(Objective):
             labels = jnp.asarray(memory["labels"][b])[features.position]
             prototypes = tables["translated"].get(name, tables["centroids"].get(b))
             temperature = self.target_temperature if term == "prototype" else 0.0
-            target = labels  # which stand for their one-hot
+            target = labels  # integer labels stand for one-hot targets
             if temperature:
                 target = losses.targets(tables["centroids"][b], labels, temperature=temperature)
-            each = losses.prototypical(student, prototypes, target, scale=scale)
-            terms[term] = terms.get(term, 0) + jnp.mean(each) / 2
+            per_row = losses.prototypical(student, prototypes, target, scale=scale)
+            terms[term] = terms.get(term, 0) + jnp.mean(per_row) / 2
             accuracy = losses.prototype_accuracy(student, prototypes, labels)
             metrics[f"batch/{name}"] = jnp.mean(accuracy)
         return terms, metrics
 
 
 def _finite(x: Float[Array, "m d"]) -> Float[Array, "m d"]:
-    """`x` with 0 for what is not finite, as k-means takes it."""
+    """`x` in float32, with 0 for NaN and infinity."""
     return jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""SigLIP: every picture-caption pair of the batch is judged alone, match or no match."""
+"""SigLIP: every image-caption pair of the batch is classified alone, as match or no match."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from clipx import losses
 from clipx.objectives.base import scalar
-from clipx.objectives.clip import CLIP
-from clipx.types import Loss
+from clipx.objectives.clip import CLIP, ClipFeatures
+from clipx.types import Loss, PyTree
 
 
 class SigLIP(CLIP):
-    """Pairwise sigmoid loss, summed over a row's pairs (arXiv 2303.15343, algorithm 1).
+    """Pairwise sigmoid loss, summed over each row's pairs (arXiv 2303.15343, algorithm 1).
 
-    `logit_scale` is the logarithm of the scale and starts at ln 10, `logit_bias` at -10, so that
-    the many negatives start out near zero loss (section 3.2 of the paper). `groups` = n: rows are
-    negatives only within B/n rows.
+    `logit_scale` is the logarithm of the scale and starts at ln 10. `logit_bias` starts at -10, so
+    that the loss of the many negatives starts near zero (section 3.2 of the paper). With `groups` =
+    n, rows are negatives only within groups of B/n rows.
     """
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -29,7 +29,7 @@ class SigLIP(CLIP):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
         self.logit_bias = scalar(self, "logit_bias", self.logit_bias_init)
 
-    def loss(self, features, memory, *, train):
+    def loss(self, features: ClipFeatures, memory: PyTree, *, train: bool) -> Loss:
         image, text = features.image, features.text
         scale = jnp.exp(self.logit_scale)
         value = jnp.mean(
@@ -42,7 +42,7 @@ class SigLIP(CLIP):
                 groups=self.groups,
             )
         )
-        rows = image.shape[0] // self.groups  # chance: every pair a match with probability 1/rows
+        rows = image.shape[0] // self.groups  # chance: each pair matches with probability 1/rows
         metrics = {
             "loss": value,
             "loss/chance": math.log(rows) + (rows - 1) * math.log(rows / max(rows - 1, 1)),

@@ -1,4 +1,4 @@
-"""SLIP: CLIP on a light crop, SimCLR on two strongly distorted views of the same picture."""
+"""SLIP: CLIP on a lightly cropped view, SimCLR on two distorted views of the same image."""
 
 from __future__ import annotations
 
@@ -7,47 +7,50 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from clipx import losses
 from clipx.models.heads import BatchNormMLP
 from clipx.models.layers import check, unit, wide
-from clipx.objectives.base import picture_view, tower_keys
+from clipx.objectives.base import Augmentation, picture_view, present, tower_keys
 from clipx.objectives.clip import CLIP, ClipFeatures
 from clipx.ops import photometry
-from clipx.types import Loss, Views
+from clipx.types import Batch, Loss, PyTree, Views
 
 
 @dataclasses.dataclass(frozen=True)
 class Compat:
-    """What published numbers were trained with and nobody would choose."""
+    """Quirks that published numbers were trained with and that nobody would choose."""
 
-    detach_gather: bool = False  # no gradient to a row as another row's negative or match
+    detach_gather: bool = False  # features learn as queries only, not as keys
 
 
 class SLIPFeatures(ClipFeatures):
-    view: Float[Array, "b c"] | None = None  # of the two distorted views, before the projection
+    # backbone features of the two distorted views, before the head
+    view: Float[Array, "b c"] | None = None
     other_view: Float[Array, "b c"] | None = None
 
 
 class SLIP(CLIP):
     """CLIP's loss + `ssl_weight` x NT-Xent (arXiv 2112.12750, as facebookresearch/SLIP has it).
 
-    Three views: one of `augmentation`, which meets the caption, and two of `ssl_augmentation`, a
-    crop of `ssl_crop_scale` of the area if that is given. The DeCLIP repository's SLIP takes its
-    "mocov2" for those two. The head stands on what the image tower says before its projection.
+    Each image has three views: one of `augmentation`, which is paired with the caption, and two of
+    `ssl_augmentation`, which are paired with each other. `ssl_crop_scale`, if given, is the crop
+    scale of those two. (The DeCLIP repository's SLIP uses its "mocov2" for them.) The head of
+    NT-Xent reads the image tower's backbone, before its projection.
 
-    The head's BatchNorms see all rows, as the synchronised ones of facebookresearch's code do; with
-    `groups` = n rows meet only within B/n rows, in both losses and in the head's statistics.
+    The head's BatchNorms take their statistics over all rows, as the synchronised BatchNorms of
+    facebookresearch's code do. With `groups` = n, both losses and the head's statistics stay within
+    groups of B/n rows.
 
-    compat.detach_gather: facebookresearch gathers CLIP's features without their gradient, so that a
-    feature learns as the one that picks and not as one of those picked from; NT-Xent's gather has
-    it. Values are the same. Captions keep their end mark, where that code cuts it off long ones.
+    compat.detach_gather: facebookresearch gathers CLIP's features without a gradient, so that a
+    feature learns as a query and not as a key. (Its gather for NT-Xent passes the gradient on.) The
+    loss value is the same. Captions keep their end mark here; that code cuts it off long captions.
     """
 
-    augmentation: photometry.Named | photometry.Policy = "standard_slip"
-    ssl_augmentation: photometry.Named | photometry.Policy = "slip"
-    ssl_crop_scale: tuple[float, float] | None = None  # None: the augmentation's
+    augmentation: Augmentation = "standard_slip"
+    ssl_augmentation: Augmentation = "slip"
+    ssl_crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
     mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
     std: tuple[float, float, float] = photometry.IMAGENET_STD
     ssl_weight: float = 1.0
@@ -73,13 +76,14 @@ class SLIP(CLIP):
         views = super().views
         return views._replace(pictures=(*views.pictures, distorted, distorted))
 
-    def embed(self, batch, keys, *, train):
+    def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> SLIPFeatures:
         features = super().embed(batch, keys, train=train)
 
-        def view(number):
-            use = tower_keys(keys, 1 + number)  # 0 and 1 are CLIP's two towers
-            encoded = self.encode_image(self.picture(batch, keys, number), train=train, keys=use)
-            return wide(encoded.backbone)
+        def view(number: int) -> Float[Array, "b c"]:
+            view_keys = tower_keys(keys, 1 + number)  # 0 and 1 are CLIP's two towers
+            image = self.picture(batch, keys, number)
+            encoded = self.encode_image(image, train=train, keys=view_keys)
+            return wide(present(encoded.backbone))
 
         return SLIPFeatures(
             image=features.image,
@@ -89,14 +93,16 @@ class SLIP(CLIP):
             other_view=view(2),
         )
 
-    def loss(self, features, memory, *, train):
+    def loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, features: SLIPFeatures, memory: PyTree, *, train: bool
+    ) -> Loss:
         clip = super().loss(features, memory, train=train)
         contrastive = clip.value
         if self.compat.detach_gather:
             contrastive = self._detached(features)
-        a, b = (unit(self.head(x, train=train)) for x in (features.view, features.other_view))
-        each = losses.nt_xent(a, b, temperature=self.temperature, groups=self.groups)
-        ssl = jnp.mean(each)
+        views = present(features.view), present(features.other_view)
+        a, b = (unit(self.head(x, train=train)) for x in views)
+        ssl = jnp.mean(losses.nt_xent(a, b, temperature=self.temperature, groups=self.groups))
         value = contrastive + self.ssl_weight * ssl
         rows = len(a) // self.groups
         metrics = clip.metrics | {
@@ -109,8 +115,10 @@ class SLIP(CLIP):
         return Loss(value, metrics, memory)
 
     def _detached(self, features: SLIPFeatures) -> Float[Array, ""]:
-        def pick(queries, keys):
-            each = losses.info_nce(
+        """CLIP's loss, its value unchanged, with gradients to queries only."""
+
+        def pick(queries: Float[Array, "b d"], keys: Float[Array, "b d"]) -> Float[Array, ""]:
+            per_row = losses.info_nce(
                 queries,
                 jax.lax.stop_gradient(keys),
                 scale=jnp.exp(self.logit_scale),
@@ -118,7 +126,7 @@ class SLIP(CLIP):
                 ids=features.ids,
                 groups=self.groups,
             )
-            return jnp.mean(each)
+            return jnp.mean(per_row)
 
         pairs = (features.image, features.text), (features.text, features.image)
-        return sum(pick(*pair) for pair in pairs) / 2
+        return sum(pick(*pair) for pair in pairs) / 2  # pyright: ignore[reportReturnType]

@@ -1,31 +1,34 @@
-"""Floating-point operations of a function, counted where it is traced: nothing is compiled."""
+"""Floating-point operations of a traced function; nothing is compiled."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution."""
+    """A matrix product or convolution of a program."""
 
     flops: int  # of one execution
-    bytes: int  # of its operands and its result
-    times: int  # executions
+    bytes: int  # of the operands and the result
+    times: int  # number of executions
 
 
 def products(jaxpr: ClosedJaxpr | Jaxpr, times: int = 1) -> Iterator[Product]:
-    """Every matrix product and convolution of a jaxpr, those in loops as often as they run. A loop
-    whose length is not known counts once; of a condition's branches the dearest counts."""
+    """Every matrix product and convolution of a jaxpr.
+
+    `times` counts the runs of the loops around it, and its devices inside a `shard_map`. A loop of
+    unknown length counts once. Of the branches of a condition the one with the most FLOPs counts.
+    """
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
         if name in ("dot_general", "conv_general_dilated"):
-            held = sum(_bytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
-            yield Product(_flops(eqn), held, times)
+            size = sum(_bytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
+            yield Product(_flops(eqn), size, times)
         elif name == "cond":
             branches = [list(products(branch, times)) for branch in params["branches"]]
             yield from max(branches, key=total)
@@ -43,21 +46,25 @@ def products(jaxpr: ClosedJaxpr | Jaxpr, times: int = 1) -> Iterator[Product]:
                         yield from products(part, inside)
 
 
-def total(found) -> int:
-    """FLOPs of all of them."""
-    return sum(p.flops * p.times for p in found)
+def total(products: Iterable[Product]) -> int:
+    """The FLOPs of all executions of all products."""
+    return sum(p.flops * p.times for p in products)
 
 
-def _bytes(aval) -> int:
+def _shape(variable: Any) -> tuple[int, ...]:  # variables of a jaxpr have no public type
+    return variable.aval.shape
+
+
+def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
 
 
 def _flops(eqn: JaxprEqn) -> int:
     """A multiplication and an addition for each term of each sum."""
-    left, right = (v.aval for v in eqn.invars[:2])
-    made = math.prod(eqn.outvars[0].aval.shape)
+    left, right = map(_shape, eqn.invars[:2])
+    outputs = math.prod(_shape(eqn.outvars[0]))
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * made * math.prod(left.shape[i] for i in contracted)
+        return 2 * outputs * math.prod(left[i] for i in contracted)
     kernel = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
-    return 2 * made * math.prod(right.shape[i] for i in kernel[1:])
+    return 2 * outputs * math.prod(right[i] for i in kernel[1:])

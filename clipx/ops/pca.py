@@ -1,4 +1,4 @@
-"""Principal components of more rows than the memory holds."""
+"""Principal components of data sets that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ _TILE = 8192  # rows that are multiplied at once
 
 
 class PCA(NamedTuple):
-    """What `fit` found; `project` applies it."""
+    """The result of `fit`; `project` applies it to rows."""
 
     mean: Float[np.ndarray, " c"]
-    components: Float[np.ndarray, "c d"]  # orthonormal columns, the most important first
-    explained: float  # their share of the variance
+    components: Float[np.ndarray, "c d"]  # orthonormal columns, largest variance first
+    explained: float  # the components' share of the variance, in 0..1
 
 
 def fit(tiles: Callable[[], Iterable[Float[np.ndarray, "m c"]]], d: int) -> PCA:
-    """The d directions in which rows differ most. `tiles()` gives all rows, some at a time and
-    twice: once for their mean, once for their covariance.
+    """The d principal components of the rows: the directions of largest variance.
 
-    Products are computed on the device in float32; sums and eigenvectors in float64 on the host,
-    as features of one model lie so close together that the smaller components drown otherwise. In
-    each component the largest number is positive, so that the same rows give the same components.
+    `tiles()` yields all rows, some at a time. It is called twice: for the mean and for the
+    covariance.
 
-    Raises `ConfigError` for no more rows than d, fewer columns, and rows that are all the same.
+    Products are computed on the device in float32; sums and eigenvectors in float64 on the host.
+    Features of one model are so close together that rounding would otherwise drown the smaller
+    components. The entry of largest magnitude of each component is positive, so that the same rows
+    give the same components.
+
+    Raises `ConfigError` for d or fewer rows, for fewer than d columns, and for identical rows.
     """
     rows, total = 0, np.zeros(())
     for tile in tiles():
@@ -41,19 +44,19 @@ def fit(tiles: Callable[[], Iterable[Float[np.ndarray, "m c"]]], d: int) -> PCA:
         raise ConfigError(
             "PCA",
             f"{d} components of {rows:,} rows of {columns:,} numbers",
-            "at most as many as there are numbers, and fewer than rows",
+            "no more components than numbers in a row, and fewer components than rows",
         )
     mean = (total / rows).astype(np.float32)
     products = np.zeros((columns, columns))
     for tile in tiles():
         for start in range(0, len(tile), _TILE):
-            x = np.zeros((_TILE, columns), np.float32)  # of one shape, to be compiled once
-            part = tile[start : start + _TILE]
-            x[: len(part)] = part - mean
+            x = np.zeros((_TILE, columns), np.float32)  # of one shape, so that it compiles once
+            chunk = tile[start : start + _TILE]
+            x[: len(chunk)] = chunk - mean
             products += np.asarray(_products(x))
     values, vectors = np.linalg.eigh(products)  # ascending
     if not values[-1] > 0:
-        raise ConfigError("PCA", f"{rows:,} rows that are all the same", "rows that differ")
+        raise ConfigError("PCA", f"{rows:,} identical rows", "rows that differ")
     components = vectors[:, ::-1][:, :d]
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=0)[None], axis=0)
     components = (components * np.sign(largest)).astype(np.float32)
@@ -61,7 +64,7 @@ def fit(tiles: Callable[[], Iterable[Float[np.ndarray, "m c"]]], d: int) -> PCA:
 
 
 def project(pca: PCA, x: Float[Array, "m c"]) -> Float[Array, "m d"]:
-    """The rows of x along the components: centred, neither whitened nor normalised again."""
+    """The coordinates of x's rows along the components: centred, not whitened, not normalised."""
     return _project(x, pca.mean, pca.components)
 
 
@@ -71,5 +74,5 @@ def _products(x: Float[Array, "m c"]) -> Float[Array, "c c"]:
 
 
 @jax.jit
-def _project(x, mean, components):
+def _project(x: Array, mean: Array, components: Array) -> Array:
     return jnp.matmul(x - mean, components, precision=jax.lax.Precision.HIGHEST)

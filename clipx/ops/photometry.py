@@ -1,9 +1,10 @@
-"""Photometry on the device: uint8 pictures in, uint8 or what a tower takes out, one key per row.
+"""Colour augmentation on the device, with one PRNG key per row, and normalisation for the towers.
 
-Every operation is Pillow's of the same name, its rounding to whole levels included, done to all
-rows at once with one parameter per row. Between operations pictures are uint8; inside, arithmetic
-is float32 on whole numbers and short binary fractions, so that its results are exact. No order of
-summation or fused multiply can then tip a level over: a row has the same bits on any mesh.
+Every operation is Pillow's of the same name, including its rounding to integer levels. It runs on
+all rows at once, with one parameter per row. Pictures are uint8 between operations. Inside an
+operation the arithmetic is float32 on integers and short binary fractions, so its results are
+exact. So no order of summation and no fused multiply-add can change a level: a row has the same
+bits on any mesh.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +25,34 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's models
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_GRID = 2**14  # drawn parameters are multiples of 1/_GRID: times a level still exact in float32
+_GRID = 2**14  # sampled factors are multiples of 1/_GRID; times a level they are exact in float32
 _WEIGHT = 2**16  # a blur's weights are multiples of 1/_WEIGHT, for the same reason
 _OFF = 256  # a solarising threshold that no level reaches
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What happens to one picture view, on the host (crop, flip) and then on the device, in the
-    order of the fields. Strengths and probabilities of 0 leave an operation out."""
+    """The augmentation of one picture view: first on the host (crop, flip), then on the device.
+
+    Operations run in the order of the fields. A strength or probability of 0 turns one off.
+    """
 
     scale: tuple[float, float] = (0.9, 1.0)  # least and most share of the area that a crop covers
-    flip: bool = False  # mirror left to right, by a fair coin
-    mirror_words: bool = False  # "left" and "right" change places in a mirrored picture's caption
-    jitter: float = 0.0  # probability of the next four, which come in a random order
-    brightness: float = 0.0  # s: a factor from U(max(0, 1 - s), 1 + s); so the next two
-    contrast: float = 0.0
-    saturation: float = 0.0
+    flip: bool = False  # mirror left to right with probability 1/2
+    mirror_words: bool = False  # swap "left" and "right" in the captions of a mirrored picture
+    jitter: float = 0.0  # probability of the next four operations, which run in a random order
+    brightness: float = 0.0  # s: a factor from U(max(0, 1 - s), 1 + s)
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
     hue: float = 0.0  # s: a shift from U(-s, s) of the colour circle
     grey: float = 0.0  # probability
     blur: float = 0.0  # probability
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    blur_kernel: int | None = None  # None: Pillow's GaussianBlur; odd: torchvision's, that wide
+    blur_kernel: int | None = None  # None: Pillow's GaussianBlur; odd: torchvision's of this width
     solarise: float = 0.0  # probability; levels from 128 on are inverted
 
 
-# SimCLR's distortions as MoCo v2 has them, without the crop.
+# SimCLR's distortions as in MoCo v2, without the crop.
 _MOCOV2 = Policy(
     flip=True,
     jitter=0.8,
@@ -61,18 +64,18 @@ _MOCOV2 = Policy(
     blur=0.5,
     blur_sigma=(0.1, 2.0),
 )
-# CLIP-Lite, factories.py:120-147: no greyscale, no blur; its rounding was OpenCV's.
+# CLIP-Lite, factories.py:120-147: no greyscale, no blur. CLIP-Lite rounds as OpenCV does.
 _CLIP_LITE = Policy(
     scale=(0.2, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
 )
 
 POLICIES: dict[str, Policy] = {
-    "none": Policy(),  # CLIP, arXiv 2103.00020, section 2.4: a crop alone, as open_clip draws it
+    "none": Policy(),  # CLIP, arXiv 2103.00020, section 2.4: a crop alone, with open_clip's scale
     "flip": Policy(flip=True),
-    # DeCLIP, imagenet_dataloader.py, MOCOV2 (= SIMCLR = SIMSIAM): each of its two views
+    # DeCLIP, imagenet_dataloader.py, MOCOV2 (= SIMCLR = SIMSIAM): both of its views
     "mocov2": dataclasses.replace(_MOCOV2, scale=(0.2, 1.0)),
-    # SLIP's two self-supervised views as facebookresearch/SLIP makes them; the DeCLIP repository's
-    # `SLIP` takes "mocov2" in their place. The view that meets the caption is "standard_slip".
+    # SLIP's two self-supervised views, as in facebookresearch/SLIP. (The DeCLIP repository's `SLIP`
+    # takes "mocov2" instead.) The view that meets the caption is "standard_slip".
     "slip": dataclasses.replace(_MOCOV2, scale=(0.08, 1.0)),
     "standard_slip": Policy(scale=(0.5, 1.0)),  # the DeCLIP repository's STANDARD_SLIP
     # ProtoCLIP, open_clip/transform.py:13-52, `protoclip-light-augmentation`
@@ -90,15 +93,18 @@ POLICIES: dict[str, Policy] = {
         blur_kernel=21,
     ),
     "clip_lite": _CLIP_LITE,
-    # its bsab_* and visab_* configs: one coin for the picture and its caption
+    # CLIP-Lite's bsab_* and visab_* configs: the picture and its caption are mirrored together
     "clip_lite_flip": dataclasses.replace(_CLIP_LITE, flip=True, mirror_words=True),
 }
 
-Named = Literal[*POLICIES]
+if TYPE_CHECKING:  # a checker cannot read the names of a dict
+    Named = str
+else:
+    Named = Literal[*POLICIES]
 
 
 def find(policy: Named | Policy) -> Policy:
-    """The policy of a name; a policy as it is."""
+    """The policy with this name; a `Policy` is returned as it is."""
     return policy if isinstance(policy, Policy) else POLICIES[policy]
 
 
@@ -110,19 +116,19 @@ def normalize(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Float[Array, "*b h w 3"]:
-    """Float32 pictures, scaled to 0..1, less `mean`, over `std`, per RGB channel."""
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (image.astype(jnp.float32) / 255.0 - mean) / std
+    """(image / 255 - mean) / std per RGB channel, in float32."""
+    means, stds = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return (image.astype(jnp.float32) / 255.0 - means) / stds
 
 
 def photometry(
     image: UInt8[Array, "b h w 3"], keys: Key[Array, " b"], policy: Policy
 ) -> UInt8[Array, "b h w 3"]:
-    """The pictures after the device's part of `policy`: row i from picture i and key i alone.
+    """The pictures after the device's part of `policy`; row i depends on picture i and key i alone.
 
-    The very same array when that part is nothing. Each key gives ten uniform numbers: the coins of
-    jitter, grey, blur and solarise, the order of the jitter, its four strengths, and the blur's
-    sigma. Numbers that a policy does not use are drawn all the same.
+    Returns `image` itself if the policy has no operation on the device. Each key gives ten uniform
+    numbers: coins for jitter, grey, blur and solarise; the order of the jitter and its four
+    strengths; the blur's sigma. All ten are sampled, even if the policy does not use them.
     """
     if not any((policy.jitter, policy.grey, policy.blur, policy.solarise)):
         return image
@@ -130,11 +136,11 @@ def photometry(
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def _photometry(image, keys, policy):
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (10,), jnp.float32))(keys)
-    coins, order, strengths, sigma = draws[:, :4], draws[:, 4], draws[:, 5:9], draws[:, 9]
+def _photometry(image: Array, keys: Array, policy: Policy) -> Array:
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (10,), jnp.float32))(keys)
+    coins, order, strengths, sigma = uniform[:, :4], uniform[:, 4], uniform[:, 5:9], uniform[:, 9]
     x = _planes(image)
-    grey = (coins[:, 1] >= policy.grey).astype(jnp.float32)  # a factor of saturation: 0 or 1
+    grey = (coins[:, 1] >= policy.grey).astype(jnp.float32)  # as a saturation factor: 0 is grey
     if policy.jitter:
         x, kinds, factors = _jitter(x, coins[:, 0] < policy.jitter, order, strengths, policy)
         kinds = jnp.pad(kinds, ((0, 0), (0, 1)), constant_values=2)
@@ -149,12 +155,14 @@ def _photometry(image, keys, policy):
     return _pictures(x)
 
 
-def _jitter(x, chosen, order, strengths, policy: Policy):
-    """The four colour operations in one of their 24 orders per row, the last blends of which are
-    left to do: the picture so far, and the kinds and factors [b, 3] of the blends.
+def _jitter(
+    x: Array, chosen: Array, order: Array, strengths: Array, policy: Policy
+) -> tuple[Array, Array, Array]:
+    """(the picture so far, kinds [b, 3] and factors [b, 3] of the blends that the caller must do).
 
-    Three of the four are blends with another picture, so that one blend serves any of them. Hue
-    costs more and is done once, after the blends that a row has before it.
+    Each row has one of the 24 orders of the four colour operations. Brightness, contrast and
+    saturation are blends with another picture, so `_blends` serves all three. Hue costs more and
+    runs once, here, after the blends that come before it in the row's order.
     """
     order = jnp.floor(order * 24).astype(jnp.int32)
     kinds = jnp.asarray(_ORDERS, jnp.int32)[order % 6]
@@ -165,7 +173,7 @@ def _jitter(x, chosen, order, strengths, policy: Policy):
     ]
     factors = jnp.take_along_axis(jnp.stack(factors, 1), kinds, 1)
     if policy.hue:
-        before = jnp.arange(3) < (order // 6)[:, None]  # 0 to 3 blends come before hue
+        before = jnp.arange(3) < (order // 6)[:, None]  # 0 to 3 blends run before hue
         x = _blends(x, kinds, jnp.where(before, factors, 1.0))
         shift = _between(strengths[:, 3], -policy.hue, policy.hue)
         x = jnp.where(_per_row(chosen), _hue(x, shift), x)
@@ -173,13 +181,13 @@ def _jitter(x, chosen, order, strengths, policy: Policy):
     return x, kinds, factors
 
 
-def _blends(x, kinds, factors):
-    """Brightness, contrast or saturation, as kinds (0, 1, 2) [b, k] says, k times.
+def _blends(x: Array, kinds: Array, factors: Array) -> Array:
+    """k blends per row: `kinds` [b, k] says brightness (0), contrast (1) or saturation (2).
 
-    In a loop: XLA would otherwise fold one operation into each use of it by the next, many times.
+    They run in a loop, because XLA would otherwise recompute an operation at each use by the next.
     """
 
-    def step(k, x):
+    def step(k: Array, x: Array) -> Array:
         grey, kind = _grey(x), _per_row(kinds[:, k])
         pivot = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, _mean(grey), grey))
         return _blend(x, pivot, factors[:, k])
@@ -187,57 +195,63 @@ def _blends(x, kinds, factors):
     return jax.lax.fori_loop(0, kinds.shape[1], step, x)
 
 
-# Below, x is uint8 [b, 3, h, w]: rows of pixels stay contiguous, which is what vector units like.
+# Below, x is uint8 [b, 3, h, w]: rows of pixels are contiguous, which suits vector units.
 
 
-def _planes(image):
+def _planes(image: Array) -> Array:
     return jnp.moveaxis(image, -1, 1)
 
 
-def _pictures(x):
+def _pictures(x: Array) -> Array:
     return jnp.moveaxis(x, 1, -1)
 
 
-def _per_row(value):
-    """A value per row, shaped to meet planes."""
+def _per_row(value: Array) -> Array:
+    """A value per row, as [b, 1, 1, 1]."""
     return jnp.asarray(value)[:, None, None, None]
 
 
-def _between(u, low: float, high: float):
-    """`u`, uniform in 0..1, as a multiple of 1/_GRID from `low` to `high`."""
+def _between(u: Array, low: float, high: float) -> Array:
+    """`u`, uniform in 0..1, mapped to a multiple of 1/_GRID from `low` to `high`."""
     first, last = math.ceil(low * _GRID), math.floor(high * _GRID)
     return (first + jnp.floor(u * (last - first + 1))) / _GRID
 
 
-def _blend(x, pivot, factor):
-    """pivot + factor (x - pivot), cut to 0..255, rounded down: `Image.blend`. A factor of 1 changes
-    nothing."""
+def _blend(x: Array, pivot: Array, factor: Array) -> Array:
+    """Pillow's `Image.blend`: pivot + factor (x - pivot), clipped to 0..255, rounded down.
+
+    A factor of 1 changes nothing.
+    """
     factor = _per_row(factor).astype(jnp.float32)
     y = pivot + factor * (x.astype(jnp.float32) - pivot)
     return jnp.floor(jnp.clip(y, 0.0, 255.0)).astype(jnp.uint8)
 
 
-def _grey(x):
-    """Float32 [b, 1, h, w] of whole levels: the luma of ITU-R 601-2 in Pillow's 16-bit weights,
-    whose sums are below 2^24."""
+def _grey(x: Array) -> Array:
+    """ITU-R 601-2 luma [b, 1, h, w] as integer levels in float32.
+
+    The weights are Pillow's 16-bit ones. Their sums stay below 2^24, so they are exact.
+    """
     r, g, b = (x[:, i : i + 1].astype(jnp.float32) for i in range(3))
     return jnp.floor((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) / 65536.0)
 
 
-def _mean(grey):
-    """Float32 [b, 1, 1, 1]: the mean level, rounded as `ImageEnhance.Contrast` does; summed in
-    int32, which holds 8 million pixels."""
+def _mean(grey: Array) -> Array:
+    """The mean level [b, 1, 1, 1] in float32, rounded as in `ImageEnhance.Contrast`.
+
+    The sum is int32, which suffices for 8 million pixels.
+    """
     pixels = grey.shape[2] * grey.shape[3]
     total = jnp.sum(grey.astype(jnp.int32), axis=(2, 3), keepdims=True, dtype=jnp.int32)
     return ((total + pixels // 2) // pixels).astype(jnp.float32)
 
 
-def _hue(x, shift):
-    """To Pillow's HSV bytes, hue + int(255 shift) modulo 256, and back: torchvision's `adjust_hue`.
-    A shift of 0 still rounds.
+def _hue(x: Array, shift: Array) -> Array:
+    """torchvision's `adjust_hue`: to Pillow's HSV bytes, hue + int(255 shift) modulo 256, and back.
 
-    With c the chroma, a hue is n / 6c of the circle for a whole n. Divisions that are rounded down
-    get half a unit on top, which keeps whole quotients whole however the division rounds.
+    A shift of 0 still rounds. A hue is n / 6c of the circle, with the chroma c and an integer n.
+    Before a quotient is rounded down, its dividend is increased by one half, so that an integer
+    quotient stays the same however the division rounds.
     """
     r, g, b = (x[:, i].astype(jnp.float32) for i in range(3))
     value = jnp.maximum(jnp.maximum(r, g), b)
@@ -250,8 +264,8 @@ def _hue(x, shift):
     angle = jnp.where(chroma == 0, 0.0, angle) + shift
     angle = angle - 256 * jnp.floor(angle / 256)
 
-    def channel(turn):
-        """value (1 - saturation a): a is 0 near the channel's own hue, 1 opposite, in 85ths."""
+    def channel(turn: int) -> Array:
+        """value (1 - s a), s = saturation / 255; a, in 85ths, is 0 near the hue and 1 opposite."""
         a = 2 * angle + 85 * turn
         a = a - 510 * jnp.floor((a + 0.5) / 510)
         a = jnp.clip(jnp.minimum(a, 340 - a), 0, 85)
@@ -260,21 +274,21 @@ def _hue(x, shift):
     return jnp.stack([channel(5), channel(3), channel(1)], 1).astype(jnp.uint8)
 
 
-def _solarise(x, threshold):
-    """`ImageOps.solarize`: levels from `threshold` on are inverted."""
+def _solarise(x: Array, threshold: Array) -> Array:
+    """Pillow's `ImageOps.solarize`: inverts levels from `threshold` on."""
     return jnp.where(x.astype(jnp.int32) < _per_row(threshold), x, 255 - x)
 
 
-def _box_radius(sigma, xp=jnp):
-    """The radius, with its fraction, of the box that three times makes a Gaussian (BoxBlur.c)."""
+def _box_radius(sigma: Any, xp: Any = jnp) -> Any:  # arrays of jnp, or a number and np
+    """The fractional radius of the box that, passed three times, makes a Gaussian (BoxBlur.c)."""
     variance = sigma * sigma / 3
-    whole = xp.floor((xp.sqrt(12 * variance + 1) - 1) / 2)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    return whole + part / (6 * (variance - (whole + 1) ** 2))
+    radius = xp.floor((xp.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * radius + 1) * (radius * (radius + 1) - 3 * variance)
+    return radius + part / (6 * (variance - (radius + 1) ** 2))
 
 
-def _blur_weights(sigma, most: float, kernel: int | None):
-    """Weights [b, k + 1] of the offsets 0 to k of a symmetric window whose sum is exactly 1."""
+def _blur_weights(sigma: Array, most: float, kernel: int | None) -> Array:
+    """Weights [b, k + 1] for the offsets 0 to k of a symmetric window that sums to exactly 1."""
     sigma = jnp.minimum(jnp.asarray(sigma, jnp.float32), most)[:, None]
     if kernel is None:
         reach = int(_box_radius(most, np)) + 1
@@ -288,17 +302,18 @@ def _blur_weights(sigma, most: float, kernel: int | None):
     return jnp.concatenate([1 - 2 * jnp.sum(sides, 1, keepdims=True), sides], 1)
 
 
-def _blur(x, sigma, most: float, kernel: int | None):
-    """`ImageFilter.GaussianBlur(sigma)` or, with a `kernel`, torchvision's `gaussian_blur` of that
-    odd width. A sigma of 0 changes nothing; `most` bounds sigma and fixes the window's width.
+def _blur(x: Array, sigma: Array, most: float, kernel: int | None) -> Array:
+    """Pillow's `ImageFilter.GaussianBlur(sigma)`; with a `kernel`, torchvision's `gaussian_blur` of
+    that odd width. A sigma of 0 changes nothing; `most` bounds sigma and fixes the window's width.
 
-    Along the rows, then down the columns, each in a loop of its own as `_blends` is. Pillow
-    passes a box three times over each and repeats the edge; torchvision passes a Gaussian once and
-    reflects, so that the loop is over the channels."""
+    The blur runs along the rows and then down the columns, each in a loop, for the same reason as
+    `_blends`. Pillow passes a box three times and repeats the edge: the loop is over the passes.
+    torchvision passes a Gaussian once and reflects the edge: the loop is over the channels.
+    """
     weights = _blur_weights(sigma, most, kernel)
     reach = weights.shape[1] - 1
 
-    def step(x, axis, mode):
+    def step(x: Array, axis: int, mode: str) -> Array:
         size = x.shape[axis]
         pad = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
         cut = functools.partial(jax.lax.slice_in_dim, jnp.pad(x, pad, mode=mode), axis=axis)
@@ -313,6 +328,6 @@ def _blur(x, sigma, most: float, kernel: int | None):
         if kernel is None:
             x = jax.lax.fori_loop(0, 3, lambda _, x, axis=axis: step(x, axis, "edge"), x)
         else:
-            one = functools.partial(step, axis=axis, mode="reflect")
-            x = jnp.concatenate(jax.lax.map(one, jnp.stack(jnp.split(x, 3, 1))), 1)
+            blur_channel = functools.partial(step, axis=axis, mode="reflect")
+            x = jnp.concatenate(jax.lax.map(blur_channel, jnp.stack(jnp.split(x, 3, 1))), 1)
     return x

@@ -1,8 +1,9 @@
-"""Several processes as one run: who they are, that all are there and alike, and timed barriers.
+"""Starts several processes as one run: waits for all, compares what they run, and times barriers.
 
-JAX's own start ends the process when one is missing, without saying which, and compares nothing.
-So the processes meet first, at the address where process 0 will serve JAX: each says who it is and
-what it runs; process 0 answers all of them with the whole table, or with who did not come.
+If a process is missing, JAX's own start ends the others without saying which one; it also compares
+nothing. So the processes first meet at the address where process 0 will serve JAX. Each reports who
+it is and what it runs. Process 0 answers all of them with the complete table, or with the processes
+that did not come.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +31,8 @@ _PACKAGES = (
     *("clipx", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
     *("flax", "optax", "orbax-checkpoint", "grain", "numpy"),
 )
-_names: list[str] = []  # of every process, once they have met
-# what a collective says when another process has left it
+_names: list[str] = []  # the host of every process, once they have met
+# what the error of a collective contains if another process has left it
 _LEFT = re.compile(
     r"gloo|nccl|unavailable|deadline_exceeded|barrier|coordination|connection (reset|closed)",
     re.IGNORECASE,
@@ -39,7 +40,8 @@ _LEFT = re.compile(
 
 
 def seconds() -> float:
-    """How long a process waits for the others: CLIPX_WAIT_SECONDS, or five minutes."""
+    """How long a process waits for the others, in seconds: CLIPX_WAIT_SECONDS, default 300. Raises
+    `ConfigError` unless that is a positive number."""
     text = os.environ.get("CLIPX_WAIT_SECONDS", "300")
     with contextlib.suppress(ValueError):
         if float(text) > 0:
@@ -48,21 +50,21 @@ def seconds() -> float:
 
 
 def facts(config: Mapping[str, Any] | None = None, **command: Any) -> dict[str, Any]:
-    """What has to be alike in every process: versions, the package's own files, the config."""
-    found = {"python": platform.python_version()}
+    """What must be equal in every process: versions, clipx's own files, config and command."""
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
     package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    found["clipx files"] = digest.hexdigest()[:12]
-    return {"versions": found, "config": to_lists(config or {}), "command": to_lists(command)}
+    versions["clipx files"] = digest.hexdigest()[:12]
+    return {"versions": versions, "config": to_lists(config or {}), "command": to_lists(command)}
 
 
-def refuse_skew(table: list[Mapping[str, Any]]) -> None:
-    """Raises `ConfigError` naming the first process that differs from process 0, and both values
-    of everything in which they do."""
+def refuse_skew(table: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ConfigError` if a process differs from process 0. It names the first such process and
+    both values of everything that differs."""
     first = table[0]
     for other in table[1:]:
         for what in ("versions", "config", "command"):
@@ -77,16 +79,17 @@ def refuse_skew(table: list[Mapping[str, Any]]) -> None:
                 )
 
 
-def _who(process: int, table: list[Mapping[str, Any] | None]) -> str:
-    known = process < len(table) and table[process]
+def _who(process: int, table: Sequence[Mapping[str, Any] | None]) -> str:
+    """The name of a process in messages, with its host if the table has it."""
+    known = table[process] if process < len(table) else None
     return f"process {process} ({known['host']})" if known else f"process {process}"
 
 
-def meet(info: ProcessInfo, told: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
-    """What every process said of itself, in their order; `HostsError` after `wait` seconds without
-    all of them, naming those that did not come."""
-    own = {"process": info.process, "processes": info.processes}
-    own |= {"host": socket.gethostname(), "facts": dict(told)}
+def meet(info: ProcessInfo, facts: Mapping[str, Any], wait: float) -> list[dict[str, Any]]:
+    """The reports of all processes, in order: {"process", "processes", "host", "facts"}. Raises
+    `HostsError` if some have not come after `wait` seconds, and names them."""
+    own: dict[str, Any] = {"process": info.process, "processes": info.processes}
+    own |= {"host": socket.gethostname(), "facts": dict(facts)}
     deadline = time.monotonic() + wait
     if info.process == 0:
         reply = _receive(info, own, deadline, wait)
@@ -98,7 +101,7 @@ def meet(info: ProcessInfo, told: Mapping[str, Any], wait: float) -> list[dict[s
 
 
 def _receive(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict[str, Any]:
-    """Process 0's part: takes in the others' words, then answers all of them alike."""
+    """Process 0's part of `meet`: collects the others' reports and sends all the same reply."""
     try:
         dual = socket.has_dualstack_ipv6()
         listener = socket.create_server(
@@ -110,7 +113,7 @@ def _receive(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict
     except OSError as error:
         raise HostsError(
             f"process 0 ({own['host']}) cannot listen at port {info.port} ({error.strerror}): "
-            "an earlier run may still be there; end it, or choose another port"
+            "an earlier run may still use it. End that run, or choose another port"
         ) from None
     table: list[dict | None] = [own] + [None] * (info.processes - 1)
     peers: dict[int, socket.socket] = {}
@@ -121,35 +124,38 @@ def _receive(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict
             try:
                 peer = stack.enter_context(listener.accept()[0])
                 peer.settimeout(5)
-                word = json.loads(peer.makefile("rb").readline())
-                number = word["process"]
+                report = json.loads(peer.makefile("rb").readline())
+                number = report["process"]
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # no process of ours, or one that ended: it comes again
+                continue  # not a process of this run, or one that hung up and will try again
             if number in peers and _alive(peers[number]):
-                hosts = f"{table[number]['host']} and {word['host']}"
+                hosts = f"{(table[number] or own)['host']} and {report['host']}"
                 fault = f"process {number} came twice, from {hosts}: each needs a number of its own"
-            elif word["processes"] != info.processes:
-                said = f"{word['processes']} on {word['host']} and {info.processes} on "
-                fault = f"the number of processes is {said}{own['host']}"
-            peers[number], table[number % len(table)] = peer, word
+            elif report["processes"] != info.processes:
+                numbers = f"{report['processes']} on {report['host']} and {info.processes} on "
+                fault = f"the number of processes is {numbers}{own['host']}: it must be the same"
+            peers[number], table[number % len(table)] = peer, report
         if None in table and not fault:
-            missing = [f"process {i}" for i, word in enumerate(table) if word is None]
-            came = ", ".join(_who(i, table) for i, word in enumerate(table) if word)
+            missing = [f"process {i}" for i, report in enumerate(table) if report is None]
+            came = ", ".join(_who(i, table) for i, report in enumerate(table) if report)
             fault = f"{', '.join(missing)} of {info.processes} did not come to "
-            fault += f"{info.address} within {wait:.0f} s; there: {came}.\nLook at the log of the "
-            fault += "missing: it may have failed before, or cannot reach that address"
+            fault += (
+                f"{info.address} within {wait:.0f} s; present: {came}.\nLook at the log of each "
+            )
+            fault += "missing process: it may have failed earlier, or cannot reach that address"
         reply = {"error": fault} if fault else {"table": table}
         line = json.dumps(reply).encode() + b"\n"
         for peer in peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(line)
-        for peer in peers.values():  # they hang up first: the port is free at once
+        for peer in peers.values():  # let them hang up first, so that the port is free at once
             with contextlib.suppress(OSError):
                 peer.recv(1)
     return reply
 
 
 def _alive(peer: socket.socket) -> bool:
+    """Whether the other end of a connection is still open."""
     peer.setblocking(False)
     try:
         return peer.recv(1) != b""
@@ -162,34 +168,36 @@ def _alive(peer: socket.socket) -> bool:
 
 
 def _report(info: ProcessInfo, own: dict, deadline: float, wait: float) -> dict[str, Any]:
-    """The part of the others: says who this is until process 0 answers."""
+    """The other processes' part of `meet`: reports this process until process 0 replies."""
     host, _, port = info.address.rpartition(":")
     line, reason = json.dumps(own).encode() + b"\n", "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), min(left, 5)) as peer:
                 peer.sendall(line)
-                peer.settimeout(
-                    left + min(wait, 15)
-                )  # process 0 may have begun to wait a little later
+                # process 0 may have started to wait a little later
+                peer.settimeout(left + min(wait, 15))
                 reply = peer.makefile("rb").readline()
             if reply:
                 return json.loads(reply)
-            reason = "it hung up"
+            reason = "process 0 hung up"
         except ValueError:
-            reason = "something else answers there: end what an earlier run left on that host"
+            reason = "another program answers there: end what an earlier run left on that host"
             break
         except OSError as error:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise HostsError(
         f"process {info.process} ({own['host']}) did not reach process 0 at {info.address} "
-        f"within {wait:.0f} s ({reason}). Process 0 is missing, or that address is not its own"
+        f"within {wait:.0f} s ({reason}). Process 0 is missing, or the address is not its own"
     )
 
 
 def start(info: ProcessInfo, config: Mapping[str, Any] | None = None, **command: Any) -> None:
-    """Joins the other processes of the run, once all are there and run the same."""
+    """Initialises JAX's distributed runtime, once all processes are there and run the same.
+
+    Raises `HostsError` for a missing process or uneven devices, and `ConfigError` if the processes
+    differ in versions, config or command."""
     table = meet(info, facts(config, **command), seconds())
     refuse_skew(table)
     jax.distributed.initialize(
@@ -201,28 +209,28 @@ def start(info: ProcessInfo, config: Mapping[str, Any] | None = None, **command:
         initialization_timeout=int(max(seconds(), 30)),
     )
     refuse_uneven([device.process_index for device in jax.devices()], table)
-    _names[:] = [word["host"] for word in table]
+    _names[:] = [report["host"] for report in table]
 
 
 def hosts() -> list[str]:
-    """The host of every process; [] for a single one."""
+    """The host of every process; [] in a run of one process."""
     return list(_names)
 
 
-def refuse_uneven(owners: list[int], table: list[Mapping[str, Any]]) -> None:
-    """Raises `HostsError` unless every process has devices, and as many as the others. `owners`:
-    the process of each device."""
+def refuse_uneven(owners: list[int], table: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `HostsError` unless all processes have the same number of devices, at least one.
+    `owners`: the process of each device."""
     counts = [owners.count(i) for i in range(len(table))]
     if len(owners) != sum(counts) or len(set(counts)) > 1 or not all(counts):
-        said = "\n".join(f"  {_who(i, table)}: {count}" for i, count in enumerate(counts))
-        raise HostsError(f"the devices that each process has are not as many:\n{said}")
+        lines = "\n".join(f"  {_who(i, table)}: {count}" for i, count in enumerate(counts))
+        raise HostsError(f"the processes have different numbers of devices:\n{lines}")
 
 
 def barrier(name: str, wait: float | None = None) -> None:
-    """Returns when every process is here; `HostsError` naming the missing after `wait` seconds
-    (default: `seconds()`).
+    """Returns when every process has called it with this name. Raises `HostsError` after `wait`
+    seconds (default: `seconds()`), and names the missing processes.
 
-    It needs no device: a process that still loads or compiles is waited for."""
+    It uses no device, so it also waits for processes that still load or compile."""
     if jax.process_count() == 1:
         return
     from orbax.checkpoint import multihost  # public, and timed; JAX's own barrier waits for ever
@@ -234,25 +242,25 @@ def barrier(name: str, wait: float | None = None) -> None:
         table = [{"host": host} for host in hosts()]
         late = re.findall(r"^(?:\S*task:)?(\d+)\s*$", str(error), re.MULTILINE)
         if not late:
-            raise HostsError(f"waiting for the others at {name!r}: {error}") from None
+            raise HostsError(f"waiting for the other processes at {name!r}: {error}") from None
         raise HostsError(
             f"{', '.join(_who(int(i), table) for i in late)} did not come to {name!r} within "
-            f"{wait:.0f} s: look at the log there"
+            f"{wait:.0f} s: look at the log of each"
         ) from None
 
 
 def lost(error: Exception, wait: float = 10.0) -> str:
-    """What a collective's error means where another process has left it: who does not answer. ""
-    for any other error. The processes that are left come here together."""
+    """What to report for a collective's error that a lost process has caused: which processes do
+    not answer. "" for any other error. All remaining processes must call this together."""
     if not hosts() or not _LEFT.search(str(error)):
         return ""
     try:
         barrier("lost", wait)
-        who = "all of them still answer: a connection broke"
+        who = "all of them still answer, so a connection broke"
     except HostsError as missing:
         who = str(missing).replace("did not come to 'lost' within", "did not answer within")
     line = " ".join(str(error).split())[:200]
     return (
-        f"the other processes are gone from this run: {who}.\nAll have to be started again; the "
-        f"last checkpoint is whole, and they go on from there. ({line})"
+        f"other processes are gone from this run: {who}.\nStart all processes again; they go on "
+        f"from the last checkpoint, which is complete. ({line})"
     )

@@ -1,4 +1,4 @@
-"""What a training step needs and takes, from its compiled program: before it runs, or instead."""
+"""Predicts the memory and time of a training step from its compiled program, without running it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from clipx.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Prediction(Needs):
-    """What is known of a step on one mesh, its time included. None: not known."""
+    """The predicted memory and time of a step on one mesh. None: not known."""
 
     bytes: float | None = None  # that one device reads and writes, as the compiler counts them
-    cycles: int | None = None  # the compiler's estimates of one device, loops multiplied out
-    kernels: float | None = None  # seconds that kernels are charged beside them
-    seconds: float | None = None  # without collectives
+    cycles: int | None = None  # the compiler's estimate for one device, loops multiplied out
+    kernels: float | None = None  # seconds charged for kernels, which `cycles` leaves out
+    seconds: float | None = None  # of one step, collectives excluded
     collectives: tuple[tuple[str, int, int, int], ...] | None = None  # kind, group, times, bytes
-    open_loops: int = 0  # that count once, for their length is not known
-    analytic: bool = False  # no compiler was asked
+    open_loops: int = 0  # loops of unknown length, which count once
+    analytic: bool = False  # estimated by arithmetic, without a compiler
     notes: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
-        """Whether the compiler found no room for it."""
+        """Whether the compiler ran out of device memory."""
         return super().refused and not self.analytic
 
     @property
@@ -41,7 +41,7 @@ class Prediction(Needs):
 
     @property
     def predicted_mfu(self) -> float | None:
-        """Useful FLOPs over what the devices could do in the predicted time."""
+        """Useful FLOPs, as a fraction of the devices' peak over the predicted time."""
         return self.mfu(self.seconds) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,20 +50,30 @@ class Prediction(Needs):
 
 
 def compile_ahead(step: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Callable[[], str]]:
-    """A function compiled for TPUs that are not here, and what gives its program's text, which the
-    compiler wrote to a file meanwhile: libtpu 0.0.52 cannot print (`as_text`) a program that has a
-    SparseCore gather, as steps for v5p and v6e do."""
+    """Compiles `step` for TPUs that this machine does not have. Returns (the compiled step, a
+    function that returns its program's text).
+
+    The text comes from a file that the compiler writes: `as_text` of libtpu 0.0.52 fails on
+    programs with a SparseCore gather, which steps for v5p and v6e have. Raises `OutOfMemory`.
+    """
     with room(), tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         made = step.compile(compiler_options=options)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt")]
-    return made, (lambda: texts[0]) if len(texts) == 1 else made.as_text
+    return made, (lambda: texts[0]) if len(texts) == 1 else _text(made)
+
+
+def _text(step: jax.stages.Compiled) -> Callable[[], str]:
+    return lambda: step.as_text() or ""
 
 
 def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Prediction:
-    """What the run's step needs and takes; compiles it if it is not compiled yet. `ahead`: it is
-    compiled for devices that are not here, to be looked at and not kept. Does not raise where the
-    compiler finds no room: such a prediction does not fit."""
+    """Predicts the memory and time of the run's step; compiles the step if necessary.
+
+    limit: bytes of device memory, instead of the device's own. ahead: compile for devices that this
+    machine does not have, and do not keep the result. If the compiler runs out of device memory,
+    returns a prediction that does not fit.
+    """
     base = Prediction(**vars(given(run, limit=limit)))
     device, chip = some_device(run), base.chip
     try:
@@ -71,15 +81,14 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
             step, text = compile_ahead(run.lower())
         else:
             with room():
-                step, text = run.train_step, run.train_step.as_text
+                step, text = run.train_step, _text(run.train_step)
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or base.limit)
+    compiled = with_compiled(base, step, device.platform)
+    assert isinstance(compiled, Prediction)  # it returns what it was given, with more fields set
     timed = device.platform == "tpu" and chip and chip.clock
-    return dataclasses.replace(
-        with_compiled(base, step, device.platform),
-        bytes=_cost(step).get("bytes accessed"),
-        **(time_of(text, chip) if timed else {}),
-    )
+    time = time_of(text, chip) if chip and timed else {}
+    return dataclasses.replace(compiled, bytes=_cost(step).get("bytes accessed"), **time)
 
 
 def _cost(step: jax.stages.Compiled) -> dict[str, float]:
@@ -88,14 +97,16 @@ def _cost(step: jax.stages.Compiled) -> dict[str, float]:
 
 
 def time_of(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
-    """The compiler's time, and the collectives, from the program's text. A text that cannot be read
-    says so and stops nothing."""
+    """Fields of a `Prediction`, from the program's text: the compiler's time and the collectives.
+    For a text that cannot be parsed, only a note that says so. `chip` must have a bandwidth and a
+    clock."""
+    assert chip.bandwidth and chip.clock
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
     try:
         program = hlo.read(text())
-    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: as_text
+    except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:
         return {"notes": (f"no estimate of time: {type(error).__name__}: {error}",)}
-    beside = f"{len(program.beside)} operation(s) that SparseCores do meanwhile are not timed"
+    beside = f"{len(program.beside)} operation(s) that run on SparseCores are not timed"
     return {
         "cycles": program.compiler_cycles,
         "kernels": program.charged_seconds(**rates),
@@ -106,14 +117,14 @@ def time_of(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
     }
 
 
-def short(found: Prediction) -> list[str]:
-    """A step in a line, and what is predicted of its time in another."""
-    lines = [describe(found)]
-    if found.seconds:
-        mfu = f", {found.predicted_mfu:.1%} MFU" if found.predicted_mfu else ""
-        rate = f"{found.images_per_second:,.0f} images/s{mfu}"
+def short(prediction: Prediction) -> list[str]:
+    """A few lines: the step's memory, its predicted time if known, and notes."""
+    lines = [describe(prediction)]
+    if prediction.seconds:
+        mfu = f", {prediction.predicted_mfu:.1%} MFU" if prediction.predicted_mfu else ""
+        rate = f"{prediction.images_per_second:,.0f} images/s{mfu}"
         lines.append(
-            f"predicted: {found.seconds:.3g} s a step, {rate} (the compiler's estimate at an "
+            f"predicted: {prediction.seconds:.3g} s a step, {rate} (the compiler's estimate at an "
             "assumed clock, without collectives; not validated)"
         )
-    return [*lines, *found.notes]
+    return [*lines, *prediction.notes]

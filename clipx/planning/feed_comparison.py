@@ -1,4 +1,4 @@
-"""clipx's loader beside a PyTorch DataLoader, over pictures that are drawn for it."""
+"""Compares clipx's loader with a PyTorch DataLoader on generated images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -26,24 +26,26 @@ from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import DataError
 from clipx.types import View, Views
 
-SHORT, _LONG = 256, 341  # sides of the drawn pictures
-_BATCH = 64  # of the two loaders
+SHORT, _LONG = 256, 341  # sides of the generated images, in pixels
+_BATCH = 64  # batch size of both loaders
 
 
 class Speed(NamedTuple):
-    """Medians of the rounds."""
+    """The speed of a loader: medians of all rounds."""
 
-    per_core: float  # examples for each second of CPU time, of all processes together
-    wall: float  # examples a second
+    per_core: float  # examples per second of CPU time, summed over all processes
+    wall: float  # examples per second of elapsed time
 
 
 class Comparison(NamedTuple):
-    versions: str
-    workers: int  # threads of clipx, processes of the other
-    files: int  # drawn JPEGs
+    """What `against` measured."""
+
+    versions: str  # of the other loader's libraries
+    workers: int  # threads of clipx, processes of the other loader
+    files: int  # number of JPEGs
     rounds: int
-    kilobytes: float  # of one, on average
-    rows: list[tuple[str, Speed, Speed, float]]  # what, clipx, other, median ratio per core
+    kilobytes: float  # mean size of a JPEG
+    rows: list[tuple[str, Speed, Speed, float]]  # name, clipx, other, median ratio of `per_core`
 
 
 def against(
@@ -52,19 +54,20 @@ def against(
     passes: int = 1280,
     files: int = 256,
     rounds: int = 5,
-    say=lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """`Loader` beside the loader of `script` over the same drawn pictures, with as many threads as
-    the other has processes: one round of each after the other, the medians of all `rounds`.
+    """Measures `Loader` and the loader of `script` in alternation on the same generated images.
+    `Loader` has as many threads as the other loader has processes.
 
-    Raises `DataError` if the script is not there, or cannot run.
+    passes: examples per round, rounded down to full batches. files: images to generate. say:
+    receives lines of progress. Raises `DataError` if the script does not exist or cannot run.
     """
     if not script.is_file():
-        raise DataError(f"{script}: not there; --against=torch runs from a checkout of clipx")
+        raise DataError(f"{script} does not exist; --against=torch needs a checkout of clipx")
     workers = min(pictures.cores(), 16)
     passes -= passes % _BATCH
     with tempfile.TemporaryDirectory(prefix="clipx-bench-") as folder:
-        say(f"drawing {files} pictures")
+        say(f"generating {files} images")
         kilobytes = draw(pathlib.Path(folder), files) / 1000
         with _other(script, folder, passes, workers) as (versions, ask):
             measured = []
@@ -75,14 +78,14 @@ def against(
             for number in range(rounds + 1):
                 say(f"round {number} of {rounds}" if number else "warming up")
                 sides = (lambda kind: _pass(loaders[kind], passes), ask)
-                order = (0, 1) if number % 2 else (1, 0)  # neither is always the first
-                found = {(kind, i): sides[i](kind) for kind in loaders for i in order}
-                measured += [found] * (number > 0)
+                order = (0, 1) if number % 2 else (1, 0)  # no loader is always the first
+                spent = {(kind, i): sides[i](kind) for kind in loaders for i in order}
+                measured += [spent] * (number > 0)
     rows = []
     for kind, name in (("two", "two views, as DeCLIP"), ("one", "one view, as open_clip")):
-        own, other = ([_speed(one[kind, i], passes) for one in measured] for i in (0, 1))
-        ratio = statistics.median(a.per_core / b.per_core for a, b in zip(own, other))
-        rows.append((name, _median(own), _median(other), ratio))
+        ours, theirs = ([_speed(spent[kind, i], passes) for spent in measured] for i in (0, 1))
+        ratio = statistics.median(a.per_core / b.per_core for a, b in zip(ours, theirs))
+        rows.append((name, _median(ours), _median(theirs), ratio))
     return Comparison(versions, workers, files, rounds, kilobytes, rows)
 
 
@@ -111,6 +114,7 @@ def _loader(folder: str, crops: tuple[tuple[float, float], ...]) -> Loader:
 
 
 def _pass(loader: Loader, passes: int) -> dict[str, float]:
+    """Elapsed and CPU seconds that `loader` takes for `passes` examples."""
     cpu, start = time.process_time(), time.perf_counter()
     for _ in loader.batches(0, passes // _BATCH):
         pass
@@ -118,39 +122,44 @@ def _pass(loader: Loader, passes: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _other(script: pathlib.Path, folder: str, passes: int, workers: int) -> Iterator[tuple]:
-    """The other loader's versions, and what measures one pass of it."""
+def _other(
+    script: pathlib.Path, folder: str, passes: int, workers: int
+) -> Iterator[tuple[str, Callable[[str], dict[str, float]]]]:
+    """A context that runs the other loader. Yields (versions of its libraries, a function that
+    measures one pass, as `_pass` does)."""
     options = {"pictures": passes, "batch": _BATCH, "workers": workers}
     command = [sys.executable, str(script), folder, *(f"--{k}={v}" for k, v in options.items())]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        requests, answers, errors = process.stdin, process.stdout, process.stderr
 
         def answer() -> dict[str, Any]:
-            line = process.stdout.readline()
+            line = answers.readline()
             if not line:
-                last = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+                last = (errors.read().strip().splitlines() or ["it ended"])[-1]
                 raise DataError(
                     f"{script}: {last}; it needs pip install torch torchvision, in this environment"
                 )
             return json.loads(line)
 
         def ask(kind: str) -> dict[str, float]:
-            process.stdin.write(kind + "\n")
-            process.stdin.flush()
+            requests.write(kind + "\n")
+            requests.flush()
             return answer()
 
         try:
             ready = answer()
             yield ", ".join(f"{k} {v}" for k, v in ready.items() if k != "ready"), ask
         finally:
-            process.stdin.close()
+            requests.close()
             process.wait()
 
 
 def draw(folder: pathlib.Path, count: int) -> float:
-    """Writes JPEGs of 256 on the shorter side, with about the detail and the edges of photographs,
-    and pictures.csv; their mean size in bytes."""
+    """Writes `count` JPEGs, with about the detail and edges of photographs, and pictures.csv into
+    `folder`. The shorter side has 256 pixels. Returns the mean size of a JPEG in bytes."""
     rng = np.random.default_rng(0)
     textures = [_texture(rng, slope) for slope in np.linspace(1.0, 2.0, 8)]
     words = ("a", "red", "dog", "two", "children", "on", "grass", "near", "the", "blue", "house")
@@ -170,7 +179,7 @@ def draw(folder: pathlib.Path, count: int) -> float:
 
 
 def _texture(rng: np.random.Generator, slope: float) -> np.ndarray:
-    """Noise of mean 0 and deviation 1 whose amplitude falls as 1 / frequency ** slope."""
+    """Noise of mean 0 and standard deviation 1. Its amplitude falls as 1 / frequency ** slope."""
     frequency = np.hypot(np.fft.fftfreq(_LONG)[:, None], np.fft.rfftfreq(_LONG)[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.normal(size=(_LONG, _LONG))) / frequency**slope
@@ -179,11 +188,11 @@ def _texture(rng: np.random.Generator, slope: float) -> np.ndarray:
 
 
 def _photo(rng: np.random.Generator, textures: Sequence[np.ndarray]) -> np.ndarray:
-    """Textured patches with sharp edges."""
-    picture = None
+    """An image of textured patches with sharp edges, uint8 [341, 341, 3]."""
+    picture: np.ndarray | None = None
     for _ in range(4):
         texture = np.roll(
-            textures[rng.integers(len(textures))], rng.integers(_LONG, size=2), (0, 1)
+            textures[int(rng.integers(len(textures)))], rng.integers(_LONG, size=2), (0, 1)
         )
         contrast, colour = rng.uniform(10, 40, 3), rng.normal(128, 45, 3)
         patch = (texture[..., None] * contrast + colour).astype(np.float32)
@@ -194,22 +203,23 @@ def _photo(rng: np.random.Generator, textures: Sequence[np.ndarray]) -> np.ndarr
         corners = rng.uniform(-0.2, 1.2, (6, 2)) * _LONG
         cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
         picture = np.where(mask[..., None] > 0, patch, picture)
+    assert picture is not None
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def markdown(found: Comparison) -> list[str]:
-    """The comparison as a table for a README."""
+def markdown(comparison: Comparison) -> list[str]:
+    """The comparison as lines of Markdown: a table and how it was measured."""
     lines = [
         "| images/s per core | clipx | PyTorch DataLoader | ratio |",
         "|---|---|---|---|",
     ]
-    for name, own, other, ratio in found.rows:
-        lines.append(f"| {name} | {own.per_core:,.0f} | {other.per_core:,.0f} | {ratio:.1f} |")
+    for name, ours, theirs, ratio in comparison.rows:
+        lines.append(f"| {name} | {ours.per_core:,.0f} | {theirs.per_core:,.0f} | {ratio:.1f} |")
     lines.append(
-        f"\nImages per second of CPU time, medians of {found.rounds} rounds in turns: "
-        f"{found.workers} threads of clipx, {found.workers} worker processes of PyTorch "
-        f"({found.versions}), {found.files} drawn JPEGs of {SHORT} px and {found.kilobytes:.0f} "
-        "kB, 224-px views. "
+        f"\nImages per second of CPU time, medians of {comparison.rounds} rounds in alternation: "
+        f"{comparison.workers} threads of clipx, {comparison.workers} worker processes of PyTorch "
+        f"({comparison.versions}), {comparison.files} generated JPEGs of {SHORT} px and "
+        f"{comparison.kilobytes:.0f} kB, 224-px views. "
         "clipx also tokenises captions; its photometry runs on the device."
     )
     return lines

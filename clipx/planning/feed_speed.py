@@ -1,4 +1,5 @@
-"""How fast a run's data is loaded: stage by stage on one core, as a whole, and for its model."""
+"""Measures how fast a run's data is loaded, stage by stage and as a whole, and whether that is fast
+enough for the run's model."""
 
 from __future__ import annotations
 
@@ -20,67 +21,75 @@ from clipx.training import feed
 from clipx.training.alone import after_photometry
 from clipx.training.run import OpenRun, assemble
 
-_TIMED = 256  # rows of a batch that are timed, at most
+_TIMED = 256  # at most so many rows of a batch are timed
 
 
 class Stage(NamedTuple):
+    """The cost of one stage, in seconds per example."""
+
     name: str
-    cpu: float | None  # seconds of one core for one example; None where a device does the work
-    wall: float  # seconds for one example, with what was waited for
+    cpu: float | None  # CPU time of one core; None if a device does the work
+    wall: float  # elapsed time, waiting included
 
 
 def stages(loader: Loader, rows: int) -> list[Stage]:
-    """What each stage of `loader` costs on one thread, over some rows of its source; the last is
-    `Loader.load` as a run calls it. Rows that cannot be used are left out.
+    """Measures each stage of `loader` on one thread, over at most `rows` rows of its source. The
+    last stage is `Loader.load`, as a run calls it. Rows that cannot be used are left out.
 
-    JPEGs that are much larger than their crops cost the feed less than `decode`: it decodes those
-    at a half, a quarter or an eighth."""
-    examples, found = [], []
+    A run decodes JPEGs that are much larger than their crops at a half, a quarter or an eighth of
+    their size, so it may spend less than the stage `decode` shows. Raises `DataError` if no row can
+    be used.
+    """
+    examples, decoded = [], []
     count = len(loader.source)
     chosen = np.linspace(0, count - 1, min(rows, count)).astype(int).tolist()
 
-    def read():
+    def read() -> None:
         for row in chosen:
             with contextlib.suppress(BadSample):
                 examples.append(loader.source[row])
 
-    def decode():
+    def decode() -> None:
         for example in examples:
             with contextlib.suppress(BadSample):
                 pictures.header(example)
-                found.append(example._replace(image=pictures.decode(example)))
+                decoded.append(example._replace(image=pictures.decode(example)))
 
-    def crop():
-        for example, one in zip(found, draws):
-            pictures.views(example, loader.crops, one, flips, out)
+    def crop() -> None:
+        for example, draw in zip(decoded, draws):
+            pictures.views(example, loader.crops, draw, flips, out)
 
-    def tokenise():
-        for example in found:
+    def tokenise() -> None:
+        for example in decoded:
             loader.tokenizer(example.texts[: len(loader.texts)])
 
     rng, views, side = np.random.default_rng(0), len(loader.crops), loader.image_size
     flips, out = (False,) * views, np.empty((views, side, side, 3), np.uint8)
     timed = [
         _timed("read", read, lambda: len(chosen)),
-        _timed("decode", decode, lambda: len(found)),
+        _timed("decode", decode, lambda: len(decoded)),
     ]
-    if not found:
-        raise DataError("no row that was tried can be used; `verify` says why")
-    draws = rng.random((len(found), views, pictures.TRIES, 4))
-    steps = max(1, -(-len(found) // min(CHUNK, loader.schedule.batch_size)))
+    if not decoded:
+        raise DataError(
+            f"none of the {len(chosen)} rows that were tried can be used; "
+            "python -m clipx.dataset verify says why"
+        )
+    draws = rng.random((len(decoded), views, pictures.TRIES, 4))
+    steps = max(1, -(-len(decoded) // min(CHUNK, loader.schedule.batch_size)))
     chunk = np.arange(min(CHUNK, loader.schedule.batch_size))
 
-    def load():
+    def load() -> None:
         for step in range(steps):
             loader.load(step, chunk)
 
-    timed.append(_timed(f"crop, {views} view{'s' * (views > 1)}", crop, lambda: len(found)))
-    timed.append(_timed("tokenise", tokenise, lambda: len(found)))
+    timed.append(_timed(f"crop, {views} view{'s' * (views > 1)}", crop, lambda: len(decoded)))
+    timed.append(_timed("tokenise", tokenise, lambda: len(decoded)))
     timed.append(_timed("whole feed", load, lambda: steps * len(chunk)))
     return timed
 
 
 def _timed(name: str, function: Callable[[], Any], count: Callable[[], int]) -> Stage:
+    """The time of one call of `function`, divided by `count()` after it."""
     cpu, wall = time.thread_time(), time.perf_counter()
     function()
     cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
@@ -88,15 +97,15 @@ def _timed(name: str, function: Callable[[], Any], count: Callable[[], int]) -> 
 
 
 def sample_loader(run: OpenRun, data: feed.TrainingData) -> Loader:
-    """What loads the first rows of each batch of the run: some hundred, to be timed."""
+    """A loader of the first rows, at most 256, of each of the run's batches."""
     return feed.loader(run, data, np.arange(min(run.batch_size, _TIMED)))
 
 
 def run_stages(run: OpenRun, loader: Loader) -> list[Stage]:
-    """`stages` of a run's `sample_loader`, with what a device does put before the whole feed: the
-    transfer of the pictures and, if there is any, their photometry."""
-    *host, whole = stages(loader, 2 * len(loader.positions))
-    return [*host, *_device_stages(run, loader), whole]
+    """`stages` of a run's `sample_loader`, with the device's stages inserted before the last one:
+    the transfer of the images and, if the objective has any, their photometry."""
+    *host, complete = stages(loader, 2 * len(loader.positions))
+    return [*host, *_device_stages(run, loader), complete]
 
 
 def _device_stages(run: OpenRun, loader: Loader) -> Iterator[Stage]:
@@ -109,7 +118,7 @@ def _device_stages(run: OpenRun, loader: Loader) -> Iterator[Stage]:
 
 
 def _median(function: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of a call, after one that does not count."""
+    """Median seconds of `times` calls, after one call to warm up."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()
@@ -119,15 +128,15 @@ def _median(function: Callable[[], Any], times: int = 5) -> float:
 
 
 def model_rate(config: Mapping[str, Any]) -> tuple[float, int]:
-    """(images a second that each process of the config's run takes, devices of the run): the
-    training step itself, timed here."""
-    whole = assemble({**config, "evals": {}, "train": {**config["train"], "best": ""}})
-    seconds = statistics.median(measure.time_steps(whole, steps=5))
-    return whole.batch_size / seconds / jax.process_count(), whole.mesh.devices.size
+    """Times the run's training step on the devices of this machine. Returns (images per second
+    that each process consumes, number of devices)."""
+    run = assemble({**config, "evals": {}, "train": {**config["train"], "best": ""}})
+    seconds = statistics.median(measure.time_steps(run, steps=5))
+    return run.batch_size / seconds / jax.process_count(), run.mesh.devices.size
 
 
 def table(stages: Sequence[Stage]) -> list[str]:
-    """The stages as lines for a terminal."""
+    """The stages as the lines of a table, for a terminal."""
     lines = [f"{'ms a picture':26}{'one core':>10}{'wall':>10}{'images/s a core':>18}"]
     for stage in stages:
         cpu, rate = f"{'':10}", ""
@@ -138,12 +147,12 @@ def table(stages: Sequence[Stage]) -> list[str]:
 
 
 def verdict(per_core: float, wanted: float | None, cores: int) -> str:
-    """Whether `cores` that each feed `per_core` pictures a second are enough for a model that takes
-    `wanted`."""
+    """Says whether `cores`, each of which loads `per_core` images per second, are enough for a
+    model that consumes `wanted` images per second. Without `wanted`, how to state it."""
     if wanted is None:
         return (
-            f"one core feeds {per_core:,.0f} images/s; --model times this model here, or "
-            "--images_per_second=N says what it takes elsewhere"
+            f"one core feeds {per_core:,.0f} images/s; to compare it with this model, use --model, "
+            "which times the model here, or --images_per_second=N"
         )
     needed = math.ceil(wanted / per_core)
     about = f"needs about {needed} core{'s' * (needed > 1)} for this model, and has {cores}"
@@ -151,9 +160,10 @@ def verdict(per_core: float, wanted: float | None, cores: int) -> str:
 
 
 def rate(loader: Loader, steps: int) -> float:
-    """Examples a second of `loader` with its workers, from its second batch on: the first waits for
-    them to start."""
-    with contextlib.closing(loader.batches(0, steps + 1)) as batches:
+    """Examples per second of `loader` with its workers, over `steps` batches after the first, which
+    waits for the workers to start."""
+    generator = loader.batches(0, steps + 1)
+    with contextlib.closing(generator) as batches:  # pyright: ignore[reportArgumentType]
         next(batches)
         start = time.perf_counter()
         seen = sum(len(batch["row"]) for batch in batches)

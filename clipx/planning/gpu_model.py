@@ -1,13 +1,20 @@
-"""What a training step needs and takes on GPUs, by arithmetic: nothing is compiled.
+"""Estimates the memory and time of a training step on GPUs by arithmetic. Nothing is compiled.
 
-- Memory: the state and a gradient where they lie, the batch, what autodiff keeps of a row between
-  the forward and the backward pass (as traced; a GPU's compiler keeps less), times the rows of a
-  micro-batch on one GPU, and every row's features, gathered.
-- Time: each matrix product and convolution of the step as traced, recomputation included, takes
-  its FLOPs at 60 % of the published peak or its operands and result at 80 % of the published
-  bandwidth, whichever is longer; what stands between them is taken to be fused. Then the optimizer
-  reads and writes its state once, and gradients are summed over the slowest network, at 80 % of it,
-  with nothing hidden behind the backward pass.
+Memory of one GPU is the sum of
+
+- its shards of the parameters, optimizer state, gradients and batch;
+- activations: the bytes that autodiff keeps of one row between the forward and the backward pass
+  (as traced; a GPU's compiler keeps less), times the rows of a micro-batch on the GPU;
+- the gathered features of all rows, and their gradients.
+
+Time of a step is the sum of
+
+- every matrix product and convolution of the traced step, recomputation included: its FLOPs at 60 %
+  of the published peak, or its operands and result at 80 % of the published bandwidth, whichever
+  takes longer. Other operations count as fused and free;
+- the optimizer, which reads and writes parameters and its state once;
+- the collectives of gradients and sharded parameters, at 80 % of the slowest network's bandwidth,
+  with no overlap with the backward pass.
 """
 
 from __future__ import annotations
@@ -23,15 +30,17 @@ from clipx.planning.estimate import Prediction
 from clipx.training.fit import held
 from clipx.training.run import Run
 from clipx.training.step import embed_rows, row_keys
+from clipx.types import Batch, Features, PyTree, TrainState
 
-PEAK, BANDWIDTH = 0.6, 0.8  # of what is published
-SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
+PEAK, BANDWIDTH = 0.6, 0.8  # fractions of the published values that are reached
+SHARE = 0.75  # fraction of a GPU's memory that JAX takes by default
 
 
 def predict(run: Run, where: Topology) -> Prediction:
-    """What the run's step would need and take on a topology of GPUs; the run is assembled on as
-    many devices of any kind."""
+    """Predicts the memory and time of the run's step on a topology of GPUs. The run must be
+    assembled on as many devices, of any kind."""
     chip, devices = where.chip, where.size
+    assert chip and chip.memory and chip.bandwidth and chip.link and chip.network
     rows = run.batch_size // math.prod(run.mesh.shape[a] for a in ("data", "fsdp"))
     kept, features = _row(run)
     memory = held(run)
@@ -49,7 +58,8 @@ def predict(run: Run, where: Topology) -> Prediction:
         if group > 1:
             kind, times = ("all-reduce", 1) if axis == "data" else ("all-gather and -scatter", 3)
             traffic.append((kind, group, times, times * size))
-            nodes, gpus = map(int, where.layout.split("x"))  # all of a node's adapters work at once
+            nodes, gpus = map(int, where.layout.split("x"))
+            # all network adapters of a node work at the same time
             wire = min(chip.link, chip.network * gpus) if nodes > 1 else chip.link
             factor = 2 * (group - 1) / group if axis == "data" else 3 * (group - 1) / group
             seconds += factor * size / (BANDWIDTH * wire * 1e9)
@@ -67,14 +77,16 @@ def predict(run: Run, where: Topology) -> Prediction:
         collectives=tuple(traffic),
         analytic=True,
         notes=(
-            f"of {chip.memory:g} GiB JAX takes {SHARE:.0%} unless told otherwise",
-            f"products at {PEAK:.0%} of peak or {BANDWIDTH:.0%} of bandwidth; not validated",
+            f"JAX uses {SHARE:.0%} of {chip.memory:g} GiB, unless XLA_PYTHON_CLIENT_MEM_FRACTION "
+            "is set",
+            f"assumes products at {PEAK:.0%} of peak or {BANDWIDTH:.0%} of bandwidth; not "
+            "validated",
         ),
     )
 
 
 def _row(run: Run) -> tuple[int, int]:
-    """Bytes that autodiff keeps of one row of a batch, and those of its features."""
+    """(bytes that autodiff keeps of one row of a batch, bytes of the row's features)."""
 
     def kept(rows: int) -> tuple[int, int]:
         batch, state = jax.tree.map(
@@ -82,18 +94,18 @@ def _row(run: Run) -> tuple[int, int]:
         )
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
-        def residuals(state, batch):
-            def embed(params):
+        def residuals(state: TrainState, batch: Batch) -> tuple[Features, PyTree]:
+            def embed(params: PyTree) -> Features:
                 keys = row_keys(run.config.seed, state.step, rows)
-                found, _ = embed_rows(
+                features, _ = embed_rows(
                     run.objective, params, state.batch_stats, batch, keys, microbatches=1
                 )
-                return found
+                return features
 
             return jax.vjp(embed, state.params)
 
         features, pullback = jax.eval_shape(residuals, state, batch)
         return bytes_whole(pullback), bytes_whole(features)
 
-    two, four = kept(2), kept(4)
+    two, four = kept(2), kept(4)  # the difference leaves out what does not grow with the rows
     return (four[0] - two[0]) // 2, (four[1] - two[1]) // 2

@@ -1,10 +1,10 @@
-"""What a compiled program costs, read from its text (`compiled.as_text()`).
+"""Reads the cost of a compiled program from its text (`compiled.as_text()`).
 
-The TPU compiler writes its own `estimated_cycles` beside the operations that it schedules; loops
-are multiplied out here, and of branches the dearest counts. A Pallas kernel has no such estimate,
-and is charged what its author declares: its FLOPs at half of the chip's peak or its bytes at full
-bandwidth, whichever takes longer, and never fewer bytes than go in and out. Collectives are
-listed, not timed.
+The TPU compiler annotates the operations that it schedules with `estimated_cycles`. This module
+multiplies loops out and counts only the most expensive branch of a conditional. A Pallas kernel has
+no such estimate. It is charged what its author declares: its FLOPs at half of the chip's peak or
+its bytes at full bandwidth, whichever takes longer, and at least the bytes of its operands and
+results. Collectives are listed but not timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 _FIRST = 'custom_call_target="AsyncCollectiveStart"'
 _SPARSE = 'async_execution_thread="sparsecore"'
-_FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move nothing
+_FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move no data
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter", "send"),  # a send goes to another slice
@@ -35,25 +35,26 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation that costs something, and how often a run of the program executes it."""
+    """One operation with a cost. `cycles`, `flops` and `bytes` are those of one execution."""
 
     name: str
-    kind: str  # its opcode; of a collective, without -start; "kernel" for a Pallas kernel, and
-    #            "sparsecore" for what runs there, beside the rest
-    source: str  # the path in the traced function, from metadata
-    times: int
-    cycles: int = 0  # the compiler's estimate of one execution
-    flops: int = 0  # of a kernel, one execution
-    bytes: int = 0  # of a kernel or collective, one execution
-    group: int = 1  # devices that a collective joins
-    chain: str = ""  # of fusions that carry one collective along, each with a copy of it
-    begins: bool = False  # whether it is the first of a chain that overlaps with other work
+    kind: str  # opcode (a collective's without -start), "kernel" (Pallas) or "sparsecore"
+    source: str  # path in the traced function, from metadata
+    times: int  # executions in one run of the program
+    cycles: int = 0  # the compiler's estimate
+    flops: int = 0  # of a kernel
+    bytes: int = 0  # of a kernel or collective
+    group: int = 1  # number of devices that a collective joins
+    chain: str = ""  # id of a chain of fusions, each of which holds a copy of one collective
+    begins: bool = False  # whether the chain starts here and overlaps with other work
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+    """The operations of a compiled program, and what they cost together."""
+
     operations: tuple[Operation, ...]
-    open_loops: tuple[str, ...]  # whose length the data tell: counted once
+    open_loops: tuple[str, ...]  # names of loops whose length depends on the data: they count once
 
     @property
     def kernels(self) -> tuple[Operation, ...]:
@@ -65,47 +66,49 @@ class Program:
 
     @property
     def beside(self) -> tuple[Operation, ...]:
-        """What SparseCores do meanwhile, which no estimate covers."""
+        """Operations that SparseCores execute in parallel. No estimate covers them."""
         return tuple(o for o in self.operations if o.kind == "sparsecore")
 
     @property
     def compiler_cycles(self) -> int:
-        """The sum of the compiler's own estimates."""
+        """The sum of the compiler's estimates, in cycles."""
         return sum(o.cycles * o.times for o in self.operations)
 
     def charged_seconds(self, *, peak: float, bandwidth: float) -> float:
-        """What kernels, and calls of the compiler's own, are charged beside its estimates."""
-        own = (o for o in self.operations if o.kind in ("kernel", "custom-call"))
-        return sum(charge(o, peak=peak, bandwidth=bandwidth) * o.times for o in own)
+        """Seconds charged for kernels and custom calls, which `compiler_cycles` leaves out. peak:
+        the chip's FLOP/s. bandwidth: its bytes per second."""
+        calls = (o for o in self.operations if o.kind in ("kernel", "custom-call"))
+        return sum(charge(o, peak=peak, bandwidth=bandwidth) * o.times for o in calls)
 
     def seconds(self, *, peak: float, bandwidth: float, clock: float) -> float:
-        """The time of one execution on a chip of `peak` FLOP/s, `bandwidth` B/s and `clock` Hz;
-        collectives excluded."""
+        """Seconds of one run of the program on a chip of `peak` FLOP/s, `bandwidth` B/s and `clock`
+        Hz; collectives excluded."""
         charged = self.charged_seconds(peak=peak, bandwidth=bandwidth)
         return self.compiler_cycles / clock + charged
 
     def traffic(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """(kind, group) -> executions and bytes of the program's collectives. A collective's bytes
-        are those of the whole array that it joins: what an all-gather or all-reduce makes, what a
-        reduce-scatter is given."""
-        found: dict[tuple[str, int], tuple[int, int]] = {}
+        """(kind, group) -> (executions, bytes) of the program's collectives. A collective's bytes
+        are those of its complete array: the result of an all-gather or all-reduce, the operand of a
+        reduce-scatter."""
+        totals: dict[tuple[str, int], tuple[int, int]] = {}
         for o in self.collectives:
-            times, size = found.get((o.kind, o.group), (0, 0))
-            found[o.kind, o.group] = times + o.times, size + o.bytes * o.times
-        return dict(sorted(found.items()))
+            times, size = totals.get((o.kind, o.group), (0, 0))
+            totals[o.kind, o.group] = times + o.times, size + o.bytes * o.times
+        return dict(sorted(totals.items()))
 
 
 def charge(kernel: Operation, *, peak: float, bandwidth: float) -> float:
-    """Seconds that one execution of a kernel is charged."""
+    """Seconds charged for one execution of a kernel."""
     return max(kernel.flops / (peak / 2), kernel.bytes / bandwidth)
 
 
 def read(text: str) -> Program:
-    """The costs in a compiled program's text. Raises `HloError` for a kernel that declares none."""
+    """The costs in a compiled program's text. Raises `HloError` for a text that is no program, and
+    for a kernel that declares no FLOPs."""
     computations, entry = parse(text)
     open_loops: dict[str, None] = {}
     operations = list(_walk(computations, entry, 1, open_loops))
-    # a chain may begin before a loop and go on inside
+    # a chain may begin before a loop and continue in its body: count it once, where it begins
     begun = {(o.kind, o.chain) for o in operations if o.begins}
     kept = (o for o in operations if o.begins or (o.kind, o.chain) not in begun)
     return Program(tuple(kept), tuple(open_loops))
@@ -114,7 +117,8 @@ def read(text: str) -> Program:
 def _walk(
     computations: dict[str, Computation], name: str, times: int, open_loops: dict[str, None]
 ) -> Iterator[Operation]:
-    """Every operation of a computation and of what it calls, `times` over."""
+    """Yields every operation of a computation and of the computations that it calls, each executed
+    `times` times. Adds the names of loops of unknown length to `open_loops`."""
     computation, chains = computations[name], set()
     for i in computation.values():
         called, kind = i.called(), i.opcode.removesuffix("-start")
@@ -125,22 +129,22 @@ def _walk(
             if trips is None:
                 open_loops[i.name] = None
             yield from _walk(computations, called["body"], times * (trips or 1), open_loops)
-        elif i.opcode == "conditional":  # the dearest branch
+        elif i.opcode == "conditional":  # only the most expensive branch counts
             branches = [list(_walk(computations, b, times, open_loops)) for b in i.branches()]
             yield from max(branches, key=_weight, default=())
         elif kind in COLLECTIVES:
-            whole, group = _joined(computation, i)
+            joined_bytes, group = _joined(computation, i)
             chain = (_CHAIN.search(i.rest) or ["", ""])[1]
-            yield Operation(i.name, kind, source, times, cycles, 0, whole, group, chain)
+            yield Operation(i.name, kind, source, times, cycles, 0, joined_bytes, group, chain)
         elif i.opcode == "custom-call":
             yield _custom_call(computation, i, source, times, cycles)
         elif i.opcode == "fusion":
             inside = list(_walk(computations, called["calls"], times, open_loops))
-            own = cycles or sum(o.cycles for o in inside)
-            if own:
-                yield Operation(i.name, kind, source, times, own)
+            fused_cycles = cycles or sum(o.cycles for o in inside)
+            if fused_cycles:
+                yield Operation(i.name, kind, source, times, fused_cycles)
             first = any(_FIRST in x.rest for x in computations[called["calls"]].values())
-            for o in inside:  # an estimate covers all but what has none of its own
+            for o in inside:  # the fusion's estimate covers all but collectives and kernels
                 if o.kind in COLLECTIVES or o.kind == "kernel":
                     if (o.kind, o.chain) in chains:
                         continue
@@ -166,7 +170,7 @@ def _weight(operations: list[Operation]) -> tuple[int, int]:
 
 
 def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:
-    """Bytes of the array that a collective joins, and the number of devices it joins."""
+    """(bytes of the array that a collective joins, number of devices that it joins)."""
     given = sum(size(computation[name].type) for name in i.operands)
     made = size(i.type)
     if i.opcode.startswith("all-gather"):
@@ -175,7 +179,8 @@ def _joined(computation: Computation, i: Instruction) -> tuple[int, int]:
 
 
 def _group(rest: str) -> int:
-    """Devices per group: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
+    """Devices per replica group, written as `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4]
+    {'b'}`."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
@@ -189,8 +194,9 @@ def _group(rest: str) -> int:
 def _custom_call(
     computation: Computation, i: Instruction, source: str, times: int, cycles: int
 ) -> Operation:
-    """A kernel with the FLOPs and bytes that its author declares, and at least the bytes of what
-    goes in and out; a call of the compiler's own with its estimate, or else its bytes."""
+    """A kernel, with the FLOPs that its author declares and the larger of declared bytes and the
+    bytes of its operands and results; or a call by the compiler itself, with its estimated cycles
+    or else those bytes."""
     target = (_TARGET.search(i.rest) or ["", "?"])[1]
     moved = size(i.type) + sum(size(computation[name].type) for name in i.operands)
     if target != KERNEL:
@@ -201,8 +207,8 @@ def _custom_call(
     flops = int(declared.get("flops", 0)) + int(declared.get("transcendentals", 0))
     if not flops:
         raise HloError(
-            f"the kernel %{i.name} ({source}) declares no FLOPs: give its pallas_call a "
-            "cost_estimate, or its work would count as nothing"
+            f"the kernel %{i.name} ({source}) declares no FLOPs, so its work would count as "
+            "nothing; give its pallas_call a cost_estimate"
         )
     moved = max(moved, int(declared.get("bytes_accessed", 0)))
     return Operation(i.name, "kernel", source, times, flops=flops, bytes=moved)

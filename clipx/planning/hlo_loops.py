@@ -1,9 +1,10 @@
-"""How often a loop of a compiled program runs."""
+"""Counts the iterations of the loops of a compiled program."""
 
 from __future__ import annotations
 
 import re
 
+from clipx.errors import HloError
 from clipx.planning.hlo_text import Computation, Instruction
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -14,22 +15,23 @@ _MOVES = ("copy", "copy-start", "copy-done", "bitcast", "convert")
 def count_trips(
     computations: dict[str, Computation], computation: Computation, loop: Instruction
 ) -> int | None:
-    """How often the while loop `loop` of `computation` runs; None where that depends on the data.
+    """Number of iterations of the while loop `loop` of `computation`; None if it depends on data.
 
-    The compiler may state it. Else the loop must count by one, from one constant to another.
+    The compiler may state the number. Otherwise the loop must count up by 1 between two constants.
     """
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = computations[loop.called()["condition"]]
     body = computations[loop.called()["body"]]
 
-    def carried(place: int) -> list[Instruction | None]:
-        """Element `place` of the loop's state: [before the loop, after an iteration]."""
-        given = computation[loop.operands[0]]
-        return [_element(computation, given, place), _element(body, _root(body), place)]
+    def carried(place: int) -> tuple[Instruction | None, Instruction | None]:
+        """Element `place` of the loop's state: (before the loop, after an iteration)."""
+        initial = computation[loop.operands[0]]
+        return _element(computation, initial, place), _element(body, _root(body), place)
 
     def constant(i: Instruction | None, where: Computation) -> int | None:
-        """The value of a constant, or of an element of the state that no iteration changes."""
+        """The value of `i` if it is a constant, or an element of the loop's state that starts as a
+        constant and that no iteration changes; otherwise None."""
         if i is None:
             return None
         i = _origin(where, i)
@@ -59,25 +61,28 @@ def count_trips(
 def _comparison(
     computations: dict[str, Computation], condition: Computation
 ) -> list[Instruction] | None:
-    """[i, n] of a condition i < n; None for any other condition."""
+    """The operands [i, n] of a condition i < n; None for any other condition."""
     root = _root(condition)
     inner = computations[root.called()["calls"]] if root.opcode == "fusion" else condition
     compares = [i for i in inner.values() if i.opcode == "compare"]
     if len(compares) != 1 or "direction=LT" not in compares[0].rest:
         return None
-    given = {}
-    if inner is not condition:  # a fusion of the comparison: map its parameters back
-        given = dict(
+    arguments = {}
+    if inner is not condition:  # the comparison is fused: map its parameters to their arguments
+        arguments = dict(
             zip([i.name for i in inner.values() if i.opcode == "parameter"], root.operands)
         )
-    return [condition[given[n]] if n in given else inner[n] for n in compares[0].operands]
+    return [condition[arguments[n]] if n in arguments else inner[n] for n in compares[0].operands]
 
 
 def _place(computation: Computation, i: Instruction) -> int | None:
-    """The index of `i` in the computation's parameter tuple; None if it is no element of it."""
+    """The index of `i` in the computation's parameter tuple; None if it is not an element."""
     if i.opcode != "get-tuple-element" or computation[i.operands[0]].opcode != "parameter":
         return None
-    return int(_INDEX.search(i.rest)[1])
+    index = _INDEX.search(i.rest)
+    if index is None:
+        raise HloError(f"%{i.name} takes an element of a tuple and states no index")
+    return int(index[1])
 
 
 def _root(computation: Computation) -> Instruction:
@@ -85,14 +90,14 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _origin(computation: Computation, i: Instruction) -> Instruction:
-    """The instruction whose value `i` copies or converts."""
+    """The instruction whose value `i` holds, copies and conversions undone."""
     while i.opcode in _MOVES and i.operands and i.operands[0] in computation:
         i = computation[i.operands[0]]
     return i
 
 
 def _element(computation: Computation, made: Instruction, place: int) -> Instruction | None:
-    """Element `place` of the tuple `made`; None where no tuple instruction makes it."""
+    """Element `place` of the tuple `made`; None if `made` is not built by a tuple instruction."""
     made = _origin(computation, made)
     if made.opcode != "tuple":
         return None

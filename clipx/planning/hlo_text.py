@@ -1,4 +1,4 @@
-"""The text of a compiled program, read into computations and their instructions."""
+"""Parses the text of a compiled program (HLO) into computations and instructions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Instruction:
         return _NAME.findall(self.arguments)
 
     def called(self) -> dict[str, str]:
-        """Attribute -> name of the computation that it calls."""
+        """Attribute (`calls`, `to_apply`, `body` or `condition`) -> name of the computation."""
         return dict(_CALLED.findall(self.rest))
 
     def branches(self) -> list[str]:
@@ -43,11 +43,12 @@ class Instruction:
         return _NAME.findall(listed[1]) if listed else _BRANCHES.findall(self.rest)
 
 
-Computation = dict[str, Instruction]  # name -> instruction, in the order of the text
+Computation = dict[str, Instruction]  # name -> instruction, in program order
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(name -> computation, name of the entry computation). Raises `HloError` for other texts."""
+    """Returns (name -> computation, name of the entry computation). Raises `HloError` for a text
+    that is not a compiled program."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -61,7 +62,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             instruction = _instruction(found[2], line[found.end() :])
             current[instruction.name] = instruction
     if not entry:
-        raise HloError("no ENTRY computation: is this the text of a compiled program?")
+        raise HloError("the text has no ENTRY computation: it is not a compiled program")
     return computations, entry
 
 
@@ -69,23 +70,23 @@ def _instruction(name: str, text: str) -> Instruction:
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     opcode = _OPCODE.match(text, end)
     if not opcode:
-        raise HloError(f"no operation in the line of %{name}")
+        raise HloError(f"the line of %{name} has no operation")
     close = _closing(text, opcode.end() - 1)
     return Instruction(name, text[:end], opcode[1], text[opcode.end() : close - 1], text[close:])
 
 
 def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the parenthesis at `start`."""
     depth = 0
-    for place in re.finditer(r"[()]", text[start:]):
-        depth += 1 if place[0] == "(" else -1
+    for parenthesis in re.finditer(r"[()]", text[start:]):
+        depth += 1 if parenthesis[0] == "(" else -1
         if not depth:
-            return start + place.end()
-    raise HloError(f"a parenthesis that nothing closes: {text[start : start + 80]}")
+            return start + parenthesis.end()
+    raise HloError(f"a parenthesis is never closed: {text[start : start + 80]}")
 
 
 def size(type_: str) -> int:
-    """Bytes in memory of a type, a shape or a tuple of shapes; padding of tiles is included."""
+    """Bytes in memory of an array type or a tuple of types, padding of tiles included."""
     total = 0
     for dtype, dims, layout in _SHAPE.findall(type_):
         if dtype in ("token", "opaque"):

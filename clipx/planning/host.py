@@ -1,4 +1,4 @@
-"""Whether this host, or all hosts of a run, are fit to train: findings, and what to mend."""
+"""Checks whether this host, or all hosts of a run, can train; every fault comes with a fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,35 +27,35 @@ from clipx.training.checkpoint import prepare_workdir
 from clipx.training.schema import EvalSpec, data_section
 
 TPU_LOCK = "/tmp/libtpu_lockfile"
-_SLOW = 1e9  # bytes a second; wires between hosts or GPUs that train do better
+_SLOW = 1e9  # bytes a second; networks between hosts or GPUs that train are faster
 
 
 class Finding(NamedTuple):
-    """What one check found; `mend` says what to do, where there is something."""
+    """The result of one check."""
 
-    what: str
+    what: str  # the subject of the check
     found: str
-    mend: str = ""
-    fatal: bool = True  # else advice
+    mend: str = ""  # how to fix it; "" if nothing is wrong
+    fatal: bool = True  # False: `mend` is advice, and training can start without it
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python, JAX, and the plugin that the hardware needs."""
-    found = processes.facts()["versions"]
-    yield Finding("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    """Checks the versions of Python, JAX and jaxlib."""
+    versions = processes.facts()["versions"]
+    yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
     if not (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 14):
-        yield Finding("python", found["python"], "install Python 3.11, 3.12 or 3.13")
-    if found["jax"] != found["jaxlib"]:
+        yield Finding("python", versions["python"], "install Python 3.11, 3.12 or 3.13")
+    if versions["jax"] != versions["jaxlib"]:
         yield Finding(
             "jax",
-            f"jax {found['jax']} with jaxlib {found['jaxlib']}",
+            f"jax {versions['jax']} with jaxlib {versions['jaxlib']}",
             "install both in one command: pip install --upgrade 'clipx[cuda]' (or [tpu])",
             fatal=False,
         )
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints; None where it is not there or fails."""
+def _output(*command: str) -> str | None:
+    """The output of a program, stripped; None if it is not installed, fails or takes a minute."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -64,18 +64,19 @@ def _said(*command: str) -> str | None:
 
 
 def check_drivers() -> Iterator[Finding]:
-    """What accelerators the machine has, beside what JAX uses of them."""
+    """Compares the accelerators of this machine with those that JAX uses."""
     used, wanted = jax.devices()[0].platform, os.environ.get("JAX_PLATFORMS") or "any"
-    gpus = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    gpus = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if gpus is not None:
         (line, count), *others = collections.Counter(gpus.splitlines()).most_common() or [("", 0)]
         mend = "" if used == "gpu" or wanted == "cpu" else "pip install 'clipx[cuda]'"
         found = f"{count} x {line}" + ("; JAX sees none of them" if mend else "")
         yield Finding("gpu driver", found, mend)
         if others:
-            yield Finding("gpu driver", gpus.replace("\n", "; "), "GPUs of one kind and driver")
+            yield Finding("gpu driver", gpus.replace("\n", "; "), "use GPUs of one kind and driver")
     elif shutil.which("nvidia-smi"):
-        yield Finding("gpu driver", "nvidia-smi fails", "mend NVIDIA's driver, or restart the host")
+        mend = "reinstall NVIDIA's driver, or restart the host"
+        yield Finding("gpu driver", "nvidia-smi fails", mend)
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     on_tpu_vm = bool(chips) and "TPU_SKIP_MDS_QUERY" not in os.environ
     if used == "tpu":
@@ -83,31 +84,32 @@ def check_drivers() -> Iterator[Finding]:
     elif on_tpu_vm and wanted != "cpu":
         yield Finding("tpu", "this host has chips; JAX sees none", "pip install 'clipx[tpu]'")
     if os.path.exists(TPU_LOCK) and used != "tpu" and on_tpu_vm:
-        held = _said("fuser", TPU_LOCK)
-        mend = f"end process {held}" if held else f"no process has it: sudo rm {TPU_LOCK}"
-        yield Finding("tpu lock", f"{TPU_LOCK} is there", mend)
+        owner = _output("fuser", TPU_LOCK)
+        mend = f"end process {owner}" if owner else f"no process holds it: sudo rm {TPU_LOCK}"
+        yield Finding("tpu lock", f"{TPU_LOCK} exists, so no other process can use the TPU", mend)
     if not chips and gpus is None:
-        yield Finding("accelerator", "none: the CPU computes")
+        yield Finding("accelerator", "none: training runs on the CPU")
 
 
 def check_host() -> Iterator[Finding]:
-    """What feeds the devices: cores, memory, and shared memory for the loading processes."""
+    """Checks what feeds the devices: cores, shared memory for loading processes, huge pages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("cores", f"{cores} for {jax.local_device_count()} device(s) of this process")
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
-        mend = "docker run --shm-size=16g (or a memory volume there)" if free < 2**30 else ""
+        mend = "docker run --shm-size=16g, or mount a memory volume" if free < 2**30 else ""
         yield Finding("shared memory", f"{free / 2**30:.1f} GiB free", mend, fatal=False)
     pages = "/sys/kernel/mm/transparent_hugepage/enabled"
     if jax.devices()[0].platform == "tpu" and os.path.exists(pages):
         with open(pages) as file:
             always = "[always]" in file.read()
-        mend = "" if always else f"sudo sh -c 'echo always > {pages}': starts are faster"
+        mend = "" if always else f"sudo sh -c 'echo always > {pages}' makes starts faster"
         yield Finding("huge pages", "always" if always else "not always", mend, fatal=False)
 
 
 def check_devices() -> Iterator[Finding]:
-    """Every device that the processes see together; they have met, and are as many on each."""
+    """Lists the devices of all processes, and of each process. The processes have connected, and
+    each has as many devices as the others, before this check runs."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     total = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     yield Finding("devices", f"{total}, {jax.process_count()} process(es)")
@@ -115,12 +117,17 @@ def check_devices() -> Iterator[Finding]:
         count = sum(device.process_index == process for device in jax.devices())
         yield Finding(f"process {process}", f"{host}: {count} device(s)")
     if len(kinds) > 1:
-        yield Finding("devices", total, "devices of one kind: the slowest is waited for")
+        mend = "use devices of one kind: every step waits for the slowest"
+        yield Finding("devices", total, mend)
 
 
-def all_reduce(devices=None, size: int = 2**24) -> float:
-    """Bytes a second at which every device gets the sum of all devices' `size` bytes (twice the
-    size crosses the wires of each, as in a ring). Raises `RunError` if the sum is wrong."""
+def all_reduce(
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    size: int = 2**24,
+) -> float:
+    """Bytes per second that each of n devices sends in an all-reduce of `size` bytes per device.
+    Counts 2 (n - 1) / n * `size` bytes per device, as a ring sends. devices: all by default. Raises
+    `RunError` if the sum is wrong."""
     mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
     count = mesh.devices.size
     rows = np.broadcast_to(np.arange(1, count + 1, dtype=np.float32)[:, None], (count, size // 4))
@@ -128,7 +135,10 @@ def all_reduce(devices=None, size: int = 2**24) -> float:
     total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=meshes.replicated(mesh))
     local = np.asarray(total(rows).addressable_data(0))  # also compiles
     if not (local == count * (count + 1) / 2).all():
-        raise RunError("an all-reduce of all devices gives a wrong sum")
+        raise RunError(
+            f"an all-reduce over {count} device(s) gives a wrong sum: a device or its network is "
+            "faulty"
+        )
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -138,6 +148,7 @@ def all_reduce(devices=None, size: int = 2**24) -> float:
 
 
 def check_bandwidth() -> Iterator[Finding]:
+    """Measures an all-reduce over all devices, if there are several."""
     if jax.device_count() == 1:
         return
     processes.barrier("doctor: all-reduce")
@@ -147,31 +158,33 @@ def check_bandwidth() -> Iterator[Finding]:
     yield Finding(
         "all-reduce",
         f"{speed / 1e9:.3g} GB/s for each of {jax.device_count()} devices",
-        "NCCL_DEBUG=INFO says which wires it takes; hosts of one slice or rack" if slow else "",
+        "use hosts of one slice or rack; NCCL_DEBUG=INFO prints the network that GPUs use"
+        if slow
+        else "",
         fatal=False,
     )
 
 
 def check_workdir(workdir: str) -> Iterator[Finding]:
-    """That every process can write there, and that it is one folder for all of them."""
+    """Checks that every process can write to the workdir, and that all processes share it."""
     folder = prepare_workdir(workdir)
-    own = folder / f".doctor_{jax.process_index()}"
-    own.touch()
+    probe = folder / f".doctor_{jax.process_index()}"
+    probe.touch()
     processes.barrier("doctor: workdir written")
-    there = [(folder / f".doctor_{i}").exists() for i in range(jax.process_count())]
+    visible = [(folder / f".doctor_{i}").exists() for i in range(jax.process_count())]
     processes.barrier("doctor: workdir read")
-    own.unlink()
+    probe.unlink()
     free = f"{folder}: {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free"
-    if all(there):
+    if all(visible):
         yield Finding("workdir", free)
     else:
-        missing = ", ".join(f"process {i}" for i, found in enumerate(there) if not found)
-        mend = "a folder that all hosts share: NFS, or a mounted bucket"
-        yield Finding("workdir", f"{folder}: what {missing} wrote is not there", mend)
+        missing = ", ".join(f"process {i}" for i, seen in enumerate(visible) if not seen)
+        mend = "use a folder that all hosts share: NFS, or a mounted bucket"
+        yield Finding("workdir", f"{folder}: the files of {missing} are not visible here", mend)
 
 
 def sources(config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Source]]]:
-    """What a config reads: its place there, and what opens it."""
+    """(place in the config, function that opens it) for every data source of a config."""
     if "data" in config:
         yield "config.data", data_section(config["data"])[1].open
     for name, section in config.get("evals", {}).items():
@@ -180,7 +193,7 @@ def sources(config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Sourc
 
 
 def check_data(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Opens everything that a config reads, and a few examples of each."""
+    """Opens every data source of a config, and reads up to eight examples of each."""
     for where, start in sources(config):
         begun = time.perf_counter()
         try:
@@ -190,10 +203,12 @@ def check_data(config: Mapping[str, Any]) -> Iterator[Finding]:
             for row in rows.tolist():
                 source[row]
         except BadSample as error:
-            yield Finding(where, str(error), "clipx.dataset verify names every bad row", False)
+            mend = "python -m clipx.dataset verify lists every bad row"
+            yield Finding(where, str(error), mend, fatal=False)
             continue
         except DataError as error:
-            yield Finding(where, str(error), "as it says; clipx.dataset preview shows the data")
+            mend = "fix the data as described; python -m clipx.dataset preview shows it"
+            yield Finding(where, str(error), mend)
             continue
         each = (time.perf_counter() - opened) / max(len(rows), 1)
         found = f"{len(source):,} rows; opened in {opened - begun:.1f} s, {each * 1e3:.1f} ms a row"
@@ -201,7 +216,7 @@ def check_data(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def buckets(value: Any) -> set[str]:
-    """Every gs:// bucket that a config names."""
+    """The gs:// buckets in the strings of a config or of a part of it."""
     if isinstance(value, Mapping):
         return set().union(*(buckets(v) for v in value.values()))
     if isinstance(value, (list, tuple)):
@@ -210,23 +225,29 @@ def buckets(value: Any) -> set[str]:
 
 
 def check_buckets(config: Mapping[str, Any], zone: str) -> Iterator[Finding]:
-    """That the config's buckets are where this host is; `zone` is "" outside of Google's cloud."""
+    """Checks that the config's buckets are in this host's region. zone: the host's, as Google's
+    metadata server gives it; "" outside of Google Cloud."""
     region = zone.rpartition("/")[2].rpartition("-")[0]
     for bucket in sorted(buckets(config)):
-        told = _said("gcloud", "storage", "buckets", "describe", bucket, "--format=value(location)")
-        if told is None:
+        command = ("gcloud", "storage", "buckets", "describe", bucket, "--format=value(location)")
+        location = _output(*command)
+        if location is None:
             yield Finding(bucket, "gcloud cannot describe it", "gcloud auth login", fatal=False)
             continue
-        place = told.lower()
-        near = region == place or region.startswith(f"{place}-")
-        near = near or (place == "eu" and region.startswith("europe-"))
+        location = location.lower()
+        near = region == location or region.startswith(f"{location}-")
+        near = near or (location == "eu" and region.startswith("europe-"))
         copy = f"gcloud storage cp --recursive {bucket} gs://NAME-IN-{region}"
         mend = "" if near or not region else f"every byte read is charged; {copy}"
-        yield Finding(bucket, f"in {place}, this host in {region or 'no Google zone'}", mend)
+        here = f"this host is in {region}" if region else "this host is not in Google Cloud"
+        yield Finding(bucket, f"the bucket is in {location}, {here}", mend)
 
 
 def examine(config: Mapping[str, Any] | None, workdir: str) -> Iterator[Finding]:
-    """Every finding, in the order in which a run would meet what is wrong."""
+    """Yields every finding, in the order in which a run would meet the faults.
+
+    config: its data is checked if given. workdir: checked if not "".
+    """
     for check in (check_versions, check_drivers, check_host, check_devices, check_bandwidth):
         yield from check()
     if workdir:

@@ -1,4 +1,5 @@
-"""A run on hardware that is not here: what its step needs and takes, as a report and a table."""
+"""Plans a run on hardware that this machine does not have: the predicted memory and time of its
+step, as a report and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from clipx.parallel.chips import Topology
 from clipx.planning import estimate, gpu_model
 from clipx.planning.estimate import Prediction
 from clipx.training import fit
-from clipx.training.fit import gib, scaled
+from clipx.training.fit import Needs, gib, scaled
 from clipx.training.run import Run, assemble
 
 COMPILED = "compiled ahead of time, not run"
@@ -23,14 +24,19 @@ MODELLED = "analytic model, not compiled, not run"
 
 
 def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
-    """The run of a config on a topology, and what is predicted of its step. A config that leaves
-    the micro-batches to what fits gets the fewest that do; as many as there can be if none do."""
+    """Returns (the config's run on a topology, the prediction of its step).
+
+    `train.microbatches=auto` becomes the fewest micro-batches that fit; if none fit, the most that
+    the batch divides into. Raises `RunError` if the compiler fails.
+    """
     devices = jax.devices("cpu")[: where.size] if where.gpu else where.devices()
     run = assemble(config, devices)
     if run.config.train.microbatches == "auto":
-        found = fit.fewest(run, fits, tell_trial, _estimator(where))
-        if found is not None:
-            return found
+        fewest = fit.fewest(run, fits, tell_trial, _estimator(where))
+        if fewest is not None:
+            run, needs = fewest
+            assert isinstance(needs, Prediction)  # `_estimator` returns nothing else
+            return run, needs
         run = run.with_microbatches(fit.counts(run)[-1])
     try:
         return run, _estimator(where)(run)
@@ -44,119 +50,129 @@ def _estimator(where: Topology) -> Callable[[Run], Prediction]:
     return functools.partial(estimate.predict, ahead=True)
 
 
-def fits(found: Prediction) -> bool:
-    return found.fits is True
+def fits(prediction: Needs) -> bool:
+    """Whether the step is known to fit."""
+    return prediction.fits is True
 
 
-def tell_trial(found: Prediction) -> None:
-    said = "fits" if found.fits else "does not fit"
-    sizes = f"batch {found.batch:,}, {found.microbatches} micro-batch(es)"
-    print(f"  tried {sizes}: {said}, {gib(found.need)}", file=sys.stderr, flush=True)
+def tell_trial(prediction: Needs) -> None:
+    """Prints to stderr whether a tried number of micro-batches fits."""
+    verdict = "fits" if prediction.fits else "does not fit"
+    sizes = f"batch {prediction.batch:,}, {prediction.microbatches} micro-batch(es)"
+    print(f"  tried {sizes}: {verdict}, {gib(prediction.need)}", file=sys.stderr, flush=True)
 
 
-def search(config: dict[str, Any], where: Topology, run: Run, found: Prediction) -> str:
-    """The fewest micro-batches that fit, of a step that does not; of one that does, the largest
-    batch, by doubling, that does too."""
-    if not found.fits:
+def search(config: dict[str, Any], where: Topology, run: Run, prediction: Prediction) -> str:
+    """One line. If the step does not fit: the fewest micro-batches with which it does. If it fits:
+    the largest batch, found by doubling, that fits too."""
+    if not prediction.fits:
         fewest = fit.fewest(run, fits, tell_trial, _estimator(where))
         if fewest is None:
-            return f"no number of micro-batches fits, {fit.counts(run)[-1]} neither"
+            most = fit.counts(run)[-1]
+            return f"no number of micro-batches fits, not even the largest possible, {most}"
         return f"fewest micro-batches that fit: {fewest[1].microbatches}, {gib(fewest[1].need)}"
-    largest, slices = found, found.microbatches
+    largest, slices = prediction, prediction.microbatches
     while True:
         sizes = {"batch_size": 2 * largest.batch, "microbatches": slices}
         _, larger = plan({**config, "train": {**config["train"], **sizes}}, where)
         tell_trial(larger)
         if not larger.fits:
-            said = f"{largest.batch:,} at {slices} micro-batch(es), {gib(largest.need)}"
-            return f"largest batch that fits, by doubling: {said}"
+            sizes = f"{largest.batch:,} at {slices} micro-batch(es), {gib(largest.need)}"
+            return f"largest batch that fits, by doubling: {sizes}"
         largest = larger
 
 
-def describe(name: str, where: Topology, run: Run, found: Prediction, price: float) -> list[str]:
-    """The report of one plan, in lines."""
-    how = MODELLED if found.analytic else COMPILED
+def describe(
+    name: str, where: Topology, run: Run, prediction: Prediction, price: float
+) -> list[str]:
+    """The report of one plan, in lines. name: the config's. price: of a chip-hour; 0: not given."""
+    p = prediction
+    how = MODELLED if p.analytic else COMPILED
     axes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
-    numbers = sum(x.size for x in jax.tree.leaves(run.state.params))
-    title = f"{run.complete['objective']['name']}, {numbers:,} parameters"
+    parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
+    title = f"{run.complete['objective']['name']}, {parameters:,} parameters"
     lines = [
-        f"{how}: {name} on {where.name}, {found.devices} x {where.device_kind} ({axes or 'one'})",
-        f"{title}, batch {found.batch:,}, {found.microbatches} micro-batch(es)",
-        _verdict(found),
-        *(f"  {kind:<24}{gib(size):>12}" for kind, size in found.memory.items() if size),
+        f"{how}: {name} on {where.name}, {p.devices} x {where.device_kind} ({axes or 'one'})",
+        f"{title}, batch {p.batch:,}, {p.microbatches} micro-batch(es)",
+        _verdict(p),
+        *(f"  {kind:<24}{gib(size):>12}" for kind, size in p.memory.items() if size),
     ]
-    if not found.refused:
-        lines.append(f"  {'peak, program included':<24}{gib(found.need):>12}")
-    lines += [f"  {note}" for note in found.notes]
-    share = scaled(found.flops / found.devices, "FLOP")
+    if not p.refused:
+        lines.append(f"  {'peak, program included':<24}{gib(p.need):>12}")
+    lines += [f"  {note}" for note in p.notes]
+    assert p.flops and p.step_flops  # every topology's chip is known
+    share = scaled(p.flops / p.devices, "FLOP")
     lines.append(
-        f"a step: {scaled(found.flops, 'FLOP')} useful (3 x forward; recomputation not counted), "
-        f"{share} a chip; {scaled(found.step_flops, 'FLOP')} as traced, recomputation included"
+        f"a step: {scaled(p.flops, 'FLOP')} useful (3 x forward; recomputation not counted), "
+        f"{share} a chip; {scaled(p.step_flops, 'FLOP')} as traced, recomputation included"
     )
-    if found.bytes:
+    if p.bytes:
         lines.append(
-            f"  {scaled(found.bytes, 'B')} moved a chip (the compiler's count, loops once)"
+            f"  {scaled(p.bytes, 'B')} read and written by a chip (the compiler's count, a loop "
+            "counts once)"
         )
-    for kind, group, times, size in found.collectives or ():
+    for kind, group, times, size in p.collectives or ():
         joined = "to another slice" if kind == "send" else f"of {group} chips"
         lines.append(f"  {kind} {joined}: {times:,} times, {size / 2**20:,.1f} MiB in all")
-    if found.collectives == ():
+    if p.collectives == ():
         lines.append("  no collectives")
-    if found.seconds:
-        lines += _time(found)
-        lines.append(_length(run, found, price))
+    if p.seconds:
+        lines += _time(p)
+        lines.append(_length(run, p, price))
     return lines
 
 
-def _verdict(found: Prediction) -> str:
-    sizes = f"{gib(found.need)} of {gib(found.limit)} a chip"
-    if found.fits:
+def _verdict(prediction: Prediction) -> str:
+    sizes = f"{gib(prediction.need)} of {gib(prediction.limit)} a chip"
+    if prediction.fits:
         return f"fits: {sizes}"
-    return f"does not fit: {sizes}; --search finds the fewest micro-batches that do"
+    return f"does not fit: {sizes}; --search finds the fewest micro-batches that fit"
 
 
-def _time(found: Prediction) -> list[str]:
-    rate = f"{found.images_per_second:,.0f} images/s"
-    mfu = f"MFU {found.predicted_mfu:.1%} of {found.chip.tflops:,.0f} TFLOP/s"
-    lines = [f"time: {found.seconds:.3g} s a step, {rate}, {mfu}"]
-    if not found.analytic:
-        cycles = (
-            f"{found.cycles / 1e6:,.1f} M estimated cycles at an assumed {found.chip.clock} GHz"
-        )
+def _time(prediction: Prediction) -> list[str]:
+    chip, mfu = prediction.chip, prediction.predicted_mfu
+    assert chip and mfu is not None and prediction.seconds
+    rate = f"{prediction.images_per_second:,.0f} images/s"
+    share = f"MFU {mfu:.1%} of {chip.tflops:,.0f} TFLOP/s"
+    lines = [f"time: {prediction.seconds:.3g} s a step, {rate}, {share}"]
+    if prediction.cycles is not None:
+        cycles = f"{prediction.cycles / 1e6:,.1f} M estimated cycles at an assumed {chip.clock} GHz"
         lines.append(
-            f"  = the compiler's {cycles}, and {found.kernels:.3g} s that kernels are charged "
-            "(FLOPs at half of peak or bytes); not validated, collectives not included"
+            f"  = the compiler's {cycles}, and {prediction.kernels:.3g} s charged for kernels "
+            "(the longer of FLOPs at half of peak and bytes at full bandwidth); not validated, "
+            "collectives not included"
         )
-    if found.open_loops:
-        lines.append(f"  {found.open_loops} loop(s) whose length the data tell count once")
+    if prediction.open_loops:
+        lines.append(f"  {prediction.open_loops} loop(s) of unknown length count once")
     return lines
 
 
-def hours(run: Run, found: Prediction) -> float | None:
-    """Of all steps; None while the length is in epochs."""
-    return run.steps * found.seconds / 3600 if run.steps and found.seconds else None
+def hours(run: Run, prediction: Prediction) -> float | None:
+    """Hours that all steps take; None for a length in epochs or without a predicted time."""
+    return run.steps * prediction.seconds / 3600 if run.steps and prediction.seconds else None
 
 
-def _length(run: Run, found: Prediction, price: float) -> str:
-    spent = hours(run, found)
+def _length(run: Run, prediction: Prediction, price: float) -> str:
+    spent = hours(run, prediction)
     if spent is None:
-        return "the run: its length is in epochs of data that is not open"
-    chips = spent * found.devices
+        return "the run: length unknown, since it is in epochs and the data is not open"
+    chips = spent * prediction.devices
     cost = f", {chips * price:,.0f} at {price:g} a chip-hour" if price else ""
     return f"the run: {run.steps:,} steps, {spent:,.1f} h, {chips:,.0f} chip-hours{cost}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A config on a topology."""
+    """The plan of a config on a topology: one row of `table`."""
 
     name: str
     where: Topology
     run: Run
     found: Prediction
-    price: float  # of a chip-hour; 0: none was given
+    price: float  # of a chip-hour; 0: not given
 
     def cells(self) -> list[str]:
+        """The cells of the row, under the headings of `table`."""
         found, spent = self.found, hours(self.run, self.found)
         how, verdict = " (model)" * found.analytic, "" if found.fits else ", does not fit"
         cells = [self.name, self.where.name + how, f"{found.batch:,}", str(found.microbatches)]
@@ -176,7 +192,7 @@ class Row:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Plans as a table in Markdown."""
+    """Plans as a Markdown table, below a line that says how they were made."""
     head = ["config", "topology", "batch", "micro-batches", "GiB a chip", "s a step", "images/s"]
     head += ["MFU", "chip-hours", "cost"]
     lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]

@@ -1,4 +1,4 @@
-"""Curves of the report, as inline SVG in the page's own colours."""
+"""Charts of the report, as inline SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,15 +15,18 @@ from clipx.evaluators.base import declared
 from clipx.training.metric_table import TRAINING, metric
 from clipx.types import Curve
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Points = Sequence[tuple[int, float]]  # (step, value)
 
 COLOURS = ("#3d7fc1", "#d4802a", "#3c9a62", "#8b65c4", "#c8565b", "#2f9aa0", "#b3902f", "#868c95")
-_MOST = 800  # points of a curve that are drawn
-_INK = "#010203"  # stands for the page's own text colour in a drawing
+_MOST = 800  # points drawn per curve, at most
+_INK = "#010203"  # a placeholder, replaced by the page's text colour
 
 
 class Figure(NamedTuple):
-    """A drawing with its title and what its colours stand for."""
+    """A drawing with its title and legend."""
 
     title: str
     svg: str
@@ -35,11 +38,12 @@ class Line(NamedTuple):
 
     name: str
     points: Points
-    smooth: bool = True  # a running mean is drawn over many points
+    smooth: bool = True  # whether a running mean is drawn over many points
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The charts of a run's steps: metrics that `TRAINING` gives a curve, in its order."""
+    """The charts of the training metrics to which `TRAINING` gives a curve, in its order. rows: of
+    metrics.jsonl."""
     by_name: dict[str | None, list[tuple[str, Points]]] = {}
     for key, points in series(rows).items():
         by_name.setdefault(declared(TRAINING, key), []).append((key, points))
@@ -53,7 +57,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _of_training(title: str, drawn: Sequence[tuple[Curve, str, Points]]) -> Figure | None:
-    """One chart; None without a line in it."""
+    """One chart of training metrics; None if it has no lines."""
     lines = [Line(name, points, curve.smooth) for curve, name, points in drawn if not curve.level]
     levels = [points[-1][1] for curve, _, points in drawn if curve.level]
     from_zero = all(curve.from_zero for curve, *_ in drawn)
@@ -61,12 +65,12 @@ def _of_training(title: str, drawn: Sequence[tuple[Curve, str, Points]]) -> Figu
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Figure]:
-    """One chart for the percentages of each eval, one for each of its other metrics. `evals` is the
-    config's section."""
+    """One chart for the percentages of each eval, and one for each of its other metrics. Metrics
+    with a single value have no chart. rows: of metrics.jsonl. evals: the config's section."""
     charts: dict[str, list[Line]] = {}
     for key, points in series(rows).items():
         kind = metric(key, evals)
-        if len(points) < 2 or kind.detail:  # a point is no curve; the table has it
+        if len(points) < 2 or kind.detail:
             continue
         name, _, own = key.partition("/")
         title = key
@@ -76,8 +80,8 @@ def evaluations(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> 
     return [_chart(title, lines, from_zero=True) for title, lines in charts.items()]
 
 
-def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """The curve of every metric."""
+def series(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Points]:
+    """Metric -> its (step, value) pairs, missing values left out. rows: of metrics.jsonl."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for key, value in row.items():
@@ -86,18 +90,18 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     return curves
 
 
-def svg(salt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """What `draw` does to a matplotlib `Axes` of `size` inches, as inline SVG.
+def svg(salt: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
+    """A drawing as inline SVG. draw: draws on a matplotlib `Axes` of `size` inches.
 
-    Ids inside it follow from `salt`: the same one gives the same ids, and drawings of one page need
-    different ones. Raises `RunError` without matplotlib.
+    salt: determines the ids inside of the SVG. Drawings on one page need different salts. Raises
+    `RunError` without matplotlib.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure as Drawing
     except ImportError:
         raise RunError("the report's curves need matplotlib: pip install matplotlib") from None
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.size": 9,
@@ -124,7 +128,7 @@ def svg(salt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> st
 def _chart(
     title: str, lines: Sequence[Line], *, from_zero: bool, levels: Sequence[float] = ()
 ) -> Figure:
-    def draw(axes) -> None:
+    def draw(axes: Axes) -> None:
         for colour, line in zip(itertools.cycle(COLOURS), lines):
             _draw(axes, line, colour)
         for level in levels:
@@ -139,11 +143,12 @@ def _chart(
     return Figure(title, svg(title, (4.6, 2.5), draw), legend)
 
 
-def _draw(axes, line: Line, colour: str) -> None:
+def _draw(axes: Axes, line: Line, colour: str) -> None:
+    """Draws one curve; over noisy values, a running mean of 1/40 of the curve."""
     x, y = np.array(line.points, np.float64).T
     y[~np.isfinite(y)] = np.nan
     thin = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST)).astype(int))
-    if line.smooth and len(x) > 60:  # the noise stays visible behind its running mean
+    if line.smooth and len(x) > 60:  # the values stay visible behind their running mean
         axes.plot(x[thin], y[thin], color=colour, linewidth=0.7, alpha=0.35)
         width = max(len(x) // 40, 3)
         known = np.isfinite(y)

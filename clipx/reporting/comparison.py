@@ -1,4 +1,4 @@
-"""Runs against each other: what their evals found at the end, in one table."""
+"""Compares runs: the last metrics of their evals, in one table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clipx.training.run import assemble
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
-    """Whether a workdir holds a whole run of this very config, its evals included. Raises
-    `ConfigError` if it holds a run of another."""
-    if not (folder / page.FILE).exists():  # which a run writes last
+    """Whether a workdir holds a finished run of exactly this config, evals included. Raises
+    `ConfigError` if it holds a run of another config."""
+    if not (folder / page.FILE).exists():  # a run writes its report last
         return False
     complete = assemble(config).complete
     refuse_other_config(folder, complete)
@@ -25,24 +25,26 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
 
 
 def cells(folder: pathlib.Path) -> dict[str, str]:
-    """What the evals of a workdir found at the last step that they ran at, by column."""
+    """The metrics of a workdir's evals at the last step that has any, formatted, by column
+    heading."""
     evals = read_json(folder / "config.json")["evals"]
     return columns(results(metrics.read(folder), evals), evals)
 
 
 def results(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of `evals` at the last step that has any, out of the rows of metrics.jsonl."""
+    """The metrics of `evals` at the last step that has any. rows: of metrics.jsonl."""
     steps: dict[int, dict[str, float]] = {}
     names = tuple(f"{name}/" for name in evals)
     for row in rows:
         if scores := {key: value for key, value in row.items() if key.startswith(names)}:
-            steps.setdefault(row["step"], {}).update(scores)  # evals may be added to a whole run
+            # a finished run may be evaluated again, which adds a row for the same step
+            steps.setdefault(row["step"], {}).update(scores)
     return steps[max(steps)] if steps else {}
 
 
 def columns(scores: Mapping[str, float], evals: Mapping[str, Any]) -> dict[str, str]:
-    """Cells by their headings: first those that metrics share, such as the recalls of a direction,
-    then those of one metric each. Percentages have no sign."""
+    """Cells by column heading: first those that several metrics share, such as the recalls of a
+    direction, then those of one metric each. Percentages have no percent sign."""
     shared: dict[str, list[tuple[str, str]]] = {}
     alone: dict[str, str] = {}
     for key, value in scores.items():
@@ -55,14 +57,14 @@ def columns(scores: Mapping[str, float], evals: Mapping[str, Any]) -> dict[str, 
         else:
             alone[heading] = cell
     joined = {}
-    for heading, parts in shared.items():
-        labels, values = zip(*sorted(parts, key=lambda part: int(part[0])))
+    for heading, labelled in shared.items():
+        labels, values = zip(*sorted(labelled, key=lambda pair: int(pair[0])))
         joined[heading + " / ".join(labels)] = " / ".join(values)
     return joined | alone
 
 
 def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Lines of a Markdown table; a cell that a row does not have is empty."""
+    """The lines of a Markdown table. rows: name -> (heading -> cell); missing cells are empty."""
     heads = list(dict.fromkeys(head for cells in rows.values() for head in cells))
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, cells in rows.items():

@@ -1,4 +1,4 @@
-"""The preview of a run's data: its first rows as the run's model will see them."""
+"""The preview of a run's data: its first rows as the run's model receives them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from clipx.training.run import OpenRun
 
 
 def build(run: OpenRun, data: TrainingData, rows: int) -> tuple[str, int]:
-    """(the page as HTML, how many rows it shows): at most `rows`, and at most one batch."""
-    seen, views = preview.Remembering(data.source), run.objective.views
+    """Returns (the page as HTML, number of rows that it shows). It shows at most `rows` rows, and
+    at most one batch."""
+    source, views = preview.Remembering(data.source), run.objective.views
     positions = np.arange(min(rows, run.batch_size))
-    pieces = loader(run, dataclasses.replace(data, source=seen), positions).load(0, positions)
+    pieces = loader(run, dataclasses.replace(data, source=source), positions).load(0, positions)
     after = [np.asarray(view) for view in after_photometry(run, pieces)]
     facts = [
         (f"{len(data):,}", "rows"),
@@ -26,13 +27,13 @@ def build(run: OpenRun, data: TrainingData, rows: int) -> tuple[str, int]:
         (str(len(views.texts)), "text views"),
         (run.config.tokenizer.name, f"{run.tokenizer.vocab_size:,} ids"),
     ]
-    said = [preview.describe(*view) for view in views.pictures]
-    notes = [(f"view {i}", text) for i, text in enumerate(said, 1)]
+    descriptions = [preview.describe(*view) for view in views.pictures]
+    notes = [(f"view {i}", text) for i, text in enumerate(descriptions, 1)]
     page = preview.page(
         run.data.manifest or str(run.source.values.get("path", run.data.source)),
         facts,
         [*notes, ("texts", ", ".join(views.texts))],
-        list(preview.shown(seen, pieces, after, views.texts)),
+        list(preview.shown(source, pieces, after, views.texts)),
         run.tokenizer,
     )
     return page, len(positions)

@@ -1,10 +1,10 @@
-"""Episodes as the report shows them: maps of their rows, and what their prototypes hold."""
+"""Episodes in the report: maps of their rows, and the rows nearest to their prototypes."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from clipx.reporting.charts import COLOURS, Figure, svg
 from clipx.training import episodes
 from clipx.training.episodes import Episode
 
-_EPISODES = 9  # on the page: all of a long run's would make it too large
-_CLUSTERS = (*COLOURS[:-1], "#d56fb2", "#83a02f", "#93684a")  # the largest first
-_REST = COLOURS[-1]  # all smaller clusters
-_MARKS = {"image": ("o", 9), "text": ("^", 13)}  # of the points of a modality, and their area
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_EPISODES = 9  # at most on the page: all of a long run's would make it too large
+_CLUSTERS = (*COLOURS[:-1], "#d56fb2", "#83a02f", "#93684a")  # colours, the largest cluster first
+_REST = COLOURS[-1]  # colour of all smaller clusters
+_MARKS = {"image": ("o", 9), "text": ("^", 13)}  # marker and its area in a map, by modality
 _PLURALS = {"image": "pictures", "text": "captions", "external": "the teacher's rows"}
 
 
@@ -29,7 +32,7 @@ class Prototype(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """All that the page shows of one episode."""
+    """The maps and prototypes of one episode."""
 
     title: str
     maps: Sequence[Figure]
@@ -37,7 +40,7 @@ class Sheet(NamedTuple):
 
 
 def sheets(workdir: pathlib.Path) -> list[Sheet]:
-    """Episodes that there are files of: the newest, then others, from all of the run. Raises
+    """At most nine of the workdir's episodes, spread evenly over the run, the newest first. Raises
     `RunError` for a broken file."""
     paths = episodes.files(workdir)
     places = np.linspace(len(paths) - 1, 0, min(_EPISODES, len(paths))).round().astype(int)
@@ -51,7 +54,8 @@ def sheets(workdir: pathlib.Path) -> list[Sheet]:
 
 
 def sheet(episode: Episode) -> Sheet:
-    """One episode, drawn. Its external labelling comes last."""
+    """The maps and prototypes of one episode. The map of an external teacher's clusters comes
+    last."""
     labellings = sorted(episode.clusters, key=lambda name: (name == "external", name))
     return Sheet(
         title=f"Episode {episode.episode:,}, of {episode.rows:,} rows",
@@ -61,25 +65,25 @@ def sheet(episode: Episode) -> Sheet:
 
 
 def clusters(episode: Episode, labelling: str) -> Figure:
-    """The map of an episode's rows, pictures and captions, in the colours of the clusters that
-    `labelling` has them in."""
+    """The map of an episode's rows, pictures and captions, coloured by the clusters of
+    `labelling`."""
     known, colours = episode.clusters[labelling], np.array(episode.colours[labelling])
     parts = [(-1, {"color": _REST, "alpha": 0.35})]
     parts += [(i, {"color": _CLUSTERS[i]}) for i in range(len(known))]
 
-    def draw(axes) -> None:
+    def draw(axes: Axes) -> None:
         for place, look in parts:
             for modality, points in episode.points.items():
                 marker, area = _MARKS.get(modality, ("s", 9))
                 x, y = np.array(points)[colours == place].reshape(-1, 2).T
                 size = area if place < 0 else 2 * area
                 axes.scatter(x, y, size, marker=marker, linewidths=0, zorder=-1, **look)
-        axes.set_rasterization_zorder(0)  # thousands of points become one picture
+        axes.set_rasterization_zorder(0)  # thousands of points become one bitmap
         axes.set_aspect("equal", adjustable="datalim")
         axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
         first, second = episode.variance
-        axes.set_xlabel(f"first axis, {first:.0%} of the variance inside a modality")
-        axes.set_ylabel(f"second, {second:.0%}")
+        axes.set_xlabel(f"first axis: {first:.0%} of the variance inside a modality")
+        axes.set_ylabel(f"second axis: {second:.0%}")
 
     title = f"Clusters of {_PLURALS.get(labelling, labelling)}"
     legend = [(_CLUSTERS[i], f"{c.cluster} ({c.rows:,})") for i, c in enumerate(known)]

@@ -1,4 +1,4 @@
-"""Sheets of the report: what a model says of held-out pictures and captions."""
+"""Tables of the report: similarities of held-out pictures and captions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-DEPTH = 5  # pictures that a query shows
+DEPTH = 5  # pictures shown per query
 _QUERIES = 8
 _MATRIX = 20  # pictures in the matrix: more would be too small to see
 
 
 class Samples(NamedTuple):
-    """What a model says of held-out pairs. Captions may be several a picture."""
+    """A model's similarities of held-out pairs. A picture may have several captions."""
 
     pictures: UInt8[np.ndarray, "n h w 3"]
     captions: Sequence[str]
@@ -23,25 +23,25 @@ class Samples(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A caption's similarity with a picture."""
+    """The similarity of a caption and a picture."""
 
-    own: bool  # the picture is the caption's own
-    shade: float  # from 0, the least of the matrix, to 1, the greatest
+    own: bool  # whether the picture is the caption's own
+    shade: float  # 0 for the matrix's lowest similarity, 1 for its highest
     tip: str
 
 
 class Matrix(NamedTuple):
-    """Similarities of captions, a row each, with their pictures, a column each."""
+    """Similarities of captions (rows) with their pictures (columns)."""
 
     pictures: Sequence[int]
     rows: Sequence[tuple[str, Sequence[Cell]]]  # (caption, cells)
-    right: int  # captions whose own picture scores highest
-    low: float
-    high: float
+    right: int  # number of captions whose own picture scores highest
+    low: float  # lowest similarity
+    high: float  # highest similarity
 
 
 class Hit(NamedTuple):
-    """A picture that a caption finds."""
+    """A picture among the best of a query."""
 
     picture: int
     score: float
@@ -49,19 +49,20 @@ class Hit(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a caption finds."""
+    """The result of a search with a caption."""
 
     caption: str
     hits: Sequence[Hit]  # the best first
-    rank: int  # from 1, of the best right picture
-    pictures: int  # that were looked through
+    rank: int  # rank of the best right picture; the first rank is 1
+    pictures: int  # number of pictures searched
 
 
 def matrix(samples: Samples) -> Matrix:
-    """How similar the first caption of each picture is to each picture, of the first 20."""
+    """Similarities of the first 20 pictures with each other's first captions."""
     captions = _first_captions(samples)[:_MATRIX]
     pictures = samples.owner[captions]
-    scores = np.asarray(samples.similarity, np.float64)[np.ix_(pictures, captions)].T
+    places = np.ix_(pictures, captions)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    scores = np.asarray(samples.similarity, np.float64)[places].T
     finite = scores[np.isfinite(scores)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     shade = np.nan_to_num((scores - low) / max(high - low, 1e-12))
@@ -74,27 +75,28 @@ def matrix(samples: Samples) -> Matrix:
 
 
 def queries(samples: Samples) -> list[Query]:
-    """What eight captions find, each another and from all over the samples.
+    """Searches with at most eight distinct captions, spread evenly over the samples.
 
-    Another picture with the very same caption is as right as the caption's own. NaN comes last.
+    Every picture that has the same caption counts as right. NaN scores rank last.
     """
     distinct = _first_captions(samples, distinct=True)
     places = np.linspace(0, len(distinct) - 1, min(_QUERIES, len(distinct))).round().astype(int)
     shown = []
-    for caption in (distinct[place] for place in places):
+    for caption in (distinct[int(place)] for place in places):
         text = samples.captions[caption]
         same = [i for i, other in enumerate(samples.captions) if other == text]
         right = {int(samples.owner[i]) for i in same}
         score = np.nan_to_num(samples.similarity[:, caption].astype(np.float64), nan=-np.inf)
         order = np.argsort(-score, kind="stable").tolist()
-        hits = [Hit(p, score[p], p in right) for p in order[:DEPTH]]
+        hits = [Hit(p, float(score[p]), p in right) for p in order[:DEPTH]]
         rank = 1 + next(i for i, p in enumerate(order) if p in right)
         shown.append(Query(text, hits, rank, len(order)))
     return shown
 
 
 def _first_captions(samples: Samples, distinct: bool = False) -> list[int]:
-    """The first caption of each picture, in the order of the pictures."""
+    """Indices of the first caption of each picture, in the order of the pictures. distinct: keeps
+    only the first index of every distinct caption."""
     first: dict[int, int] = {}
     for caption, picture in enumerate(samples.owner):
         first.setdefault(int(picture), caption)

@@ -1,4 +1,4 @@
-"""The report: one page, self-contained, that shows a run."""
+"""The report: one self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ from clipx.training.metric_table import best, metric, short, spelled
 
 FILE = "report.html"
 _FILES = {
-    metrics.FILE: "one JSON object a logged step",
-    "config.json": "the whole config, defaults included",
-    "checkpoints": "the state, to go on from or to evaluate",
-    "episodes": "where the rows of an episode lie, and what its prototypes hold",
-    "tensorboard": "the same numbers for TensorBoard",
+    metrics.FILE: "metrics, one JSON object per logged step",
+    "config.json": "the complete config, defaults included",
+    "checkpoints": "training states, to resume from or to evaluate",
+    "episodes": "maps of the rows of each episode, and the rows nearest to its prototypes",
+    "tensorboard": "the same metrics, for TensorBoard",
 }
 
 
 class Score(NamedTuple):
-    """A row of the table of evaluation metrics, as it is spelled."""
+    """A row of the table of evaluation metrics, formatted."""
 
     name: str
     best: str
-    step: str  # of the best
+    step: str  # step of the best value
     last: str
 
 
 def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> pathlib.Path:
-    """The path of report.html, written whole or not at all, from the workdir's metrics.jsonl and
-    config.json. Raises `RunError` without metrics, without matplotlib or jinja2, or if it cannot
-    write."""
+    """Writes report.html from the workdir's metrics.jsonl and config.json, and returns its path.
+    The file is replaced as a whole or not at all.
+
+    Raises `RunError` without metrics, without matplotlib or jinja2, for a broken file, or if the
+    page cannot be written.
+    """
     folder = pathlib.Path(workdir)
     rows = metrics.read(folder)
     if not rows:
@@ -52,20 +55,22 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
     except ValueError as error:
         raise RunError(f"{config_file} is not JSON: {error}") from None
     text = page(rows, config, samples, folder)
-    path, whole = folder / FILE, folder / f".{FILE}.{os.getpid()}"
+    path, part = folder / FILE, folder / f".{FILE}.{os.getpid()}"
     try:
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except OSError as error:
-        whole.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}") from None
     return path
 
 
 def write_run(workdir: str | os.PathLike, run: Any, encode: Encode) -> pathlib.Path | None:
-    """The path of report.html with what `encode` says of the run's held-out samples.
+    """Writes report.html with the similarities that `encode` gives for the run's held-out samples,
+    and returns its path.
 
-    Every process calls it, as encoding needs them all; process 0 writes, the others return None.
+    run: a `training.run.Run`. Every process must call this function, because encoding is
+    collective. Process 0 writes; the others return None. Raises `RunError` as `write` does.
     """
     samples = None
     if (held_out := run.samples()) is not None:
@@ -81,8 +86,11 @@ def page(
     samples: Samples | None,
     workdir: pathlib.Path,
 ) -> str:
-    """The page of a run's metrics and config; without samples it has no sheets of them."""
-    training, evaluations, renewed = (
+    """The page as HTML. Without samples it has no similarity matrix and no queries.
+
+    rows: of metrics.jsonl, in order.
+    """
+    training, evaluations, renewals = (
         [row for row in rows if _kind(row) == kind] for kind in ("training", "eval", "episode")
     )
     evals = config.get("evals") or {}
@@ -97,7 +105,7 @@ def page(
         primary=primary if primary in [score.name for score in scores] else "",
         training=charts.training(training),
         evaluations=charts.evaluations(evaluations, evals),
-        renewals=charts.evaluations(renewed, evals),
+        renewals=charts.evaluations(renewals, evals),
         episodes=episode_maps.sheets(workdir),
         matrix=gallery.matrix(samples) if samples else None,
         queries=gallery.queries(samples) if samples else None,
@@ -109,7 +117,7 @@ def page(
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    """What a row of metrics is of: one with a `loss` is of training."""
+    """What a row of metrics.jsonl reports: "training" (it has a `loss`), "episode" or "eval"."""
     if "loss" in row:
         return "training"
     return "episode" if any(key.startswith("episode/") for key in row) else "eval"
@@ -126,7 +134,7 @@ def _title(config: Mapping[str, Any], workdir: pathlib.Path) -> str:
 def _facts(
     last: Mapping[str, Any], training: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """(value, what it is of) for the head of the page. `last`: the last row of metrics."""
+    """(value, label) for the head of the page. last: the last row of metrics.jsonl."""
     facts = [(f"{last['step']:,}", "steps")]
     if "epoch" in last:
         facts.append((f"{last['epoch']:.4g}", "epochs"))
@@ -137,15 +145,15 @@ def _facts(
     if training:
         facts.append((short(training[-1]["loss"]), "last loss"))
         if "loss/chance" in training[-1]:
-            facts.append((short(training[-1]["loss/chance"]), "loss of chance"))
+            facts.append((short(training[-1]["loss/chance"]), "loss at chance"))
         speeds = [row["images_per_second"] for row in training if "images_per_second" in row]
         if speeds:
-            facts.append((short(float(np.median(speeds))), "images/s, median"))
+            facts.append((short(float(np.median(speeds))), "images/s (median)"))
     return facts
 
 
 def _scores(evaluations: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Score]:
-    """The best and the last of every evaluation metric, details left out."""
+    """The best and last value of every evaluation metric; metrics of detail are left out."""
     scores = []
     for name, points in charts.series(evaluations).items():
         kind = metric(name, evals)

@@ -1,4 +1,5 @@
-"""One page that shows rows of a set as a model will see them: pictures, captions, views, tokens."""
+"""A page that shows rows of a data set as a model receives them: pictures, captions, views and
+tokens."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ from clipx.data.base import Example, Source
 from clipx.data.text.tokenizers import Tokenizer
 from clipx.reporting.templates import render
 
-_SIDE = 320  # pixels of a source picture on the page, at most
+_SIDE = 320  # longest side of a source picture on the page, in pixels
 
 
 class Text(NamedTuple):
-    """One text view."""
+    """One text view of a row."""
 
-    kind: str  # caption, augmented, other
+    kind: str  # "caption", "augmented" or "other"
     ids: Int32[np.ndarray, " n"]
 
 
 class Shown(NamedTuple):
-    """One row of the set."""
+    """One row of the data set."""
 
     row: int
     key: str
@@ -37,11 +38,12 @@ class Shown(NamedTuple):
     label: str | None
     views: Sequence[UInt8[np.ndarray, "side side 3"]]  # after photometry
     texts: Sequence[Text]
-    bad: Sequence[str] = ()  # rows in whose place this one stands, and why
+    bad: Sequence[str] = ()  # unusable rows that this row replaces, each with the reason
 
 
 class Remembering:
-    """A source that keeps the examples it gave, by row id: an id need not be a row's place."""
+    """A source that remembers the examples that were read from it, by their row id. The id of an
+    example may differ from the row under which it was read."""
 
     def __init__(self, source: Source):
         self._source, self.classes = source, source.classes
@@ -64,9 +66,9 @@ def shown(
     views: Sequence[UInt8[np.ndarray, "b side side 3"]],
     texts: Sequence[str],
 ) -> Iterator[Shown]:
-    """What a `Loader` over `source` loaded, row by row; `views` are its pictures after photometry,
-    `texts` the kinds of its texts."""
-    names = dict(enumerate(source.classes))
+    """Yields the rows of one load of a `Loader` over `source`. pieces: the result of the load.
+    views: its pictures after photometry. texts: the kinds of its texts."""
+    names: dict[int | None, str] = dict(enumerate(source.classes))
     for i, (row, bad) in enumerate(zip(pieces["row"].tolist(), pieces["bad"].tolist())):
         example = source.seen[row]
         label = names.get(example.label, example.label)
@@ -83,9 +85,9 @@ def shown(
 
 
 def describe(scale: tuple[float, float], flip: bool, photometry: Any) -> str:
-    """What is done to a picture view, in words."""
-    said = [f"a crop of {scale[0]:.0%} to {scale[1]:.0%} of the area"]
-    said += ["mirrored half of the time"] * flip
+    """The augmentation of a picture view, in words."""
+    parts = [f"a crop of {scale[0]:.0%} to {scale[1]:.0%} of the area"]
+    parts += ["mirrored half of the time"] * flip
     for name, words in (
         ("jitter", "colours jittered"),
         ("grey", "grey"),
@@ -93,8 +95,8 @@ def describe(scale: tuple[float, float], flip: bool, photometry: Any) -> str:
         ("solarise", "solarised"),
     ):
         if probability := getattr(photometry, name):
-            said.append(f"{words} ({probability:.0%})")
-    return ", ".join(said)
+            parts.append(f"{words} ({probability:.0%})")
+    return ", ".join(parts)
 
 
 class _Picture(NamedTuple):
@@ -106,14 +108,14 @@ class _Tokens(NamedTuple):
     """One text up to its end mark."""
 
     kind: str
-    used: int  # tokens of it
-    room: int  # tokens that there is room for
+    used: int  # number of its tokens
+    room: int  # the most tokens that a text can have
     full: bool
-    pieces: Sequence[tuple[int, str, bool]]  # (id, what it stands for, whether it is a mark)
+    pieces: Sequence[tuple[int, str, bool]]  # (id, decoded text, whether it is a mark)
 
 
 class _Card(NamedTuple):
-    """One row as the page has it."""
+    """One row, formatted for the page."""
 
     row: str
     key: str
@@ -121,7 +123,7 @@ class _Card(NamedTuple):
     bad: Sequence[str]
     source: _Picture
     views: Sequence[_Picture]
-    captions: Sequence[tuple[str, bool]]  # (caption, whether it is one of the texts)
+    captions: Sequence[tuple[str, bool]]  # (caption, whether a text view shows it)
     texts: Sequence[_Tokens]
 
 
@@ -132,8 +134,8 @@ def page(
     rows: Sequence[Shown],
     tokenizer: Tokenizer,
 ) -> str:
-    """The page, self-contained. `facts` are values and what they are of; `notes` names of views
-    and what was done to them. Raises `RunError` without jinja2."""
+    """The page as self-contained HTML. facts: (value, label). notes: (name of a view, its
+    augmentation). Raises `RunError` without jinja2."""
     cards = [_card(row, tokenizer) for row in rows]
     return render("preview.html", title=title, facts=facts, notes=notes, cards=cards)
 
@@ -176,11 +178,11 @@ def _jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def _png(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """Every pixel as the model sees it."""
+    """A lossless image: every pixel is what the model receives."""
     return _uri(Image.fromarray(np.ascontiguousarray(pixels)), "png", optimize=True)
 
 
-def _uri(picture: Image.Image, kind: str, **options) -> str:
+def _uri(picture: Image.Image, kind: str, **options: Any) -> str:
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The pages' templates, which lie beside this file with their one style sheet."""
+"""Renders the HTML templates of this folder, which share one style sheet."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template. Values are escaped; what UTF-8 has no bytes for becomes "?".
-    Raises `RunError` without jinja2."""
+    """The page of a template as HTML. Values are escaped; lone surrogates, which UTF-8 cannot
+    encode, become "?". Raises `RunError` without jinja2."""
     text = _environment().get_template(template).render(values)
     return text.encode("utf-8", "replace").decode()
 

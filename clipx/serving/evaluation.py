@@ -1,4 +1,4 @@
-"""Evals of a trained run, or of a model that other libraries keep, printed and written."""
+"""Evaluates a trained run, or a model file of another library; prints and writes the metrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
-from clipx.types import TrainState
+from clipx.types import Device, TrainState
 
 _SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}
 
 
 def section(text: str, where: str) -> dict[str, Any]:
-    """A source's section out of a flag: its keys as in a config, `source=tfds,name=cifar10`."""
-    pairs = [part.partition("=") for part in text.split(",")]
+    """The config section of a data source, from a flag such as `source=tfds,name=cifar10`. Raises
+    `ConfigError` for anything but key=value pairs."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise ConfigError(
@@ -40,58 +41,64 @@ def section(text: str, where: str) -> dict[str, Any]:
 
 
 def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, Any]:
-    """The sections of the evals that are named, of all where none is: those of `evals`, or new ones
-    by their evaluators' names. `data` and `train_data`, where given, are the sources of all of them
-    that read such a one. Raises `ConfigError` for a name that is neither, and for no source."""
-    found = {}
+    """The config sections of the evals to run, by name.
+
+    names: comma-separated; each is a key of `evals` or the name of an evaluator, which gets a new
+    section. "": all of `evals`.
+    sources: the flags `data` and `train_data`. If set, they replace the data source of every eval
+    that reads that kind of data. Raises `ConfigError` for an unknown name or a missing source.
+    """
+    sections = {}
     for name in names.split(",") if names else evals:
-        own = dict(evals.get(name, {}))
+        values = dict(evals.get(name, {}))
         try:
-            evaluator = find("evaluators", own.get("evaluator") or name, Evaluator)
+            evaluator = find("evaluators", values.get("evaluator") or name, Evaluator)
         except ConfigError as error:
             error.where = "--evals"
             raise
         for key, text in sources.items():
             field = binding.fields(evaluator).get(_SOURCE_FLAGS[key])
             if field and text:
-                own[key] = section(text, f"--{key}")
-            elif field and field.default is dataclasses.MISSING and not own.get(key):
+                values[key] = section(text, f"--{key}")
+            elif field and field.default is dataclasses.MISSING and not values.get(key):
                 fix = f"--{key}=source=folder,path=DIR"
                 raise ConfigError(f"--{key}", "nothing", f"the source that {name} reads", fix)
-        found[name] = own
-    return found
+        sections[name] = values
+    return sections
 
 
 def dataset(spec: EvalSpec) -> str:
-    """A short name of the data that an eval reads: of a set, or of where it lies."""
+    """A short name for the data of an eval, made from its path or its name, and its split."""
     source = spec.config.data or spec.values
     path = source.get("path") or source.get("name") or source.get("source") or spec.name
     first = path if isinstance(path, str) else path[0]
-    parts = [re.sub(r"\{.*?\}|\*|\.\w+$", "", part) for part in first.split("/")[-2:]]
-    parts.append(str(source.get("split", "")))
-    slugs = (re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts)
+    names = [re.sub(r"\{.*?\}|\*|\.\w+$", "", name) for name in first.split("/")[-2:]]
+    names.append(str(source.get("split", "")))
+    slugs = (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names)
     return "-".join(filter(None, slugs))
 
 
 def results(
-    run: Run, workdir: pathlib.Path, step: int | None, found: Mapping[str, float]
+    run: Run, workdir: pathlib.Path, step: int | None, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What was found, one entry for each eval of it, by the name of its file: the layout of LAION's
-    CLIP_benchmark, whose `build` command makes one table of many, and beside it the eval's own
-    section."""
+    """One JSON entry for each eval that has metrics, by file name.
+
+    The layout is that of LAION's CLIP_benchmark, whose `build` command makes one table of many such
+    files. The key "eval", which holds the eval's config section, is clipx's addition.
+    """
     names = (run.complete[part]["name"] for part in ("objective", "image", "text"))
     model, entries = "-".join(names), {}
     for spec in run.evals:
         evaluator, start = spec.config.evaluator or spec.name, f"{spec.name}/"
-        own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
-        if not own:
+        values = {k.removeprefix(start): v for k, v in metrics.items() if k.startswith(start)}
+        if not values:
             continue
         entries[f"{dataset(spec)}_{spec.name}.json"] = {
             "dataset": dataset(spec),
             "model": model,
             "pretrained": workdir.name + ("" if step is None else f"_{step}"),
             "task": spec.evaluator.task or evaluator,
-            "metrics": {_benchmark_name(spec.evaluator, key): x for key, x in own.items()},
+            "metrics": {_benchmark_name(spec.evaluator, key): x for key, x in values.items()},
             "language": "en",
             "eval": run.complete["evals"][spec.name],
         }
@@ -99,21 +106,24 @@ def results(
 
 
 def _benchmark_name(evaluator: type[Evaluator], key: str) -> str:
-    """CLIP_benchmark's name of a metric; its own where that has none."""
+    """CLIP_benchmark's name of a metric, or `key` if it has none."""
     known = declared(evaluator.metrics, key)
     return known and evaluator.metrics[known].benchmark or key
 
 
-def table(found: Mapping[str, float]) -> list[str]:
+def table(metrics: Mapping[str, float]) -> list[str]:
     """Lines of aligned names and values."""
-    width = max(map(len, found))
-    return [f"  {name:{width}}  {value:.4f}" for name, value in found.items()]
+    width = max(map(len, metrics))
+    return [f"  {name:{width}}  {value:.4f}" for name, value in metrics.items()]
 
 
 def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, float]:
-    """The metrics of every eval of `config`, by `<eval>/<metric>`, at the step of a workdir; also
-    written to a file for each eval in its folder `evaluation_<step>`."""
-    # which eval chose the best step is the workdir's to know, whatever is evaluated now
+    """The metrics of every eval of `config`, by `<eval>/<metric>`, at a step of a workdir. Also
+    writes one file per eval to the workdir's folder `evaluation_<step>`.
+
+    step: a number, "latest" or "best".
+    """
+    # `train.best` may name an eval that is not evaluated now; the workdir already knows the best
     config = config | {"train": config["train"] | {"best": ""}}
     run, state = restore(workdir, step, config=config)
     at, folder = int(state.step), pathlib.Path(workdir).expanduser().absolute()
@@ -130,33 +140,36 @@ def _evaluate(
     into: pathlib.Path,
     title: str,
 ) -> dict[str, float]:
-    """What every eval finds; printed and written as it comes, as a later one may find that its data
-    is not for it."""
+    """The metrics of every eval, by `<eval>/<metric>`. Prints and writes each eval's metrics before
+    the next starts, because a later eval may still reject its data."""
     if not run.evals:
         raise ConfigError(
             "config.evals", "nothing", "at least one eval", "--evals, or --config=FILE with evals"
         )
-    encode, found, first = run.encode(state), {}, jax.process_index() == 0
+    encode, metrics, first = run.encode(state), {}, jax.process_index() == 0
     if first:
         prepare_workdir(into)
         print(title, flush=True)
     for key, evaluator in run.evaluators().items():
-        own = evaluate_all({key: evaluator}, encode)
-        found |= own
+        values = evaluate_all({key: evaluator}, encode)
+        metrics |= values
         if first:
-            print("\n".join(table(own)))
-            for file, entry in results(run, name, step, own).items():
+            print("\n".join(table(values)))
+            for file, entry in results(run, name, step, values).items():
                 write_json(into / file, entry)
                 print(f"written to {into / file}", flush=True)
-    return found
+    return metrics
 
 
 def evaluate_file(
     path: str, evals: Mapping[str, Any], ignore: Sequence[str] = (), out: str = ""
 ) -> dict[str, float]:
-    """The metrics of every eval, by `<eval>/<metric>`, of the model that open_clip or transformers
-    keep at `path`; also written to a file for each eval in `out`, by default `evaluation` beside
-    its weights. What differs from clipx's evaluation, such as "preprocessing", must be in `ignore`.
+    """The metrics of every eval, by `<eval>/<metric>`, for a model of open_clip or transformers at
+    `path`.
+
+    evals: the sections of the evals.
+    ignore: names of what may differ from clipx's evaluation, such as "preprocessing".
+    out: the folder for one file per eval; default: `evaluation` beside the model's weights.
     """
     run, state = open_foreign(path, evals, ignore)
     file = pathlib.Path(path).expanduser().absolute()
@@ -169,7 +182,7 @@ def open_foreign(
     evals: Mapping[str, Any],
     ignore: Sequence[str] = (),
     *,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
     """A run that can only evaluate, and its state, of the model that open_clip or transformers keep
@@ -177,13 +190,14 @@ def open_foreign(
     model, tokenizer = pretrained.open_model(path)
     rows = len(jax.devices() if devices is None else devices)
     config = pretrained.sections(path, model, tokenizer) | {
-        "data": {"source": "shapes"},  # not opened: nothing is trained
+        "data": {"source": "shapes"},  # never opened, because nothing is trained
         "train": {"batch_size": rows, "total_steps": 1},
-        "optimizer": {"freeze": [""]},  # a frozen optimizer keeps no moments
+        "optimizer": {"freeze": [""]},  # all parameters, so that the optimizer has no moments
         "evals": evals,
         "init_from": path,
         "init_ignore": list(ignore),
         "mesh": dict(mesh or {}),
     }
+    assert tokenizer is not None  # else `sections` has raised
     run = with_data(assemble(config, devices), rows, tokenizer)
     return run, init(run)

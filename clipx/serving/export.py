@@ -1,5 +1,5 @@
-"""An export: a run's model as a folder that open_clip or transformers loads, and the proof that the
-library says what clipx says."""
+"""Exports a run's model as a folder that open_clip or transformers loads, and proves that the
+library computes what clipx computes."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ from clipx.objectives.base import Objective
 from clipx.serving.tokenizer_files import tokenizer_files
 from clipx.training import metrics, pretrained
 from clipx.training.checkpoint import Checkpoints, read_json
-from clipx.training.run import Run, restore
+from clipx.training.run import OpenRun, restore
 from clipx.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is exported, and how."""
+    """The flags of an export."""
 
     format: str
     out: pathlib.Path
-    step: str = ""  # a step, latest or best; empty: best if the run kept one, else latest
+    step: str = ""  # a number, latest or best; empty: best if the run kept one, else latest
     with_heads: bool = False
-    pt: bool = False  # torch's own file too
-    verify: bool | None = None  # None: if the libraries are there
+    pt: bool = False  # also write torch's own file
+    verify: bool | None = None  # None: if the libraries are installed
     license: str = "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An export that was written."""
+    """A finished export."""
 
     out: pathlib.Path
-    proof: Proof | None  # None if it was not verified
-    unproven: str  # why it was not
-    left_out: tuple[str, ...]  # names of the heads that training used and the folder lacks
+    proof: Proof | None  # None if the export was not verified
+    unproven: str  # why it was not verified
+    left_out: tuple[str, ...]  # names of training's heads that the folder lacks
 
     def __str__(self) -> str:
-        """A few lines for whoever asked for it."""
-        said = card.proof_lines(self.proof) if self.proof else [f"not verified: {self.unproven}"]
+        """A few lines to print: the proof, what is left out, and the folder."""
+        lines = card.proof_lines(self.proof) if self.proof else [f"not verified: {self.unproven}"]
         if self.left_out:
-            said.append(f"left out: {', '.join(self.left_out)}")
-        return "\n".join([f"  {line}" for line in said] + [f"written to {self.out}"])
+            lines.append(f"left out: {', '.join(self.left_out)}")
+        return "\n".join([f"  {line}" for line in lines] + [f"written to {self.out}"])
 
 
 def export(workdir: str | os.PathLike, options: Options) -> Exported:
     """Writes the folder `options.out` from a run's checkpoint.
 
-    Raises `ConfigError` for a model that the format cannot express, for a folder that is there, or
-    for a library that is missing and asked for; `RunError` for an export that is not proven. In
-    none of these cases is a folder left behind.
+    Raises `ConfigError` if the format cannot express the model, if the folder exists already, or if
+    a library that the options need is missing. Raises `RunError` if verification fails. In none of
+    these cases is a folder left behind.
     """
     out = options.out.expanduser().absolute()
     format_ = formats.named(options.format)
     if out.exists():
-        raise ConfigError("--out", f"{out} is there already", "a folder that is not there yet")
+        raise ConfigError("--out", f"{out} is there already", "a folder that does not exist yet")
     folder = pathlib.Path(workdir).expanduser().absolute()
     best = read_json(folder / "config.json")["train"]["best"]
     run, state = restore(folder, options.step or ("best" if best else "latest"))
@@ -84,21 +84,23 @@ def export(workdir: str | os.PathLike, options: Options) -> Exported:
         expected = "a model that the format can express"
         raise ConfigError("--format", f"{options.format}: {error}", expected) from None
     except NotProven as error:
-        raise RunError(f"the export is not what was trained, and was not kept: {error}") from None
+        raise RunError(
+            f"the export differs from the trained model, and was not kept: {error}"
+        ) from None
     left_out = () if options.with_heads else tuple(_heads(heads))
     return Exported(out, proof, why, left_out)
 
 
 @contextlib.contextmanager
 def _aside(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder that is renamed to `out` at the end, and deleted if anything is raised."""
+    """A new folder beside `out`, renamed to `out` at the end, or deleted if anything raises."""
     aside = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
     except OSError as error:
-        found = f"{out}: {error.strerror}"
-        raise ConfigError("--out", found, "a folder that can be written") from None
+        fault = f"{out}: {error.strerror}"
+        raise ConfigError("--out", fault, "a folder that can be written") from None
     try:
         yield aside
         aside.rename(out)
@@ -109,15 +111,15 @@ def _aside(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _heads(arrays: Mapping[str, Any]) -> list[str]:
-    """The names of the modules that the arrays belong to."""
+    """The names of the head modules that own these arrays, sorted."""
     return sorted({name.split("/")[1] for name in arrays})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One export: what is written, in which format and where."""
+    """One export in progress."""
 
-    run: Run
+    run: OpenRun
     state: TrainState
     model: Model
     heads: Arrays
@@ -127,8 +129,8 @@ class _Job:
     options: Options
 
     def write(self, aside: pathlib.Path) -> tuple[Proof | None, str]:
-        """Writes all files into `aside`, verifies them, and returns the proof, or None and why
-        there is none."""
+        """Writes all files into `aside` and verifies them. Returns (the proof or None, why there is
+        none)."""
         verified, why = self._verdict()
         try:
             self._write_model(aside)
@@ -146,7 +148,8 @@ class _Job:
         return proof, why
 
     def _verdict(self) -> tuple[bool, str]:
-        """Whether to verify, and if not, why."""
+        """Returns (whether to verify, why not). Raises `ConfigError` if `--verify` needs a library
+        that is missing."""
         if self.options.verify is False:
             return False, "--noverify"
         try:
@@ -158,7 +161,7 @@ class _Job:
         return True, ""
 
     def _write_model(self, aside: pathlib.Path) -> None:
-        """The weights, the configs and the tokenizer."""
+        """Writes the weights and the tokenizer into `aside`."""
         arrays = self.format.write(self.model, aside, str(aside))
         if files := tokenizer_files(self.format, self.model, self.run.tokenizer):
             for name, data in files.items():
@@ -171,13 +174,13 @@ class _Job:
             try:
                 torch = libraries.require("torch")
             except MissingLibrary as error:
-                expected = "torch, which writes its own file"
+                expected = "torch, which writes that file"
                 raise ConfigError("--pt", str(error), expected, "pip install torch") from None
             tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
             torch.save(tensors, aside / self.format.torch_weights)
 
     def _facts(self, proof: Proof | None, why: str) -> card.Facts:
-        """What the card says of the run and of the proof."""
+        """The values that the model card needs."""
         run, step = self.run, int(self.state.step)
         checkpoints = Checkpoints(
             self.workdir, keep=run.config.train.keep, best=run.config.train.best
@@ -208,35 +211,37 @@ class _Job:
         )
 
     def _metrics(self, step: int) -> dict[str, float]:
-        """What the run's evaluations gave at a step."""
+        """The metrics of the run's evaluations at a step."""
         evals = tuple(f"{name}/" for name in self.run.complete["evals"])
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for row in metrics.read(self.workdir):
             if row["step"] == step:
-                found |= {k: float(v) for k, v in row.items() if k.startswith(evals or "\0")}
-        return found
+                values |= {k: float(v) for k, v in row.items() if k.startswith(evals or "\0")}
+        return values
 
     def _notes(self) -> list[str]:
-        """What a user of the folder has to know."""
+        """Notes for users of the folder, for the model card."""
         model, notes = self.model, []
         if not _scores_by_cosine(self.run, self.state, model):
             notes.append(
-                "The run scores a picture and a text by a head of its own. What is here are the "
-                "two towers and the cosine of what they say, which is another score; "
-                "`--with_heads` keeps the head."
+                "The run scores a picture and a text by a head of its own. Without it the two "
+                "towers give the cosine of their embeddings, which is a different score. The flag "
+                "`--with_heads` of the export keeps the head."
             )
         for width in (model.image.output_width, model.text.output_width):
             if width < model.width:
                 notes.append(
-                    f"One tower says {width} channels; zeros fill them up to {model.width}."
+                    f"One tower has {width} output channels; zeros fill them up to {model.width}."
                 )
         notes += self.format.notes(model, str(self.out))
         if model.words.dropped is not None:
-            notes.append("The embedding of the mask, which no text has, is left out.")
+            notes.append(
+                "The embedding of the mask token is left out, because no text contains it."
+            )
         if not self.format.has_tokenizer(model):
             rule = self.run.tokenizer.config.cleaning
             exact = rule in self.format.exact_cleaning
-            but = "" if exact else " but for HTML entities and broken encodings"
+            but = "" if exact else ", except for HTML entities and broken encodings"
             notes.append(
                 f"Captions were cleaned by clipx's rule `{rule}` in training. The tokenizer here "
                 f"does the same{but}."
@@ -246,31 +251,34 @@ class _Job:
 
 def _missing(error: Exception) -> ConfigError:
     return ConfigError(
-        "--format", str(error), "what judges an export", "pip install 'clipx[interop]'"
+        "--format",
+        str(error),
+        "the library that verifies an export",
+        "pip install 'clipx[interop]'",
     )
 
 
-def _scores_by_cosine(run: Run, state: TrainState, model: Model) -> bool:
-    """Whether the objective's score of a pair is the cosine of what the towers say."""
+def _scores_by_cosine(run: OpenRun, state: TrainState, model: Model) -> bool:
+    """Whether the objective scores a pair by the cosine of the towers' embeddings."""
     cls = type(run.objective)
     names = ("similarity", "encode_image", "encode_text")
     if all(getattr(cls, name) is getattr(Objective, name) for name in names):
         return True
     objective = run.objective.clone(image=model.image, text=model.text)
-    own = {"params": state.params, "batch_stats": state.batch_stats}
-    own = jax.tree.map(np.asarray, own)
+    trained = {"params": state.params, "batch_stats": state.batch_stats}
+    trained = jax.tree.map(np.asarray, trained)
     variables = {
-        "params": {**own["params"], **model.params},
-        "batch_stats": {**own["batch_stats"], **model.batch_stats},
+        "params": {**trained["params"], **model.params},
+        "batch_stats": {**trained["batch_stats"], **model.batch_stats},
     }
 
-    def score(module, images, ids):
+    def score(module: Objective, images: jax.Array, ids: jax.Array) -> jax.Array:
         return module.similarity(module.encode_image(images), module.encode_text(ids))
 
     images, ids = verify.pictures(model.image.image_size), run.tokenizer(verify.CAPTIONS)
-    found = jax.jit(functools.partial(objective.apply, method=score))(
+    scores = jax.jit(functools.partial(objective.apply, method=score))(
         variables, np.stack(images), ids
     )
-    said = verify.ours(model, images, ids)
-    cosines = verify.logits(said.image, said.text, 0, None)
-    return np.allclose(found, cosines, rtol=0, atol=1e-3)
+    embeddings = verify.ours(model, images, ids)
+    cosines = verify.logits(embeddings.image, embeddings.text, 0, None)
+    return np.allclose(scores, cosines, rtol=0, atol=1e-3)

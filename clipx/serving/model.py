@@ -23,7 +23,7 @@ from clipx.serving.evaluation import open_foreign
 from clipx.training import pretrained
 from clipx.training.checkpoint import read_json
 from clipx.training.run import OpenRun, restore
-from clipx.types import Encoded, TrainState
+from clipx.types import Device, Encoded, TrainState
 
 OneImage: TypeAlias = "str | os.PathLike | Image.Image | np.ndarray"
 Images: TypeAlias = "OneImage | Iterable[OneImage]"
@@ -217,7 +217,7 @@ def load(
     step: str | int = "",
     init_ignore: Sequence[str] = (),
     batch_size: int = 32,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """The trained model at `path`: a workdir, one of its checkpoints (`workdir/checkpoints/600`),

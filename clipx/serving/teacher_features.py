@@ -1,6 +1,6 @@
-"""Features of every row of a set, from its captions or from a user's array: a teacher's raw rows.
+"""Features of every row of a data set, from its captions or from a user's array, for a teacher.
 
-A row is the mean over its captions of unit vectors; one that has none is zeros.
+The features of a row are the mean of its captions' unit vectors, or zeros for a row without one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from clipx.data import row_arrays, verify
 from clipx.data.base import Source, expand_user
 from clipx.errors import BadSample, ConfigError, DataError
 
-LENGTH = 77  # tokens of a caption, at most, its marks included
-WORDS = 2048  # the most frequent, which word counts are of
-BLOCK = 4096  # rows that are embedded before they are written
+LENGTH = 77  # most tokens of a caption, start and end marks included
+WORDS = 2048  # the number of most frequent words that are counted
+BLOCK = 4096  # rows that are embedded before each write
 
 # The features of rows `start` to `stop`, float32 [stop - start, c]
 Tiles = Callable[[int, int], np.ndarray]
@@ -30,11 +30,13 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 class TextModel:
-    """Captions as unit rows: the mean of a Hugging Face encoder's last hidden states.
+    """Encodes captions as unit vectors: the mean of a Hugging Face encoder's last hidden states.
 
-    padding: "mask" is the mean over a caption's tokens, cut to 77 with its end mark kept. "zero" is
-    ProtoCLIP's own (utils/RoBERTa.py): ids cut to 77 without regard to the end mark, filled up with
-    0, which is `<s>` to RoBERTa, and the mean over all 77; so the length of a caption shows.
+    padding: "mask" is the mean over a caption's tokens, truncated to 77 with the end mark kept.
+    "zero" is ProtoCLIP's own code (utils/RoBERTa.py): token ids are truncated to 77, possibly
+    without the end mark, and padded with 0, which is RoBERTa's `<s>`; the mean is over all 77
+    positions, so it depends on the caption's length.
+    Raises `ConfigError` for missing packages and for a model that cannot be loaded.
     """
 
     def __init__(self, name: str, padding: Literal["mask", "zero"], batch_size: int, device: str):
@@ -46,7 +48,7 @@ class TextModel:
                 raise ImportError
         except ImportError:
             raise ConfigError(
-                "--model", f"{name!r}, without the packages transformers and torch", "both",
+                "--model", f"{name!r} without the packages transformers and torch", "both packages",
                 "pip install 'clipx[teacher]', or --model=tfidf",
             ) from None  # fmt: skip
         transformers.logging.set_verbosity_error()
@@ -57,26 +59,26 @@ class TextModel:
             if name.startswith(("/", ".", "~", "$")) and not folder.is_dir():
                 raise OSError("no such folder")
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            model, found = AutoModel.from_pretrained(
+            model, loading = AutoModel.from_pretrained(
                 name, dtype="float32", output_loading_info=True
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 "--model", f"{name!r}: {reason}",
-                "a folder with a Hugging Face text encoder and its tokenizer, or one's name",
+                "a folder with a Hugging Face text encoder and its tokenizer, or the name of one",
             ) from None  # fmt: skip
-        absent = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+        absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
         if absent:
             raise ConfigError(
                 "--model", f"{name!r} without {absent[0]} and {len(absent) - 1} more weights",
-                "a trained encoder",
+                "an encoder with all of its weights",
             )  # fmt: skip
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
-        model = getattr(model, "text_model", model)  # of two towers
+        model = getattr(model, "text_model", model)  # of a model with two towers
         device = device or ("cuda" if transformers.utils.is_torch_cuda_available() else "cpu")
-        # without a parameter that asks for a gradient, nothing is kept for one
+        # no parameter requires a gradient, so torch keeps no activations
         model = model.eval().requires_grad_(False)
         try:
             self._model = model.to(device)
@@ -84,17 +86,19 @@ class TextModel:
             reason = str(error).splitlines()[0]
             raise ConfigError("--device", f"{device!r}: {reason}", "cpu, cuda, ...") from None
         self._device, self._padding, self._batch_size = device, padding, batch_size
-        if self._tokenizer.pad_token is None:  # masked, whichever it is
+        if self._tokenizer.pad_token is None:  # any token will do, because it is masked
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._length = min(LENGTH, self._tokenizer.model_max_length)
 
     def __call__(self, texts: list[str]) -> Float32[np.ndarray, "n c"]:
-        order = np.argsort([len(text) for text in texts], kind="stable")  # little to pad
-        parts = []
+        order = np.argsort(
+            [len(text) for text in texts], kind="stable"
+        )  # like lengths: little padding
+        encode = self._masked if self._padding == "mask" else self._zeros
+        batches = []
         for start in range(0, len(order), self._batch_size):
-            chosen = [texts[i] for i in order[start : start + self._batch_size]]
-            parts.append((self._masked if self._padding == "mask" else self._zeros)(chosen))
-        features = np.concatenate(parts)
+            batches.append(encode([texts[i] for i in order[start : start + self._batch_size]]))
+        features = np.concatenate(batches)
         return _unit(features[np.argsort(order)])
 
     def _masked(self, texts: list[str]) -> Float32[np.ndarray, "n c"]:
@@ -120,7 +124,7 @@ def _unit(x: Float[np.ndarray, "n c"]) -> Float32[np.ndarray, "n c"]:
 
 
 def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str, ...]]:
-    """The captions of every row from `start` on; () for one that cannot be used."""
+    """The captions of every row from `start` on, of which `first` keeps one; () for a bad row."""
 
     def read(row: int) -> tuple[str, ...]:
         with contextlib.suppress(BadSample):
@@ -133,21 +137,24 @@ def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str
 
 
 def bar(rows: int, what: str) -> tqdm:
-    """A progress bar, where somebody watches."""
+    """A progress bar, shown only on a terminal."""
     return tqdm(total=rows, desc=what, unit=" rows", dynamic_ncols=True, disable=None)
 
 
 def embedded(
     source: Source, first: bool, encode: Encode, aside: pathlib.Path, about: Mapping[str, Any]
 ) -> Tiles:
-    """The features of a text model, in a file beside the one to be written. What is there of the
-    same model and data is kept: a command that was stopped goes on."""
-    width, said = encode(["a"]).shape[1], aside.with_suffix(".json")
+    """The features of a text model, written to the file `aside`.
+
+    `about` identifies the model and the data. If `aside` holds rows of the same model and data, as
+    after an interrupted command, encoding continues after them.
+    """
+    width, identity_file = encode(["a"]).shape[1], aside.with_suffix(".json")
     about = {**about, "numbers": width}
     identity = json.dumps(about)
-    if not (said.exists() and said.read_text("utf-8") == identity):
+    if not (identity_file.exists() and identity_file.read_text("utf-8") == identity):
         aside.unlink(missing_ok=True)
-        said.write_text(identity, "utf-8")
+        identity_file.write_text(identity, "utf-8")
     with open(aside, "ab") as out:
         done = out.tell() // (4 * width)
         out.truncate(done * 4 * width)
@@ -157,12 +164,12 @@ def embedded(
             if len(rows) == BLOCK or done + len(rows) == len(source):
                 out.write(_means(rows, encode, width).data)
                 done, rows = done + len(rows), []
-    found = np.memmap(aside, np.float32, "r", shape=(len(source), width))
-    return lambda start, stop: found[start:stop]
+    features = np.memmap(aside, np.float32, "r", shape=(len(source), width))
+    return lambda start, stop: features[start:stop]
 
 
 def _means(rows: list[tuple[str, ...]], encode: Encode, width: int) -> Float32[np.ndarray, "n c"]:
-    """Of each row the mean of its captions' features; zeros where it has none."""
+    """The mean of each row's captions' features; zeros for a row without a caption."""
     counts = np.array([len(texts) for texts in rows])
     out = np.zeros((len(rows), width), np.float32)
     if counts.any():
@@ -172,25 +179,29 @@ def _means(rows: list[tuple[str, ...]], encode: Encode, width: int) -> Float32[n
 
 
 def word_counts(source: Source, first: bool) -> Tiles:
-    """TF-IDF of each caption's words, unit rows: of the most frequent words those that at most
-    half of the captions have. Kept sparse, a hundred bytes a caption."""
+    """TF-IDF features of every row's captions, each caption a unit vector. The vocabulary is the
+    most frequent words, without those in more than half of the captions. Features stay sparse, at
+    about a hundred bytes a caption."""
     try:
         import scipy.sparse
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise ConfigError(
-            "--model", "'tfidf', without scikit-learn", "the library that counts words",
+            "--model", "'tfidf' without scikit-learn", "scikit-learn, which counts the words",
             "pip install 'clipx[eval]'",
         ) from None  # fmt: skip
     counts: list[int] = []
 
     def texts() -> Iterator[str]:
-        for of_row in _captions(source, first):
-            counts.append(len(of_row))
-            yield from of_row
+        for captions in _captions(source, first):
+            counts.append(len(captions))
+            yield from captions
 
     vectorizer = TfidfVectorizer(
-        max_features=WORDS, max_df=0.5, sublinear_tf=True, dtype=np.float32
+        max_features=WORDS,
+        max_df=0.5,
+        sublinear_tf=True,
+        dtype=np.float32,  # pyright: ignore[reportArgumentType]
     )
     try:
         features = vectorizer.fit_transform(texts())
@@ -205,16 +216,21 @@ def word_counts(source: Source, first: bool) -> Tiles:
 
 
 def given(path: str, rows: int) -> Tiles:
-    """The rows of a user's array, each of length 1, or zeros where it is."""
-    found = row_arrays.load(path)
-    if found.ndim != 2 or not np.issubdtype(found.dtype, np.floating) or len(found) != rows:
+    """The rows of a user's array, scaled to length 1; rows of zeros stay zeros. Raises `DataError`
+    for an array of another shape or dtype, and for a row that is not finite."""
+    features = row_arrays.load(path)
+    if (
+        features.ndim != 2
+        or not np.issubdtype(features.dtype, np.floating)
+        or len(features) != rows
+    ):
         raise DataError(
-            f"{path}: {found.dtype} of shape {found.shape}, expected numbers with a point, "
-            f"[{rows}, any]: a row for each of the data"
+            f"{path}: {features.dtype} of shape {features.shape}, expected floating-point numbers "
+            f"[{rows}, any]: one row for each row of the data"
         )
 
     def tile(start: int, stop: int) -> np.ndarray:
-        x = np.asarray(found[start:stop], np.float32)
+        x = np.asarray(features[start:stop], np.float32)
         finite = np.isfinite(x).all(axis=1)
         if not finite.all():
             raise DataError(f"{path}: row {start + np.argmin(finite)} is not finite")

@@ -1,4 +1,4 @@
-"""A run's tokenizer as the files that a library loads."""
+"""A run's tokenizer as files that open_clip or transformers loads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from clipx.interop.base import Format
 from clipx.interop.model import Model
 
 
-def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> dict[str, str | bytes]:
-    """The files of a run's tokenizer `own`, by name; {} if the library has it itself."""
+def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[str, str | bytes]:
+    """The contents of the files of a run's tokenizer `own`, by file name; {} if the library already
+    has this tokenizer."""
     if format_.has_tokenizer(model):
         return {}
     words, config, saved = model.words.without_mask(), own.config, own.save()
@@ -37,15 +38,15 @@ def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> dict[str, 
 
 
 def _merges(saved: Mapping[str, Any]) -> str:
-    """The merges of a CLIP tokenizer: its own, or OpenAI's out of the package open_clip. Raises
-    `ConfigError` without it."""
+    """The merges of a CLIP tokenizer: those saved with it, or OpenAI's from an installed open_clip.
+    Raises `ConfigError` without either."""
     if saved["payload"]:
         return tokenizer.unpacked(saved)
     spec = importlib.util.find_spec("open_clip")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ConfigError(
             "config.tokenizer.path",
-            "nothing, and instant_clip_tokenizer does not give its merges",
+            "no path, and instant_clip_tokenizer does not expose its merges",
             "a file of CLIP's merges, to write a tokenizer for transformers",
             "pip install 'clipx[interop]', whose open_clip carries it",
         )

@@ -1,4 +1,4 @@
-"""A run on one device, over whatever data there is: to look at its data, or to time its loading."""
+"""A run on one device, to look at its data or to time its loading."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from clipx.training.step import row_keys
 
 
 def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
-    """The run of `config` on one device, without evals, and its data. The batch is cut to the rows
-    that there are."""
+    """The run of `config` on one device, without evals, and its data. A batch larger than the data
+    is reduced to the number of rows."""
     alone = {**config, "mesh": {}, "evals": {}, "train": {**config.get("train", {}), "best": ""}}
     run = assemble(alone, jax.devices()[:1])
     data = open_data(run)
@@ -28,8 +28,8 @@ def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
 
 
 def after_photometry(run: OpenRun, pieces: Mapping[str, np.ndarray]) -> Iterator[jax.Array]:
-    """Each picture view as the towers get it at step 0, before it is normalised, uint8
-    [b, h, w, 3]. `pieces`: what a loader gave."""
+    """Each picture view of a batch at step 0 after the colour augmentation and before the towers
+    normalise it, uint8 [b, h, w, 3]. `pieces`: the arrays of one batch of a loader."""
     rows = len(pieces["row"])
     batch = to_batch(pieces, run.mesh, np.arange(rows), rows)
     keys = row_keys(run.config.seed, 0, rows)

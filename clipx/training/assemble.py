@@ -1,5 +1,5 @@
-"""What a config's model is before any array exists: the objective with its towers, and the batch
-and the state, abstract, with shardings."""
+"""The parts of a run before any array exists: the objective with its towers, and the abstract batch
+and state with their shardings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from clipx.config import binding
 from clipx.config.binding import bind
@@ -24,16 +25,16 @@ from clipx.types import Batch, PyTree, TrainState
 
 
 def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]]:
-    """The objective with its towers, none of them locked yet, and the complete sections of the
-    three, as config.json keeps them."""
+    """(the objective with its towers, none of them locked yet, its complete sections for
+    config.json: "objective", "image" and "text")."""
     image_cls, image_name, image_section = named("models", Tower, config.image, "config.image")
     text_cls, text_name, text_section = named("models", Tower, config.text, "config.text")
     objective_cls, objective_name, section = named(
         "objectives", Objective, config.objective, "config.objective"
     )
     image = bind(image_cls, image_section, where="config.image")
-    words = {name: f"tokenizer.{name}" for name in text_cls.from_tokenizer}
-    text = bind(text_cls, text_section, where="config.text", **filled(config, words))
+    from_tokenizer = {name: f"tokenizer.{name}" for name in text_cls.from_tokenizer}
+    text = bind(text_cls, text_section, where="config.text", **filled(config, from_tokenizer))
     check_marks(config.tokenizer, text)
     objective = bind(
         objective_cls,
@@ -48,12 +49,12 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
     return objective, {
         "objective": {"name": objective_name, **binding.dump(objective, given=given)},
         "image": {"name": image_name, **binding.dump(image)},
-        "text": {"name": text_name, **binding.dump(text, given=words)},
+        "text": {"name": text_name, **binding.dump(text, given=from_tokenizer)},
     }
 
 
 def filled(config: Config, fields: Mapping[str, str]) -> dict[str, Any]:
-    """The values of `fields`, which are {field: "section.key"} of the config."""
+    """The config's value for each field of `fields`, which maps a field to "section.key"."""
     paths = {field: path.partition(".") for field, path in fields.items()}
     return {
         field: getattr(getattr(config, section), key) for field, (section, _, key) in paths.items()
@@ -61,10 +62,11 @@ def filled(config: Config, fields: Mapping[str, str]) -> dict[str, Any]:
 
 
 def abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:
+    """A batch of `rows` rows as `jax.ShapeDtypeStruct`s, sharded over the mesh's batch axes."""
     sharding = meshes.batch_sharding(mesh)
     views, size = objective.views, objective.image.image_size
 
-    def array(dtype, *shape):
+    def array(dtype: DTypeLike, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
     return Batch(
@@ -81,21 +83,23 @@ def abstract_state(
     schedule: Callable[..., jax.Array],
     batch: Batch,
     mesh: Mesh,
-    variables: PyTree | None = None,
+    variables: PyTree = None,
 ) -> tuple[optax.GradientTransformation, TrainState]:
-    """The optimizer, whose rules need the parameters' paths, and the state it makes, abstract.
-    `variables`: `params` and `batch_stats`, where they are known."""
+    """The optimizer, and the run's state as `jax.ShapeDtypeStruct`s with shardings.
 
-    def plain(tree):
+    variables: abstract `params` and `batch_stats`; None traces the objective's `init` for them.
+    """
+
+    def unsharded(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     with jax.set_mesh(mesh):
         if variables is None:
             init = functools.partial(init_variables, objective, seed=config.seed)
-            variables = jax.eval_shape(init, plain(batch))
+            variables = jax.eval_shape(init, unsharded(batch))
         optimizer = make_optimizer(config.optimizer, schedule, variables["params"])
         new = functools.partial(new_state, objective, optimizer)
-        state = jax.eval_shape(new, plain(variables))
+        state = jax.eval_shape(new, unsharded(variables))
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,

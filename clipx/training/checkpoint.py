@@ -1,4 +1,4 @@
-"""Checkpoints and what else a workdir keeps of a run, through Orbax."""
+"""The checkpoints of a workdir, through Orbax, and its JSON files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipx.config import binding as configs
 from clipx.errors import CheckpointError, ConfigError
 from clipx.types import TrainState
 
-# What may change between two starts of one run: where and how it computes, never what.
+# Keys that may change when a run is started again: where and how it computes, not what.
 _FREE = (
     "config.mesh.",
     "config.data.workers",
@@ -32,7 +32,10 @@ _FREE = (
 
 
 def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The workdir, made if need be and known to be writable."""
+    """The absolute path of the workdir, created if it does not exist.
+
+    Raises `ConfigError` for a folder that cannot be written.
+    """
     path = pathlib.Path(workdir).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -47,13 +50,14 @@ def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes aside, then renames: a reader never sees half of it."""
+    """Writes `value` as JSON, atomically: a reader never sees half a file."""
     aside = path.with_suffix(path.suffix + ".part")
     aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     aside.replace(path)
 
 
 def read_json(path: pathlib.Path) -> Any:
+    """The JSON in a file of a workdir. Raises `ConfigError` if the file does not exist."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -63,9 +67,10 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
-    """Raises `ConfigError` with a diff if the workdir's run was made from another config.
+    """Raises `ConfigError` with a diff if the workdir's run has another config.
 
-    Where and how it computes (mesh, micro-batches, workers, logging, evals) may change.
+    The mesh, micro-batches, workers, logging and evals may differ, and keys that only the new
+    config has.
     """
     old = read_json(workdir / "config.json")
     lines = [
@@ -77,17 +82,21 @@ def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
         raise ConfigError(
             "--workdir",
             f"{workdir} holds a run of another config (old -> new):\n    " + "\n    ".join(lines),
-            "the same config, which goes on from the last checkpoint",
-            "another --workdir, or the old values",
+            "the run's own config, to continue from its last checkpoint",
+            "use another --workdir for a new run, or the old values",
         )
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: asynchronous, the last `keep` and the best by a metric."""
+    """The checkpoints of one workdir, written asynchronously.
+
+    keep: how many of the newest to keep. best: a metric; the checkpoint with its largest value is
+    kept too. "" keeps none beside the newest.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int = 2, best: str = ""):
         self.folder = workdir / "checkpoints"
-        keepers = [policies.LatestN(keep)]
+        keepers: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if best:
             keepers.append(
                 policies.BestN(
@@ -109,41 +118,45 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that is whole."""
+        """The newest step with a complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are kept, ascending."""
+        """The steps of all checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def step(self, which: str | int = "latest") -> int:
-        """The step that `latest`, `best` or a number names; `ConfigError` if it is not kept."""
+        """The step that `latest`, `best` or a number names. Raises `ConfigError` if that checkpoint
+        does not exist."""
         steps = self.steps
         if not steps:
-            raise ConfigError("--workdir", f"no checkpoint in {self.folder}", "a run that saved")
-        found = which
+            raise ConfigError(
+                "--workdir", f"no checkpoint in {self.folder}", "a run that has saved a checkpoint"
+            )
+        chosen: str | int | None = which
         if which == "latest":
-            found = steps[-1]
+            chosen = steps[-1]
         elif which == "best":
-            found = self._manager.best_step() if self._best else None
-            if found is None:
+            chosen = self._manager.best_step() if self._best else None
+            if chosen is None:
                 raise ConfigError(
                     "--step",
                     "best",
                     "a run whose config.train.best names a metric",
                     "--step=latest",
                 )
-        if int(found) not in steps:
+        if int(chosen) not in steps:
             raise ConfigError("--step", str(which), f"one of {steps}, latest or best")
-        return int(found)
+        return int(chosen)
 
     def save(
         self, step: int, state: TrainState, run: Mapping, metrics: Mapping[str, float]
     ) -> None:
-        """Starts to write a checkpoint; `run` is JSON beside the arrays: config, tokenizer, clock.
+        """Starts to write the checkpoint of `step`; does nothing if it is written already.
 
-        Errors of this write, or of the one before, raise `CheckpointError`.
+        run: JSON to write beside the arrays: config, tokenizer, clock. metrics: those of this very
+        state. An error of this write, or of the one before it, raises `CheckpointError`.
         """
         if step == self.latest:
             return
@@ -159,14 +172,17 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def wait(self) -> None:
-        """Returns when everything started has been written; raises `CheckpointError` if not."""
+        """Waits until all started writes are done. Raises `CheckpointError` if one has failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(None, error) from error
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state of `step`, laid out as the abstract `state` says, whatever wrote it."""
+        """The state of `step`, sharded as the abstract `state` says, on any mesh.
+
+        Raises `CheckpointError` if it cannot be read.
+        """
         try:
             return self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
@@ -177,27 +193,30 @@ class Checkpoints:
             ) from error
 
     def restore_run(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved with `step`."""
+        """The JSON `run` that `save` wrote with `step`."""
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
             "run"
         ]
 
     def close(self) -> None:
+        """Waits for started writes, and releases Orbax's threads."""
         self._manager.close()
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        whole = max(_whole_steps(self.folder), default=None)
-        safe = "nothing was saved before" if whole is None else f"step {whole} is whole and kept"
+        last = max(_complete_steps(self.folder), default=None)
+        safe = "no checkpoint was saved before" if last is None else f"step {last} is saved"
         return CheckpointError(f"cannot write {which} to {self.folder}: {_line(error)}; {safe}")
 
 
-def _whole_steps(folder: pathlib.Path) -> list[int]:
+def _complete_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the complete checkpoints: Orbax renames a folder when it is complete."""
     return [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
 
 
 def _line(error: BaseException) -> str:
-    """The innermost reason in one line."""
+    """The innermost cause of an error, in one line."""
+
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a config's sections must agree on with each other, with no data open."""
+"""Checks between the sections of a config. No data is opened."""
 
 from __future__ import annotations
 
@@ -12,55 +12,57 @@ from clipx.training.schema import EvalSpec, TrainConfig
 
 
 def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:
-    """Raises `ConfigError` for pairs of one cluster that would not stay together."""
+    """Raises `ConfigError` if `data.clusters` is set and pairs of rows of one cluster cannot stay
+    together: in a group of the batch, and in the order of the rows."""
     if data.clusters is None:
         return
     if batch % (2 * groups):
         raise ConfigError(
             "config.train.batch_size",
-            f"{batch} in {groups} group(s), with data.clusters",
-            "whole pairs of rows in each group",
+            f"{batch} rows in {groups} group(s), with config.data.clusters",
+            f"a multiple of {2 * groups}, so that each group has whole pairs of rows",
             f"config.train.batch_size={max(batch // (2 * groups), 1) * 2 * groups}",
         )
     if with_replacement:
         raise ConfigError(
             "config.data.clusters",
             repr(data.clusters),
-            "none where every row is drawn on its own",
-            "config.objective.with_replacement=false",
+            "None: with replacement, every row is sampled on its own",
+            "config.objective.with_replacement=false, or config.data.clusters=None",
         )
 
 
 def check_episodes(train: TrainConfig, data: DataConfig, objective: Objective, name: str) -> None:
-    """Raises `ConfigError` for a teacher that the objective does not ask for, or lacks, and for
-    pictures of episodes where there is none."""
+    """Raises `ConfigError` for a teacher that the objective does not read, a missing teacher, and
+    `train.episode_pictures` for an objective without episodes."""
     if train.episode_pictures and objective.episode_steps is None:
         raise ConfigError(
             "config.train.episode_pictures",
             "true",
             f"false: {name} has no episodes",
-            "an objective with episodes, such as protoclip",
+            "config.train.episode_pictures=false, or an objective with episodes (protoclip)",
         )
     width = objective.external_width
     if width is None and data.teacher is not None:
         raise ConfigError(
             "config.data.teacher",
             repr(data.teacher),
-            f"none: nothing of {name} reads it",
-            "config.objective.external_weight=1",
+            f"None: the objective {name} does not read a teacher",
+            "config.data.teacher=None"
+            + ", or config.objective.external_weight=1" * hasattr(objective, "external_weight"),
         )
     if width is not None and data.teacher is None:
         raise ConfigError(
             "config.data.teacher",
             "nothing",
-            f"the file of the teacher's rows that {name} asks for",
+            f"the file of the external teacher that {name} reads",
             "write one with `python -m clipx.teacher`, or set config.objective.external_weight=0",
         )
 
 
 def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> None:
-    """Raises `ConfigError` for counts that cannot be, a batch that does not divide over devices and
-    micro-batches, and a `best` that names no eval."""
+    """Raises `ConfigError` for a count below 1, a batch that devices and micro-batches do not
+    divide, and a `best` that names no eval."""
     where = "config.train"
     for name in (
         "batch_size",
@@ -96,18 +98,19 @@ def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> 
 
 
 def check_rows(train: TrainConfig, mesh: Mesh, rows: int) -> None:
-    """Raises `ConfigError` for data of less than a batch."""
+    """Raises `ConfigError` for data of less than one batch."""
     if rows < train.batch_size:
         unit = math.prod(_divisors(train, mesh))
         raise ConfigError(
             "config.train.batch_size",
             f"{rows} rows of data for a batch of {train.batch_size}",
-            "at least one whole batch",
+            "at least one batch of rows",
             f"config.train.batch_size={max(rows // unit * unit, unit)} or more data",
         )
 
 
 def _divisors(train: TrainConfig, mesh: Mesh) -> tuple[int, int]:
-    """What a batch is divided over: devices that hold rows, and micro-batches."""
+    """(devices that hold different rows, micro-batches): what must divide the batch."""
+
     slices = 1 if train.microbatches == "auto" else train.microbatches
     return mesh.shape["data"] * mesh.shape["fsdp"], slices

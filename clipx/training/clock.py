@@ -1,4 +1,4 @@
-"""Where a run's wall time goes."""
+"""Counts where a run's wall time goes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PARTS = typing.get_args(Part)
 
 
 class Clock:
-    """Where a run's wall time goes, in seconds: `data` (waiting for a batch), `evaluate`, `save`,
-    `episode` (what comes before an episode's steps), and `train`, which is all the rest.
+    """Counts a run's wall time, in seconds, by part: `data` (waiting for a batch), `evaluate`,
+    `save`, `episode` (the pass before an episode's steps), and `train`, which is the rest.
 
-    Steps run on while Python goes ahead, so that no step has a time of its own: whoever enters
-    another part than `data` first waits for the last step (fetching its metrics does). `totals` is
-    plain, to be saved with the run; `Clock(totals)` goes on from there.
+    JAX runs steps asynchronously, so no single step is timed. Before entering a part other than
+    `data`, wait for the last step (fetching its metrics does). `totals` is a plain dict to save
+    with the run; `Clock(totals)` continues from it.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Clock:
 
     @contextlib.contextmanager
     def time(self, part: Part) -> Iterator[None]:
-        """Counts the seconds inside to `part`. Parts do not nest."""
+        """Adds the seconds inside the `with` block to `part`. Parts do not nest."""
         start = self._now()
         try:
             yield
@@ -41,14 +41,15 @@ class Clock:
             self._parts[part] += self._now() - start
 
     def total(self, part: str | None = None) -> float:
-        """Seconds of a part, or of all, up to now."""
+        """Seconds of a part, or of all parts, up to now."""
         if part is None:
             return sum(self.totals.values()) + self._now() - self._start
         return self.totals[part] + self._parts[part]
 
     def interval(self, images: int) -> dict[str, float]:
-        """`images_per_second` and `data_wait_fraction` since the last call, of `train` and `data`
-        alone; ends the interval and adds it to `totals`."""
+        """`images_per_second` and `data_wait_fraction` since the last call, of the time in `train`
+        and `data` alone. Ends the interval and adds its seconds to `totals`."""
+
         now = self._now()
         parts = {"train": now - self._start - sum(self._parts.values()), **self._parts}
         for part, seconds in parts.items():

@@ -1,4 +1,4 @@
-"""Both towers as functions of NumPy rows: what evaluators and the report call."""
+"""Both towers as functions of NumPy rows, for evaluators and the report."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from clipx.types import Encoded, PyTree
 
 
 class Encode:
-    """The towers as functions of NumPy rows; every process gets all rows back."""
+    """Both towers of an objective at some variables. Every process gets all rows back.
 
-    chunk = 256  # rows at a time, rounded up to the devices
+    interrupted: asked before each chunk; `Interrupted` is raised once it returns True.
+    """
+
+    chunk = 256  # rows computed at a time, rounded up to a multiple of the devices
     heat_chunk = 32  # the same for heat maps, which score all pairs of a chunk
 
     def __init__(
@@ -41,74 +44,105 @@ class Encode:
         self._tokenizer, self._interrupted = tokenizer, interrupted
 
     def image(self, pictures: np.ndarray, fields: tuple[str, ...] = ()) -> Encoded:
+        """The image tower's `fields` (default: those that `similarity` reads) for uint8 pictures
+        [n, h, w, 3]."""
         return self._encode("encode_image", pictures, fields)
 
     def text(self, texts: Sequence[str], fields: tuple[str, ...] = ()) -> Encoded:
+        """The text tower's `fields` (default: those that `similarity` reads)."""
         return self._encode("encode_text", self._tokenizer(texts), fields)
 
     def similarity(self, images: Encoded, texts: Encoded) -> np.ndarray:
+        """The objective's score of every image with every text, float32 [images, texts]."""
         with jax.set_mesh(self._mesh):
             scores = _similarity(self._objective, self._variables, images, texts)
         return np.asarray(scores, np.float32)
 
     def heat(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """Grad-CAM of each picture's score with its own text: float32 [n, i, j], at least 0, on the
-        grid of the image tower's last convolutions; only ratios within one row mean anything.
-        Raises `ConfigError` for a tower without convolutions."""
+        """Grad-CAM maps of each picture's score with its own text, float32 [n, i, j], at least 0.
+
+        [i, j] is the grid of the image tower's last convolution. Only ratios within one map mean
+        anything. Raises `ConfigError` for a tower without convolutions.
+        """
         tokens = self._tokenizer(texts)
         return self._by_chunks(_heat_rows, self.heat_chunk, pictures, tokens)
 
-    def _encode(self, method: str, rows: np.ndarray, fields) -> Encoded:
+    def _encode(self, method: str, rows: np.ndarray, fields: tuple[str, ...]) -> Encoded:
         fields = tuple(fields) or self._objective.compares
         function = functools.partial(_encode_rows, method, fields)
         return self._by_chunks(function, self._rows or self.chunk, rows)
 
-    def _by_chunks(self, function: Callable, chunk: int, *arrays: np.ndarray) -> PyTree:
-        """The rows that `function` makes of the arrays' rows, `chunk` at a time."""
+    def _by_chunks(
+        self, function: Callable[..., PyTree], chunk: int, *arrays: np.ndarray
+    ) -> PyTree:
+        """`function` of the rows of `arrays`, computed `chunk` rows at a time, as NumPy arrays."""
         sharding, out = meshes.batch_sharding(self._mesh), []
         devices, rows = self._mesh.devices.size, len(arrays[0])
-        whole = -(-chunk // devices) * devices
-        for start in range(0, rows, whole):
+        chunk = -(-chunk // devices) * devices
+        for start in range(0, rows, chunk):
             if self._interrupted():
                 raise Interrupted
-            fixed = self._rows is not None or rows > whole
-            size = whole if fixed else -(-rows // devices) * devices
-            parts = [_padded(x[start : start + whole], size) for x in arrays]
+            # several chunks share one compiled shape; a single one is padded to the devices only,
+            # unless `rows` fixes the shape
+            fixed = self._rows is not None or rows > chunk
+            size = chunk if fixed else -(-rows // devices) * devices
+            padded = [_padded(x[start : start + chunk], size) for x in arrays]
             with jax.set_mesh(self._mesh):
-                done = function(
+                computed = function(
                     self._objective,
                     meshes.replicated(self._mesh),
                     self._variables,
-                    *(meshes.put(part, sharding) for part in parts),
+                    *(meshes.put(x, sharding) for x in padded),
                 )
-            out.append(jax.tree.map(np.asarray, done))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:rows], *out)
+            out.append(jax.tree.map(np.asarray, computed))
+        return jax.tree.map(lambda *chunks: np.concatenate(chunks)[:rows], *out)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """`rows` with the last one repeated, so that there are `size` rows."""
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _encode_rows(method, fields, objective, whole, variables, rows):
+def _encode_rows(
+    method: str,
+    fields: tuple[str, ...],
+    objective: Objective,
+    replicated: jax.sharding.Sharding,
+    variables: PyTree,
+    rows: jax.Array,
+) -> Encoded:
     encoded = objective.apply(variables, rows, train=False, method=method)
     kept = Encoded(**{name: getattr(encoded, name) for name in fields})
-    return jax.lax.with_sharding_constraint(kept, whole)
+    return jax.lax.with_sharding_constraint(kept, replicated)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _similarity(objective, variables, images, texts):
-    return objective.apply(variables, images, texts, method="similarity")
+def _similarity(
+    objective: Objective, variables: PyTree, images: Encoded, texts: Encoded
+) -> jax.Array:
+    scores = objective.apply(variables, images, texts, method="similarity")
+    return scores  # pyright: ignore[reportReturnType]: a tuple only with `mutable`
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _heat_rows(objective, whole, variables, pictures, tokens):
-    """Selvaraju et al. 2017 (arXiv:1610.02391), equations 1 and 2, for the score of a pair: a
-    channel's weight is its mean gradient over the map. In evaluation rows are alone, so that one
-    gradient of the sum over pairs holds every pair's own."""
+def _heat_rows(
+    objective: Objective,
+    replicated: jax.sharding.Sharding,
+    variables: PyTree,
+    pictures: jax.Array,
+    tokens: jax.Array,
+) -> jax.Array:
+    """Grad-CAM of the score of each pair (Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and
+    2): a channel's weight is the mean of the score's gradient over the map.
+
+    Rows do not interact in evaluation, so one gradient of the summed scores holds the gradient of
+    every pair.
+    """
     texts = objective.apply(variables, tokens, train=False, method="encode_text")
 
-    def total(noise):
+    def total(noise: dict) -> tuple[jax.Array, dict]:
+        """The sum of the pairs' scores, and the map of the last convolution."""
         images, kept = objective.apply(
             {**variables, **({"perturbations": unflatten_dict(noise)} if noise else {})},
             pictures,
@@ -118,19 +152,20 @@ def _heat_rows(objective, whole, variables, pictures, tokens):
         )
         maps = flatten_dict(kept.get("intermediates", {}))
         scores = objective.apply(variables, images, texts, method="similarity")
-        return jnp.trace(scores), {k: x for k, x in maps.items() if k[-1] == "last_map"}
+        score = jnp.trace(scores)  # pyright: ignore[reportArgumentType]: as above
+        return score, {k: x for k, x in maps.items() if k[-1] == "last_map"}
 
     shapes = jax.eval_shape(total, {})[1]
     if len(shapes) != 1:
         raise ConfigError(
             "config.image",
-            f"{type(objective.image).__name__}, which has no map of convolutions",
-            "an image tower with convolutions, to draw heat maps of",
+            f"{type(objective.image).__name__}, which has no convolutions",
+            "an image tower with convolutions, for heat maps",
             "config.image.name=resnet",
         )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    slopes, maps = jax.grad(total, has_aux=True)(zeros)
-    (slope,), (values,) = (jax.tree.leaves(tree) for tree in (slopes, maps))
-    weights = jnp.mean(slope.astype(jnp.float32), axis=(1, 2), keepdims=True)
+    gradients, maps = jax.grad(total, has_aux=True)(zeros)
+    (gradient,), (values,) = (jax.tree.leaves(tree) for tree in (gradients, maps))
+    weights = jnp.mean(gradient.astype(jnp.float32), axis=(1, 2), keepdims=True)
     heat = nn.relu(jnp.sum(weights * values.astype(jnp.float32), axis=-1))
-    return jax.lax.with_sharding_constraint(heat, whole)
+    return jax.lax.with_sharding_constraint(heat, replicated)

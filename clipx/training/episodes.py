@@ -1,8 +1,8 @@
-"""Pictures of an episode: where its rows lie on a map, and what some of its prototypes hold.
+"""What the report shows of an episode: a map of its rows, and examples of its prototypes.
 
-A run writes them where the labels of an episode are new, one JSON file an episode in the folder
-`episodes` of its workdir; the report shows them. `sample` names the rows whose features are wanted,
-a few thousand at most, however long the episode is.
+A run writes one JSON file for each episode, in the folder `episodes` of its workdir, right after it
+has computed the episode's labels. `sample` chooses the rows whose features are needed: at most
+2,000, however long the episode is.
 """
 
 from __future__ import annotations
@@ -22,51 +22,52 @@ from clipx.errors import MetricsError
 from clipx.training.checkpoint import read_json, write_json
 
 FOLDER = "episodes"
-COLOURED = 10  # the largest clusters of each labelling, which a map tells apart
-_SPREAD, _MEMBERS = 1000, 1000  # rows that are on the map: any, and of coloured clusters
-_PROTOTYPES, _NEAREST = 3, 8  # of each modality; pictures and captions of each
-_SIDE = 128  # pixels of a picture, at most
+COLOURED = 10  # the map colours this many of the largest clusters of each labelling
+_SPREAD, _MEMBERS = 1000, 1000  # rows on the map: from anywhere, and of coloured clusters
+_PROTOTYPES, _NEAREST = 3, 8  # prototypes of each modality, and pictures and captions of each
+_SIDE = 128  # longest side of a stored picture in pixels
 
+# the cluster of every row of the episode, by labelling: "image", "text", "external"
 Labels = Mapping[str, Int[np.ndarray, " m"]]
-# pictures uint8 [h, w, 3] and captions of so many places in the episode
+# places in the episode -> the pictures, uint8 [h, w, 3], and the captions there
 Load = Callable[[Sequence[int]], tuple[Sequence[np.ndarray], Sequence[str]]]
 
 
 class Cluster(NamedTuple):
-    """A cluster of a labelling and how many rows of the episode it has."""
+    """A cluster of a labelling, and the number of rows of the episode in it."""
 
     cluster: int
     rows: int
 
 
 class Prototype(NamedTuple):
-    """The rows nearest to the mean of a cluster of `modality`, nearest first."""
+    """A cluster of `modality`, shown by the rows nearest to its mean, nearest first."""
 
     modality: str
     cluster: int
-    rows: int
+    rows: int  # in the cluster
     pictures: list[str]  # data URIs
     captions: list[str]
 
 
 class Episode(NamedTuple):
-    """What a file holds. The points of one row have one index in every list."""
+    """The contents of an episode's file. A sampled row has the same index in every list of `points`
+    and `colours`."""
 
     episode: int
-    rows: int  # of the whole episode
-    variance: list[float]  # the two axes' shares of that inside a modality
-    points: dict[str, list[tuple[float, float]]]  # by modality
-    colours: dict[str, list[int]]  # by labelling: a place in `clusters`, -1 for all others
+    rows: int  # of the complete episode
+    variance: list[float]  # each axis's share of the variance within the modalities
+    points: dict[str, list[tuple[float, float]]]  # by modality: the rows on the map
+    colours: dict[str, list[int]]  # by labelling: the index in `clusters`, -1 for other clusters
     clusters: dict[str, list[Cluster]]  # by labelling, the largest first
     prototypes: list[Prototype]
 
 
 def sample(labels: Labels) -> Int[np.ndarray, " s"]:
-    """The places in the episode that are looked at, ascending: 2,000, or all of a shorter episode.
-    About half are any, as many as that are of the clusters that are coloured, alike of each.
+    """The places in the episode to look at, ascending: 2,000, or all of a shorter episode.
 
-    `labels`: the cluster of every row of the episode, by labelling: "image", "text", "external".
-    The same labels give the same rows, on any process.
+    About half of them are random rows. The other half are rows of the coloured clusters, equally
+    many of each. The same labels give the same places on every process.
     """
     (count,) = {len(of_rows) for of_rows in labels.values()}
     shuffled = np.random.default_rng(0).permutation(count)
@@ -90,16 +91,16 @@ def write(
     labels: Labels,
     load: Load,
 ) -> pathlib.Path:
-    """The path of the file of an episode, written whole or not at all. One process calls it.
+    """Writes an episode's file, atomically, and returns its path. Only one process may call it.
 
-    rows: what `sample` says of `labels`. features: by modality, "image" and "text", of these rows
-    alone. A modality whose name is a labelling's has prototypes. Raises `MetricsError` if the file
+    rows: the result of `sample(labels)`. features: of these rows, by modality, "image" and "text".
+    A modality whose name is also a labelling gets prototypes. Raises `MetricsError` if the file
     cannot be written.
     """
     labels = {name: np.asarray(of_rows) for name, of_rows in labels.items()}
     features = {name: _finite(x) for name, x in features.items()}
     clusters = {name: _largest(of_rows) for name, of_rows in labels.items()}
-    points, variance = _flat(features)
+    points, variance = _map(features)
     value = Episode(
         episode=episode,
         rows=len(next(iter(labels.values()))),
@@ -120,12 +121,12 @@ def write(
 
 
 def files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """What `write` wrote, by episode."""
+    """The files that `write` wrote, by episode."""
     return sorted((workdir / FOLDER).glob("[0-9]*.json"))
 
 
 def read(path: pathlib.Path) -> Episode:
-    """What `write` wrote of one episode. Raises `ValueError` for a file that is not its own."""
+    """An episode from the file that `write` wrote. Raises `ValueError` for any other file."""
     value = read_json(path)
     try:
         return Episode(
@@ -140,9 +141,10 @@ def read(path: pathlib.Path) -> Episode:
 
 
 def loading(loader: Loader, step: int) -> Load:
-    """What loads the pictures and captions of an episode that starts at `step`: the first views of
-    both, as `loader` crops and chooses them."""
+    """A function that loads pictures and captions of the episode that starts at `step`: the first
+    view and the first text of a row, as `loader` crops and chooses them."""
     episode_steps = loader.schedule.sampling.episode_steps
+    assert episode_steps is not None  # callers ask only about objectives with episodes
 
     def load(places: Sequence[int]) -> tuple[list[np.ndarray], list[str]]:
         pieces = [
@@ -156,7 +158,7 @@ def loading(loader: Loader, step: int) -> Load:
 
 
 def thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A data URI of at most 128 pixels a side."""
+    """The picture as a JPEG data URI, scaled down to at most 128 pixels a side."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((_SIDE, _SIDE))
     encoded = io.BytesIO()
@@ -165,37 +167,50 @@ def thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def _finite(features: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "s d"]:
+    """`features` in float64, with 0 for NaN and infinities."""
     return np.nan_to_num(features.astype(np.float64), posinf=0.0, neginf=0.0)
 
 
 def _largest(labels: Int[np.ndarray, " m"]) -> list[Cluster]:
+    """The `COLOURED` largest clusters, without empty ones, the largest first."""
     counts = np.bincount(labels)
     order = np.argsort(-counts, kind="stable")[:COLOURED]
     return [Cluster(int(cluster), int(counts[cluster])) for cluster in order if counts[cluster]]
 
 
 def _places(labels: Int[np.ndarray, " s"], clusters: Sequence[Cluster]) -> list[int]:
+    """The index in `clusters` of each label, -1 for labels that are not there."""
     place = {cluster.cluster: i for i, cluster in enumerate(clusters)}
     return [place.get(label, -1) for label in labels.tolist()]
 
 
-def _flat(
+def _map(
     features: Mapping[str, Float[np.ndarray, "s d"]],
 ) -> tuple[dict[str, Float[np.ndarray, "s 2"]], Float[np.ndarray, " 2"]]:
-    """All features on two axes, by modality, and these axes' shares of the variance: the principal
-    axes of what a modality's rows differ in, as the gap between modalities would else be one."""
+    """The features projected to two axes, by modality, and each axis's share of the variance.
+
+    The axes are the principal axes of the variance within the modalities. Otherwise the gap between
+    the modalities would be one of them.
+    """
     means = {name: x.mean(0) for name, x in features.items()}
     within = np.concatenate([x - means[name] for name, x in features.items()])
     variance, axes = np.linalg.eigh(within.T @ within)
     shares = variance[:-3:-1] / max(variance.sum(), 1e-12)
     axes = axes[:, :-3:-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]])  # an axis has no sign of its own
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]])  # eigenvectors have no fixed sign
     origin = np.mean(list(means.values()), axis=0)
     return {name: (x - origin) @ axes for name, x in features.items()}, shares
 
 
-def _prototypes(rows, features, labels: Labels, clusters, load: Load) -> list[Prototype]:
-    """Those of the largest clusters of each modality; one call loads all their pictures."""
+def _prototypes(
+    rows: Int[np.ndarray, " s"],
+    features: Mapping[str, Float[np.ndarray, "s d"]],
+    labels: Labels,
+    clusters: Mapping[str, Sequence[Cluster]],
+    load: Load,
+) -> list[Prototype]:
+    """Prototypes of the largest clusters of each modality. `load` is called once, for all."""
+
     chosen = []
     for name in (name for name in features if name in labels):
         for cluster in clusters[name][:_PROTOTYPES]:
@@ -209,5 +224,5 @@ def _prototypes(rows, features, labels: Labels, clusters, load: Load) -> list[Pr
     for name, cluster, places in chosen:
         pairs = [next(shown) for _ in places]
         uris, texts = map(list, zip(*pairs))
-        prototypes.append(Prototype(name, *cluster, uris, texts))
+        prototypes.append(Prototype(name, cluster.cluster, cluster.rows, uris, texts))
     return prototypes

@@ -1,9 +1,9 @@
-"""From a run's data to its batches on the devices."""
+"""Opens a run's data, and puts its batches on the devices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,35 +15,35 @@ from clipx.data.order import Sampling, chosen, share
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.run import OpenRun, Run
-from clipx.types import Batch
+from clipx.types import Batch, PyTree
 
-_KNOWN = ("key", "bad")  # what the host alone knows of a row
+_HOST_ONLY = ("key", "bad")  # what a loader reports that does not go to the devices
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on, opened once."""
+    """The training data of a run, open."""
 
-    source: Source  # the share of the data that is trained on
-    fingerprint: str  # of its rows
-    teacher: np.ndarray | None = None  # the external teacher's rows, by row id, still on disk
-    clusters: np.ndarray | None = None  # the cluster of each of the source's rows, in its order
+    source: Source  # the share of the data that the run trains on
+    fingerprint: str  # of the source's rows
+    teacher: np.ndarray | None = None  # the external teacher's rows by row id, memory-mapped
+    clusters: np.ndarray | None = None  # the cluster of each row of the source, in its order
 
     def __len__(self) -> int:
         return len(self.source)
 
 
 def open_data(run: Run) -> TrainingData:
-    """The run's training data. Raises `DataError` for a teacher or clusters made for other rows."""
-    data, whole = run.data, run.source.open()
-    source = share(whole, data.fraction)
+    """Opens the run's training data. Raises `DataError` for a teacher or clusters of other data."""
+    data, complete = run.data, run.source.open()
+    source = share(complete, data.fraction)
     digest = fingerprint(source)
     if data.teacher is None and data.clusters is None:
         return TrainingData(source, digest)
-    # a teacher and clusters cover all rows, also where a fraction is trained on
-    made_for = {
-        "rows": len(whole),
-        "fingerprint": digest if source is whole else fingerprint(whole),
+    # the files of a teacher and of clusters cover all rows, whatever data.fraction is
+    made_for: dict[str, Any] = {
+        "rows": len(complete),
+        "fingerprint": digest if source is complete else fingerprint(complete),
     }
     teacher = clusters = None
     if data.teacher is not None:
@@ -51,7 +51,7 @@ def open_data(run: Run) -> TrainingData:
         teacher = row_arrays.open_teacher(data.teacher, width=width, **made_for)
     if data.clusters is not None:
         clusters = row_arrays.open_clusters(data.clusters, **made_for)
-        if source is not whole:
+        if source is not complete:
             clusters = clusters[chosen(len(clusters), data.fraction)]
     return TrainingData(source, digest, teacher, clusters)
 
@@ -59,9 +59,12 @@ def open_data(run: Run) -> TrainingData:
 def loader(
     run: OpenRun, data: TrainingData, positions: np.ndarray, *, survey: bool = False
 ) -> Loader:
-    """What loads the rows at `positions` of every batch; with `survey`, of every batch of the
-    passes before episodes. Raises `ConfigError` where a text that the objective asks for cannot be
-    made, `DataError` for less data than a batch."""
+    """A loader of the rows at `positions` of every batch.
+
+    survey: load other crops of the same rows, for the pass before an episode. Raises `ConfigError`
+    if a text that the objective asks for cannot be made, and `DataError` for less than one batch of
+    data.
+    """
     objective = run.objective
     return Loader(
         data.source,
@@ -77,25 +80,27 @@ def loader(
     )
 
 
-def to_batch(
-    arrays: Mapping[str, np.ndarray], mesh: Mesh, positions: np.ndarray, rows: int
-) -> Batch:
-    """The global batch of so many rows, on the devices, from what a loader says of those at
-    `positions`, which are this process's."""
+def to_batch(arrays: Mapping[str, PyTree], mesh: Mesh, positions: np.ndarray, rows: int) -> Batch:
+    """The global batch of `rows` rows on the devices.
+
+    arrays: what this process's loader gives for the rows at `positions`.
+    """
     sharding = meshes.batch_sharding(mesh)
-    kept = {name: x for name, x in arrays.items() if name not in _KNOWN}
+    kept = {name: x for name, x in arrays.items() if name not in _HOST_ONLY}
     return Batch(**meshes.put_rows(kept, sharding, positions, rows))
 
 
 def own_rows(run: Run) -> np.ndarray:
-    """Which rows of a batch this process loads."""
+    """The positions in a batch of the rows that this process loads."""
     return meshes.local_rows(meshes.batch_sharding(run.mesh), run.batch_size)
 
 
-def feed(run: OpenRun, data: TrainingData, *, start: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Batches from step `start` to the run's end, each with what the host knows of it: `row`, `key`
-    and `bad` of the rows that this process read."""
-    held = own_rows(run)
-    for arrays in loader(run, data, held).batches(start, run.steps):
-        known = {name: arrays[name] for name in (*_KNOWN, "row")}
-        yield to_batch(arrays, run.mesh, held, run.batch_size), known
+def feed(
+    run: OpenRun, data: TrainingData, *, start: int
+) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
+    """The batches from step `start` to the run's end. With each comes a dict of what the host keeps
+    of the rows that this process loaded: `row`, `key` and `bad`, as `Loader.batches` gives them."""
+    positions = own_rows(run)
+    for arrays in loader(run, data, positions).batches(start, run.steps):
+        host = {name: arrays[name] for name in (*_HOST_ONLY, "row")}
+        yield to_batch(arrays, run.mesh, positions, run.batch_size), host

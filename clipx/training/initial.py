@@ -1,5 +1,4 @@
-"""What a run starts from: its tokenizer and the state of step 0, from files where the config names
-them."""
+"""What a run starts from: its tokenizer, and the state of step 0."""
 
 from __future__ import annotations
 
@@ -14,27 +13,34 @@ from clipx.parallel import mesh as meshes
 from clipx.training import pretrained
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
-from clipx.types import TrainState
+from clipx.types import PyTree, TrainState
 
 
 def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
-    """The config's tokenizer: of `config.init_from` where that fits, or trained on the source's
-    captions, where the config names no file."""
+    """The run's tokenizer.
+
+    The tokenizer of `config.init_from`, if it fits the config. Otherwise the config's own, trained
+    on the captions of `source` if the config names no file.
+    """
     config = run.config
     if config.init_from and not load.ignored("text", config.init_ignore):
         given = pretrained.open_tokenizer(config.init_from)
-        if found := pretrained.tokenizer_for(config.tokenizer, given):
-            return found
+        if tokenizer := pretrained.tokenizer_for(config.tokenizer, given):
+            return tokenizer
     return tokenizers.build(config.tokenizer, loader.captions(source))
 
 
 def init(run: Run) -> TrainState:
-    """The state of step 0, created where it lies. What starts from files is read here; whether
-    their tokenizer is the run's is compared once the run has one."""
-    tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
-    found = pretrained.entries(run.objective, run.state.params, run.config, tokenizer)
+    """The state of step 0, created in its shardings, with the pretrained weights that the config
+    names.
 
-    def create(pretrained):
+    Raises `ConfigError` for weights that do not fit the config. For an `OpenRun` that includes a
+    tokenizer other than the run's.
+    """
+    tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
+    entries = pretrained.entries(run.objective, run.state.params, run.config, tokenizer)
+
+    def create(pretrained: PyTree) -> TrainState:
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.batch)
         return init_state(
             run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
@@ -43,4 +49,4 @@ def init(run: Run) -> TrainState:
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
     with jax.set_mesh(run.mesh):
-        return jax.jit(create, out_shardings=shardings)(meshes.put_parts(found, kinds))
+        return jax.jit(create, out_shardings=shardings)(meshes.put_parts(entries, kinds))

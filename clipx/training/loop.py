@@ -1,4 +1,5 @@
-"""The loop: a run's steps, with what is evaluated, saved, refreshed and logged between them."""
+"""The training loop: a run's steps, and the evaluations, checkpoints, refreshes and log lines
+between them."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
 
+# steps whose metrics are not fetched yet: (step, [(row, key), ...], metrics)
+Pending = collections.deque[tuple[int, list[tuple[int, str]], dict[str, jax.Array]]]
+
 
 @dataclasses.dataclass
 class Trainer:
-    """One run in one workdir, from its first step here to its last."""
+    """Trains one run in one workdir, from the step of a given state on."""
 
     run: OpenRun
     data: TrainingData
@@ -43,25 +47,27 @@ class Trainer:
     clock: Clock
     quarantine: Quarantine
     stop: Stop
-    needs: fit.Needs | None  # None: no step is left to take
+    needs: fit.Needs | None  # of the compiled step; None if no step is left
+    # the last steps in a row that were not finite: (step, [(row, key), ...])
     _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
-    _read: int = 0
-    _bad: int = 0
-    _logged: int = 0
+    _read: int = 0  # rows loaded
+    _bad: int = 0  # rows that could not be used
+    _logged: int = 0  # the last logged step
 
     @functools.cached_property
     def survey(self) -> Survey:
         return Survey(self.run, self.data)
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
-        """The state after the last step, and whether it is that of the run's end.
+        """(the last state, whether the run is finished). If not finished, it was asked to stop.
 
-        The order is evaluate, save, refresh, draw, step, log: what is saved is never behind what
-        was drawn, and an episode that starts at a saved step starts again from there.
+        Both cases have saved the state. The order at each step is evaluate, save, refresh, load a
+        batch, step, log. So a checkpoint is never behind the batches that were loaded, and an
+        episode that starts at a saved step starts again after a resume.
         """
         train, episode = self.run.config.train, self.run.objective.episode_steps
-        pending: collections.deque = collections.deque()
-        self._logged = start
+        pending: Pending = collections.deque()
+        self._logged, last, stopping = start, False, False
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(
                 contextlib.closing(feed(self.run, self.data, start=start))
@@ -83,26 +89,28 @@ class Trainer:
                     self._save(state, step, results)
                 if last or stopping:
                     break
-                if refresh and (renewed := self._refresh(state, step, surveyed)) is None:
-                    stopping = True
-                    if not save:
-                        self._save(state, step, results)
-                    break
-                state = renewed if refresh else state
+                if refresh:
+                    renewed = self._refresh(state, step, surveyed)
+                    if renewed is None:
+                        stopping = True
+                        if not save:
+                            self._save(state, step, results)
+                        break
+                    state = renewed
                 with self.clock.time("data"):
-                    batch, known = next(batches)
-                self._watch(step, known)
+                    batch, host = next(batches)
+                self._count_bad(step, host)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.run.train_step(state, batch)
-                pending.append((step + 1, list(zip(known["row"], known["key"])), metrics))
+                pending.append((step + 1, list(zip(host["row"], host["key"])), metrics))
                 self._drain(pending, _AHEAD)
         with self.clock.time("save"):
             self.checkpoints.wait()
         return state, last and not stopping
 
     def _refresh(self, state: TrainState, step: int, batches: Iterator[Batch]) -> TrainState | None:
-        """The state with the memory of the episode that starts here; None if the run was told to
-        stop meanwhile."""
+        """The state with the memory of the episode that starts at `step`; None if the run is asked
+        to stop meanwhile."""
 
         def batch() -> Batch:
             if self.stop():
@@ -116,7 +124,7 @@ class Trainer:
             except Interrupted:
                 return None
             if self.run.config.train.episode_pictures:
-                self._draw(state, features, step)
+                self._write_episode(state, features, step)
         seconds = time.perf_counter() - started
         spent = self.clock.total("episode")
         self.metrics.log(
@@ -124,24 +132,24 @@ class Trainer:
         )
         return state
 
-    def _draw(self, state: TrainState, features: Features, step: int) -> None:
-        """Writes what the report shows of the episode that starts at `step`."""
+    def _write_episode(self, state: TrainState, features: Features, step: int) -> None:
+        """Writes the file from which the report shows the episode that starts at `step`."""
         labels = jax.device_get(state.memory["labels"])
         places = episodes.sample(labels)
-        features = jax.device_get(self.survey.gather(features, places))
+        sampled = jax.device_get(self.survey.gather(features, places))
         if jax.process_index() == 0:
             episodes.write(
                 self.folder,
                 int(state.memory["episode"]),
                 rows=places,
-                features=features,
+                features=sampled,
                 labels=labels,
                 load=episodes.loading(loader(self.run, self.data, np.arange(0)), step),
             )
 
-    def _drain(self, pending: collections.deque, keep: int) -> None:
-        """Takes in the metrics of all but the newest `keep` steps: waits for them, logs those that
-        are due, and stops the run if too many steps in a row were not finite."""
+    def _drain(self, pending: Pending, keep: int) -> None:
+        """Waits for the metrics of all but the newest `keep` pending steps, and logs those that are
+        due. Raises `RunError` if too many steps in a row were not finite."""
         train = self.run.config.train
         while len(pending) > keep:
             step, rows, metrics = pending.popleft()
@@ -163,13 +171,15 @@ class Trainer:
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
+        assert self.needs is not None  # a step has run
         metrics |= fit.logged(self.needs) | fit.measured(
             self.run.mesh.local_devices[0], self.needs, metrics["step_seconds"]
         )
         self.metrics.log(step, metrics)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
-        """What every eval finds, logged; None if the run was told to stop meanwhile."""
+        """Runs every eval, and logs and returns their metrics; None if the run is asked to stop
+        meanwhile."""
         encode = self.run.encode(state, interrupted=self.stop)
         with self.clock.time("evaluate"):
             try:
@@ -177,24 +187,24 @@ class Trainer:
             except Interrupted:
                 return None
             except DataError:
-                self._keep(state, step)
+                self._save_now(state, step)
                 raise
         self.metrics.log(step, results)
         best = self.run.config.train.best
         if best and best not in results:
-            self._keep(state, step)
+            self._save_now(state, step)
             raise ConfigError(
                 "config.train.best", repr(best), "one of " + ", ".join(sorted(results))
             )
         return results
 
-    def _keep(self, state: TrainState, step: int) -> None:
-        """Saves before an evaluation's error ends the run: the steps so far are not at fault."""
+    def _save_now(self, state: TrainState, step: int) -> None:
+        """Saves and waits, so that an error of an evaluation does not lose the steps so far."""
         self._save(state, step, {})
         self.checkpoints.wait()
 
     def _save(self, state: TrainState, step: int, results: dict[str, float]) -> None:
-        """Starts to save `state`, with what was found of that very state."""
+        """Starts to save `state`; `results` are the evals' metrics of that state."""
         with self.clock.time("save"):
             extra = {
                 "config": self.run.complete,
@@ -206,17 +216,18 @@ class Trainer:
             }
             self.checkpoints.save(step, state, extra, results)
 
-    def _watch(self, step: int, known: dict[str, Any]) -> None:
-        """Counts the rows that could not be used, names them, and stops the run at too many."""
-        self._read += len(known["row"])
-        for bad in filter(None, known["bad"].tolist()):
+    def _count_bad(self, step: int, host: dict[str, Any]) -> None:
+        """Counts and reports the rows of a batch that could not be used. Raises `RunError` if there
+        are more than `data.max_bad_fraction` allows."""
+        self._read += len(host["row"])
+        for bad in filter(None, host["bad"].tolist()):
             self._bad += 1
             try:
                 reasons = self.quarantine.add(step, bad)
             except OSError as error:
                 raise RunError(f"{error.filename}: cannot be written ({error.strerror})") from None
             for reason in reasons:
-                self.metrics.say(f"bad row, another stands in: {reason}")
+                self.metrics.say(f"bad row, replaced by another: {reason}")
         limit = self.run.data.max_bad_fraction
         if self._bad > limit * max(self._read, 10_000):
             raise RunError(
@@ -225,14 +236,16 @@ class Trainer:
             )
 
     def _not_finite(self) -> str:
+        """The message about steps that were not finite, with rows of each."""
         lines = [
             f"{len(self._skipped)} steps in a row had a loss or gradient that is not finite "
-            "(config.train.max_skipped_steps); no parameter was changed by them. Their rows:"
+            "(config.train.max_skipped_steps). They changed no parameter. Their rows:"
         ]
         for step, rows in self._skipped:
             names = ", ".join(f"{row} ({key})" for row, key in rows[:4])
             lines.append(f"  step {step}: {names}, ... ({len(rows)} rows)")
-        lines.append(f"The last checkpoint is that of step {self.checkpoints.latest}.")
+        latest = self.checkpoints.latest
+        lines.append("No checkpoint is saved." if latest is None else f"Step {latest} is saved.")
         return "\n".join(lines)
 
 

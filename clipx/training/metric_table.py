@@ -1,5 +1,5 @@
-"""What the numbers of a run mean: those of training in a table, those of evals as their evaluators
-declare them. All who show or compare metrics ask `metric`."""
+"""What the metrics of a run mean. Training metrics are in the table here; evaluators declare their
+own. Whatever shows or compares metrics calls `metric`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _PICKS = Curve("Rows that pick their own prototype")
 _INERTIA = Curve("Inertia of a row", smooth=False)
 _EMPTY = Curve("Empty clusters", smooth=False)
 
-# In the order of charts and of the console. A name may be a pattern, as an evaluator's may.
+# In the order of the charts and of the console line. A name may be a pattern, as in `declared`.
 TRAINING: Mapping[str, Metric] = {
     "loss": Metric("less", headline=True, curve=_LOSS),
-    # the loss of a model that cannot tell rows apart
+    # the loss of a model whose outputs are the same for all rows
     "loss/chance": Metric(headline=True, curve=_LOSS._replace(level=True)),
     "batch/R@1": Metric("more", headline=True, curve=Curve("R@1 inside the batch")),
     "learning_rate": Metric(headline=True, curve=Curve("Learning rate", smooth=False)),
@@ -56,37 +56,40 @@ HEADLINES = tuple(name for name, metric in TRAINING.items() if metric.headline)
 
 
 def metric(key: str, evals: Mapping[str, Any]) -> Metric:
-    """What is known of a metric by the name that metrics.jsonl has it under.
+    """The declaration of a metric, by its key in metrics.jsonl.
 
-    evals: the config's section; it names the evaluator of `<eval>/<metric>`. Where that is not
-    known, or declares no such metric, any evaluator's metric of that name is taken: an old run may
-    have lost its eval. A name that nobody declares is a plain `Metric()`.
+    evals: the config's section, which names the evaluator of `<eval>/<metric>`. If that evaluator
+    is unknown or declares no such metric, any evaluator that declares the metric is taken, because
+    an old run's config may have lost the eval. A name that nobody declares gives `Metric()`.
     """
-    name, slash, own = key.partition("/")
-    evaluator = (evals.get(name) or {}).get("evaluator") or name
-    if slash and (known := _of_evaluator(evaluator, own)):
+    eval_name, slash, name = key.partition("/")
+    evaluator = (evals.get(eval_name) or {}).get("evaluator") or eval_name
+    if slash and (known := _of_evaluator(evaluator, name)):
         return known
-    if known := declared(TRAINING, key):
-        return TRAINING[known]
+    if pattern := declared(TRAINING, key):
+        return TRAINING[pattern]
     names = sorted(module.name for module in pkgutil.iter_modules(evaluators.__path__))
-    of_any = (_of_evaluator(name, own) for name in names)
+    of_any = (_of_evaluator(evaluator, name) for evaluator in names)
     return next((known for known in of_any if known), Metric())
 
 
 def best(metric: Metric, points: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """The best of some (step, value), of equal ones the first. Without a direction more is taken as
-    better. NaN and infinities count only where there is nothing else."""
+    """The best of some points (step, value), the first one of equal values.
+
+    A metric without a direction counts more as better. NaN and infinities count only if no value is
+    finite.
+    """
     finite = [point for point in points if math.isfinite(point[1])] or points
     return (min if metric.better == "less" else max)(finite, key=lambda point: point[1])
 
 
 def short(value: float) -> str:
-    """A number in a few digits."""
+    """A number with about four digits."""
     return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
 
 
 def spelled(metric: Metric, value: float) -> str:
-    """A value as tables show it."""
+    """A value of a metric as tables show it."""
     if metric.shown == "percent" and math.isfinite(value):
         return f"{100 * value:.1f} %"
     return short(value)
@@ -94,7 +97,9 @@ def spelled(metric: Metric, value: float) -> str:
 
 @functools.cache
 def _of_evaluator(evaluator: str, name: str) -> Metric | None:
-    """What an evaluator declares of a metric; None also where it or its libraries are missing."""
+    """An evaluator's declaration of a metric. None if it declares no such metric, there is no such
+    evaluator, or one of its libraries is missing."""
+
     with contextlib.suppress(ConfigError, ImportError):
         metrics = find("evaluators", evaluator, Evaluator).metrics
         if known := declared(metrics, name):

@@ -1,9 +1,11 @@
-"""What a run says of itself: metrics.jsonl always, a bar or lines, TensorBoard when asked."""
+"""A run's metrics: written to metrics.jsonl, shown as a progress bar or lines, and sent to
+TensorBoard if the config asks for it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -24,15 +26,15 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """A context manager around the loop; every process makes one, process 0 alone writes.
+    """A context manager around the loop. Every process makes one; only process 0 writes.
 
-    Opened at `step`, it drops the lines of later steps, which a killed run wrote after its last
-    checkpoint, and repairs a half-written last line: after a resume the file holds the steps that
-    an uninterrupted run's would. `total_steps` may be less than what the file already holds.
+    Entering it removes the lines after `step`, which a killed run wrote after its last checkpoint,
+    and a half-written last line. After a resume the file therefore holds the same lines as that of
+    an uninterrupted run. `total_steps` may be less than the steps that the file already holds.
 
-    steps_per_epoch: None for a run without epochs. evals: the config's section, which says whose
-    metrics are logged. Raises `MetricsError` for a workdir that cannot be written or a full disk,
-    and when TensorBoard is asked for and absent.
+    steps_per_epoch: None for a run without epochs. evals: the config's section, from which `metric`
+    learns each eval's evaluator. Raises `MetricsError` for a workdir that cannot be written, a full
+    disk, and a missing tensorboardX.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Metrics:
         self._start, self._tensorboard = step, tensorboard
         self._evals = evals or {}
         self._main = jax.process_index() == 0
-        self._file = self._bar = self._board = None
+        self._file: io.FileIO | None = None
+        self._bar: tqdm | None = None
+        self._board: Any = None  # tensorboardX's SummaryWriter
         self._first: tuple[int, float] | None = None  # (step, seconds) where the rate starts
 
     def __enter__(self) -> Metrics:
@@ -70,15 +74,15 @@ class Metrics:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._main:
             self._open.close()
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one line: step, examples, epoch, and `scalars` (numbers or arrays of one number).
 
-        Blocks until the arrays are computed. A row with a `loss` is one of training: it moves the
-        bar's numbers. Any other is an evaluation, shown on a line of its own.
+        Blocks until the arrays are computed. A line with a `loss` is a training step, whose numbers
+        the bar shows. Any other line is an evaluation, which gets its own line on the console.
         """
         if not self._main:
             return
@@ -87,7 +91,7 @@ class Metrics:
         head: dict[str, Any] = {"step": step, "examples": step * self._batch}
         if self._epoch:
             head["epoch"] = round(step / self._epoch, 4)
-        if step == self._start:  # a resumed run that evaluates again where it was saved
+        if step == self._start:  # a resumed run evaluates again at the step of its checkpoint
             values = {key: v for key, v in values.items() if key not in self._known}
         if values:
             self._append(head | values)
@@ -98,49 +102,53 @@ class Metrics:
         self._show(head, values)
 
     def progress(self, step: int) -> None:
-        """Moves the bar to `step`. Costs nothing; call it after every step."""
+        """Moves the bar to `step`. It is cheap: call it after every step."""
         if self._main and self._first is None:
-            self._first = (step, time.monotonic())  # compilation is behind us
+            self._first = (step, time.monotonic())  # the rate leaves the first step out
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def say(self, line: str) -> None:
-        """Prints a line: above the bar on a terminal, else on stdout."""
+        """Prints a line: above the bar if there is one, else on stdout."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         elif self._main:
             print(line, flush=True)
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        """Writes one line to the file, or nothing and raises `MetricsError`."""
         strict = {k: _strict(v) for k, v in row.items()}
         line = (json.dumps(strict, allow_nan=False) + "\n").encode()
+        assert self._file is not None  # only process 0 comes here, inside the context
         with self._clear_errors():
             end = os.fstat(self._file.fileno()).st_size
             try:
                 if self._file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                self._file.truncate(end)  # no half line stays behind
+                self._file.truncate(end)  # leave no half line
                 raise
 
     def _show(self, head: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Shows a line's numbers in the bar or on the console."""
         training = "loss" in values
         if training:
             shown = {k: values[k] for k in HEADLINES if k in values}
-        else:  # a class each would bury the rest; the file has them
+        else:  # one number per class would bury the others; the file has them all
             shown = {k: v for k, v in values.items() if not metric(k, self._evals).detail}
         if training and self._bar is not None:
             self._bar.set_postfix({k: short(v) for k, v in shown.items()})
         elif shown:
-            parts = [f"step {head['step']:,}/{self._total:,}"]
+            words = [f"step {head['step']:,}/{self._total:,}"]
             if "epoch" in head:
-                parts.append(f"epoch {head['epoch']:.2f}")
-            parts += [f"{key} {short(value)}" for key, value in shown.items()]
+                words.append(f"epoch {head['epoch']:.2f}")
+            words += [f"{key} {short(value)}" for key, value in shown.items()]
             if training and (left := self._seconds_left(head["step"])) is not None:
-                parts.append(f"{tqdm.format_interval(left)} left")
-            self.say("  ".join(parts))
+                words.append(f"{tqdm.format_interval(left)} left")
+            self.say("  ".join(words))
 
     def _seconds_left(self, step: int) -> float | None:
+        """Seconds until the last step at the rate so far; None before the second step."""
         if self._first is None or step <= self._first[0]:
             return None
         rate = (time.monotonic() - self._first[1]) / (step - self._first[0])
@@ -148,6 +156,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
+        """Turns an `OSError` into a `MetricsError` that names the file."""
         try:
             yield
         except OSError as error:
@@ -155,8 +164,11 @@ class Metrics:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, in order; [] without one. NaN and infinities are floats
-    again. A line that is not JSON, as a killed run leaves, is left out."""
+    """The lines of a run's metrics.jsonl, in order; [] if there is no file.
+
+    NaN and infinities are floats again. A line that is not JSON, which a killed run may leave, is
+    skipped.
+    """
     path = pathlib.Path(workdir, FILE)
     lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = (_row(line) for line in lines)
@@ -164,6 +176,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
+    """One line as a dict; None if it is not a line that `Metrics` wrote."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -174,10 +187,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _rewind(path: pathlib.Path, step: int) -> set[str]:
-    """The keys logged at `step`. Cuts the file after its last line of `step` or before; a run that
-    starts at 0 has nothing to go on from and cuts all.
+    """Removes the lines after `step` from the file, and returns the keys of the lines at `step`.
 
-    Cutting in place needs no room, so it works on a full disk too. Lines are in order of step."""
+    A run that starts at step 0 has no checkpoint, so all lines go. The lines are in order of step.
+    Truncating in place works on a full disk too.
+    """
     end, known = 0, set()
     step = step or -1
     with open(path, "rb") as file:
@@ -194,6 +208,7 @@ def _rewind(path: pathlib.Path, step: int) -> set[str]:
 
 
 def _number(value: Any) -> int | float:
+    """A number, or an array of one, as Python's int or float."""
     array = np.asarray(value)
     if array.ndim:
         raise TypeError(f"a metric is one number, not an array of shape {array.shape}")
@@ -203,18 +218,20 @@ def _number(value: Any) -> int | float:
 
 
 def _strict(value: int | float) -> int | float | str:
-    """JSON has no NaN and no infinity; these are the names that Python and JavaScript both read."""
+    """`value` as strict JSON can hold it: NaN and infinities become the names that Python and
+    JavaScript read back."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _tensorboard_writer(folder: pathlib.Path, step: int):
+def _tensorboard_writer(folder: pathlib.Path, step: int) -> Any:
+    """tensorboardX's SummaryWriter, without the points after `step`."""
     try:
         import tensorboardX
     except ImportError:
         raise MetricsError(
-            "TensorBoard is asked for and tensorboardX is not installed: "
+            "config.train.tensorboard needs tensorboardX, which is not installed: "
             "pip install 'clipx[tensorboard]'"
         ) from None
     return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from clipx.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class LookaheadConfig:
-    """Slow weights that follow the fast ones (Zhang et al. 2019, arXiv 1907.08610)."""
+    """Lookahead (Zhang et al. 2019, arXiv 1907.08610): every `k` updates the slow weights move by
+    `alpha` towards the fast ones, which continue from there."""
 
-    k: int = 5  # updates between two meetings
-    alpha: float = 0.5  # how far the slow weights go; the fast ones go on from there
+    k: int = 5
+    alpha: float = 0.5
 
     def __post_init__(self):
         if self.k < 1:
@@ -33,6 +35,8 @@ class LookaheadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """`config.optimizer`."""
+
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 5e-4  # at the end of the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -41,26 +45,27 @@ class OptimizerConfig:
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
     warmup_examples: int | None = None
-    hold_steps: int = 0  # updates more at the peak, before the decay
+    hold_steps: int = 0  # updates at the peak, between the warm-up and the decay
     weight_decay: float = 0.2
-    # decoupled: times the learning rate, beside the gradient; coupled: L2, added to the clipped
-    # gradient, so that the moments see it
+    # decoupled: subtracted from the parameter, times the learning rate; coupled: L2, added to the
+    # clipped gradient, so that it enters the moments
     decay: Literal["decoupled", "coupled"] = "decoupled"
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment or SGD's trace
-    momentum: float = 0.9  # SGD's
-    nesterov: bool = False
-    clip_norm: float | None = None  # of the whole gradient
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = False  # of SGD
+    clip_norm: float | None = None  # the largest global norm of the gradient
     lookahead: LookaheadConfig | None = None
-    # by regexes searched in a parameter's path: what stays as it starts, without moments. A tower
-    # that is named whole, ("^image/",) for one, runs as in evaluation, without a backward pass.
+    # regexes searched in a parameter's path: matching parameters never change and have no moments.
+    # A tower that is frozen completely, as by ("^image/",), runs in evaluation mode without a
+    # backward pass.
     freeze: tuple[str, ...] = ()
-    # times the learning rate for each block below a tower's top, its embeddings the lowest (Bao et
-    # al. 2022, arXiv 2106.08254): what fine-tuning does
+    # layer-wise learning rate decay for fine-tuning (Bao et al. 2022, arXiv 2106.08254): the factor
+    # of the learning rate from one block of a tower to the block below; embeddings are the lowest
     layer_decay: float = 1.0
-    rules: tuple[Rule, ...] = DEFAULT_RULES  # the first that matches claims a parameter
+    rules: tuple[Rule, ...] = DEFAULT_RULES  # each parameter follows the first rule that matches it
 
     def __post_init__(self):
         for field in ("learning_rate", "final_learning_rate", "warmup_from", "weight_decay"):
@@ -74,10 +79,15 @@ class OptimizerConfig:
         for i, rule in enumerate(self.rules):
             if rule.horizon < 1 and self.schedule == "constant":
                 where = f"OptimizerConfig.rules[{i}].horizon"
-                found = f"{rule.horizon} with a constant schedule, which does not decay"
-                raise ConfigError(where, found, "1.0", "schedule='cosine'; or learning_rate=0.0")
+                raise ConfigError(
+                    where,
+                    f"{rule.horizon} with a constant schedule, which does not decay",
+                    "1.0",
+                    "schedule='cosine' or 'linear'; or learning_rate=0.0 in the rule",
+                )
 
     def _check(self, field: str, ok: bool, expected: str) -> None:
+        """Raises `ConfigError` about `field` unless `ok`."""
         if not ok:
             found = str(getattr(self, field))
             raise ConfigError(f"OptimizerConfig.{field}", found, expected)
@@ -85,14 +95,15 @@ class OptimizerConfig:
 
 def make_schedule(
     config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
-) -> Callable[..., jax.Array]:
-    """Learning rate by update: linear warm-up, peak, then the named decay to the last step.
+) -> Callable[..., Any]:
+    """A function from the count of updates to the learning rate: linear warm-up, hold, decay.
 
-    `schedule(count)` is the run's own; `schedule(count, horizon=share)`, for the horizon of one of
-    the rules, differs in that its decay is over after that share of the steps.
+    `schedule(count)` decays until the run's last step, `schedule(count, horizon=share)` until that
+    share of the steps. `share` is the horizon of one of the rules.
 
-    With `steps` None (a length in epochs, data not open yet) the schedule is constant: such a run
-    can be traced and planned, and is assembled anew before it trains.
+    steps: of the run; None (a length in epochs, whose data is not open yet) gives a constant
+    schedule, with which a run can be traced and planned but not trained. rows: of training data,
+    for a warm-up in epochs. Raises `ConfigError` for a warm-up longer than the run or a horizon.
     """
     warmup = duration(dataclasses.asdict(config), "warmup", where=WHERE, optional=True)
     warm = warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
@@ -101,29 +112,33 @@ def make_schedule(
         return lambda count, horizon=1.0: constant(count)
     start = warm + config.hold_steps
     if start > steps:
-        where = warmup.where if warm > steps else f"{WHERE}.hold_steps"
-        in_steps = warm > steps and warmup.unit == "steps"
+        too_long = warmup if warm > steps else None
+        where = too_long.where if too_long else f"{WHERE}.hold_steps"
+        hold = "" if too_long else f" and {config.hold_steps} more at the peak"
         raise ConfigError(
             where,
-            f"a warm-up of {warm} steps" + f" and {config.hold_steps} more" * (warm <= steps),
+            f"a warm-up of {warm} steps{hold}",
             f"at most the run's {steps} steps",
-            f"{where}={steps // 10}" if in_steps else "a shorter one",
+            f"{where}={steps // 10}"
+            if too_long and too_long.unit == "steps"
+            else f"a smaller {where}",
         )
     ends = {1.0: steps}
     for i, rule in enumerate(config.rules):
         ends[rule.horizon] = round(rule.horizon * steps)
         if start > ends[rule.horizon]:
+            least = math.ceil(1e4 * start / steps) / 1e4
             raise ConfigError(
                 f"{WHERE}.rules[{i}].horizon",
                 f"{rule.horizon}, which is step {ends[rule.horizon]}",
-                f"at least step {start}, where the decay begins",
+                f"a share of at least {least:g}: the decay begins at step {start}",
             )
     schedules = {share: _schedule(config, warm, end) for share, end in ends.items()}
     return lambda count, horizon=1.0: schedules[horizon](count)
 
 
 def _schedule(config: OptimizerConfig, warm: int, end: int) -> optax.Schedule:
-    """The schedule whose warm-up takes `warm` updates and whose decay is over at `end`."""
+    """The schedule with `warm` updates of warm-up whose decay ends at update `end`."""
     peak, final, start = config.learning_rate, config.final_learning_rate, warm + config.hold_steps
     rest = max(end - start, 1)
     decay = {
@@ -139,27 +154,31 @@ def _schedule(config: OptimizerConfig, warm: int, end: int) -> optax.Schedule:
     return optax.join_schedules([*parts, decay], bounds) if parts else decay
 
 
-def _clamp(rules, claims) -> optax.GradientTransformation:
-    """Shortens updates so that clamped parameters end within their bounds."""
+def _clamp(rules: Sequence[Rule], claims: PyTree) -> optax.GradientTransformation:
+    """Shortens updates so that parameters end within the `clamp` of their rule.
 
-    def update(updates, state, params):
-        def leaf(u, p, i):
-            if rules[i].clamp is None:
-                return u
-            return jnp.clip(p + u, *rules[i].clamp) - p
+    claims: the index of each parameter's rule.
+    """
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        def leaf(u: jax.Array, p: jax.Array, i: int) -> jax.Array:
+            clamp = rules[i].clamp
+            return u if clamp is None else jnp.clip(p + u, *clamp) - p
 
         return jax.tree.map(leaf, updates, params, claims), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _descend(schedule: Callable, horizons: PyTree) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate`, and its state, with a horizon for each parameter."""
+def _descend(schedule: Callable[..., Any], horizons: PyTree) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate` with a horizon for each parameter. The state is the same."""
 
-    def init(params):
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
         rates = {
             share: schedule(state.count) if share == 1 else schedule(state.count, horizon=share)
             for share in sorted(set(jax.tree.leaves(horizons)))
@@ -171,28 +190,34 @@ def _descend(schedule: Callable, horizons: PyTree) -> optax.GradientTransformati
 
 
 class LookaheadState(NamedTuple):
-    count: jax.Array  # updates since the start
-    slow: PyTree  # a second copy of the parameters
+    """The state of `_lookahead`."""
+
+    count: jax.Array  # updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
+    slow: PyTree  # the slow weights
 
 
 def _lookahead(config: LookaheadConfig) -> optax.GradientTransformation:
-    """Makes every k-th update end between the slow weights and the fast ones, and the slow weights
-    move there too. `optax.lookahead` would have the parameters in pairs; its moments, like these,
-    stay as they are."""
+    """Every k-th update moves both the slow and the fast weights to the point between them.
 
-    def init(params):
+    The moments stay as they are, as in `optax.lookahead`. That one is not used because it needs the
+    parameters as pairs.
+    """
+
+    def init(params: PyTree) -> LookaheadState:
         return LookaheadState(jnp.int32(0), jax.tree.map(jnp.copy, params))
 
-    def update(updates, state, params):
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, LookaheadState]:
         count = state.count + 1
-        meet = count % config.k == 0
+        sync = count % config.k == 0
 
-        def between(u, p, slow):
-            return jnp.where(meet, slow + config.alpha * (p + u - slow) - p, u)
+        def between(u: jax.Array, p: jax.Array, slow: jax.Array) -> jax.Array:
+            return jnp.where(sync, slow + config.alpha * (p + u - slow) - p, u)
 
         updates = jax.tree.map(between, updates, params, state.slow)
         slow = jax.tree.map(
-            lambda p, slow: jnp.where(meet, p, slow),
+            lambda p, slow: jnp.where(sync, p, slow),
             optax.apply_updates(params, updates),
             state.slow,
         )
@@ -202,23 +227,28 @@ def _lookahead(config: LookaheadConfig) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: Callable, params: PyTree
+    config: OptimizerConfig, schedule: Callable[..., Any], params: PyTree
 ) -> optax.GradientTransformation:
-    """The whole chain for parameters of these paths (abstract ones will do): clip, coupled weight
-    decay, moments, decoupled weight decay, learning rate, clamp, lookahead; around what is frozen.
+    """The optimizer for parameters with the paths and shapes of `params`, which may be abstract.
 
-    `schedule` is that of `make_schedule`, or any of the count alone where no rule has a horizon."""
+    The chain is: clip, coupled weight decay, moments, decoupled weight decay, learning rate, clamp,
+    lookahead. Frozen parameters are outside of it. schedule: the result of `make_schedule`, or any
+    function of the count if no rule has a horizon. Raises `ConfigError` for rules and `freeze`
+    patterns that do not fit the parameters.
+    """
     still = frozen(config.freeze, params)
 
-    def moving(tree):
+    def trained(tree: PyTree) -> PyTree:
+        """`tree` without the frozen parameters."""
         return jax.tree.map(lambda s, x: optax.MaskedNode() if s else x, still, tree)
 
-    claims = moving(claim(config.rules, params))
+    claims = trained(claim(config.rules, params))
 
-    def times(field):
+    def by_rule(field: str) -> PyTree:
+        """A field of each parameter's rule."""
         return jax.tree.map(lambda i: getattr(config.rules[i], field), claims)
 
-    def scaled(factors):
+    def scaled(factors: PyTree) -> optax.GradientTransformation:
         return optax.stateless(
             lambda updates, _: jax.tree.map(
                 lambda u, f: u if np.all(f == 1.0) else u * jnp.asarray(f, u.dtype),
@@ -227,11 +257,11 @@ def make_optimizer(
             )
         )
 
-    rates = times("learning_rate")
+    rates = by_rule("learning_rate")
     if config.layer_decay < 1:
-        layers = moving(layer_factors(config.layer_decay, params))
+        layers = trained(layer_factors(config.layer_decay, params))
         rates = jax.tree.map(lambda rate, factor: rate * factor, rates, layers)
-    factors = times("weight_decay")
+    factors = by_rule("weight_decay")
     decay = optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda u, p, f: u + jnp.asarray(config.weight_decay * f, u.dtype) * p if f else u,
@@ -249,7 +279,7 @@ def make_optimizer(
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
     chain += [decay, moments] if config.decay == "coupled" else [moments, decay]
-    chain += [scaled(rates), _descend(schedule, times("horizon"))]
+    chain += [scaled(rates), _descend(schedule, by_rule("horizon"))]
     chain.append(_clamp(config.rules, claims))
     if config.lookahead is not None:
         chain.append(_lookahead(config.lookahead))
@@ -260,11 +290,11 @@ def make_optimizer(
 
 
 def updates_done(opt_state: PyTree) -> jax.Array | None:
-    """How many updates the schedule has seen, which is steps less those skipped; None for an
-    optimizer without a schedule."""
+    """The number of updates that the schedule has counted: all steps but the skipped ones. None for
+    an optimizer without a schedule."""
 
-    def scheduled(node):
+    def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=scheduled) if scheduled(s)]
-    return found[0].count if found else None
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(s)]
+    return states[0].count if states else None

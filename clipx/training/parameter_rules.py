@@ -1,12 +1,16 @@
-"""What holds for which parameters, by their paths: rules, what is frozen, how deep a layer lies."""
+"""Per-parameter settings of the optimizer, by the parameter's path: rules, freezing, and the depth
+of a layer."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
 
 from clipx.errors import ConfigError
 from clipx.parallel.mesh import path_name
@@ -17,13 +21,13 @@ WHERE = "config.optimizer"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What holds for the parameters whose path matches `pattern` (a regex, searched)."""
+    """Settings of the parameters in whose path the regex `pattern` is found."""
 
     pattern: str
-    learning_rate: float = 1.0  # times the schedule
-    weight_decay: float = 1.0  # times the optimizer's
-    clamp: tuple[float, float] | None = None  # the parameter stays within
-    horizon: float = 1.0  # share of the run's steps at which its decay has reached its end
+    learning_rate: float = 1.0  # factor of the schedule
+    weight_decay: float = 1.0  # factor of the optimizer's weight decay
+    clamp: tuple[float, float] | None = None  # (least, most): the parameter stays within
+    horizon: float = 1.0  # share of the run's steps after which the learning rate's decay ends
 
     def __post_init__(self):
         if not 0 < self.horizon <= 1:
@@ -32,8 +36,8 @@ class Rule:
             raise ConfigError("Rule.clamp", str(self.clamp), "(least, most)")
 
 
-# Weight decay is for matrices: gains, biases, embeddings of a single token and the two logit
-# scalars are left out, as in open_clip. The scale stays at most 100 (arXiv 2103.00020, 2.5).
+# Weight decay is for matrices. Gains, biases, embeddings of a single token and the logit scalars
+# have none, as in open_clip. The logit scale stays at most 100 (arXiv 2103.00020, section 2.5).
 DEFAULT_RULES = (
     Rule(r"(^|/)logit_scale$", weight_decay=0.0, clamp=(0.0, 4.6051702)),
     Rule(r"(^|/)(bias|scale|logit_bias|class_embedding|probe)$", weight_decay=0.0),
@@ -42,9 +46,10 @@ DEFAULT_RULES = (
 
 
 def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
-    """The index of the rule that claims each parameter, in the shape of `params`.
+    """The index of the first rule that matches each parameter, in the structure of `params`.
 
-    Raises `ConfigError` for a parameter that no rule claims and a rule that claims none.
+    Raises `ConfigError` for a parameter that no rule matches, and for a rule that is the first for
+    no parameter.
     """
     compiled = []
     for i, rule in enumerate(rules):
@@ -55,14 +60,17 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
             raise ConfigError(where, repr(rule.pattern), f"a regex: {error}") from None
     paths = []
 
-    def first(path, _):
+    def first(path: KeyPath, _: Any) -> int:
         name = path_name(path)
         paths.append(name)
         for i, pattern in enumerate(compiled):
             if pattern.search(name):
                 return i
         raise ConfigError(
-            f"{WHERE}.rules", f"no rule for {name}", "a rule for every parameter", "add '.*' last"
+            f"{WHERE}.rules",
+            f"no rule for {name}",
+            "a rule for every parameter",
+            "add a last rule with the pattern '.*'",
         )
 
     claims = jax.tree_util.tree_map_with_path(first, params)
@@ -70,23 +78,30 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     for i in sorted(unused):
         matched = [p for p in paths if compiled[i].search(p)]
         found = (
-            f"{rules[i].pattern!r} matches only what earlier rules claim, {matched[0]} for one"
+            f"{rules[i].pattern!r} matches only parameters of earlier rules, such as {matched[0]}"
             if matched
             else f"{rules[i].pattern!r} matches no parameter"
         )
         raise ConfigError(
             f"{WHERE}.rules[{i}]",
             found,
-            "each rule claims a parameter",
-            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
+            "a pattern that is the first to match some parameter",
+            _some(paths),
         )
     return claims
 
 
+def _some(paths: Sequence[str]) -> str:
+    """A fix that shows some of the parameters' paths."""
+    return "some of the parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)])
+
+
 def frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """Whether each parameter is frozen, in the shape of `params`. Raises `ConfigError` for a
-    pattern that is no regex or matches none."""
-    where, left = f"{WHERE}.freeze", set(patterns)
+    """Whether each parameter is frozen, in the structure of `params`.
+
+    Raises `ConfigError` for a pattern that is no regex or matches no parameter.
+    """
+    where, unused = f"{WHERE}.freeze", set(patterns)
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -94,25 +109,25 @@ def frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
             raise ConfigError(where, repr(pattern), f"a regex: {error}") from None
     paths = []
 
-    def leaf(path, _):
+    def leaf(path: KeyPath, _: Any) -> bool:
         paths.append(path_name(path))
-        found = [p for p in patterns if re.search(p, paths[-1])]
-        left.difference_update(found)
-        return bool(found)
+        matches = [p for p in patterns if re.search(p, paths[-1])]
+        unused.difference_update(matches)
+        return bool(matches)
 
-    found = jax.tree_util.tree_map_with_path(leaf, params)
-    if left:
+    still = jax.tree_util.tree_map_with_path(leaf, params)
+    if unused:
         raise ConfigError(
             where,
-            f"{min(left)!r} matches no parameter",
-            "each pattern freezes a parameter",
-            "parameters: " + ", ".join(paths[:: max(1, len(paths) // 6)]),
+            f"{min(unused)!r} matches no parameter",
+            "patterns that each match some parameter",
+            _some(paths),
         )
-    return found
+    return still
 
 
 def locked(patterns: tuple[str, ...], params: PyTree) -> tuple[str, ...]:
-    """The towers whose parameters are frozen, all of them."""
+    """The names of the towers of which all parameters are frozen."""
     still = frozen(patterns, params)
     towers = {name: jax.tree.leaves(still.get(name, {})) for name in ("image", "text")}
     return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
@@ -122,12 +137,15 @@ _BELOW = re.compile(r"(_embedding|^ln_pre|^conv\d|^bn\d)$")  # a tower's entries
 
 
 def layer_factors(decay: float, params: PyTree) -> PyTree:
-    """What each parameter's learning rate is multiplied by: `decay` to the power of the blocks
-    above it and one, 1 above a tower's blocks and outside of towers. Of scanned blocks, an array
-    [layers, 1, ...]."""
+    """The factor of each parameter's learning rate, in the structure of `params`.
+
+    It is `decay ** (blocks_above + 1)` in a block and before the blocks of a tower, and 1 after the
+    blocks and outside of towers. For scanned blocks it is an array [layers, 1, ...].
+    """
 
     def place(path: str) -> tuple[str, tuple[int, ...]] | None:
-        """A parameter's tower and its block's number; (-1,) before the blocks, None after them."""
+        """(tower, number of the block) of a parameter: (-1,) before the blocks; None after the
+        blocks and outside of towers."""
         tower, _, rest = path.partition("/")
         if tower not in ("image", "text"):
             return None
@@ -139,11 +157,12 @@ def layer_factors(decay: float, params: PyTree) -> PyTree:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = {path_name(path): x for path, x in leaves}
     blocks = sorted({at for at in map(place, paths) if at and at[1] != (-1,)})
+
     depth = {tower: sum(t == tower for t, _ in blocks) for tower in ("image", "text")}
     scanned = re.compile(r"^(image|text)/.*(^|/)blocks/")
     depth |= {m[1]: x.shape[0] for path, x in paths.items() if (m := scanned.search(path))}
 
-    def factor(path, x):
+    def factor(path: KeyPath, x: Any) -> float | np.ndarray:
         name = path_name(path)
         if m := scanned.search(name):
             layers = np.arange(depth[m[1]]).reshape(-1, *[1] * (len(x.shape) - 1))

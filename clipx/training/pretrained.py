@@ -1,5 +1,5 @@
-"""What `config.init_from` names, and how it fits a run: a workdir of clipx, or a model as open_clip
-or transformers keeps it, with its tokenizer."""
+"""Reads what `config.init_from` names, a workdir of clipx or a model of open_clip or transformers,
+and checks that it fits a run."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SCALARS = ("logit_scale", "logit_bias")
 
 
 def workdir(path: str) -> tuple[pathlib.Path, str] | None:
-    """(workdir, step) if `path` is a workdir or one of its checkpoints, with step "" for a workdir;
-    else None."""
+    """(workdir, step) if `path` is a workdir or one of its checkpoints; else None. The step is ""
+    for a workdir."""
     folder = pathlib.Path(path).expanduser().absolute()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         return folder.parents[1], folder.name
@@ -43,8 +43,8 @@ def workdir(path: str) -> tuple[pathlib.Path, str] | None:
 def split(
     objective: Objective, tokenizer: Tokenizer, state: TrainState
 ) -> tuple[Model, dict[str, np.ndarray]]:
-    """The model in a run's state, and every other array by its path: heads, queues, prototypes and
-    the mask's embedding."""
+    """(the model in a run's state, all other arrays by path): heads, queues, prototypes, and the
+    embedding of the mask token."""
     params = jax.tree.map(np.asarray, state.params)
     scale = params.get("logit_scale", _critics_scale(params))
     cap = getattr(objective, "logit_scale_cap", None)
@@ -66,21 +66,21 @@ def split(
     }
     heads = traverse_util.flatten_dict({k: v for k, v in rest.items() if v}, sep="/")
     heads = {name: np.asarray(x) for name, x in heads.items()}
-    gone = model.words.dropped
-    if gone is not None:
-        heads["params/mask_embedding"] = model.params["text"]["token_embedding"][gone]
+    mask_id = model.words.dropped
+    if mask_id is not None:
+        heads["params/mask_embedding"] = model.params["text"]["token_embedding"][mask_id]
     return model, heads
 
 
-def _critics_scale(params: Mapping[str, Any]) -> np.ndarray:
-    """The log scale inside a head, for objectives without one of their own; 0 if there is none."""
+def _critics_scale(params: Mapping[str, Any]) -> np.ndarray | np.floating:
+    """The log of the logit scale inside a head, such as CLIP-Lite's critic; 0 if there is none."""
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    found = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
-    return found[0] if found else np.float32(0)
+    scales = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
+    return scales[0] if scales else np.float32(0)
 
 
 def words(tokenizer: Tokenizer) -> Words:
-    """A tokenizer's ids, as an export needs them."""
+    """The ids of a tokenizer, as an export needs them."""
     config = tokenizer.config
     ids = ("vocab_size", "context", "pad_id", "sot_id", "eot_id", "mask_id")
     plain = config.name == "clip_bpe" and config.cleaning == "clip"
@@ -92,7 +92,7 @@ def words(tokenizer: Tokenizer) -> Words:
 
 
 def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tokenizer saved, without the id of the mask, which no text has."""
+    """`saved`, the result of `Tokenizer.save`, without the mask token, which no text contains."""
     config = dict(saved["config"])
     if config["mask"] and config["name"] != "wordpiece":
         config["vocab_size"] -= 1
@@ -100,10 +100,13 @@ def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_tokenizer(path: str) -> Tokenizer | None:
-    """The tokenizer of the model at `path`; None if clipx has no such one. Reads no weights."""
+    """The tokenizer of the model at `path`; None if clipx cannot read it. Reads no weights.
+
+    Raises `ConfigError` for a broken file.
+    """
     file = pathlib.Path(path).expanduser()
-    if found := workdir(path):
-        saved = found[0] / "tokenizer.json"
+    if run := workdir(path):
+        saved = run[0] / "tokenizer.json"
     else:
         folder = file if file.is_dir() else file.parent
         saved = folder / files.CLIPX
@@ -119,9 +122,8 @@ def open_tokenizer(path: str) -> Tokenizer | None:
 
 
 def _library_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer of clipx that does what the folder's own does, such as transformers'
-    `SiglipTokenizer`; None if there is none. Raises `ConfigError` for files under which the two
-    would differ."""
+    """clipx's counterpart of the folder's own tokenizer, such as transformers' `SiglipTokenizer`;
+    None if there is none. Raises `ConfigError` for files for which the two would differ."""
     fields = next(filter(None, (f.tokenizer_fields(folder, WHERE) for f in FORMATS)), None)
     if fields is None:
         return None
@@ -130,49 +132,62 @@ def _library_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
     except ConfigError as error:
         error.where = f"{WHERE}: {error.where}"
         raise
-    # transformers puts U+2581 before every text; Google's pieces make nothing of it
+    # transformers puts U+2581 before every text; Google's models drop it again
     if tokenizer.body("\u2581 a a") != 2 * tokenizer.body("a"):
-        found = "a model that keeps white space before a text, or puts none there"
-        expected = "one normalised by nmt_nfkc with a dummy prefix, as Google's"
+        found = "a SentencePiece model that keeps leading white space, or adds no dummy prefix"
+        expected = "a model with nmt_nfkc normalisation and a dummy prefix, like Google's"
         raise ConfigError(f"{WHERE}: {files.PIECES}", found, expected)
     return tokenizer
 
 
 def openai_tokenizer(model: Model) -> Tokenizer | None:
-    """OpenAI's tokenizer, if the model has its words; else None."""
+    """OpenAI's tokenizer, if the model has its vocabulary; else None."""
     if not model.words.plain or model.words.vocab_size != TokenizerConfig("clip_bpe").vocab_size:
         return None
     return tokenizers.build(TokenizerConfig("clip_bpe", context=model.words.context))
 
 
 def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer | None:
-    """The given tokenizer under `config`, if `config` would else train a SentencePiece model with
-    the same marks and number of words; else None."""
-    own = config.name == "sentencepiece" and not config.path
-    if given is None or given.config.name != config.name or not own:
+    """`given` with the settings of `config`, if it can stand in for the tokenizer of `config`.
+
+    It can if `config` would train a SentencePiece model with the same marks and vocabulary size.
+    Otherwise returns None.
+    """
+    would_train = config.name == "sentencepiece" and not config.path
+    if given is None or given.config.name != config.name or not would_train:
         return None
     if given.config.marks != config.marks:
         return None
-    if config.vocab_size - config.mask != given.config.vocab_size - given.config.mask:
+    if _unmasked_size(config) != _unmasked_size(given.config):
         return None
     return tokenizers.load(given.save() | {"config": dataclasses.asdict(config)})
 
 
+def _unmasked_size(config: TokenizerConfig) -> int:
+    """The size of the vocabulary without the mask token."""
+    assert config.vocab_size is not None  # always set once the config is built
+    return config.vocab_size - config.mask
+
+
 def open_model(path: str) -> tuple[Model, Tokenizer | None]:
-    """The model that `config.init_from` names, and its tokenizer: None if clipx has no such one."""
-    found = workdir(path)
-    if found is None:
+    """(the model that `config.init_from` names, its tokenizer). The tokenizer is None if clipx
+    cannot read it.
+
+    Raises `ConfigError` for a model that cannot be read.
+    """
+    checkpoint = workdir(path)
+    if checkpoint is None:
         model, given = load.load(path), open_tokenizer(path)
         if given is None:
             return model, openai_tokenizer(model)
         return dataclasses.replace(model, words=words(given)), given
-    folder, step = found
+    folder, step = checkpoint
     try:
-        own = read_json(folder / "config.json")
-        bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        # on the host if it can hold the model: the devices hold the run's own state
+        config = read_json(folder / "config.json")
+        bare = {**config, "evals": {}, "train": {**config["train"], "best": ""}}
+        # a single process restores to the CPU: the devices hold the new run's state
         devices = jax.devices() if jax.process_count() > 1 else [cpu()]
-        step = step or ("best" if own["train"]["best"] else "latest")
+        step = step or ("best" if config["train"]["best"] else "latest")
         run, state = restore(folder, step, config=bare, devices=devices)
     except ConfigError as error:
         error.where = WHERE
@@ -186,11 +201,11 @@ def entries(
     config: Config,
     tokenizer: Tokenizer | None,
 ) -> dict[str, PyTree]:
-    """The parts of a run's `params` and `batch_stats` that come from files: of `config.init_from`,
-    or of a tower's own.
+    """The parts of a run's `params` and `batch_stats` that come from files: `config.init_from`, or
+    the file that a tower names itself.
 
-    params: the run's, abstract. tokenizer: the run's, where it is known. Raises `ConfigError` for a
-    tower that has two files, and as `fit` does.
+    params: the run's, abstract. tokenizer: the run's; None if it is not known yet. Raises
+    `ConfigError` for a tower with two files, and for what `fit` refuses.
     """
     path, ignore = config.init_from, config.init_ignore
     towers = {name: getattr(objective, name).pretrained() for name in ("image", "text")}
@@ -198,13 +213,13 @@ def entries(
     if not path:
         return {"params": towers}
     if twice := [name for name in towers if not load.ignored(name, ignore)]:
-        found = f"{path!r}, and one of config.{twice[0]} too"
-        fix = f"config.init_ignore=('{twice[0]}',)"
+        found = f"{path!r}, while config.{twice[0]} names a file too"
+        fix = f"config.init_ignore=('{twice[0]}',), to take the tower from its own file"
         raise ConfigError(WHERE, found, "one file for each tower", fix)
     model, given = open_model(path)
-    found = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
-    found["params"] |= towers
-    return found
+    parts = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
+    parts["params"] |= towers
+    return parts
 
 
 def fit(
@@ -216,71 +231,76 @@ def fit(
     given: Tokenizer | None,
     ignore: Collection[str],
 ) -> dict[str, PyTree]:
-    """The entries of a run's `params` and `batch_stats` that come from `model`: both towers and the
-    scalars of the score. Heads are not among them.
+    """The parts of a run's `params` and `batch_stats` that come from `model`: both towers, and
+    `logit_scale` and `logit_bias`. Heads are not taken.
 
-    params: the run's, abstract. tokenizer, given: the run's and the model's, where they are known.
-    Raises `ConfigError` with all that differs and is not named in `ignore` (`load.fit`).
+    params: the run's, abstract. tokenizer, given: the run's and the model's; None if not known.
+    Raises `ConfigError` that lists all differences that `ignore` does not name (see `load.fit`).
     """
     faults = []
     for name in ("mean", "std"):
         a, b = getattr(model, name), getattr(objective, name)
         if not np.allclose(a, b, rtol=0, atol=1e-6):
-            faults.append(f"{name}: {tuple(a)}, and {tuple(b)} in the config's objective")
+            faults.append(f"{name}: {tuple(a)} in the model, {tuple(b)} in config.objective")
     if (model.resize, model.interpolation) != ("shortest", "bicubic"):
-        found = f"{model.resize}, {model.interpolation}"
-        faults.append(f"preprocessing: {found}, and shortest, bicubic here")
+        preprocessing = f"{model.resize}, {model.interpolation}"
+        faults.append(f"preprocessing: {preprocessing} in the model, shortest, bicubic in clipx")
     for name in _SCALARS:
         a, b = getattr(model, name) is not None, name in params
         if a != b:
-            faults.append(f"{name}: {'one' if a else 'none'}, and {'one' if b else 'none'} here")
+            there = {True: "present", False: "absent"}
+            faults.append(f"{name}: {there[a]} in the model, {there[b]} in the config's objective")
     if not load.ignored("text", ignore):
-        faults += _other_words(model, config, tokenizer, given)
+        faults += _token_faults(model, config, tokenizer, given)
     mask_id = config.mask_id if config.name != "wordpiece" else None
-    found = load.fit(
+    parts = load.fit(
         model, objective.image, objective.text, mask_id=mask_id, ignore=ignore, faults=faults
     )
     for name in _SCALARS:
         value = getattr(model, name)
         if name in params and value is not None and not load.ignored(name, ignore):
-            found["params"][name] = np.asarray(value, np.float32)
-    return found
+            parts["params"][name] = np.asarray(value, np.float32)
+    return parts
 
 
-def _other_words(model, config: TokenizerConfig, tokenizer, given) -> list[str]:
-    """A fault for each difference between the ids of texts."""
+def _token_faults(
+    model: Model, config: TokenizerConfig, tokenizer: Tokenizer | None, given: Tokenizer | None
+) -> list[str]:
+    """One line for each reason why the model and the run give texts different token ids."""
     theirs, faults = model.words.without_mask(), []
     if theirs.kind != config.name:
-        return [f"tokenizer.name: {theirs.kind!r}, and {config.name!r} in the config"]
-    moved = config.name != "wordpiece" and config.mask
-    end = config.eot_id - (moved and config.mask_id < config.eot_id)
+        return [f"tokenizer.name: {theirs.kind!r} in the model, {config.name!r} in the config"]
+    mask_id = config.mask_id if config.name != "wordpiece" else None
+    end = config.eot_id - (mask_id is not None and mask_id < config.eot_id)
     if theirs.eot_id != end:
-        faults.append(f"tokenizer.eot_id: {theirs.eot_id}, and {end} in the config")
+        faults.append(f"tokenizer.eot_id: {theirs.eot_id} in the model, {end} in the config")
     if given is None or tokenizer is None:
         return faults
     differ = [n for n in ("marks", "cleaning") if getattr(given.config, n) != getattr(config, n)]
     for name in differ:
         a, b = getattr(given.config, name), getattr(config, name)
-        faults.append(f"tokenizer.{name}: {a!r}, and {b!r} in the config")
+        faults.append(f"tokenizer.{name}: {a!r} in the model, {b!r} in the config")
     if not differ and any(given.body(text) != tokenizer.body(text) for text in verify.CAPTIONS):
-        faults.append("tokenizer: the same captions are cut into other tokens")
+        faults.append("tokenizer: the model and the run split the same captions into other tokens")
     return faults
 
 
 def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The sections of a config that describe a model: objective, towers and tokenizer. Raises
-    `ConfigError` for a tokenizer that clipx has not. path: of the model, for messages."""
+    """The sections of a config that describe a model: objective, towers and tokenizer.
+
+    path: of the model, for messages. Raises `ConfigError` if `tokenizer` is None.
+    """
     if tokenizer is None:
         raise ConfigError(
             "--init_from",
-            f"{path}, whose texts are cut by a tokenizer that clipx has not",
-            f"CLIP's own words; {files.PIECES} of a {files.SIGLIP} in the folder; or "
+            f"{path}, with a tokenizer that clipx does not have",
+            f"CLIP's own vocabulary; {files.PIECES} of a {files.SIGLIP} in the folder; or "
             f"{files.CLIPX}, which clipx.export writes",
         )
     config = dataclasses.replace(tokenizer.config, context=model.text.context)
     for name in ("vocab_size", "eot_id"):
         if getattr(config, name) != getattr(model.text, name):
-            found = f"{getattr(config, name)}, and {getattr(model.text, name)} in {path}"
+            found = f"{getattr(config, name)}, but {getattr(model.text, name)} in {path}"
             raise ConfigError(f"{files.CLIPX}: {name}", found, "the tokenizer of this model")
 
     def tower(module: Tower) -> dict[str, Any]:

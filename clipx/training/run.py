@@ -1,5 +1,5 @@
-"""A run: what a config describes, built and checked, with nothing executed and no data open, and
-what it is once its data is open."""
+"""`Run`: everything that a config describes, built and checked, with nothing executed and no data
+open; and `OpenRun`, the run once its data is open."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from clipx.config import binding
@@ -30,21 +31,22 @@ from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import locked
 from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.training.step import batch_loss, make_train_step
-from clipx.types import Batch, TrainState
+from clipx.types import Batch, Device, TrainState
 
-_SAMPLES = 32  # pictures that the report shows
+_SAMPLES = 32  # pictures in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes. `train_step` compiles; everything else only describes."""
+    """What a config describes. Only `train_step` compiles, and only `traced` and what uses it
+    traces."""
 
     config: Config
-    complete: dict[str, Any]  # the whole config, defaults included, as config.json keeps it
+    complete: dict[str, Any]  # the config with all defaults, as config.json holds it
     mesh: Mesh
     objective: Objective
-    optimizer: Any  # optax's
-    schedule: Callable[[jax.Array], jax.Array]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[..., Any]  # count of updates -> learning rate
     data: DataConfig
     source: SourceSpec
     evals: tuple[EvalSpec, ...]
@@ -53,21 +55,22 @@ class Run:
 
     @property
     def batch_size(self) -> int:
+        """Rows of the global batch."""
         return self.config.train.batch_size
 
     @functools.cached_property
     def steps(self) -> int | None:
-        """Steps of the whole run; None for a length in epochs, which only open data tells."""
+        """Steps of the run; None for a length in epochs until the data is open (`with_data`)."""
         return total_steps(self.config, None)
 
     @property
     def microbatches(self) -> int:
-        """Of a step; 1 while the config leaves it to what fits and `fit.fitted` has not said."""
+        """Micro-batches of a step; 1 for "auto" that `fit.fitted` has not resolved yet."""
         count = self.config.train.microbatches
         return 1 if count == "auto" else count
 
-    def with_microbatches(self, count: int) -> Run:
-        """The same run with so many micro-batches, as config.json will have it."""
+    def with_microbatches(self, count: int) -> Self:
+        """The same run with `count` micro-batches, in its config too."""
         train = dataclasses.replace(self.config.train, microbatches=count)
         return dataclasses.replace(
             self,
@@ -89,44 +92,49 @@ class Run:
             return jitted.trace(self.state, self.batch)
 
     def lower(self) -> jax.stages.Lowered:
-        """The training step for this mesh; `.compile()` makes it callable. The state given to it is
-        used up."""
+        """The training step, lowered for this mesh. `.compile()` makes it callable; a call donates
+        the state."""
         with jax.set_mesh(self.mesh):
             return self.traced.lower()
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
-        """(state, batch) -> (state, metrics), compiled. The state given to it is used up."""
+        """The compiled step, (state, batch) -> (state, metrics). A call donates the state."""
         return self.lower().compile()
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step over all devices, in matrix products and convolutions as traced: what is
-        recomputed counts again."""
+        """FLOPs of a step over all devices, in its matrix products and convolutions as traced.
+        Recomputation counts again."""
         return flops.total(flops.products(self.traced.jaxpr))
 
     @property
     def model_flops(self) -> int:
-        """Useful FLOPs of a step, over all devices: three times the matrix products and
-        convolutions of the forward pass (the backward pass has two for each). What is recomputed
-        counts once, and what masks leave out counts. Nothing is compiled."""
+        """Useful FLOPs of a step over all devices: three times the matrix products and convolutions
+        of the forward pass, as the backward pass has two for each.
+
+        Recomputation does not count; masked positions do. Traces the loss, and compiles nothing.
+        """
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.state, self.batch)
         )
         leaves, tree = jax.tree.flatten(shapes)
-        return 3 * _forward_flops(self.objective, self.config.seed, tuple(leaves), tree)
+        # Linen modules are hashable, which the checker cannot know
+        return 3 * _forward_flops(self.objective, self.config.seed, tuple(leaves), tree)  # pyright: ignore[reportArgumentType]
 
     def evaluators(self) -> dict[str, Evaluator]:
-        """The config's evals by name, their data open."""
+        """The config's evals by name, with their data open."""
         size = self.objective.image.image_size
         return {spec.name: spec.open(size) for spec in self.evals}
 
     def samples(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        """Held-out pairs to look at: pictures uint8 [n, h, w, 3], captions, and which picture each
-        caption belongs to; None where no eval's examples have captions."""
+        """Held-out pairs for the report: (pictures uint8 [n, h, w, 3], captions, the index of each
+        caption's picture). None if no eval has examples with captions."""
         for spec in self.evals:
             examples = spec.examples(self.objective.image.image_size)
-            count = min(_SAMPLES, len(examples or ()))
+            if examples is None:
+                continue
+            count = min(_SAMPLES, len(examples))
             rows = [row for row in range(count) if examples.texts(row)]
             if rows:
                 pictures = next(examples.batches(_SAMPLES))[rows]
@@ -137,18 +145,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun(Run):
-    """A run whose data is open: every length is known in steps, and captions can be tokenised."""
+    """A run whose data is open: its length is known in steps, and it has a tokenizer."""
 
     rows: int  # of the training data
     tokenizer: tokenizers.Tokenizer
 
-    @functools.cached_property  # the loop asks at every step
+    @functools.cached_property  # the loop reads it at every step
     def steps(self) -> int:
-        """Steps of the whole run."""
-        return total_steps(self.config, self.rows)
+        """Steps of the run."""
+        steps = total_steps(self.config, self.rows)
+        assert steps is not None  # the rows are known
+        return steps
 
     @property
     def steps_per_epoch(self) -> int:
+        """Full batches in the training data."""
         return self.rows // self.batch_size
 
     def encode(
@@ -158,14 +169,15 @@ class OpenRun(Run):
         interrupted: Callable[[], bool] = lambda: False,
         rows: int | None = None,
     ) -> Encode:
-        """Both towers at the state's parameters, for evaluators. rows: as for `Encode`."""
+        """Both towers at the state's parameters, for evaluators. `Interrupted` is raised between
+        chunks once `interrupted()` is True. rows: as for `Encode`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted, rows=rows)
 
 
-@functools.lru_cache(maxsize=4)  # alike for any number of micro-batches, which are tried in turn
+@functools.lru_cache(maxsize=4)  # `fit.fewest` asks for several numbers of micro-batches: all alike
 def _forward_flops(objective: Objective, seed: int, leaves: tuple, tree: Any) -> int:
-    """FLOPs of a batch's loss, for a state and a batch of these shapes."""
+    """FLOPs of the loss of a batch. `leaves` and `tree` are those of (state, batch), abstract."""
 
     def forward(state: TrainState, batch: Batch) -> jax.Array:
         return batch_loss(objective, state.params, state=state, batch=batch, seed=seed)[0]
@@ -174,17 +186,18 @@ def _forward_flops(objective: Objective, seed: int, leaves: tuple, tree: Any) ->
 
 
 def total_steps(config: Config, rows: int | None) -> int | None:
-    """Steps of a whole run over so many rows; None for a length in epochs of rows not known."""
+    """Steps of a run over `rows` rows; None for a length in epochs if `rows` is None."""
     return duration(dataclasses.asdict(config.train), "total", where="config.train").steps(
         batch_size=config.train.batch_size, rows=rows
     )
 
 
-def assemble(config: Mapping, devices=None) -> Run:
-    """The run that `config` describes, on `devices` (default: all), with nothing executed.
+def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Run:
+    """The run that `config` describes, on `devices` (default: all). Nothing is executed, and no
+    data is opened.
 
-    Every wrong key, type, missing field and impossible combination raises `ConfigError` here; no
-    data is opened. A length in epochs leaves `steps` None until `with_data`.
+    Raises `ConfigError` for an unknown key, a wrong type, a missing field and settings that exclude
+    each other. For a length in epochs, `steps` is None until `with_data`.
     """
     bound = bind(Config, config)
     mesh = meshes.make_mesh(bound.mesh, devices)
@@ -227,8 +240,10 @@ def assemble(config: Mapping, devices=None) -> Run:
 
 
 def with_data(run: Run, rows: int, tokenizer: tokenizers.Tokenizer) -> OpenRun:
-    """The run over training data of so many rows: lengths in epochs become steps, and with them the
-    schedule. Raises `ConfigError` for less than a batch, and for a warm-up longer than the run."""
+    """The run over training data of `rows` rows, with lengths in steps and its final schedule.
+
+    Raises `ConfigError` for less than one batch of rows, and for a warm-up longer than the run.
+    """
     config = run.config
     checks.check_rows(config.train, run.mesh, rows)
     schedule = make_schedule(
@@ -250,27 +265,30 @@ def restore(
     workdir: str | os.PathLike,
     step: str | int = "latest",
     *,
-    config: Mapping | None = None,
-    devices=None,
+    config: Mapping[str, Any] | None = None,
+    devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
     """The run of a workdir and its state at a step: a number, `latest` or `best`.
 
-    config: replaces the workdir's own config, for example with other evals; towers must be equal.
-    devices: default all. mesh: sizes of the mesh axes as in `config.mesh`; default: all devices
-    along `data`. Both may differ from what the run was trained on: no step is taken.
+    config: replaces the workdir's config, for example with other evals; the towers must match.
+    devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
+    differ from those of the training, since no step is taken. Raises `ConfigError` for a folder
+    that is no workdir or has no such checkpoint, and `CheckpointError` for a checkpoint that cannot
+    be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
-    own = read_json(folder / "config.json")
-    base = own if config is None else config
+    saved_config = read_json(folder / "config.json")
+    base = saved_config if config is None else config
     count = jax.device_count() if devices is None else len(devices)
-    batch = -(-base["train"]["batch_size"] // count) * count  # which any mesh divides
+    batch = -(-base["train"]["batch_size"] // count) * count  # divides over any mesh
     train = {**base["train"], "microbatches": 1, "batch_size": batch}
     run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
-    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=own["train"]["best"])
-    found = checkpoints.step(step)
-    saved = checkpoints.restore_run(found)
+    best = saved_config["train"]["best"]
+    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=best)
+    chosen = checkpoints.step(step)
+    saved = checkpoints.restore_run(chosen)
     opened = with_data(run, saved["rows"], tokenizers.load(saved["tokenizer"]))
-    state = checkpoints.restore(found, opened.state)
+    state = checkpoints.restore(chosen, opened.state)
     checkpoints.close()
     return opened, state

@@ -1,10 +1,10 @@
-"""The sections of a config file, bound and checked against each other, with no data open."""
+"""The sections of a config file as dataclasses, with no data open."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 from clipx.config import binding as configs
 from clipx.config.binding import bind, find
@@ -19,9 +19,13 @@ from clipx.models.layers import Tower
 from clipx.parallel.mesh import MeshConfig
 from clipx.training.optimizer import OptimizerConfig
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """`config.train`. Exactly one of the `total_*` keys sets the length of the run."""
+
     batch_size: int  # global: over all devices and micro-batches
     total_steps: int | None = None
     total_epochs: float | None = None
@@ -29,22 +33,22 @@ class TrainConfig:
     microbatches: int | Literal["auto"] = 1  # auto: the fewest that fit the devices' memory
     log_every_steps: int = 10
     save_every_steps: int = 1000
-    eval_every_steps: int | None = None  # None: at the end alone
-    keep: int = 2  # the last so many checkpoints
-    best: str = ""  # a metric, such as "retrieval/mean_recall": its best checkpoint is kept too
-    max_skipped_steps: int = 5  # so many steps without a finite gradient in a row stop the run
+    eval_every_steps: int | None = None  # None: only after the last step
+    keep: int = 2  # number of newest checkpoints to keep
+    best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
+    max_skipped_steps: int = 5  # stop after this many steps in a row that are not finite
     tensorboard: bool = False
-    episode_pictures: bool = False  # of each episode, a map and some prototypes in report.html
+    episode_pictures: bool = False  # show each episode's map and some prototypes in report.html
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """The keys of one of `config.evals` beside its evaluator's own."""
+    """The keys of a section of `config.evals`, beside those of its evaluator."""
 
-    data: dict[str, Any] | None = None  # a source; some evaluators read folders of their own
+    data: dict[str, Any] | None = None  # a source; None for evaluators that read their own folders
     train_data: dict[str, Any] | None = None  # a source, for evaluators that train a probe
     evaluator: str | None = None  # None: the name of the section
-    limit: int | None = None  # so many examples at most
+    limit: int | None = None  # use only the first examples of `data`, this many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +65,20 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    # what step 0 starts from: a workdir, one of its checkpoints, or a folder or file of open_clip's
-    # or transformers'; where it differs from the config it is refused, but for what is named
+    # weights to start from: a workdir, one of its checkpoints, or a folder or file of open_clip or
+    # transformers. A difference from the config is an error, unless `init_ignore` names it.
     init_from: str = ""
     init_ignore: tuple[str, ...] = ()  # such as ("image.activation", "text.*", "logit_bias")
 
 
-def named(package: str, base: type, section: Mapping, where: str, default: str = ""):
-    """The class that a section's `name` stands for, and the section without it."""
+def named(
+    package: str, base: type, section: Mapping[str, Any], where: str, default: str = ""
+) -> tuple[type[Any], str, dict[str, Any]]:
+    """(the class that a section's `name` names, the name, the section without it).
+
+    package, base: where the class is, as for `binding.find`. Raises `ConfigError` for an unknown
+    name.
+    """
     section = dict(section)
     name = section.pop("name", default)
     if not name:
@@ -80,25 +90,29 @@ def named(package: str, base: type, section: Mapping, where: str, default: str =
         raise
 
 
-def split(section: Mapping, own: type, where: str) -> tuple[Any, dict]:
-    """`section` as the dataclass `own` and the keys that `own` does not have."""
-    names = configs.fields(own)
+def split(section: Mapping[str, Any], cls: type[T], where: str) -> tuple[T, dict[str, Any]]:
+    """(an instance of the dataclass `cls` from its keys in `section`, the other keys)."""
+    names = configs.fields(cls)
     return (
-        bind(own, {k: v for k, v in section.items() if k in names}, where=where),
+        bind(cls, {k: v for k, v in section.items() if k in names}, where=where),
         {k: v for k, v in section.items() if k not in names},
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """A source: its section checked, nothing opened."""
+    """A source whose section is checked and whose data is not open."""
 
     name: str
-    cls: type
-    values: dict[str, Any]
+    cls: type[Source]
+    values: dict[str, Any]  # the typed values of the section
 
     @classmethod
-    def check(cls, section: Mapping, name: str, where: str, beside=()) -> SourceSpec:
+    def check(
+        cls, section: Mapping[str, Any], name: str, where: str, beside: Iterable[str] = ()
+    ) -> SourceSpec:
+        """The source `name` with the keys of `section`. Raises `ConfigError` at `where`; `beside`
+        as for `binding.check`."""
         try:
             source = find("data.sources", name, Source)
         except ConfigError as error:
@@ -110,68 +124,77 @@ class SourceSpec:
         return cls(name, source, values)
 
     def open(self) -> Source:
+        """The source, open."""
         return self.cls(**self.values)
 
     def parts(self, where: str) -> Iterator[tuple[str, SourceSpec]]:
-        """The sources that files stand behind, each with its place in the config: this one, or
-        those of a mixture."""
+        """This source, or the sources of a mixture, each with its path in the config."""
         if self.name != "mixture":
             yield where, self
             return
         for name, section in self.values["parts"].items():
-            own, section = f"{where}.parts.{name}", dict(section)
+            path, section = f"{where}.parts.{name}", dict(section)
             section.pop("weight", None)
-            yield from SourceSpec.check(section, section.pop("source"), own).parts(own)
+            yield from SourceSpec.check(section, section.pop("source"), path).parts(path)
 
     def dump(self) -> dict[str, Any]:
+        """The complete section, as config.json holds it."""
         return {"source": self.name, **configs.dump_values(self.cls, self.values)}
 
 
-def data_section(section: Mapping | None) -> tuple[DataConfig, SourceSpec]:
-    """`config.data`, checked alone: the other sections may be wrong, or not there. Nothing is
-    opened. Raises `ConfigError`, also for a config without the section."""
+def data_section(section: Mapping[str, Any] | None) -> tuple[DataConfig, SourceSpec]:
+    """`config.data`, checked without the other sections. Nothing is opened.
+
+    Raises `ConfigError` for a wrong section, and for None.
+    """
     if not isinstance(section, Mapping):
-        raise ConfigError("config.data", "nothing", "a section with a source", "set config.data")
+        raise ConfigError(
+            "config.data", "nothing", "a section with a source", "set config.data.source"
+        )
     data, rest = split(section, DataConfig, "config.data")
     return data, SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
 
 
-# what an evaluator may have as fields that a config does not set, and the config's key for it
+# fields of an evaluator that hold examples: {field: key of the eval's section}
 _EVAL_SOURCES = {"examples": "data", "train_examples": "train_data"}
 _EVAL_GIVEN = (*_EVAL_SOURCES, "pictures")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """An eval: its section checked, its data not opened."""
+    """An eval whose section is checked and whose data is not open."""
 
     name: str
     config: EvalConfig
-    evaluator: type
-    values: dict[str, Any]
+    evaluator: type[Evaluator]
+    values: dict[str, Any]  # the typed values of the evaluator's keys
     sources: dict[str, SourceSpec]  # by the evaluator's field
 
     @classmethod
-    def check(cls, name: str, section: Mapping) -> EvalSpec:
+    def check(cls, name: str, section: Mapping[str, Any]) -> EvalSpec:
+        """The section `config.evals.<name>`, checked. Raises `ConfigError`."""
         where = f"config.evals.{name}"
         config, rest = split(section, EvalConfig, where)
-        evaluator, found, rest = named(
+        evaluator, evaluator_name, rest = named(
             "evaluators", Evaluator, {**rest, "name": config.evaluator or name}, where
         )
         values = configs.check(
             evaluator, rest, where=where, given=_EVAL_GIVEN, beside=configs.fields(EvalConfig)
         )
-        sources = cls._sources(evaluator, found, config, where)
+        sources = cls._sources(evaluator, evaluator_name, config, where)
         given = {field: None for field in _EVAL_GIVEN if field in configs.fields(evaluator)}
         try:
-            evaluator(**given, **values)  # its own checks, now rather than after an epoch
+            evaluator(**given, **values)  # runs the evaluator's own checks before training
         except ConfigError as error:
             error.where = f"{where}.{error.where.rpartition('.')[2]}"
             raise
         return cls(name, config, evaluator, values, sources)
 
     @staticmethod
-    def _sources(evaluator: type, name: str, config: EvalConfig, where: str):
+    def _sources(
+        evaluator: type[Evaluator], name: str, config: EvalConfig, where: str
+    ) -> dict[str, SourceSpec]:
+        """The checked sources of an eval, by the evaluator's field."""
         sources = {}
         for field, key in _EVAL_SOURCES.items():
             section, known = getattr(config, key), configs.fields(evaluator).get(field)
@@ -181,7 +204,12 @@ class EvalSpec:
                         f"{where}.{key}", "nothing", "a source", f"set {where}.{key}.source"
                     )
             elif known is None:
-                raise ConfigError(f"{where}.{key}", "a source", f"none: {name} reads none there")
+                raise ConfigError(
+                    f"{where}.{key}",
+                    "a source",
+                    f"None: the evaluator {name} does not read {key}",
+                    f"remove {where}.{key}",
+                )
             else:
                 section = dict(section)
                 source = section.pop("source", "")
@@ -189,31 +217,32 @@ class EvalSpec:
         return sources
 
     def dump(self) -> dict[str, Any]:
-        """The complete section, as config.json keeps it."""
+        """The complete section, as config.json holds it."""
         sources = {_EVAL_SOURCES[field]: spec.dump() for field, spec in self.sources.items()}
         rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
         return configs.dump(self.config) | rest | sources
 
     def examples(self, image_size: int, field: str = "examples") -> EvaluationSet | None:
-        """The examples of one of the evaluator's sources; None where it has no such source."""
+        """The open examples of the evaluator's field `field`; None without such a source."""
         if field not in self.sources:
             return None
         limit = self.config.limit if field == "examples" else None
         return EvaluationSet(self.sources[field].open(), image_size, limit=limit)
 
     def open(self, image_size: int) -> Evaluator:
-        given = {field: self.examples(image_size, field) for field in self.sources}
+        """The evaluator, with its data open."""
+        given: dict[str, Any] = {field: self.examples(image_size, field) for field in self.sources}
         if "pictures" in configs.fields(self.evaluator):
             given["pictures"] = Pictures(image_size)
         return self.evaluator(**given, **self.values)
 
 
 def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:
-    """Raises `ConfigError` where there is no start mark for a text tower to be read out at."""
+    """Raises `ConfigError` for a text tower that pools at a start mark that no text has."""
     if tokenizer.sot_id is None and text.needs_start_mark:
         raise ConfigError(
             "config.tokenizer.marks",
             repr(tokenizer.marks),
-            f"'both': {type(text).__name__} is read out at the start mark",
+            f"'both': {type(text).__name__} pools at the start mark",
             "config.tokenizer.marks=both",
         )

@@ -1,4 +1,4 @@
-"""A session: a run in its workdir, from its config to its last step, or to where it was stopped."""
+"""A session: a run in its workdir, from its config to its last step or until it is stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,25 +35,26 @@ from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
 from clipx.training.run import OpenRun, Run, assemble, with_data
 from clipx.training.stop import Stop
-from clipx.types import TrainState
+from clipx.types import Device, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A run over its data, in a workdir that is new or holds its checkpoints."""
+    """A run with open data, in a workdir that is new or holds the run's checkpoints."""
 
     run: OpenRun
     data: TrainingData
     evaluators: dict[str, Evaluator]
     folder: pathlib.Path
     checkpoints: Checkpoints
-    saved: dict[str, Any] | None  # the JSON of the checkpoint that it goes on from; None: a new run
+    saved: dict[str, Any] | None  # the JSON of the checkpoint to continue from; None: a new run
 
     def train(self, stop: Stop | None = None) -> tuple[TrainState, bool]:
-        """The state after the last step, and whether it is that of the run's end: else the run was
-        told to stop, and has saved. `stop`: who says so; None: signals.
+        """Trains to the end, or until it is asked to stop; the state is saved in both cases.
 
-        Raises `RunError` for a step that does not fit its devices."""
+        Returns (the last state, whether the run is finished). stop: asked at every step; None
+        listens to signals. Raises `RunError` for a step that does not fit the devices.
+        """
         state, seconds = self._start()
         needs = self._compile() if int(state.step) < self.run.steps else None
         metrics = Metrics(
@@ -82,35 +84,38 @@ class Session:
         return state, finished
 
     def _start(self) -> tuple[TrainState, dict[str, float] | None]:
-        """The state that training starts from, and the seconds that the run has taken so far."""
-        if self.saved is None:
-            return init(self.run), None
+        """(the state to start from, the run's `Clock.totals` so far)."""
         step = self.checkpoints.latest
+        if self.saved is None or step is None:
+            return init(self.run), None
         state = self.checkpoints.restore(step, self.run.state)
-        tell(f"going on from step {step:,} in {self.folder}")
+        tell(f"continuing from step {step:,} in {self.folder}")
         return state, self.saved["seconds"]
 
     def _compile(self) -> fit.Needs:
-        """What the step needs, compiled now, so that the first step's time is a step's."""
+        """Compiles the step before the first one, so that no step's time includes it."""
         started = time.perf_counter()
         needs = fit.measure(self.run)
         if needs.refused:
             raise RunError(
-                f"the step does not fit: {fit.describe_memory(needs)}, {needs.microbatches} "
-                "micro-batch(es). config.train.microbatches=auto finds how many do"
+                f"the step does not fit the devices: {fit.describe_memory(needs)}, "
+                f"{needs.microbatches} micro-batch(es). config.train.microbatches=auto finds the "
+                "fewest micro-batches that fit"
             )
         tell(f"compiled in {time.perf_counter() - started:.0f} s")
         tell(fit.describe(needs))
-        processes.barrier("compiled")  # on CPUs the first collective waits 30 s for all, no more
+        processes.barrier("compiled")  # on CPUs the first collective waits only 30 s for the others
         return needs
 
 
-def open_session(config: dict[str, Any], workdir: str, devices=None) -> Session:
-    """The session of `config` in `workdir`, on `devices` (default: all). Everything is opened and
-    said, and nothing is compiled but what `train.microbatches=auto` tries.
+def open_session(
+    config: dict[str, Any], workdir: str, devices: Sequence[Device] | None = None
+) -> Session:
+    """The session of `config` in `workdir`, on `devices` (default: all).
 
-    Raises `ConfigError` for a config that cannot be, and for a workdir with a run of another config
-    or of other data.
+    Opens the data, prints what the run will do, and writes config.json and tokenizer.json. Compiles
+    only what `train.microbatches=auto` tries. Raises `ConfigError` for a wrong config, and for a
+    workdir with a run of another config or other data.
     """
     run = assemble(config, devices)
     folder = prepare_workdir(workdir)
@@ -123,7 +128,7 @@ def open_session(config: dict[str, Any], workdir: str, devices=None) -> Session:
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
     opened = with_data(run, len(data), _tokenizer(run, data, folder, resuming=saved is not None))
-    loader(opened, data, np.arange(0))  # says now what cannot be loaded, not after compiling
+    loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
     tell("\n".join(describe(opened, data.fingerprint)))
     opened = resolve_microbatches(opened, saved)
     if jax.process_index() == 0:
@@ -132,19 +137,20 @@ def open_session(config: dict[str, Any], workdir: str, devices=None) -> Session:
 
 
 def tell(text: str) -> None:
-    """Prints for the user, once for all processes."""
+    """Prints on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def quarantine_file(folder: pathlib.Path) -> pathlib.Path:
-    """The file in which this process names the rows that could not be used."""
-    own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-    return folder / f"quarantine{own}.jsonl"
+    """The file in which this process lists the rows that could not be used."""
+    suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    return folder / f"quarantine{suffix}.jsonl"
 
 
 def describe(run: OpenRun, fingerprint: str) -> list[str]:
-    """What is about to happen, in the units people think in."""
+    """Lines that a run prints when it starts: model, devices, data, and length in steps, epochs and
+    examples."""
     batch, steps = run.batch_size, run.steps
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.state.params))
     devices = collections.Counter(d.device_kind for d in run.mesh.devices.flat)
@@ -163,8 +169,8 @@ def describe(run: OpenRun, fingerprint: str) -> list[str]:
 def _tokenizer(
     run: Run, data: TrainingData, folder: pathlib.Path, *, resuming: bool
 ) -> tokenizers.Tokenizer:
-    """The run's tokenizer, from the workdir when the run goes on. Process 0 makes it; the others
-    read the file that it wrote."""
+    """The run's tokenizer: the workdir's when resuming, else a new one that process 0 makes and
+    writes to the workdir. All processes read that file."""
     path = folder / "tokenizer.json"
     if not (resuming and path.exists()) and jax.process_index() == 0:
         write_json(path, open_tokenizer(run, data.source).save())
@@ -174,42 +180,46 @@ def _tokenizer(
 
 
 def _refuse_other_data(saved: dict[str, Any], rows: int, fingerprint: str) -> None:
-    """Raises `ConfigError` unless the data is what a checkpoint's run began with."""
-    found, expected = f"{rows:,} rows", f"the {saved['rows']:,} rows that this run began with"
+    """Raises `ConfigError` unless the data is that of the checkpoint's run."""
+    found, expected = f"{rows:,} rows", f"the {saved['rows']:,} rows that this run started with"
     if rows == saved["rows"]:
         if fingerprint == saved["fingerprint"]:
             return
-        found = f"fingerprint {fingerprint}"
-        expected = f"{saved['fingerprint']} as this run began with"
+        found = f"data with fingerprint {fingerprint}"
+        expected = f"fingerprint {saved['fingerprint']}, of the data that this run started with"
     raise ConfigError(
         "config.data",
         found,
-        f"{expected}: their order is its own",
-        "the same data, or another --workdir",
+        expected,
+        "the same rows in the same order, or another --workdir for a new run",
     )
 
 
 def resolve_microbatches(run: OpenRun, saved: dict[str, Any] | None) -> OpenRun:
-    """The run with a number of micro-batches: that of its checkpoint on the same mesh, where the
-    config says "auto"; on another mesh it is found again, and told."""
+    """The run, with a number in place of `train.microbatches=auto`.
+
+    On the mesh of the checkpoint it is the checkpoint's number. On another mesh, and for a new run,
+    `fit.fitted` finds it.
+    """
     if run.config.train.microbatches != "auto":
         return run
-    before = saved and saved["config"]["train"]["microbatches"]
-    if saved and saved.get("mesh") == fit.mesh_known(run):
+    before = saved["config"]["train"]["microbatches"] if saved else None
+    if before and saved and saved.get("mesh") == fit.mesh_known(run):
         tell(f"train.microbatches=auto: {before}, as before")
         return run.with_microbatches(before)
 
     def agreed(fits: bool) -> bool:
+        """Whether the step fits on all processes."""
         if jax.process_count() == 1:
             return fits
         return bool(np.all(multihost_utils.process_allgather(np.array(fits))))
 
-    tell("train.microbatches=auto: compiling for the fewest that fit")
+    tell("train.microbatches=auto: compiling, to find the fewest that fit")
     run = fit.fitted(
         run,
         agreed=agreed,
-        tell=lambda found: tell(f"  {found.microbatches}: {fit.describe_memory(found)}"),
+        tell=lambda needs: tell(f"  {needs.microbatches}: {fit.describe_memory(needs)}"),
     )
-    said = f" ({before} before, on another mesh)" if before else ""
-    tell(f"train.microbatches=auto: {run.microbatches}{said}")
+    change = f" ({before} before, on another mesh)" if before else ""
+    tell(f"train.microbatches=auto: {run.microbatches}{change}")
     return run

@@ -1,4 +1,4 @@
-"""One step of training: micro-batches through the towers, one loss over all rows, one update."""
+"""One training step: micro-batches through the towers, one loss over all rows, one update."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from clipx.training.optimizer import updates_done
 from clipx.types import Batch, Features, Loss, Metrics, PyTree, TrainState, constrain_rows
 
 
-def row_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
-    """One key per row, a pure function of (seed, step, place in the batch): the same augmentation
-    and dropout on any mesh, and nothing random to store."""
+def row_keys(seed: int, step: Int32[Array, ""] | int, rows: int) -> Key[Array, " b"]:
+    """One key per row, a pure function of (seed, step, position in the batch).
+
+    So augmentation and dropout are the same on any mesh, and no random state has to be saved.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def init_variables(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
-    """`params` and, with BatchNorm, `batch_stats` of step 0. Only the shapes of `batch` matter."""
+    """`params` of step 0, and `batch_stats` if a tower has BatchNorm. Only the shapes of `batch`
+    matter."""
     keys = row_keys(seed, jnp.int32(0), batch.row.shape[0])
     return objective.init(jax.random.key(seed), batch, keys, objective.init_memory())
 
@@ -36,9 +39,12 @@ def init_state(
     seed: int,
     pretrained: PyTree | None = None,
 ) -> TrainState:
-    """The state of step 0; call it under `jax.eval_shape` for an abstract state, under `jax.jit`
-    with output shardings for arrays created in place. `pretrained` holds those parts of `params`
-    and `batch_stats` that are not those of a new model."""
+    """The state of step 0.
+
+    Call it under `jax.eval_shape` for an abstract state, or under `jax.jit` with output shardings
+    to create the arrays sharded. pretrained: parts of `params` and `batch_stats` that replace newly
+    initialised ones.
+    """
     variables = _replaced(init_variables(objective, batch, seed=seed), pretrained or {})
     return new_state(objective, optimizer, variables)
 
@@ -57,24 +63,24 @@ def new_state(
 
 
 def _replaced(tree: PyTree, given: PyTree) -> PyTree:
-    """`tree` with the parts that `given` has in their places."""
+    """`tree` with each entry of the nested dict `given` in place of its own."""
     if not isinstance(given, Mapping):
         return given
     return {**tree, **{key: _replaced(tree[key], part) for key, part in given.items()}}
 
 
 def _slices(tree: PyTree, count: int) -> PyTree:
-    """Strided slices [count, b/count, ...]: slice k holds rows k, k+count, ..., so that each stays
-    spread over all devices."""
+    """Strided slices [count, b/count, ...]: slice k holds rows k, k+count, ..., so that every slice
+    is sharded over all devices."""
 
-    def leaf(x):
+    def leaf(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     return constrain_rows(jax.tree.map(leaf, tree), axis=1)
 
 
-def _whole(tree: PyTree) -> PyTree:
-    """Undoes `_slices`: rows in their order again."""
+def _unsliced(tree: PyTree) -> PyTree:
+    """Undoes `_slices`: [count, b/count, ...] -> [b, ...], in the rows' original order."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
@@ -87,13 +93,13 @@ def embed_rows(
     *,
     microbatches: int,
 ) -> tuple[Features, PyTree]:
-    """Features of the whole batch and the running statistics after it.
+    """(features of the whole batch, the running statistics after it).
 
-    With several micro-batches each is recomputed in the backward pass, so that the towers'
-    activations are held for one at a time, while the loss still sees every row.
+    The backward pass recomputes each of several micro-batches, so the towers' activations are in
+    memory for one micro-batch at a time. The loss still sees every row.
     """
 
-    def embed(stats, slice_):
+    def embed(stats: PyTree, slice_: tuple[Batch, jax.Array]) -> tuple[PyTree, Features]:
         batch, keys = slice_
         features, changed = objective.apply(
             {"params": params, "batch_stats": stats},
@@ -111,40 +117,40 @@ def embed_rows(
     stats, features = jax.lax.scan(
         jax.checkpoint(embed), batch_stats, _slices((batch, keys), microbatches)
     )
-    return constrain_rows(_whole(features)), stats
+    return constrain_rows(_unsliced(features)), stats
 
 
 def _survey_keys(seed: int, step: Int32[Array, ""], rows: int) -> Key[Array, " b"]:
-    """One key per row of the pass before an episode, whose augmentation is not that of training."""
+    """One key per row of the pass before an episode, other keys than those of the training step."""
     return tower_keys(row_keys(seed, step, rows), 1 << 17)
 
 
 def make_survey_step(
     objective: Objective, *, seed: int, microbatches: int = 1
 ) -> Callable[[TrainState, Batch, Int32[Array, ""]], Features]:
-    """A pure function (state, batch, step) -> what `refresh` is given of the batch of that step:
-    `episode_features` of the batch, in evaluation mode."""
+    """A pure function (state, batch, step) -> the objective's `episode_features` of the batch, in
+    evaluation mode. `refresh` takes those of all steps of an episode."""
 
     def survey_step(state: TrainState, batch: Batch, step: Int32[Array, ""]) -> Features:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
-        def embed(slice_):
+        def embed(slice_: tuple[Batch, jax.Array]) -> Features:
             features = objective.apply(variables, *slice_, train=False, method="embed")
             return constrain_rows(objective.apply(variables, features, method="episode_features"))
 
         rows = batch, _survey_keys(seed, step, batch.row.shape[0])
         if microbatches == 1:
             return embed(rows)
-        return constrain_rows(_whole(jax.lax.map(embed, _slices(rows, microbatches))))
+        return constrain_rows(_unsliced(jax.lax.map(embed, _slices(rows, microbatches))))
 
     return survey_step
 
 
 def put_features(buffer: Features, features: Features, step: Int32[Array, ""]) -> Features:
-    """`buffer` [b, episode, ...] with the features [b, ...] of one step of the episode. Rows stay
-    on the devices that embedded them."""
+    """`buffer` [b, episode_steps, ...] with `features` [b, ...] written at `step` of the episode.
+    Rows stay on the devices that embedded them."""
 
-    def leaf(held, new):
+    def leaf(held: jax.Array, new: jax.Array) -> jax.Array:
         return constrain_rows(jax.lax.dynamic_update_index_in_dim(held, new, step, 1))
 
     return jax.tree.map(leaf, buffer, features)
@@ -153,7 +159,7 @@ def put_features(buffer: Features, features: Features, step: Int32[Array, ""]) -
 def make_refresh(
     objective: Objective, *, seed: int
 ) -> Callable[[TrainState, Features], TrainState]:
-    """A pure function (state, features [b, episode, ...]) -> the state whose memory is that of the
+    """A pure function (state, features [b, episode_steps, ...]) -> the state with the memory of the
     episode that starts at the state's step."""
 
     def refresh(state: TrainState, features: Features) -> TrainState:
@@ -171,7 +177,7 @@ def make_refresh(
 
 
 def _shared_captions(batch: Batch) -> Float[Array, ""]:
-    """The share of rows whose caption another row of the batch has too."""
+    """The share of rows whose caption occurs more than once in the batch."""
     ids = jnp.sort(caption_ids(batch.text[:, 0]))
     equal = jnp.concatenate([jnp.zeros(1, bool), ids[1:] == ids[:-1], jnp.zeros(1, bool)])
     return jnp.mean(equal[1:] | equal[:-1], dtype=jnp.float32)
@@ -186,8 +192,10 @@ def batch_loss(
     seed: int,
     microbatches: int = 1,
 ) -> tuple[Float[Array, ""], tuple[Loss, PyTree]]:
-    """The loss of a batch at `params`, and beside it all that `loss` returns and the running
-    statistics; `state` gives the rest."""
+    """(the loss of a batch at `params`, (all that `Objective.loss` returns, running statistics)).
+
+    state: gives the step, the memory and the running statistics before the step.
+    """
     keys = row_keys(seed, state.step, batch.row.shape[0])
     features, stats = embed_rows(
         objective, params, state.batch_stats, batch, keys, microbatches=microbatches
@@ -210,11 +218,11 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
+    """A pure function (state, batch) -> (state, metrics), which the caller jits.
 
-    The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging
-    the losses of small batches would shrink a contrastive loss's negatives. A step whose loss or
-    gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging the
+    losses of small batches would leave a contrastive loss fewer negatives. If the loss or the
+    gradient is not finite, the step changes only the step count, and `skipped` is 1.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

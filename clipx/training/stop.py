@@ -1,36 +1,41 @@
-"""Whether a run was told to stop."""
+"""Whether a run is asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import types
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Stop:
-    """Whether the run was told to stop: SIGTERM or SIGINT, or, with several processes, JAX's word
-    that one of them was, which all of them hear at one call: they all ask at the same places."""
+    """A function that tells whether the run is asked to stop, and a context manager that listens.
+
+    A single process listens to SIGTERM and SIGINT. With several processes JAX's preemption notice
+    decides, and all of them get True at the same call. So all must call it at the same places.
+    """
 
     def __init__(self):
         self.asked = False
         self._calls = 0
-        self._old = {}
+        self._old: dict[int, Any] = {}  # the handlers before this one, by signal
 
     def __enter__(self) -> Stop:
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-        with contextlib.suppress(ValueError):  # not in the main thread: no signals, then
+        with contextlib.suppress(ValueError):  # outside of the main thread no signal can be handled
             self._old = {n: signal.signal(n, self._ask) for n in numbers}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _ask(self, number, frame) -> None:
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
         self.asked = True
-        signal.signal(number, self._old[number])  # a second one acts at once
+        signal.signal(number, self._old[number])  # a second signal ends the process at once
 
     def __call__(self) -> bool:
         if jax.process_count() > 1 and not self.asked:

@@ -1,11 +1,12 @@
-"""The passes before a run's episodes: the batches of one as they are seen then, and the memory that
-is made of them."""
+"""The pass before each episode, the survey: it embeds all rows of the episode, and makes the
+episode's memory from their features."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +21,36 @@ from clipx.types import Batch, Features, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Of a run over its data, whose external teacher's rows go with the batches."""
+    """The surveys of a run over its data. The external teacher's rows come with the batches."""
 
     run: OpenRun
     data: TrainingData
 
-    def batches(self, *, start: int) -> Iterator[Batch]:
-        """The batches of whole episodes, from the first that starts at step `start` or later: the
-        rows that `feed.feed` gives, under other crops, with the teacher's rows. Nothing is loaded
-        before the first is asked for; an objective without episodes has none."""
+    def batches(self, *, start: int) -> Generator[Batch, None, None]:
+        """The batches of complete episodes, from the first episode that starts at step `start` or
+        later. Empty for an objective without episodes.
+
+        They have the rows of `feed.feed` under other crops, with the teacher's rows in `extra`.
+        Nothing is loaded before the first batch is taken.
+        """
         run, data = self.run, self.data
-        if (episode := run.objective.episode_steps) is None:
+        if (episode_steps := run.objective.episode_steps) is None:
             return
-        held = own_rows(run)
-        first, stop = (-(-step // episode) * episode for step in (start, run.steps))
-        for arrays in loader(run, data, held, survey=True).batches(first, stop):
+        positions = own_rows(run)
+        first, stop = (-(-step // episode_steps) * episode_steps for step in (start, run.steps))
+        for arrays in loader(run, data, positions, survey=True).batches(first, stop):
             extra = {} if data.teacher is None else {"teacher": data.teacher[arrays["row"]]}
-            yield to_batch({**arrays, "extra": extra}, run.mesh, held, run.batch_size)
+            yield to_batch({**arrays, "extra": extra}, run.mesh, positions, run.batch_size)
 
     @functools.cached_property
     def refresh(
         self,
     ) -> Callable[[TrainState, Callable[[], Batch]], tuple[TrainState, Features]]:
-        """(state, a function that returns the episode's next batch) -> the state at whose step an
-        episode starts, with the memory of that episode, and what `refresh` was given, [b, episode,
-        ...]. Compiled at the first call. The state given to it is used up."""
+        """A function (state, next_batch) -> (state with a fresh memory, features of the episode).
+
+        state: at the step where the episode starts; donated. next_batch: returns the episode's next
+        batch. The features are [b, episode_steps, ...]. Compiles at the first call.
+        """
         run, options = self.run, {"seed": self.run.config.seed}
         embed = make_survey_step(run.objective, microbatches=run.microbatches, **options)
         extra, width = {}, run.objective.external_width
@@ -54,45 +60,49 @@ class Survey:
             extra["teacher"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
         with jax.set_mesh(run.mesh):
             features = jax.eval_shape(embed, run.state, run.batch.replace(extra=extra), 0)
-        episode = run.objective.episode_steps
+        episode_steps = run.objective.episode_steps
+        assert episode_steps is not None  # callers refresh only objectives with episodes
 
-        def zeros():
+        def zeros() -> Features:
             return jax.tree.map(
-                lambda x: jnp.zeros((x.shape[0], episode, *x.shape[1:]), x.dtype), features
+                lambda x: jnp.zeros((x.shape[0], episode_steps, *x.shape[1:]), x.dtype), features
             )
 
-        def put(buffer, state, batch, step):
-            return put_features(buffer, embed(state, batch, step), step % episode)
+        def put(buffer: Features, state: TrainState, batch: Batch, step: jax.Array) -> Features:
+            return put_features(buffer, embed(state, batch, step), step % episode_steps)
 
-        buffers = jax.tree.map(lambda _: rows, features)
-        state = jax.tree.map(lambda x: x.sharding, run.state)
-        create = jax.jit(zeros, out_shardings=buffers)
-        put = jax.jit(put, donate_argnums=0, out_shardings=buffers)
+        buffer_shardings = jax.tree.map(lambda _: rows, features)
+        state_shardings = jax.tree.map(lambda x: x.sharding, run.state)
+        create = jax.jit(zeros, out_shardings=buffer_shardings)
+        put_jitted = jax.jit(put, donate_argnums=0, out_shardings=buffer_shardings)
         renew = jax.jit(
-            make_refresh(run.objective, **options), donate_argnums=0, out_shardings=state
+            make_refresh(run.objective, **options), donate_argnums=0, out_shardings=state_shardings
         )
 
-        def refresh(state: TrainState, batch: Callable[[], Batch]) -> tuple[TrainState, Features]:
+        def refresh(
+            state: TrainState, next_batch: Callable[[], Batch]
+        ) -> tuple[TrainState, Features]:
             with jax.set_mesh(run.mesh):
                 buffer, first = create(), int(state.step)
-                for step in range(first, first + episode):
-                    buffer = put(buffer, state, batch(), step)
+                for step in range(first, first + episode_steps):
+                    buffer = put_jitted(buffer, state, next_batch(), step)
                 return renew(state, buffer), buffer
 
         return refresh
 
     @functools.cached_property
     def gather(self) -> Callable[[Features, np.ndarray], dict[str, jax.Array]]:
-        """(what `refresh` was given, places in the episode) -> its features there, by name."""
+        """A function (features of the episode, places in it) -> the features at these places,
+        {"image": [places, d], "text": [places, d]}, replicated."""
 
-        def gather(features: Features, places: jax.Array) -> dict[str, jax.Array]:
-            whole = {"image": features.image, "text": features.text}
-            return {name: x.reshape(-1, *x.shape[2:])[places] for name, x in whole.items()}
+        def select(features: Any, places: jax.Array) -> dict[str, jax.Array]:
+            by_name = {"image": features.image, "text": features.text}
+            return {name: x.reshape(-1, *x.shape[2:])[places] for name, x in by_name.items()}
 
-        gather = jax.jit(gather, out_shardings=meshes.replicated(self.run.mesh))
+        select_jitted = jax.jit(select, out_shardings=meshes.replicated(self.run.mesh))
 
-        def of_mesh(features: Features, places: np.ndarray) -> dict[str, jax.Array]:
+        def gather(features: Features, places: np.ndarray) -> dict[str, jax.Array]:
             with jax.set_mesh(self.run.mesh):
-                return gather(features, places)
+                return select_jitted(features, places)
 
-        return of_mesh
+        return gather

@@ -1,4 +1,4 @@
-"""A wrong config is one readable block: where, what was found and expected, how to mend it."""
+"""A wrong config gives one readable block: where, what was found, what was expected, and a fix."""
 
 import dataclasses
 import os
@@ -28,6 +28,7 @@ CLIP_SMALL = str(ROOT / "configs" / "clip.py") + ":small"
 
 
 def fault(call, *args, **kwargs) -> ConfigError:
+    """The `ConfigError` that a call raises, checked for its printed lines."""
     with pytest.raises(ConfigError) as error:
         call(*args, **kwargs)
     lines = str(error.value).splitlines()
@@ -124,7 +125,7 @@ def test_wrong_sections(section, where, found, expected, fix):
     assert fix in error.fix and bool(fix) == bool(error.fix)
 
 
-def test_wrong_sections_as_a_whole():
+def test_wrong_sections_and_keys_of_others():
     error = fault(bind, Outer, [1], where="c")
     assert (error.where, error.found) == ("c", "(1,)") and "a section with keys" in error.expected
     given = fault(bind, Inner, {"size": 1, "name": "sgd"}, where="c", name="adamw")
@@ -134,7 +135,7 @@ def test_wrong_sections_as_a_whole():
 
 
 def test_the_block():
-    """All five lines, in their order."""
+    """A printed error has its five lines in order."""
     error = ConfigError("config.a", "1", "2", "say 2", file="configs/a.py")
     assert str(error) == (
         "config error at config.a\n"
@@ -288,7 +289,7 @@ def test_wrong_file_names(tmp_path):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """No data may be opened."""
+    """Fails a test that opens data."""
 
     def refuse(*_):
         raise AssertionError("a data source was opened")
@@ -297,7 +298,7 @@ def closed(monkeypatch):
 
 
 def assembled(*overrides, spec=QUICKSTART, devices=1):
-    """Quickstart with a second eval."""
+    """The run of a config; quickstart gets a second eval."""
     second = [("evals.retrieval.data.source", "shapes")] if spec == QUICKSTART else []
     pairs = [tuple(o.split("=", 1)) for o in overrides]
     config = cli.load_config(spec, [*second, *pairs])
@@ -305,7 +306,7 @@ def assembled(*overrides, spec=QUICKSTART, devices=1):
 
 
 def test_overrides_reach_every_field(closed):
-    """Also those that the file leaves at their default, None included."""
+    """Also fields that the config file leaves out, and None as a value."""
     run = assembled(
         "train.eval_every_steps=5",
         "train.total_steps=None",
@@ -343,7 +344,7 @@ def test_overrides_reach_every_field(closed):
         ("optimizer.rules=[]", "optimizer.rules", "no rule for image/"),
         ("optimizer.rules=[{'pattern': 'bias$'}]", "optimizer.rules", "no rule for image/"),
         ("optimizer.rules=[{'pattern': '.*'}, {'pattern': 'bias$'}]", "optimizer.rules[1]",
-         "earlier rules claim"),
+         "only parameters of earlier rules"),
         ("optimizer.rules=[{'pattern': 'nothing'}, {'pattern': '.*'}]", "optimizer.rules[0]",
          "matches no parameter"),
         ("optimizer.clip_norm=-1", "optimizer.clip_norm", "more than 0"),
@@ -361,7 +362,7 @@ def test_overrides_reach_every_field(closed):
         ("objective.image=3", "objective.image", "other sections"),
         ("image.name=vitt", "image.name", "'vit'"),
         ("image.widht=8", "image.widht", "'width'"),
-        ("image.image_size=50", "image.image_size", "48 pixels"),
+        ("image.image_size=50", "image.image_size", "set image_size=48"),
         ("image.variant=ViT-B32", "image.variant", "'ViT-B/32'"),
         ("image.heads=5", "image.heads", "divides the width"),
         ("text.pool=eos", "text.pool", "'eot'"),
@@ -414,7 +415,7 @@ def test_batches_that_do_not_divide(closed):
     assert "8 device(s) x 2 micro-batch(es) = 16" in slices.expected
     small = fault(assembled, "train.batch_size=3", devices=8)
     assert small.fix == "config.train.batch_size=8"
-    # rows lie over data and fsdp, not over tensor
+    # rows are sharded over data and fsdp, not over tensor
     assembled("train.batch_size=4", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", devices=8)
 
 
@@ -450,7 +451,7 @@ def test_difference(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path, closed):
-    """`python -m clipx.train` in this process: its exit code and what it says on stderr."""
+    """Runs `python -m clipx.train` in this process; returns its exit code and stderr."""
     monkeypatch.setattr(cli, "start_processes", lambda overrides: None)
     monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
 

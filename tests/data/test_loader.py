@@ -1,4 +1,4 @@
-"""Batches follow from (seed, step) alone; a bad row costs one substitute and is named."""
+"""Batches depend only on (seed, step), and a bad row is replaced and reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH = 12
 
 @dataclasses.dataclass(frozen=True)
 class WhoAmI(Source):
-    """Says in its captions which process reads it, and whether that one has JAX."""
+    """Captions that say whether another process reads them, and whether that process has JAX."""
 
     main: int = dataclasses.field(default_factory=os.getpid)
     classes = ()
@@ -58,11 +58,11 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def joined(parts: list[dict]) -> dict:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def joined(batches: list[dict]) -> dict:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def test_each_epoch_is_a_permutation_of_its_own_and_seeds_differ():
+def test_each_epoch_is_another_permutation_and_seeds_differ():
     for rows in (1, 2, 7, 100):
         at = order(rows, 3)
         for epoch in range(3):
@@ -74,7 +74,7 @@ def test_each_epoch_is_a_permutation_of_its_own_and_seeds_differ():
     assert [at(2, i) for i in range(100)] == epochs[-1]
 
 
-def test_a_batch_has_the_asked_parts():
+def test_a_batch_has_the_documented_arrays():
     (batch,) = loader().batches(3, 4)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k not in ("bad", "key")} == {
         "image": ((BATCH, 2, 32, 32, 3), "uint8"),
@@ -101,47 +101,47 @@ def test_an_epoch_shows_each_row_at_most_once_and_drops_the_remainder():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_split_of_the_rows_gives_the_same_batch(processes):
-    whole = list(loader().batches(2, 5))
-    places = np.arange(BATCH).reshape(-1, processes)  # strided, so that no part is a prefix
-    parts = [list(loader(positions=places[:, p]).batches(2, 5)) for p in range(processes)]
-    for step, batch in enumerate(whole):
+    batches = list(loader().batches(2, 5))
+    positions = np.arange(BATCH).reshape(-1, processes)  # strided: no process has a prefix
+    parts = [list(loader(positions=positions[:, p]).batches(2, 5)) for p in range(processes)]
+    for step, batch in enumerate(batches):
         together = joined([part[step] for part in parts])
-        back = np.argsort(places.T.ravel())
-        assert same({name: value[back] for name, value in together.items()}, batch)
+        in_order = np.argsort(positions.T.ravel())
+        assert same({name: value[in_order] for name, value in together.items()}, batch)
 
 
-def test_a_restart_at_any_step_goes_on_with_the_same_batches():
-    whole = list(loader().batches(0, 6))
+def test_a_restart_at_any_step_continues_with_the_same_batches():
+    batches = list(loader().batches(0, 6))
     for start in (1, 4, 5):
-        assert all(same(a, b) for a, b in zip(loader().batches(start, 6), whole[start:]))
+        assert all(same(a, b) for a, b in zip(loader().batches(start, 6), batches[start:]))
     assert list(loader().batches(6, 6)) == []
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (4, 0), (2, 2)])
-def test_the_order_of_rows_is_one_for_any_processes_workers_and_restart(processes, workers):
-    """Rows as each process records them, put together: those of the epochs' permutations."""
+def test_the_order_of_rows_is_the_same_for_any_processes_workers_and_restart(processes, workers):
+    """The rows of all processes together are those of the epochs' permutations."""
     at, per_epoch = order(ROWS, 1), ROWS // BATCH
-    wanted = [
+    expected = [
         [at(step // per_epoch, step % per_epoch * BATCH + place) for place in range(BATCH)]
         for step in range(6)
     ]
     for start in (0, 3) if workers else range(6):
         recorded = [[None] * BATCH for _ in range(start, 6)]
-        for places in np.split(np.arange(BATCH), processes):
-            part = loader(positions=places, workers=workers, image_size=8)
+        for positions in np.split(np.arange(BATCH), processes):
+            part = loader(positions=positions, workers=workers, image_size=8)
             for rows, batch in zip(recorded, part.batches(start, 6), strict=True):
-                for place, row in zip(places, batch["row"].tolist()):
-                    rows[place] = row
-        assert recorded == wanted[start:]
+                for position, row in zip(positions, batch["row"].tolist()):
+                    rows[position] = row
+        assert recorded == expected[start:]
 
 
-def test_chunks_do_not_show(monkeypatch):
-    whole = list(loader(batch_size=40).batches(0, 2))
+def test_batches_do_not_depend_on_the_size_of_chunks(monkeypatch):
+    batches = list(loader(batch_size=40).batches(0, 2))
     monkeypatch.setattr("clipx.data.loader.CHUNK", 7)
-    assert all(same(a, b) for a, b in zip(loader(batch_size=40).batches(0, 2), whole))
+    assert all(same(a, b) for a, b in zip(loader(batch_size=40).batches(0, 2), batches))
 
 
-def test_seeds_steps_and_places_draw_differently():
+def test_seeds_steps_and_views_have_different_crops():
     source = Shapes(size=24, image_size=32)
     a = loader(source, batch_size=24).load(0, np.arange(24))
     b = loader(source, batch_size=24).load(1, np.arange(24))
@@ -161,10 +161,10 @@ def test_first_takes_the_first_caption_and_random_takes_all():
     assert set(texts("first")) == {"0"}
     assert min(texts("random").count(i) for i in "012") >= 8
     first, random = (next(loader(caption=c).batches(0, 1)) for c in ("first", "random"))
-    assert np.array_equal(first["image"], random["image"])  # the crops do not depend on it
+    assert np.array_equal(first["image"], random["image"])  # the crops do not depend on captions
 
 
-def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_their_captions():
+def test_views_are_mirrored_independently_or_together_with_their_captions():
     def run(flips, mirror_words=False):
         source = Pictures(words="left of right")
         return joined(list(loader(source, flips=flips, mirror_words=mirror_words).batches(0, 4)))
@@ -191,7 +191,7 @@ def test_each_view_is_mirrored_by_a_fair_coin_of_its_own_or_all_by_one_with_thei
     assert np.array_equal(both["text"], plain["text"])
 
 
-def test_all_shows_each_caption_in_turn_one_an_epoch():
+def test_all_shows_each_caption_in_turn_one_per_epoch():
     steps = loader().steps_per_epoch
     shown = collections.defaultdict(list)
     for batch in loader(caption="all").batches(0, 3 * steps):
@@ -199,10 +199,10 @@ def test_all_shows_each_caption_in_turn_one_an_epoch():
             shown[row].append(TOKENIZER.decode(ids)[-1])
     turns = [texts for texts in shown.values() if len(texts) == 3]
     assert len(turns) > 40 and all(sorted(texts) == ["0", "1", "2"] for texts in turns)
-    assert len({texts[0] for texts in turns}) == 3  # the turns do not start together
+    assert len({texts[0] for texts in turns}) == 3  # rows start with different captions
 
 
-def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one():
+def test_other_is_another_caption_of_the_picture_unless_it_has_only_one():
     def texts(source):
         for batch in loader(source, texts=("caption", "other")).batches(0, 4):
             yield from ([TOKENIZER.decode(ids) for ids in of_row] for of_row in batch["text"])
@@ -213,7 +213,7 @@ def test_other_is_another_caption_of_the_picture_and_the_same_where_there_is_one
     assert all(a == b for a, b in texts(Pictures(captions=1)))
 
 
-def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
+def test_augmented_is_the_caption_after_one_operation_and_reproducible():
     augment = TextAugmentConfig(operations=("swap",))
     source = Pictures(captions=1, words="one two three four five six")
 
@@ -227,7 +227,7 @@ def test_augmented_is_the_caption_after_one_operation_the_same_every_time():
     assert texts() == texts()
 
 
-def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
+def test_chinese_characters_make_a_row_bad_with_reject_cjk():
     source = Pictures(captions=1, words="\u4e2d\u6587")
     with pytest.raises(DataError, match="the first is key.*Chinese"):
         loader(source, reject_cjk=True).load(0, np.arange(1))
@@ -245,17 +245,17 @@ def test_chinese_characters_are_bad_when_they_are_to_be_rejected():
     ],
 )
 def test_a_bad_row_is_replaced_by_the_next_and_named(source, reason):
-    good, got = (joined(list(loader(s).batches(0, 4))) for s in (Pictures(), source))
+    good, loaded = (joined(list(loader(s).batches(0, 4))) for s in (Pictures(), source))
     at = order(ROWS, 1)
     (place,) = [i for i in range(ROWS) if at(0, i) == 7]
-    assert np.flatnonzero(got["bad"] != "").tolist() == [place]
-    (bad,) = json.loads(got["bad"][place])
+    assert np.flatnonzero(loaded["bad"] != "").tolist() == [place]
+    (bad,) = json.loads(loaded["bad"][place])
     assert bad["row"] == 7 and re.fullmatch(reason, "{key}: {reason}".format(**bad))
-    assert got["row"][place] == at(0, (place + 1) % ROWS)
-    assert got["position"][place] == place
-    others = np.arange(len(got["row"])) != place
+    assert loaded["row"][place] == at(0, (place + 1) % ROWS)
+    assert loaded["position"][place] == place
+    others = np.arange(len(loaded["row"])) != place
     for name in ("image", "text", "row", "position"):
-        assert np.array_equal(got[name][others], good[name][others])
+        assert np.array_equal(loaded[name][others], good[name][others])
 
 
 def test_substitutes_wrap_around_and_skip_other_bad_rows():
@@ -264,17 +264,17 @@ def test_substitutes_wrap_around_and_skip_other_bad_rows():
     source = Pictures(bad=tuple(last))
     batch = loader(source, batch_size=ROWS).load(0, np.arange(ROWS))
     assert batch["row"][-2:].tolist() == [at(0, 0)] * 2
-    found = [[bad["key"] for bad in json.loads(text)] for text in batch["bad"][-2:]]
-    assert found == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
+    keys = [[bad["key"] for bad in json.loads(text)] for text in batch["bad"][-2:]]
+    assert keys == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
 
 
-def test_a_set_with_nothing_usable_stops_the_run():
+def test_a_data_set_without_usable_rows_stops_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
-    with pytest.raises(DataError, match=r"^50 rows one after another cannot be used, the first is"):
+    with pytest.raises(DataError, match=r"^50 consecutive rows cannot be used; the first is key"):
         next(loader(source).batches(0, 1))
 
 
-def test_a_share_is_the_same_rows_every_time_with_their_own_ids():
+def test_a_share_has_the_same_rows_every_time_with_their_ids():
     shares = [Share(Pictures(), fraction) for fraction in (0.25, 0.5)]
     rows = [[share[i].row for i in range(len(share))] for share in shares]
     assert [len(of) for of in rows] == [12, 25] and rows[1][:12] == rows[0] != sorted(rows[0])
@@ -298,7 +298,7 @@ def test_a_survey_shows_an_episodes_rows_and_captions_under_other_crops(with_rep
     assert all((part["row"] == row).all() for part, row in zip(training, usual)) != with_replacement
 
 
-def test_rows_with_replacement_are_drawn_evenly_and_again_by_the_same_draws():
+def test_rows_with_replacement_are_sampled_evenly_and_reproducibly():
     source = Pictures(rows=BATCH, captions=1)
     parts = list(loader(source, with_replacement=True, episode_steps=5).batches(0, 40))
     count = np.bincount(np.concatenate([part["row"] for part in parts]), minlength=BATCH)
@@ -307,7 +307,7 @@ def test_rows_with_replacement_are_drawn_evenly_and_again_by_the_same_draws():
     assert same(again, parts[33])
 
 
-def test_labels_alone_are_no_captions():
+def test_a_row_with_only_a_label_has_no_caption():
     @dataclasses.dataclass(frozen=True)
     class Labelled(Pictures):
         def __getitem__(self, row):
@@ -319,12 +319,12 @@ def test_labels_alone_are_no_captions():
 
 def test_too_few_rows_for_a_batch():
     with pytest.raises(
-        DataError, match="has 50 rows, expected at least one batch of 51; a smaller"
+        DataError, match="has 50 rows, expected at least one batch of 51; set a smaller"
     ):
         loader(batch_size=51)
 
 
-def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
+def test_crop_boxes_are_inside_the_picture_and_in_the_range_of_areas_and_ratios():
     rng = np.random.default_rng(0)
     for width, height in ((500, 333), (40, 64)):
         boxes = [crop_box(width, height, (0.2, 0.8), rng.random((10, 4))) for _ in range(2000)]
@@ -362,11 +362,11 @@ def load_one(image, side=32, **changes) -> np.ndarray:
 @pytest.mark.parametrize("size", [40, 64, 200, 640])
 def test_a_resized_jpeg_is_close_to_pillows(size):
     data = encode(photo(size, size), quality=90)
-    wanted = Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC)
-    assert np.abs(load_one(data).astype(int) - np.asarray(wanted)).mean() < 2
+    expected = Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.abs(load_one(data).astype(int) - np.asarray(expected)).mean() < 2
 
 
-def test_pixels_are_used_as_they_are():
+def test_pixels_of_the_right_size_stay_unchanged():
     pixels = photo(32, 32)
     assert np.array_equal(load_one(pixels), pixels)
     assert np.array_equal(load_one(encode(pixels, "PNG")), pixels)
@@ -378,8 +378,8 @@ def test_other_modes_become_rgb_in_training_as_in_evaluation(mode):
     file = io.BytesIO()
     picture = Image.fromarray(photo(32, 32)).convert(mode)
     picture.save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
-    wanted = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
-    assert np.abs(load_one(file.getvalue()).astype(int) - wanted).mean() < 2
+    expected = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
+    assert np.abs(load_one(file.getvalue()).astype(int) - expected).mean() < 2
 
 
 def test_an_orientation_tag_is_ignored_at_every_scale():
@@ -390,9 +390,9 @@ def test_an_orientation_tag_is_ignored_at_every_scale():
         assert np.array_equal(load_one(tagged), load_one(plain))
 
 
-def test_captions_of_a_set_leave_bad_rows_out():
-    found = list(captions(Pictures(bad=(1,), rows=3)))
-    assert found == [f"row {row} text {i}" for row in (0, 2) for i in range(3)]
+def test_captions_skip_bad_rows():
+    texts = list(captions(Pictures(bad=(1,), rows=3)))
+    assert texts == [f"row {row} text {i}" for row in (0, 2) for i in range(3)]
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 100), (100, 48), (32, 32), (33, 77)])
@@ -447,8 +447,8 @@ def test_importing_the_data_folder_imports_no_jax():
 
 
 def test_workers_load_the_same_batches_without_jax():
-    whole = list(loader().batches(1, 4))
-    assert all(same(a, b) for a, b in zip(loader(workers=2).batches(1, 4), whole, strict=True))
+    batches = list(loader().batches(1, 4))
+    assert all(same(a, b) for a, b in zip(loader(workers=2).batches(1, 4), batches, strict=True))
     for workers, words in ((0, "here"), (1, "away without")):
         (batch,) = loader(WhoAmI(), batch_size=8, workers=workers).batches(0, 1)
         assert all(TOKENIZER.decode(ids).startswith(words) for ids in batch["text"][:, 0])
@@ -456,7 +456,7 @@ def test_workers_load_the_same_batches_without_jax():
 
 def test_an_error_in_a_worker_reaches_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
-    with pytest.raises(DataError, match="^50 rows one after another cannot be used"):
+    with pytest.raises(DataError, match="^50 consecutive rows cannot be used"):
         next(loader(source, workers=1).batches(0, 1))
 
 

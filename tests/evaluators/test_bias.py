@@ -12,14 +12,14 @@ from clipx.errors import ConfigError, DataError
 from clipx.evaluators.bias import Bias, direction, without
 from clipx.types import Encoded
 
-# The first axis is the words' direction, the second that of the prompt.
+# The first axis is the direction of the words, the second the direction of the prompts.
 WORDS = {"he": [3, 1, 0], "she": [-3, 1, 0], "king": [2, 0, 5], "queen": [-2, 0, 5]}
 PROMPTS = {"a chef": [0.6, 0.8, 0], "a tree": [0, 0, 2]}
 COLOURS = {"a": [(40, 30, 0), (30, 40, 0), (0, 50, 0)], "b": [(0, 0, 70), (0, 80, 60)]}
 
 
 class Encode:
-    """A picture's `raw` is its colour."""
+    """The `raw` embedding of a picture is its colour."""
 
     def image(self, pictures, fields=()):
         assert fields == ("raw",)
@@ -32,7 +32,7 @@ class Encode:
 
 @pytest.fixture
 def section(tmp_path):
-    """A folder of pictures of one colour with its annotations."""
+    """The config section of a folder with one-colour pictures and their annotations."""
     entries = []
     for group, colours in COLOURS.items():
         (tmp_path / "train" / group).mkdir(parents=True)
@@ -56,7 +56,7 @@ def test_equals_the_numbers_by_hand(section):
         # cosines of a: (40, 30) 0.96, (30, 40) 1, (0, 50) 0.8; of b: 0 and 0.8 x 0.8
         "a chef/a_before": (1 + 0.96) / 2,
         "a chef/b_before": (0 + 0.64) / 2,
-        # without the first axis all of a are (0, 1, 0), and b are as they were
+        # without the first axis all pictures of a are (0, 1, 0), and those of b are unchanged
         "a chef/a_after": 0.8,
         "a chef/b_after": (0 + 0.64) / 2,
         "a tree/a_before": 0,
@@ -78,7 +78,7 @@ def test_the_direction_is_the_first_component_of_both_ends_of_every_pair():
     values, vectors = np.linalg.eigh(stacked.T @ stacked)
     found = direction(a, b)
     assert abs(found @ vectors[:, -1]) == pytest.approx(1)
-    edited = without(rng.normal(size=(4, 9)), 3 * found)  # of whatever length
+    edited = without(rng.normal(size=(4, 9)), 3 * found)  # for any length of the direction
     np.testing.assert_allclose(edited @ found, 0, atol=1e-12)
 
 
@@ -86,14 +86,14 @@ def test_the_direction_is_the_first_component_of_both_ends_of_every_pair():
     "text, said",
     [
         (None, "No such file"),
-        ("[{", "no JSON"),
-        ("{}", "no list"),
+        ("[{", "not JSON"),
+        ("{}", "not a list"),
         ('[{"image": "a/0.png"}]', "entry 0 of"),
         ('[{"image": "a/0.png", "group": "men"}]', "group 'men' of 'a/0.png'"),
         ('[{"image": "a/0.png", "group": "a"}]', "no picture of group 'b'"),
     ],
 )
-def test_annotations_that_cannot_be_right(section, tmp_path, text, said):
+def test_wrong_annotations(section, tmp_path, text, said):
     file = tmp_path / "groups.json"
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(ConfigError) as error:

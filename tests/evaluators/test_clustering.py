@@ -46,7 +46,7 @@ def test_a_sample_trains_and_every_row_is_assigned(monkeypatch):
 
 
 def test_a_model_that_diverged_scores_as_one_cluster():
-    labels = draw(0, 90, 4, 0)[1]  # shapes of a program that is compiled
+    labels = draw(0, 90, 4, 0)[1]  # the same shapes as above, whose program is compiled
     found = Clustering(Examples(list(labels)))(Encode("unit", np.full((90, 8), np.nan)))
     assert found == {"ari": pytest.approx(0), "ami": pytest.approx(0)}
 

@@ -36,7 +36,8 @@ BOXES = {"red": [16, 8, 8, 8], "green": [36, 20, 8, 8]}
 
 
 class Warm:
-    """Heat is where the picture has the colour that the text names; "none" is nowhere."""
+    """Heat is high where the picture has the colour that the text names. "none" has no heat, "lost"
+    has NaN."""
 
     def __init__(self):
         self.texts = []
@@ -64,7 +65,7 @@ def section(tmp_path):
     references = [
         reference("red", BOXES["red"], "val"),
         reference("green", [35, 19, 8, 8], "val"),
-        reference("red", BOXES["green"], "val"),  # asks for what the heat is not at
+        reference("red", BOXES["green"], "val"),  # the heat is elsewhere
         reference("none", [16, 0, 16, 32], "testA"),  # half of the crop
         reference("lost", [16, 0, 8, 32], "testA"),  # a quarter
         reference("green", BOXES["green"], "train"),
@@ -122,7 +123,7 @@ def test_boxes_follow_the_evaluation_transform(tmp_path, size):
     np.testing.assert_allclose(centre, (box[0] + box[2] / 2, box[1] + box[3] / 2), atol=0.6)
 
 
-def test_the_rules_on_small_numbers():
+def test_boxes_and_scores_on_small_numbers():
     heat = np.zeros((8, 8), np.float32)
     heat[2:4, 2:4], heat[5, 5] = 3, 3
     assert inside(heat, (2, 2, 2, 2)).sum() == 12
@@ -132,7 +133,7 @@ def test_the_rules_on_small_numbers():
     assert overlap((0, 0, 2, 2), (2, 0, 2, 2)) == overlap((0, 0, 2, 2), (5, 5, 2, 2)) == 0
     assert hottest_inside(heat, (0, 0, 5, 5)) == pytest.approx(4 / 5)
     small, large = (2, 2, 2, 2), (0, 0, 8, 8)
-    # 12 and 15 of heat; over the square root of the area 6 and 15/8, over no area 12 and 15
+    # heat 12 and 15; divided by the square root of the area 6 and 15/8; undivided 12 and 15
     assert best_overlaps(heat, [large, small], small, 0.5) == 1
     assert best_overlaps(heat, [large, small], small, 0.0) == 0
     assert best_overlaps(heat, [small, (2, 2, 2, 2)], small, 0.5) == 1
@@ -212,7 +213,7 @@ def test_a_missing_picture_is_named(section, tmp_path):
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3], [1, 2, 3, "4"], [1, 2, 0, 4]])
-def test_a_box_that_is_none_is_shown(section, tmp_path, box):
+def test_an_impossible_box_is_shown(section, tmp_path, box):
     (tmp_path / "detections.json").write_text(json.dumps([{"image_id": 7, "box": box}]))
     with pytest.raises(ConfigError, match="width, height"):
         bind(Grounding, section, pictures=Pictures(32))
@@ -235,7 +236,7 @@ def test_config_errors_come_before_any_file_is_read(key, value):
 
 
 def encode_of(image, devices):
-    """A CLIP of random values behind a tokenizer that spells digits."""
+    """An `Encode` of a random CLIP with a tokenizer that reads digits as ids; and its parts."""
     objective = CLIP(image=image, text=TextTransformer(dtype="float32", **TEXT))
 
     def init(key):
@@ -273,7 +274,7 @@ def test_heat_equals_grad_cam_of_the_score(variant, side=8):
     found = encode.heat(pictures, texts)
     params = variables["params"]["image"]
 
-    def score(maps, text):  # of one picture, from its last map on
+    def score(maps, text):  # of one picture, from its last feature map on
         tokens = maps.reshape(1, side * side, -1)
         if variant == "RN50":
             pool = AttentionPool(image.heads, "float32")

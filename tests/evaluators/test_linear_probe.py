@@ -25,7 +25,7 @@ RAW = ("protoclip", "protoclip_logistic")
 )
 def test_classes_apart_are_told_apart_and_others_not(preset, more):
     (seen, train), (unseen, test) = draw(0, 120, 7, 0.2), draw(1, 50, 7, 0.2)
-    test[:5] = (test[:5] + 1) % 7  # these are wrong, but for the top 5
+    test[:5] = (test[:5] + 1) % 7  # wrong labels: misses for top 1, mostly hits for top 5
     probe = LinearProbe(Examples(list(test)), Examples(list(train), 1), preset, batch_size=32)
     found = probe(Encode("raw" if preset in RAW else "backbone", unseen, seen))
     assert found["top1"] == pytest.approx(0.9)
@@ -44,7 +44,7 @@ def test_logistic_standardises_by_the_training_set(classes):
     model.fit((seen - seen.mean(0)) / scale, train)
     expected = model.predict_log_proba((unseen - seen.mean(0)) / scale)
     found = logistic(seen, train, unseen, classes + 1, 0.3)
-    assert (found[:, -1] == -np.inf).all()  # a class of the test set alone
+    assert (found[:, -1] == -np.inf).all()  # a class that only the test set has
     found = found[:, :-1]
     found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -52,7 +52,7 @@ def test_logistic_standardises_by_the_training_set(classes):
 
 @pytest.mark.parametrize("standardise", [True, False])
 def test_logistic_equals_scikit_learns_within_a_tenth_of_a_point(standardise, monkeypatch):
-    """On its 1,797 written digits; tiles of 256 rows, the last not full."""
+    """On scikit-learn's 1,797 digits, in tiles of 256 rows of which the last is not full."""
     monkeypatch.setattr(linear_probe, "CHUNK", 256)
     datasets = pytest.importorskip("sklearn.datasets")
     from sklearn.linear_model import LogisticRegression
@@ -69,7 +69,7 @@ def test_logistic_equals_scikit_learns_within_a_tenth_of_a_point(standardise, mo
             rows[seen].astype("f"), labels[seen], rows[held], 10, cost, standardise=standardise
         )
         model = LogisticRegression(C=cost, max_iter=1000, tol=1e-6)
-        with threadpool_limits(1):  # more of them wait for each other on a busy machine
+        with threadpool_limits(1):  # more threads wait for each other on a busy machine
             model.fit(scaled[seen], labels[seen])
         expected = model.score(scaled[held], labels[held])
         assert np.mean(found.argmax(1) == labels[held]) == pytest.approx(expected, abs=1e-3)
@@ -99,7 +99,10 @@ def test_sgd_equals_its_definition(preset):
     assert len(probes) == 4
     zeros = np.zeros((4, 8), np.float32)
     (first,) = sgd(zeros, np.zeros(4, int), 3, recipe._replace(epochs=1, decay=0.0))
-    kernel, bias = np.asarray(first.kernel), np.zeros(3)  # rows of zeros leave it as it was
+    kernel, bias = (
+        np.asarray(first.kernel),
+        np.zeros(3),
+    )  # rows of zeros leave the initial kernel unchanged
     assert 0.005 < kernel.std() < 0.02
     rng, speeds, places = np.random.default_rng(0), [0 * kernel, 0 * bias], []
     for step in range(12):  # 4 epochs of 3 batches

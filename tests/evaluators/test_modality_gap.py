@@ -21,7 +21,7 @@ NAMES = {
 
 @pytest.mark.parametrize("chunk, batch_size", [(256, 256), (7, 64)])
 def test_oracle(chunk, batch_size):
-    """The features of the oracle's k-means: pictures the first half, texts the second."""
+    """The features of the oracle's k-means: the first half as pictures, the second as texts."""
     i, j = np.meshgrid(np.arange(300), np.arange(8), indexing="ij")
     rows = unit(np.sin(0.37 * i**2 + 1.7 * j + 0.11 * i * j)).astype(np.float32)
     encode = Encode("unit", rows[:150], texts=rows[150:])

@@ -17,7 +17,7 @@ ORACLE = load_oracle("protoclip")
 
 @dataclasses.dataclass
 class Examples:
-    """Pictures of one pixel, whose value is the row; captions are numbers into a table."""
+    """Each picture is one pixel whose value is its row. Each caption is a row number of a table."""
 
     owner: np.ndarray
     rows: int
@@ -94,7 +94,7 @@ def test_equals_sorting_for_uneven_chunks_and_caption_counts(chunk, batch_size):
             assert scores[f"{name}_R@{k}"] == pytest.approx(np.mean(ranks <= k))
             recalls.append(np.mean(ranks <= k))
     assert scores["mean_recall"] == pytest.approx(np.mean(recalls))
-    assert encode.largest <= chunk**2  # no strip of all pairs is ever asked for
+    assert encode.largest <= chunk**2  # the complete score matrix is never computed
 
 
 def test_ties_equal_the_mean_over_every_order():

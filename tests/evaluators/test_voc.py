@@ -15,13 +15,15 @@ average_precision_score = pytest.importorskip("sklearn.metrics").average_precisi
 
 
 def write(folder, labels: dict[str, dict[str, list[int]]], values: dict[str, list]):
-    """A VOCdevkit of pictures of one colour: red and green are the values' two columns."""
+    """Writes a VOCdevkit of one-colour pictures. `values` are their red and green."""
     lists, images = folder / "VOC2007/ImageSets/Main", folder / "VOC2007/JPEGImages"
     lists.mkdir(parents=True)
     images.mkdir()
     for part, start in (("trainval", 0), ("test", 5000)):
         ids = [f"{start + i:06}" for i in range(len(values[part]))]
-        (lists / f"{part}.txt").write_text("\n".join(ids) + "\n")  # which names no class
+        (lists / f"{part}.txt").write_text(
+            "\n".join(ids) + "\n"
+        )  # this list has no class in its name
         for name, value in zip(ids, values[part]):
             Image.new("RGB", (24, 16), (*value, 0)).save(images / f"{name}.jpg", quality=100)
         for name, by_part in labels.items():
@@ -31,7 +33,7 @@ def write(folder, labels: dict[str, dict[str, list[int]]], values: dict[str, lis
 
 
 class Encode:
-    """`backbone` is the mean red and green of the picture, at some length of no meaning."""
+    """The `backbone` output is the picture's mean red and green; only its direction matters."""
 
     def __init__(self):
         self.seen = []
@@ -46,7 +48,7 @@ def on_arc(angles):
     return [(round(200 * np.cos(a)), round(200 * np.sin(a))) for a in np.radians(angles)]
 
 
-# Red pictures hold a "dog", green ones a "cat": the more so, the nearer to 0 or 90 degrees.
+# Red pictures show a "dog", green ones a "cat", more clearly the nearer to 0 or 90 degrees.
 TRAIN = on_arc([2, 5, 8, 11, 14, 75, 78, 81, 84, 87])
 LABELS = {
     "cat": {"trainval": [-1] * 5 + [1] * 5, "test": [1, 0, -1, 1, -1]},
@@ -66,7 +68,8 @@ def test_average_precision_leaves_out_what_is_difficult(tmp_path):
 
 
 def folds(there):
-    """Each third of the positives with its third of the negatives, in order, as (train, held)."""
+    """Three folds as (train, held-out) rows. Fold k holds out the k-th third of the positives and
+    of the negatives, in row order."""
     fold = np.empty(len(there), int)
     for rows in (np.flatnonzero(there), np.flatnonzero(~there)):
         for k, third in enumerate(np.array_split(rows, 3)):
@@ -91,7 +94,7 @@ def test_the_cost_is_chosen_as_the_protocol_says():
         means[cost] = np.mean(precision)
         svms[cost] = probe.fit(features, there).decision_function(features)
     best = max(means, key=means.get)
-    assert sorted(means.values())[-1] > sorted(means.values())[-2]  # else nothing is chosen
+    assert sorted(means.values())[-1] > sorted(means.values())[-2]  # else the choice is not tested
     found = fit(features, there, (10.0, 0.1, 1.0, 0.01))
     assert found.get_params()["C"] == best
     np.testing.assert_allclose(found.decision_function(features), svms[best], atol=1e-2)
@@ -104,8 +107,8 @@ def test_of_equal_costs_the_smallest_is_taken():
 
 
 def test_what_is_difficult_is_a_negative_in_training(tmp_path):
-    # Five difficult cats between the certain and the absent: with them as negatives, the two test
-    # pictures of that angle score below zero, as positives or left out they would not.
+    # Five difficult cats are at angles between the other cats and the dogs. As negatives in
+    # training they score below 0; as positives, or left out, they would not.
     train = TRAIN + on_arc([60, 61, 62, 63, 64])
     labels = {"cat": {"trainval": LABELS["cat"]["trainval"] + [0] * 5, "test": [1, -1]}}
     write(tmp_path, labels, {"trainval": train, "test": on_arc([85, 62])})
@@ -150,7 +153,7 @@ def test_a_missing_folder_list_or_picture_says_what_is_expected_where(tmp_path):
         ("cat_trainval.txt", None, "0 of 10 pictures of trainval with class 'cat'"),
     ],
 )
-def test_lists_that_cannot_be_right(tmp_path, file, text, said):
+def test_wrong_lists(tmp_path, file, text, said):
     write(tmp_path, LABELS, {"trainval": TRAIN, "test": TEST})
     path = tmp_path / "VOC2007/ImageSets/Main" / file
     path.write_text(text or path.read_text().replace(" 1\n", " 0\n"))

@@ -14,7 +14,7 @@ from clipx.types import Encoded
 
 @dataclasses.dataclass
 class Examples:
-    """Pictures of one pixel, whose value is the row."""
+    """Each picture is one pixel whose value is its row."""
 
     labels: list
     classes: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Examples:
 
 
 class Encode:
-    """Rows from two tables; unit rows and their product unless `tokens`."""
+    """Looks rows up in two tables. They are unit embeddings, or with `tokens` one token each."""
 
     def __init__(self, images, texts, tokens=False):
         self.images, self.texts, self.tokens = np.asarray(images, np.float32), texts, tokens

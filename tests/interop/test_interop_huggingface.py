@@ -1,5 +1,5 @@
-"""transformers' format: what is written is read again to the bit, and transformers says what we
-say."""
+"""transformers' format: written models are read back to the bit, and transformers' outputs are
+ours."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 FORMAT = huggingface.HuggingFace()
-SIGLIP = (  # Google's: GELU by tanh
+SIGLIP = (  # with GELU by tanh, as in Google's models
     ViT(
         **VIT | {"pool": "attention", "pre_norm": False, "activation": "gelu_tanh"},
         dtype="float32",
@@ -68,7 +68,7 @@ def test_written_and_read_again(kind, tmp_path):
         (ViT(**VIT, pool="mean", **BOTH), {}, None, "pools by the mean"),
         (ViT(**VIT, pre_norm=False, **BOTH), {}, None, "LayerNorm before.*--format=open_clip"),
         (ViT(**VIT, **BOTH), {"projection_bias": True}, None, "bias.*--format=open_clip"),
-        (ViT(**VIT, **BOTH), {"causal": False}, None, "see those after"),
+        (ViT(**VIT, **BOTH), {"causal": False}, None, "without a causal mask"),
         (ViT(**VIT, **BOTH), {}, -3.0, "logit bias.*--format=open_clip"),
         (ViT(**VIT, pool="attention", **BOTH), {}, None, "config.image.embed_dim=0"),
     ],
@@ -81,7 +81,7 @@ def test_what_has_no_place_is_refused(image, text, bias, says):
 
 
 def test_padding_that_counts_must_be_trainings():
-    """A tower that reads padding, and a tokenizer that pads with something else."""
+    """The text tower reads padding, and transformers' CLIP tokenizer pads with another id."""
     first = list(both_kinds())[1]
     words = dataclasses.replace(first.words, kind="clip_bpe")
     with pytest.raises(NotExpressible, match="SentencePiece"):
@@ -89,7 +89,8 @@ def test_padding_that_counts_must_be_trainings():
 
 
 def saved_by_transformers(folder, written):
-    """What transformers itself writes of a model is read to the bit, and as the same towers."""
+    """Checks that the files that transformers itself saves are read to the bit, as the same
+    towers."""
     transformers = libraries.require("transformers")
     with libraries.quiet():
         transformers.AutoModel.from_pretrained(folder / "a").save_pretrained(folder / "b")
@@ -105,7 +106,7 @@ def saved_by_transformers(folder, written):
 
 @with_transformers
 def test_proof_clip(tmp_path):
-    """GELU for pictures, QuickGELU for texts, a vocabulary of one's own with a mask."""
+    """GELU for pictures, QuickGELU for texts, and a custom vocabulary with a mask."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     merges = [f"{a} {b}" for a in letters[:9] for b in letters[:9]]
     (tmp_path / "merges.txt").write_text("#version\n" + "\n".join(merges) + "\n")
@@ -119,15 +120,15 @@ def test_proof_clip(tmp_path):
     core = vocabulary.byte_pairs("\n".join(merges))
     files = tokenizer.clip_files("\n".join(merges), core.get_vocab(), 16)
     made = tokenizers.build(config)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
 
 
 @with_transformers
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_proof_siglip(kind, tmp_path):
-    """Attention pooling, the last token's state, padding that counts, a scale and a bias."""
+    """Attention pooling, pooling at the last token, padding that is read, a scale and a bias."""
     config = tokenizers.TokenizerConfig("sentencepiece", 120, 16, model=kind)
     made = tokenizers.build(config, ["a dog runs", "two men ride a horse", "the café 12"] * 9)
     words = words_of(config, plain=False)
@@ -136,13 +137,13 @@ def test_proof_siglip(kind, tmp_path):
     written = model(image, TextTransformer(**fields), words, bias=-4)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words, "clip", attention_mask=False)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
     saved_by_transformers(tmp_path, written)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
 
 
 def test_patches_bias_becomes_part_of_positions(tmp_path):
-    """Google's SigLIP has one, our towers have not."""
+    """Google's SigLIP has a bias of the patch embedding; clipx's towers have none."""
     first = list(both_kinds())[1]
     arrays, configs = FORMAT.arrays(first), FORMAT.configs(first, "")
     bias = np.arange(32, dtype=np.float32)
@@ -156,7 +157,7 @@ def test_patches_bias_becomes_part_of_positions(tmp_path):
 
 @pytest.mark.parametrize("marks", [{}, {"eos_token_id": 49407, "pad_token_id": 1}])
 def test_siglips_own_marks_whatever_its_config_says(marks):
-    """The class's defaults are CLIP's ids, which a large vocabulary of its own has too."""
+    """The defaults of transformers' class are CLIP's ids, which a large vocabulary contains too."""
     first = list(both_kinds())[1]
     arrays, configs = FORMAT.arrays(first), FORMAT.configs(first, "")
     config = configs[huggingface.CONFIG]
@@ -168,12 +169,12 @@ def test_siglips_own_marks_whatever_its_config_says(marks):
 
 
 def test_a_preprocessor_beside_the_tokenizer(tmp_path):
-    """Where a processor of transformers 5 saves it."""
+    """A processor of transformers 5 saves the preprocessor in its own file."""
     first = list(both_kinds())[0]
     folder = write(tmp_path / "a", first)
-    said = json.loads((folder / huggingface.PREPROCESSOR).read_text())
+    settings = json.loads((folder / huggingface.PREPROCESSOR).read_text())
     (folder / huggingface.PREPROCESSOR).unlink()
     assert load.load(folder).mean != first.mean
-    (folder / huggingface.PROCESSOR).write_text(json.dumps({"image_processor": said}))
+    (folder / huggingface.PROCESSOR).write_text(json.dumps({"image_processor": settings}))
     again = load.load(folder)
     assert (again.mean, again.std, again.resize) == (first.mean, first.std, first.resize)

@@ -1,4 +1,4 @@
-"""An export judged by open_clip's own evaluation gives the numbers of `clipx.evaluate`."""
+"""open_clip's own evaluation of an export gives the metrics of `clipx.evaluate`."""
 
 import io
 import json
@@ -20,12 +20,12 @@ from clipx.serving.export import Options, export
 
 JUDGE = ROOT / "benchmarks" / "judge.py"
 NO_JUDGE = missing("torch", "open_clip", "transformers", "open_clip_train")
-WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})  # that a run knows
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})  # in the vocabulary
 SIZES = [(16, 16), (41, 27), (27, 40), (16, 33), (90, 64), (64, 91), (15, 12)]  # width, height
 
 
 def picture(row: int, kind: str) -> bytes:
-    """A drawn shape, of another size and ratio from row to row."""
+    """An encoded picture of a shape; its size and aspect ratio change with the row."""
     drawn = Image.fromarray(Shapes(image_size=64)[row].image)
     file = io.BytesIO()
     drawn.resize(SIZES[row % len(SIZES)], Image.Resampling.BICUBIC).save(file, kind, quality=90)
@@ -46,10 +46,10 @@ def sets(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     rows = [{}, {}]
     for row in range(60):
-        own = [" ".join(rng.permutation(WORDS)[:6]) for _ in range(rng.integers(1, 4))]
+        captions = [" ".join(rng.permutation(WORDS)[:6]) for _ in range(rng.integers(1, 4))]
         rows[row // 30] |= {
             f"{row:03}.jpg": picture(row, "JPEG"),
-            f"{row:03}.json": json.dumps({"captions": own}).encode(),
+            f"{row:03}.json": json.dumps({"captions": captions}).encode(),
         }
     for shard, files in enumerate(rows):
         write(folder / f"test-{shard}.tar", files)

@@ -1,5 +1,5 @@
-"""A small model of each method, trained for two steps, exported to both libraries where they can
-express it, and held to what they say; in every layout of its arrays, on one device and on eight."""
+"""A small model of each method, trained for two steps and exported to every library that can
+express it, gives the library's outputs; with scanned blocks or not, on one device and on eight."""
 
 import jax
 import pytest
@@ -23,7 +23,8 @@ RESNET |= {"image_size": 32, "embed_dim": 16, "dtype": "float32"}
 MAP = {"pool": "attention", "pre_norm": False, "embed_dim": 0, "activation": "gelu_tanh"}
 LAST = {"causal": False, "pool": "last", "embed_dim": 32, "activation": "gelu_tanh"}
 SCAN, QUICK = {"scan": True}, {"activation": "quick_gelu"}
-# the objective, towers, mesh on eight devices (None: one), and why transformers has no such model
+# objective, image and text tower, mesh of eight devices (None: one device), and the reason why
+# transformers cannot express the model ("": it can)
 MODELS = {
     "clip": ({}, {**QUICK, **SCAN}, {**QUICK, **SCAN}, {"data": 4, "fsdp": 2}, ""),
     "siglip": (PLAIN, MAP, LAST, None, ""),
@@ -87,9 +88,9 @@ def test_trained_and_exported(name, tmp_path):
             with pytest.raises(ConfigError, match=why):
                 export(folder, options)
             continue
-        found = export(folder, options).proof
-        assert found.image_cosine > verify.COSINE and found.text_cosine > verify.COSINE
-        assert found.logits < verify.RELATIVE
+        proof = export(folder, options).proof
+        assert proof.image_cosine > verify.COSINE and proof.text_cosine > verify.COSINE
+        assert proof.logits < verify.RELATIVE
         again = load.load(options.out)
         arrays = load_file(options.out / format_.weights)
         if pt:

@@ -1,4 +1,4 @@
-"""open_clip's format: what is written is read again to the bit, and open_clip says what we say."""
+"""open_clip's format: written models are read back to the bit, and open_clip's outputs are ours."""
 
 import base64
 import functools
@@ -23,7 +23,7 @@ FORMAT = open_clip.OpenClip()
 
 
 def clip_words(mask=False):
-    """CLIP's tokenizer, its ids and a text tower's fields for them."""
+    """(CLIP's tokenizer config, its `Words`, the fields of a text tower for them)."""
     config = tokenizers.TokenizerConfig("clip_bpe", context=16, mask=mask)
     fields = TEXT | {"vocab_size": config.vocab_size, "eot_id": config.eot_id}
     return config, words_of(config), fields
@@ -41,7 +41,7 @@ TOWERS = {
     "vit": (ViT, VIT | {"activation": "quick_gelu", "norm_eps": 1e-6, "mlp_ratio": 2.5}),
     "vit without a norm before": (ViT, VIT | {"pre_norm": False, "activation": "gelu_tanh"}),
     "resnet": (ResNet, RESNET),
-    # timm's, whose epsilon is its own
+    # built by timm, whose norms have an epsilon of 1e-6
     "vit of attention": (ViT, VIT | {"pool": "attention", "pre_norm": False, "norm_eps": 1e-6}),
     "vit of the mean": (
         ViT,
@@ -53,7 +53,7 @@ TOWERS = {
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("scan", [False, True])
 def test_written_and_read_again(name, scan, tmp_path):
-    """The arrays come back to the bit and mean the same towers; the mask's row is gone."""
+    """The arrays come back to the bit and describe the same towers; the mask's row is left out."""
     cls, fields = TOWERS[name]
     words, text = few_words()
     text |= {"activation": fields.get("activation", "gelu"), "projection_bias": scan}
@@ -73,16 +73,16 @@ def test_written_and_read_again(name, scan, tmp_path):
     assert a["token_embedding.weight"].shape == (39, 32)
     fitted = load.fit(again, image, TextTransformer(**text, scan=scan, **BOTH), mask_id=37)
     table = first.params["text"]["token_embedding"]
-    mine = np.asarray(fitted["params"]["text"]["token_embedding"])
-    np.testing.assert_array_equal(np.delete(mine, 37, 0), np.delete(table, 37, 0))
-    whole = models.make_model(image, first.text, fitted, **rest(first))
+    fitted_table = np.asarray(fitted["params"]["text"]["token_embedding"])
+    np.testing.assert_array_equal(np.delete(fitted_table, 37, 0), np.delete(table, 37, 0))
+    third = models.make_model(image, first.text, fitted, **rest(first))
     for path, x in first.flat.items():
         if not path.endswith("token_embedding"):
-            np.testing.assert_array_equal(whole.flat[path], x, err_msg=path)
+            np.testing.assert_array_equal(third.flat[path], x, err_msg=path)
 
 
 def test_timms_resnet_and_bert_come_back(tmp_path):
-    """CLIP-Lite's towers, whose widths differ: zeros fill the narrower one's projection."""
+    """CLIP-Lite's towers have different widths: zeros pad the output of the narrower one."""
     fields = {"vocab_size": 150, "width": 32, "depth": 2, "heads": 2, "positions": 20}
     none = {"embed_dim": 0, "dtype": "float32"}
     words = models.Words("wordpiece", 150, 16, 0, 101, 102, 103, plain=False)
@@ -105,7 +105,7 @@ def rest(written):
 
 
 def test_names_are_open_clips():
-    """Names and shapes as open_clip 3 lists them for such a model."""
+    """Names and shapes are those that open_clip 3 lists for such a model."""
     words, text = few_words()
     written = model(ViT(**VIT, **BOTH), TextTransformer(**text, **BOTH), words)
     arrays = FORMAT.arrays(written)
@@ -147,20 +147,20 @@ def test_what_has_no_place_is_refused(image, text, says):
 
 @with_open_clip
 def test_proof_vit(tmp_path):
-    """QuickGELU, another epsilon, a bias in the text's projection; OpenAI's words shifted by a
-    mask."""
+    """QuickGELU, another epsilon, a bias in the text's projection; OpenAI's token ids, shifted by a
+    mask token."""
     config, words, text = clip_words(mask=True)
     both = BOTH | {"activation": "quick_gelu", "norm_eps": 1e-6}
     image, text = ViT(**VIT, **both), TextTransformer(**text, projection_bias=True, **both)
     written = model(image, text, words)
-    found = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5 and not found.odd
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written), written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5 and not proof.odd
 
 
 @with_open_clip
 def test_proof_resnet(tmp_path):
-    """The modified ResNet, scanned GELU text that is read out at its end, SigLIP's bias, and a
-    SentencePiece model that open_clip reads."""
+    """The modified ResNet, a scanned text tower with GELU that pools at the end mark, SigLIP's
+    bias, and a SentencePiece model that open_clip reads."""
     config = tokenizers.TokenizerConfig("sentencepiece", vocab_size=120, context=16, mask=True)
     words = words_of(config, plain=False)
     made = tokenizers.build(config, ["a dog runs", "two men ride a horse", "the café 12"] * 9)
@@ -168,31 +168,31 @@ def test_proof_resnet(tmp_path):
     written = model(ResNet(**RESNET, **BOTH), TextTransformer(**fields, **BOTH), words, bias=-3)
     core = tokenizer.sentencepiece(base64.b64decode(made.save()["payload"]))
     files = tokenizer.files(core, words.without_mask(), "clip")
-    found = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    proof = verify.prove(FORMAT, write(tmp_path / "a", written, files), written, made)
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
     broken = load_file(tmp_path / "a" / open_clip.WEIGHTS)
     broken["visual.layer2.1.conv2.weight"] = broken["visual.layer2.1.conv2.weight"][::-1].copy()
     save_file(broken, tmp_path / "a" / open_clip.WEIGHTS)
-    with pytest.raises(NotProven, match="cosine of a picture"):
+    with pytest.raises(NotProven, match="cosine of an image"):
         verify.prove(FORMAT, tmp_path / "a", written, made)
 
 
 @with_open_clip
 @pytest.mark.parametrize("pool, pre_norm", [("mean", True), ("attention", False)])
 def test_proof_without_a_class_token(pool, pre_norm, tmp_path):
-    """timm's ViT, whose epsilon is another; GELU by tanh in one of the towers."""
+    """timm's ViT, whose norms have another epsilon than clipx's; GELU by tanh in one tower."""
     config, words, text = clip_words()
     acts = ["gelu_tanh", "gelu"] if pre_norm else ["gelu", "gelu_tanh"]
     image = ViT(**VIT, pool=pool, pre_norm=pre_norm, activation=acts[0], **BOTH)
     written = model(image, TextTransformer(**text, activation=acts[1], **BOTH), words)
     folder = write(tmp_path / "a", written)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-4
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-4
 
 
 @with_open_clip
 def test_proof_plain_resnet_and_bert(tmp_path):
-    """CLIP-Lite's towers, which have no projections and different widths."""
+    """CLIP-Lite's towers have no projections, and different widths."""
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     marks = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = "\n".join([*marks, *letters, *("##" + c for c in letters), "dog", "two", "men"])
@@ -207,14 +207,14 @@ def test_proof_plain_resnet_and_bert(tmp_path):
     written = model(ResNet(variant="resnet18", image_size=32, **none), text, words)
     files = tokenizer.files(vocabulary.word_pieces(pieces), words, "clip_lite")
     folder = write(tmp_path / "a", written, files)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.text_cosine > 0.9999999
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.text_cosine > 0.9999999
 
 
 @with_open_clip
 @pytest.mark.parametrize("side, length", [(2, 9), (3, 20), (6, 5)])
 def test_positions_are_resized_as_open_clip_does(side, length):
-    """By its own functions, on the arrays that it would load."""
+    """Compares with open_clip's own functions on the same arrays."""
     torch = libraries.require("torch")
     theirs = libraries.require("open_clip.model")
     rng = np.random.default_rng(0)
@@ -235,15 +235,15 @@ def test_positions_are_resized_as_open_clip_does(side, length):
 
 @with_open_clip
 def test_proof_tanh_and_torchs_own_file(tmp_path):
-    """A class token and GELU by tanh in both towers; the same arrays read out of torch's files: a
-    state, a training's checkpoint, a whole model as OpenAI's."""
+    """A class token, and GELU by tanh in both towers. Torch files give the same arrays: a state
+    dict, a checkpoint of training, and a TorchScript model such as OpenAI's."""
     torch = libraries.require("torch")
     config, words, text = clip_words()
     both = BOTH | {"activation": "gelu_tanh"}
     written = model(ViT(**VIT, **both), TextTransformer(**text, **both), words)
     folder = write(tmp_path / "a", written)
-    found = verify.prove(FORMAT, folder, written, tokenizers.build(config))
-    assert found.image_cosine > 0.9999999 and found.logits < 1e-5
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-5
     arrays = {k: torch.from_numpy(x) for k, x in load_file(folder / open_clip.WEIGHTS).items()}
     training = {"epoch": 1, "state_dict": {f"module.{k}": x for k, x in arrays.items()}}
     for name, value in {"a.bin": arrays, "b.pt": training}.items():
@@ -251,12 +251,12 @@ def test_proof_tanh_and_torchs_own_file(tmp_path):
         again = load.load(folder / name)
         assert all(x.tobytes() == again.flat[k].tobytes() for k, x in written.flat.items())
     (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes()[:-999])
-    with pytest.raises(ConfigError, match="a whole file of torch's"):
+    with pytest.raises(ConfigError, match="a complete torch file"):
         load.load(folder / "c.pt")
     open_clip_ = libraries.require("open_clip")
     with libraries.quiet():
-        whole = open_clip_.create_model(f"local-dir:{folder}").eval()
-        script = torch.jit.script(whole)
+        theirs = open_clip_.create_model(f"local-dir:{folder}").eval()
+        script = torch.jit.script(theirs)
         script.save(folder / "script.pt")
     again = load.load(folder / "script.pt")
     assert all(x.tobytes() == again.flat[k].tobytes() for k, x in written.flat.items())
@@ -272,9 +272,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     with check(match="nothing in it"):
         (tmp_path / "empty").mkdir()
         load.load(tmp_path / "empty")
-    whole = (folder / open_clip.WEIGHTS).read_bytes()
-    (folder / open_clip.WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with check(match="a whole safetensors file"):
+    weights = (folder / open_clip.WEIGHTS).read_bytes()
+    (folder / open_clip.WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    with check(match="a complete safetensors file"):
         load.load(folder)
     arrays, configs = FORMAT.arrays(written), FORMAT.configs(written, "")
     config = configs[open_clip.CONFIG]

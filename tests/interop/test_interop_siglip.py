@@ -1,5 +1,5 @@
-"""SigLIP's tokenizer as transformers has it: the same ids; a folder like Google's as what a run
-starts from, and as its export."""
+"""transformers' SigLIP tokenizer gives the same ids as ours; a run can start from a folder like
+Google's, and can be exported as one."""
 
 import dataclasses
 import io
@@ -73,13 +73,13 @@ SIGLIP = [
 
 
 def config(*overrides):
-    """Of a run whose towers and words are of SigLIP's kind."""
+    """The config of a run with SigLIP's towers and tokenizer."""
     found = small(*SIGLIP, *overrides)
     return found | {"objective": {"name": "siglip", "augmentation": "none"}}
 
 
 def pieces(**options):
-    """A SentencePiece model with Google's marks, normalised as its are."""
+    """A SentencePiece model with Google's special ids and normalisation."""
     model, marks = io.BytesIO(), {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     usual = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
@@ -89,7 +89,7 @@ def pieces(**options):
 
 
 def google(folder, model=None, text=(), **settings):
-    """A folder with all of a SigLIP model but its weights, as the Hub has it."""
+    """Writes the files of a SigLIP model on the Hub, without weights, and returns `folder`."""
     folder.mkdir()
     (folder / tokenizer.PIECES).write_bytes(pieces() if model is None else model)
     words = {"vocab_size": 90, "max_position_embeddings": CONTEXT} | dict(text)
@@ -105,7 +105,7 @@ def google(folder, model=None, text=(), **settings):
 
 
 def test_a_folder_of_transformers_is_read(tmp_path):
-    """Neither torch nor transformers is asked."""
+    """Neither torch nor transformers is needed."""
     found = pretrained.open_tokenizer(str(google(tmp_path / "a")))
     words = found.config
     assert (words.name, words.vocab_size, words.context) == ("sentencepiece", 90, CONTEXT)
@@ -149,8 +149,8 @@ def workdir(tmp_path_factory):
 
 
 def test_an_export_is_such_a_folder(workdir, tmp_path):
-    """Without clipx's own file it gives the run's ids, weights and results; a run that has other
-    marks or cleans in another way is refused; what is missing is named."""
+    """Without clipx's own tokenizer file the export gives the run's ids, weights and metrics. A run
+    with other marks or another cleaning rule is refused, and a missing file is named."""
     export(workdir, Options("huggingface", tmp_path / "a", verify=False))
     text = (tmp_path / "a" / "README.md").read_text()
     assert "rule `siglip` in training. The tokenizer here does the same." in text
@@ -198,8 +198,8 @@ def their_ids(words, texts, context):
 @pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf"])
 @pytest.mark.parametrize("context", [CONTEXT, 5])
 def test_ids_are_transformers(kind, rule, context, tmp_path):
-    """Of every text, empty and overlong ones, what is cut and what pads: with the end mark last. A
-    mark that a text spells is the one thing that differs: letters here, an id there."""
+    """Ids are equal for every text, empty and overlong ones included; the end mark is last. The
+    only difference is a mark spelled in a text: clipx encodes its letters, transformers its id."""
     model = pieces(model_type=kind, normalization_rule_name=rule)
     folder = google(tmp_path / "a", model, text={"max_position_embeddings": context})
     ours, theirs = pretrained.open_tokenizer(str(folder)), libraries.require("transformers")
@@ -207,7 +207,7 @@ def test_ids_are_transformers(kind, rule, context, tmp_path):
     assert type(theirs).__name__ == tokenizer.SIGLIP
     np.testing.assert_array_equal(ours(TEXTS), their_ids(theirs, TEXTS, context))
     assert ours(["a </s> dog"]).tolist() != their_ids(theirs, ["a </s> dog"], context).tolist()
-    theirs.save_pretrained(tmp_path / "b")  # as transformers itself writes it
+    theirs.save_pretrained(tmp_path / "b")  # the files that transformers itself writes
     shutil.copy(folder / huggingface.CONFIG, tmp_path / "b")
     again = pretrained.open_tokenizer(str(tmp_path / "b"))
     assert again.save()["payload"] == ours.save()["payload"]
@@ -216,9 +216,9 @@ def test_ids_are_transformers(kind, rule, context, tmp_path):
 
 @with_transformers
 def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
-    """The proof loads `SiglipTokenizer`, and would see other ids, also those that pad."""
-    found = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
-    assert found.odd == () and found.logits < 1e-5
+    """The proof loads `SiglipTokenizer`, and detects other ids, of padding too."""
+    proof = export(workdir, Options("huggingface", tmp_path / "a", verify=True)).proof
+    assert proof.odd == () and proof.logits < 1e-5
     processor = libraries.require("transformers").AutoProcessor.from_pretrained(tmp_path / "a")
     assert type(processor.tokenizer).__name__ == tokenizer.SIGLIP
     inputs = processor(text=TEXTS, padding="max_length", truncation=True)
@@ -238,16 +238,16 @@ def test_export_of_a_run_with_its_own_words(workdir, tmp_path):
 @with_transformers
 @pytest.mark.parametrize("kind", ["cleaned in another way", "with a mask", "of a CLIP"])
 def test_export_of_other_words_without_a_start_mark(kind, tmp_path):
-    """Another rule of cleaning needs another of their classes, and so does another model; a mask's
-    row is left out."""
+    """Another cleaning rule or another model needs another tokenizer class of transformers. The
+    mask's row is left out."""
     made = {
         "cleaned in another way": config(("tokenizer.cleaning", "clip")),
         "with a mask": config(("tokenizer.mask", "true")),
         "of a CLIP": small(CLASS, ("tokenizer.marks", "end"), ("tokenizer.cleaning", "siglip")),
     }
     folder = save(tmp_path / "run", made[kind])
-    found = export(folder, Options("huggingface", tmp_path / "a", verify=True)).proof
-    assert found.logits < 1e-5
+    proof = export(folder, Options("huggingface", tmp_path / "a", verify=True)).proof
+    assert proof.logits < 1e-5
     theirs = libraries.require("transformers").AutoTokenizer.from_pretrained(tmp_path / "a")
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id) == (1, 1, None)
     assert (type(theirs).__name__ == tokenizer.SIGLIP) == (kind == "with a mask")
@@ -258,12 +258,12 @@ def test_export_of_other_words_without_a_start_mark(kind, tmp_path):
 @with_open_clip
 @pytest.mark.parametrize("pool", ["last", "eot"])
 def test_export_to_open_clip(pool, tmp_path):
-    """Through transformers' fast tokenizer, which cleans and pads in the same way. What open_clip
-    itself mends before, entities and quotation marks, is reported."""
+    """open_clip uses transformers' fast tokenizer, which cleans and pads as clipx does. open_clip
+    itself first decodes entities and replaces quotation marks; such captions are reported."""
     towers = [("image.embed_dim", "32"), ("text.projection_bias", "False"), ("text.pool", pool)]
     folder = save(tmp_path / "run", config(*towers, ("tokenizer.vocab_size", "80")))
-    found = export(folder, Options("open_clip", tmp_path / "a", verify=True)).proof
-    assert found.odd == verify.ODD_CAPTIONS[1:] and found.logits < 1e-4
+    proof = export(folder, Options("open_clip", tmp_path / "a", verify=True)).proof
+    assert proof.odd == verify.ODD_CAPTIONS[1:] and proof.logits < 1e-4
     _, ours = pretrained.open_model(str(folder))
     theirs = libraries.require("open_clip").get_tokenizer(f"local-dir:{tmp_path / 'a'}")
     usual = [t for t in TEXTS if t.isascii() and "&" not in t and "\0" not in t]
@@ -272,8 +272,8 @@ def test_export_to_open_clip(pool, tmp_path):
 
 @with_transformers
 def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
-    """A random `SiglipModel` that transformers saved with its processor: the same logits, an
-    evaluation, and the same bits and ids when it is exported again."""
+    """A random `SiglipModel` that transformers saved with its processor gives the same logits, can
+    be evaluated, and is exported with the same bits and ids."""
     torch, transformers = libraries.require("torch"), libraries.require("transformers")
     (tmp_path / "spiece.model").write_bytes(pieces())
     words = siglip_tokenizer(
@@ -281,13 +281,13 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     )
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2}
-    own = transformers.SiglipConfig(
+    their_config = transformers.SiglipConfig(
         text_config=sizes | {"vocab_size": 90, "max_position_embeddings": CONTEXT},
         vision_config=sizes | {"image_size": 32, "patch_size": 8},
     )
     torch.manual_seed(0)
     with libraries.quiet():
-        theirs = transformers.SiglipModel(own).eval()
+        theirs = transformers.SiglipModel(their_config).eval()
         with torch.no_grad():
             for x in theirs.parameters():
                 x.add_(0.1 * torch.randn(x.shape))
@@ -301,10 +301,10 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     found = evaluate_file(str(tmp_path / "a"), evals, ["preprocessing"])
     assert found.keys() >= {"retrieval/mean_recall"}
 
-    own = pretrained.sections(str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a")))
-    own |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
-    own |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
-    run = assemble(own)
+    values = pretrained.sections(str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a")))
+    values |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
+    values |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
+    run = assemble(values)
     run = with_data(run, 256, open_tokenizer(run, None))
     state = init(run)
     images = np.stack(verify.pictures(32))
@@ -312,10 +312,10 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     np.testing.assert_array_equal(ids, their_ids(words, TEXTS, CONTEXT))
     with libraries.quiet(), torch.no_grad():
         seen = np.array(photometry.normalize(images, (0.5,) * 3, (0.5,) * 3)).transpose(0, 3, 1, 2)
-        said = theirs(pixel_values=torch.tensor(seen), input_ids=torch.tensor(ids).long())
+        outputs = theirs(pixel_values=torch.tensor(seen), input_ids=torch.tensor(ids).long())
     model, _ = pretrained.split(run.objective, run.tokenizer, state)
     ours = verify.ours(model, images, ids).logits
-    expected = said.logits_per_image.numpy()
+    expected = outputs.logits_per_image.numpy()
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -324,7 +324,7 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
     assert proven.odd == () and proven.logits < 1e-5
     first, again = (load_file(tmp_path / x / huggingface.WEIGHTS) for x in "ab")
     embeddings = "vision_model.embeddings."
-    bias = first[embeddings + "patch_embedding.bias"]  # which becomes a part of every position
+    bias = first[embeddings + "patch_embedding.bias"]  # reading adds it to every position
     positions = embeddings + "position_embedding.weight"
     first[positions] = first[positions] + bias
     first[embeddings + "patch_embedding.bias"] = np.zeros_like(bias)

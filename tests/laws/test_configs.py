@@ -38,7 +38,7 @@ TRACED = set()
 
 
 def shrunk(config):
-    """The config with towers of few layers: what it says is bound and traced all the same, in a
+    """The config with towers of few layers. All of its values are still bound and traced, in a
     tenth of the time."""
     few = {"resnet": {"blocks": (1, 1, 1, 1), "width": 32}}
     for tower in ("image", "text"):
@@ -47,12 +47,12 @@ def shrunk(config):
 
 
 def kind(run):
-    """What runs have in common whose steps are made of the same parts: they differ in names of
-    sizes and in numbers, of which one that is 0 leaves a part out. Shapes that do not fit are
-    found as `assemble` traces the forward pass."""
-    made = re.sub(r"\b(variant|init_from|dtype) = '[^']*'", r"\1", repr(run.objective))
-    made = re.sub(r"\d+(\.\d+)?(e-\d+)?", lambda found: str(float(found[0]) != 0), made)
-    return made, run.config.train.microbatches
+    """A key that is equal for runs whose steps consist of the same operations. It ignores names of
+    sizes, and replaces each number by whether it is 0, because a 0 may turn a term off. Shapes that
+    do not fit are caught by `assemble`, which traces the forward pass of every config."""
+    text = re.sub(r"\b(variant|init_from|dtype) = '[^']*'", r"\1", repr(run.objective))
+    text = re.sub(r"\d+(\.\d+)?(e-\d+)?", lambda number: str(float(number[0]) != 0), text)
+    return text, run.config.train.microbatches
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -97,7 +97,7 @@ def test_assembles_in_full(file):
     ],
 )
 def test_published_size(spec, count):
-    """As OpenAI's and the authors' models."""
+    """The parameter counts of OpenAI's and the authors' models."""
     run = assemble(files.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
     assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
 
@@ -116,7 +116,7 @@ class Alike:
 
 @functools.cache
 def metrics_of(name):
-    """The names of what an evaluator scores, on eight pictures."""
+    """The names of the metrics that an evaluator returns for eight pictures."""
     examples = Examples(list(range(8)), classes=tuple("abcdefgh"))
     cls = find("evaluators", name, Evaluator)
     given = {"examples", "train_examples"} & {field.name for field in dataclasses.fields(cls)}
@@ -125,7 +125,7 @@ def metrics_of(name):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_evals_score_what_best_asks_for(spec):
-    """`best` names an eval of the config, and a metric by a name that eval gives."""
+    """`train.best` names an eval of the config and one of its metrics."""
     config = files.load(f"{FOLDER}/{spec}")
     if not config["train"]["best"]:
         return

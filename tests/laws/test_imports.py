@@ -1,5 +1,5 @@
-"""The floors, read from the imports: they go down only, and some things live in one room. Files and
-functions stay short."""
+"""Rules for imports: packages import only from lower floors, and some libraries only in certain
+files. Files and functions stay short."""
 
 import ast
 import fnmatch
@@ -28,13 +28,13 @@ FLOORS = (
         *("report", "compare", "teacher", "doctor", "bench"),
     ),
 )
-SHARED = {"compare": ("cli", "train")}  # of commands; all others share cli alone
+SHARED = {"compare": ("cli", "train")}  # what a command may import; all others only cli
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 COMMANDS = tuple(f"clipx/{name}.py" for name in FLOORS[-1])
-# Which files may name what lives in one place. A pattern's `*` crosses folders.
+# Names, and the only files that may use them. `*` in a pattern crosses folders.
 ONLY = {
-    # attention's kernel is mapped over rows and heads, which the partitioner cannot see into; no
-    # rows meet there, and what makes them meet stays forbidden
+    # models/attention.py maps a kernel over rows and heads: the partitioner cannot look into it. No
+    # rows meet there, so collectives stay forbidden in that file.
     "jax.shard_map": ("clipx/losses/*", "clipx/ops/kmeans.py", "clipx/models/attention.py"),
     "jax.experimental.pallas": ("clipx/models/attention.py",),
     "jax.experimental.shard_map": (),
@@ -53,13 +53,13 @@ ONLY = {
     "orbax": ("clipx/training/checkpoint.py", "clipx/parallel/processes.py"),
     "torch": (),
     "jax._src": (),
-    # grain reads one of absl's flags: the pipeline marks them as parsed where no command did so
+    # grain reads an absl flag: the loader marks flags as parsed if no command has done so
     "absl": (*COMMANDS, "clipx/data/loader.py"),
 }
 
 
 def names(file: str, text: str | None = None) -> set[str]:
-    """Every dotted name that a file imports or reaches through an import: `jax.lax.psum`."""
+    """Every dotted name that a file imports or uses through an import, such as `jax.lax.psum`."""
     tree = ast.parse((ROOT / file).read_text() if text is None else text, file)
     found, alias = set(), {}
     for node in ast.walk(tree):
@@ -93,7 +93,7 @@ def room(file: str) -> str:
 
 
 def broken(file: str, text: str | None = None) -> list[str]:
-    """Every rule that the imports of a file break."""
+    """The violations of the rules by the imports of a file."""
     faults, own = [], room(file)
     for name in sorted(names(file, text)):
         for what, allowed in ONLY.items():
@@ -107,7 +107,7 @@ def broken(file: str, text: str | None = None) -> list[str]:
         elif FLOOR[other] > FLOOR[own]:
             faults.append(f"{name}: floor {FLOOR[other]}, from floor {FLOOR[own]}")
         elif 0 < FLOOR[own] == FLOOR[other] and other not in (own, *SHARED.get(own, ("cli",))):
-            faults.append(f"{name}: {own} and {other} do not know each other")
+            faults.append(f"{name}: {own} and {other} are on one floor")
     return faults
 
 
@@ -158,7 +158,7 @@ def test_broken_rules_are_seen(file, text):
 
 
 def taken_from_tests(file: str, text: str | None = None) -> list[str]:
-    """Names that a file imports from test files; `support` alone is there to be shared."""
+    """Names that a file imports from test files. Only `support` may be shared."""
     parts = {name: name.split(".") for name in names(file, text)}
     return sorted(
         name
@@ -186,7 +186,7 @@ def test_imports_of_tests_are_seen(text):
 
 
 def test_folders_have_one_order():
-    """Inside a folder imports go downwards only: there is an order without a circle."""
+    """The imports between modules have no cycle."""
     inside = {}
     modules = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
     for module, file in modules.items():
@@ -196,7 +196,7 @@ def test_folders_have_one_order():
             inside[module] = below - {module}
     while inside:
         lowest = {m for m, below in inside.items() if not below & set(inside)}
-        assert lowest, f"a circle among {sorted(inside)}"
+        assert lowest, f"an import cycle among {sorted(inside)}"
         inside = {m: below for m, below in inside.items() if m not in lowest}
 
 
@@ -206,7 +206,7 @@ def test_compiles(file):
 
 
 def test_data_needs_no_jax():
-    """What a loading process imports is there without JAX, and brings none in."""
+    """Data workers need no JAX: clipx.data imports without it, and does not import it."""
     modules = [
         file.removesuffix(".py").replace("/", ".")
         for file in FILES

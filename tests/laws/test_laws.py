@@ -1,4 +1,4 @@
-"""The laws that every objective keeps; the files in clipx/objectives are the list."""
+"""The laws, for every objective. The list of objectives is the files in clipx/objectives."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from support import laws, tiny
 from clipx.ops import photometry
 from clipx.ops.photometry import Policy
 
-# what pictures go through before a tower is the same for every method; crops and flips are the
-# host's, so policies that differ in those alone stand for each other
+# Photometry on the device is the same code for every method, so one method tests it. Crops and
+# flips happen on the host, so one of several policies that differ only in them is enough.
 DEVICE = {
     dataclasses.replace(policy, scale=(0.9, 1.0), flip=False, mirror_words=False): name
     for name, policy in photometry.POLICIES.items()
@@ -24,14 +24,14 @@ def test_topology_and_slices(name, dtype, tolerance):
     laws.check_topology_and_slices(name, dtype, tolerance)
 
 
-@pytest.mark.slow  # one axis of the two above
+@pytest.mark.slow  # one of the two axes that the test above covers
 @pytest.mark.parametrize("name", tiny.OBJECTIVES)
 def test_topology_of_data_alone(name):
     expected = tiny.value_and_grads(name)
     laws.assert_same(tiny.value_and_grads(name, mesh={"data": 8}), expected, 1e-5)
 
 
-@pytest.mark.slow  # law 3 holds every policy to its rows
+@pytest.mark.slow  # `test_rows` covers every policy
 @pytest.mark.parametrize("name", POLICIES)
 def test_topology_and_slices_of_policies(name):
     expected = tiny.value_and_grads(name)
@@ -51,7 +51,7 @@ def test_edge(name):
 
 @pytest.mark.parametrize("name", tiny.OBJECTIVES)
 def test_memory(name):
-    """Law 6: the memory that comes out has the structure and shapes of what went in."""
+    """Law 6: the memory after a step has the structure and shapes of the memory before it."""
     before = jax.eval_shape(tiny.objective(name).init_memory)
     after = tiny.value_and_grads(name)[3] if before else {}
     assert jax.tree.structure(before) == jax.tree.structure(after)

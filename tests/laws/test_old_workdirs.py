@@ -1,5 +1,5 @@
-"""Workdirs that clipx 0.1.0 of 2026-11-28 wrote open for good: they are restored, evaluated, and
-gone on with to the numbers that the code of then got."""
+"""Workdirs that clipx 0.1.0 wrote on 2026-11-28 can still be restored and evaluated. Training that
+continues from them gives the numbers that the code gave then."""
 
 import json
 import tarfile
@@ -32,7 +32,7 @@ def rows(workdir):
 
 @pytest.mark.parametrize("name", ["declip", "protoclip"])
 def test_goes_on_as_it_began(workdirs, name):
-    """The checkpoint is that of step 2 of 4; metrics.jsonl holds the whole run as it was."""
+    """The checkpoint is of step 2 of 4. metrics.jsonl holds all 4 steps of the original run."""
     workdir = workdirs / name
     expected = [row for row in rows(workdir) if len(row) > 3]
     config = json.loads((workdir / "config.json").read_text())

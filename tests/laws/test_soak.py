@@ -1,4 +1,4 @@
-"""Hours of a feed in some minutes: memory stays what it was.
+"""Hours of data loading within minutes: memory does not grow.
 
 Opt-in: CLIPX_SOAK=1 python -m pytest -m slow tests/laws/test_soak.py
 """
@@ -22,8 +22,8 @@ from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import TokenizerConfig
 
 SAMPLES, BATCH, ROWS, SIDE = 200_000, 125, 1000, 64
-WARM = 40_000  # samples before memory counts
-EVERY = 10_000  # samples between two looks
+WARM = 40_000  # samples before the first measurement of memory
+EVERY = 10_000  # samples between two measurements
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory of a process and of all that it started."""
+    """Bytes of resident memory of a process and of all its children."""
     pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     total = pages * resource.getpagesize()
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
@@ -44,7 +44,7 @@ def resident(pid: int) -> int:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A thousand small JPEGs with a caption or two each, in shards."""
+    """Shards of a thousand small JPEGs with one or two captions each."""
     folder = tmp_path_factory.mktemp("soak")
     rng = np.random.default_rng(0)
     with (folder / "captions.csv").open("w", newline="") as file:

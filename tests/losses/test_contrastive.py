@@ -1,4 +1,4 @@
-"""The sharded, tiled losses against plain dense ones, forward and backward, on every mesh."""
+"""The sharded, tiled losses equal plain dense ones, in value and gradients, on every mesh."""
 
 import itertools
 from functools import partial
@@ -23,7 +23,7 @@ def rows(b=24, d=6):
     return unit(rng.normal(size=(b, d))), unit(rng.normal(size=(b, d)))
 
 
-def strangers(b, ids, groups):
+def excluded_pairs(b, ids, groups):
     out = np.zeros((b, b), bool)
     if ids is not None:
         out |= (ids[:, None] == ids[None]) & ~np.eye(b, dtype=bool)
@@ -32,7 +32,7 @@ def strangers(b, ids, groups):
 
 
 def dense_info_nce(a, b, scale, bias, ids=None, groups=1):
-    logits = jnp.where(strangers(len(a), ids, groups), -jnp.inf, scale * a @ b.T)
+    logits = jnp.where(excluded_pairs(len(a), ids, groups), -jnp.inf, scale * a @ b.T)
     match = jnp.diag(logits)
     lse = jax.nn.logsumexp
     return 0.5 * (lse(logits, axis=1) - match) + 0.5 * (lse(logits, axis=0) - match)
@@ -41,13 +41,13 @@ def dense_info_nce(a, b, scale, bias, ids=None, groups=1):
 def dense_sigmoid(a, b, scale, bias, ids=None, groups=1):
     sign = 2 * np.eye(len(a)) - 1
     pairs = -jax.nn.log_sigmoid(sign * (scale * a @ b.T + bias))
-    return jnp.sum(jnp.where(strangers(len(a), ids, groups), 0.0, pairs), axis=1)
+    return jnp.sum(jnp.where(excluded_pairs(len(a), ids, groups), 0.0, pairs), axis=1)
 
 
 def dense_nt_xent(a, b, scale, bias, ids=None, groups=1):
-    foreign, both = strangers(len(a), None, groups), jnp.concatenate([a, b])
+    excluded, both = excluded_pairs(len(a), None, groups), jnp.concatenate([a, b])
     logits = scale * both @ both.T
-    never = np.tile(foreign, (2, 2)) | np.eye(2 * len(a), dtype=bool)
+    never = np.tile(excluded, (2, 2)) | np.eye(2 * len(a), dtype=bool)
     lse = jax.nn.logsumexp(jnp.where(never, -jnp.inf, logits), axis=1).reshape(2, -1)
     return jnp.mean(lse, axis=0) - scale * jnp.sum(a * b, axis=1)
 
@@ -60,14 +60,14 @@ def sigmoid(a, b, scale, bias, **options):
     return losses.sigmoid(a, b, scale=scale, bias=bias, **options)
 
 
-def nt_xent(a, b, scale, bias, ids=None, **options):  # a pair is known by its row alone
+def nt_xent(a, b, scale, bias, ids=None, **options):  # takes no ids
     return losses.nt_xent(a, b, temperature=1 / scale, **options)
 
 
 NAMES = ["info_nce", "sigmoid", "nt_xent"]
 PAIRS = [(info_nce, dense_info_nce), (sigmoid, dense_sigmoid), (nt_xent, dense_nt_xent)]
 IDS = np.arange(24) // 2
-# Each mesh, each tile size (an uneven last one among them) and each option, not their product.
+# Every mesh, tile size (one with an uneven last tile) and option occurs, but not every combination.
 CASES = [
     *itertools.product([None, (8, 1), (4, 2)], [None, 2], [{}]),
     ((1, 2), None, {}),
@@ -122,7 +122,7 @@ def test_a_ring_of_float32_equals_the_twin_of_float64(tiled, dense):
 
 
 def arrays(jaxpr):
-    """The size of everything that a program computes, and the names of what computes it."""
+    """(primitive, size of its output) of every equation of a program."""
     for equation in jaxpr.eqns:
         yield from ((equation.primitive.name, v.aval.size) for v in equation.outvars)
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
@@ -133,20 +133,20 @@ def arrays(jaxpr):
 
 @pytest.mark.parametrize("loss", [info_nce, sigmoid, nt_xent], ids=NAMES)
 def test_a_ring_gathers_nothing_and_holds_no_block(loss):
-    """512 rows of 4 on 8 devices, in tiles of 16 x 16: rows and their gradients are the largest."""
-    a, found = jnp.ones((512, 4)), {}
+    """512 rows of width 4 on 8 devices, in tiles of 16 x 16: nothing exceeds rows and gradients."""
+    a, programs = jnp.ones((512, 4)), {}
     with jax.set_mesh(make_mesh(MeshConfig(4, 2), jax.devices())):
         for form in ("gather", "ring"):
-            met = partial(loss, scale=9.0, bias=0.0, chunk=16, form=form)
-            slope = jax.make_jaxpr(jax.grad(lambda a, met=met: met(a, a).sum()))(a)
-            found[form] = list(arrays(slope.jaxpr))
-    names, sizes = zip(*found["ring"])
-    assert "all_gather" in dict(found["gather"]) and "all_gather" not in names
+            each = partial(loss, scale=9.0, bias=0.0, chunk=16, form=form)
+            slope = jax.make_jaxpr(jax.grad(lambda a, each=each: each(a, a).sum()))(a)
+            programs[form] = list(arrays(slope.jaxpr))
+    names, sizes = zip(*programs["ring"])
+    assert "all_gather" in dict(programs["gather"]) and "all_gather" not in names
     assert "ppermute" in names and max(sizes) <= 2 * a.size
 
 
 def test_the_form_suits_the_rows():
-    """And one that there is not is refused."""
+    """An unknown form is refused."""
 
     def picked(b, devices, form=None):
         rows = jax.ShapeDtypeStruct((b, 512), np.float32)
@@ -229,13 +229,13 @@ def declip(name):
 
 
 def sines(shape, phase, scale=1.0):
-    """The S of `declip.json`."""
+    """The function S of `declip.json`."""
     return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
 
 
 def test_info_nce_is_declips_pairings():
-    """`declip_objective`: the four pairings and the two views' neighbour terms, at scale exp 3.4;
-    and `clip_info_ce`, which gives logits: rows that meet the unit vectors."""
+    """`declip_objective`: four pairings, and the neighbour terms of both views, at scale exp 3.4.
+    `clip_info_ce`, which is a loss of logits: rows against the unit vectors."""
     oracle = declip("declip_objective")
 
     info_nce = jax.jit(losses.info_nce, static_argnames="symmetric")
@@ -269,17 +269,19 @@ def test_nt_xent_is_declips(wide):
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_the_queue_is_declips(wide):
-    """`memory_bank`: what is found, and a queue of 8 after three batches of 3, the last of which
-    overflows: two rows are written, one is dropped, and the next would be written first."""
+    """`memory_bank`: the nearest rows, and a queue of 8 after three batches of 3.
+
+    The last batch overflows: two rows are written, one is dropped, and the pointer returns to 0.
+    """
     oracle, close = declip("memory_bank"), {"rtol": 0, "atol": 1e-9 if wide else 1e-6}
     with jax.enable_x64(wide):
         bank = unit((np.cos(4 * sines((4, 8), 1.1)) + sines((4, 8), 0.3)).T)
         query = unit(np.cos(2 * sines((3, 4), 1.2)))
         queue, pointer, pointers = jnp.asarray(bank), jnp.int32(0), []
-        found = jax.jit(losses.nearest)(jnp.asarray(query), queue)
+        neighbours = jax.jit(losses.nearest)(jnp.asarray(query), queue)
         enqueue = jax.jit(losses.enqueue)
-        np.testing.assert_allclose(found, bank[oracle["nn_index"]], **close)
-        np.testing.assert_allclose(found, oracle["nn"], **close)
+        np.testing.assert_allclose(neighbours, bank[oracle["nn_index"]], **close)
+        np.testing.assert_allclose(neighbours, oracle["nn"], **close)
         for i in range(3):
             queue, pointer = enqueue(queue, pointer, unit(sines((3, 4), 5 + i) ** 3))
             pointers.append(int(pointer))
@@ -289,7 +291,7 @@ def test_the_queue_is_declips(wide):
 
 @pytest.mark.parametrize("shape", [None, (8, 1), (4, 2)], ids=str)
 def test_nearest_by_cosine_in_one_bank_or_one_for_each_group(shape):
-    """Bank rows of any length, an empty one among them, are returned as they are stored."""
+    """Bank rows of any length, one of zeros among them, come back as they are stored."""
     rng = np.random.default_rng(0)
     query, directions = rows()[0], unit(rng.normal(size=(3, 11, 6)))
     directions[:, 4] = 0
@@ -298,8 +300,8 @@ def test_nearest_by_cosine_in_one_bank_or_one_for_each_group(shape):
     of_group = [bank[i // 8, best[i // 8, i]] for i in range(24)]
 
     def both(query, bank):
-        found = losses.nearest(query, bank[1], chunk=2), losses.nearest(query, bank)
-        return jnp.sum(found[0] + found[1]), found
+        one, grouped = losses.nearest(query, bank[1], chunk=2), losses.nearest(query, bank)
+        return jnp.sum(one + grouped), (one, grouped)
 
     with jax.set_mesh(make_mesh(MeshConfig(*shape or (1,)), jax.devices()[: 8 if shape else 1])):
         step = jax.jit(jax.grad(both, (0, 1), has_aux=True))
@@ -309,7 +311,7 @@ def test_nearest_by_cosine_in_one_bank_or_one_for_each_group(shape):
     assert not any(np.any(x) for x in zero)
 
 
-def test_a_queue_is_whole_on_every_device_and_each_group_has_its_own():
+def test_a_queue_is_replicated_and_each_group_has_its_own():
     new = np.arange(16, dtype=np.float32).reshape(8, 2) + 1
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
         queue, pointer = jax.jit(losses.enqueue)(np.zeros((9, 2), np.float32), jnp.int32(0), new)

@@ -1,4 +1,4 @@
-"""FILIP's loss against the reference's numbers, and against a dense twin on every mesh."""
+"""FILIP's loss equals the reference's numbers, and a dense twin on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def unit(x):
 
 
 def sines(shape, phase, scale=1.0):
-    """The S of the oracle's convention."""
+    """The function S of the oracle."""
     return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
 
 
@@ -26,8 +26,8 @@ similarity = jax.jit(losses.token_similarity, static_argnames="chunk")
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_late_interaction_is_declips(wide):
-    """`dense_logits_filip` and `dense_logits_defilip`, one function twice: the loss; and, of the
-    tokens that the reference kept, both logits."""
+    """The loss, and both logits for the tokens that the reference kept. The oracle has the same
+    function twice, as `dense_logits_filip` and `dense_logits_defilip`."""
     oracle, close = ORACLE["dense_logits_filip"], {"rtol": 1e-9 if wide else 1e-5}
     assert oracle == ORACLE["dense_logits_defilip"]
     with jax.enable_x64(wide):
@@ -48,7 +48,7 @@ def test_late_interaction_is_declips(wide):
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_token_similarity_is_filips_evaluation(wide):
-    """`filip_eval`: a class's text is a matrix of prompts' mean tokens, of Frobenius norm 1."""
+    """`filip_eval`: a class is the matrix of its prompts' mean tokens, with Frobenius norm 1."""
     prompts = unit(np.cos(3 * sines((2, 2, 3, 4), 0.3)) + sines((2, 2, 3, 4), 1.0)).mean(axis=1)
     classes = prompts / np.linalg.norm(prompts, axis=(1, 2), keepdims=True)
     with jax.enable_x64(wide):
@@ -70,7 +70,7 @@ def tokens(dtype=np.float64):
 
 
 def dense(a, b, scale, top_k, a_mask=None, b_mask=None, groups=1):
-    """The same from the whole matrix of own pairs and of all pairs, in plain array code."""
+    """The loss in plain array code, which holds the token products of all pairs at once."""
     a_mask = np.ones((B, N), bool) if a_mask is None else a_mask
     b_mask = np.ones((B, M), bool) if b_mask is None else b_mask
 
@@ -89,7 +89,7 @@ def dense(a, b, scale, top_k, a_mask=None, b_mask=None, groups=1):
 
 
 MASKS = {"a_mask": A_MASK, "b_mask": B_MASK}
-CASES = [  # what is computed, then the meshes and tile sizes on which it is; "ring": also so
+CASES = [  # options of the loss; meshes and tile sizes, some with "ring" beside "gather"
     ({"top_k": 2}, [(None, 3), ((8, 1), 1), ((2, 2), 3, "ring")]),
     ({"top_k": None}, [((8, 1), None)]),
     ({"top_k": 3, **MASKS}, [(None, 5), ((4, 2), None, "ring")]),
@@ -120,7 +120,7 @@ def test_value_and_gradients_equal_the_dense_twin(options, layouts):
 
 
 def test_what_is_masked_does_not_matter():
-    """Not even where a text has fewer tokens that count than are kept."""
+    """Not even if a text has fewer unmasked tokens than `top_k`."""
     (a, b), (other, _) = tokens(np.float32), (x[::-1] for x in tokens(np.float32))
     changed = np.where(A_MASK[..., None], a, other), np.where(B_MASK[..., None], b, b[::-1])
     assert np.any(B_MASK.sum(axis=1) < 4)
@@ -129,7 +129,7 @@ def test_what_is_masked_does_not_matter():
 
 
 def test_finite_in_bfloat16_at_scale_100():
-    """Distinct rows, identical rows, identical tokens; one row a device."""
+    """For distinct rows, identical rows, and identical tokens, with one row per device."""
     a, b = (jnp.asarray(x[:8], jnp.bfloat16) for x in tokens())
     same = [jnp.broadcast_to(x[:1], x.shape) for x in (a, b)]
     one = [jnp.broadcast_to(x[:1, :1], x.shape) for x in (a, b)]

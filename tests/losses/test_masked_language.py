@@ -1,4 +1,4 @@
-"""Which words are hidden, and the cross-entropy of those alone against a dense twin."""
+"""Which words are masked, and their cross-entropy against a dense twin."""
 
 import functools
 
@@ -19,7 +19,7 @@ OPTIONS = {"vocab_size": 62, "mask_id": MASK, "special_ids": (SOT, EOT, MASK)}
 
 
 def captions(rows=4000, n=20, words=15):
-    """Words of any id but the marks', 0 among them, which is also what fills the row."""
+    """Words of any id except those of marks. 0 is the id of a word and of the padding."""
     ids = np.zeros((rows, n), np.int32)
     ids[:, 1 : words + 1] = np.random.default_rng(0).integers(0, MASK, (rows, words))
     ids[:, 0], ids[:, words + 1] = SOT, EOT
@@ -27,7 +27,8 @@ def captions(rows=4000, n=20, words=15):
 
 
 def test_statistics_at_a_fixed_key():
-    """15 % of the words, 80/10/10, no mark and no padding; a random id is any but the marks'."""
+    """15 % of the words are selected, and 80/10/10 of these masked, replaced and kept. Marks and
+    padding are never selected; random ids cover every id except those of marks."""
     ids, keys = captions(), jax.random.split(jax.random.key(0), 4000)
     corrupted, selected = map(np.asarray, mask(ids, keys, **OPTIONS))
     assert corrupted.dtype == ids.dtype and selected.dtype == bool
@@ -38,15 +39,15 @@ def test_statistics_at_a_fixed_key():
     new, old = corrupted[selected], ids[selected]
     masked, kept = new == MASK, new == old
     assert abs(masked.mean() - 0.8) < 0.015
-    # a random id is the word's own once in 59
+    # one random id in 59 is the id of the word itself
     assert abs(kept.mean() - 0.1 - 0.1 / 59) < 0.012
     np.testing.assert_array_equal(np.unique(new[~masked & ~kept]), np.arange(MASK))
     assert abs(np.mean(~selected.any(axis=1)) - 0.85**15) < 0.02
 
 
 def test_the_vocabulary_of_clip_and_marks_in_its_middle():
-    """`tokenizer_special`, `text_tiny`: DeCLIP's ids, and the end mark stays the first one; an id
-    below, between and above the special ones can be drawn."""
+    """`tokenizer_special`, `text_tiny`: with DeCLIP's ids the first end mark stays where it is.
+    Random ids can be below, between and above the special ids."""
     marks = ORACLE["tokenizer_special"]
     ids, keys = np.array(ORACLE["text_tiny"]["ids"]), jax.random.split(jax.random.key(1), 2)
     special = {"mask_id": marks["mask"], "special_ids": (marks["sot"], marks["eot"])}
@@ -63,23 +64,23 @@ def test_the_vocabulary_of_clip_and_marks_in_its_middle():
 
 
 def test_without_a_start_mark_and_padded_with_the_end_mark():
-    """SigLIP's ids: every word may be hidden, the first too, and nothing behind the first end mark;
-    no mark is drawn."""
+    """SigLIP's ids: every word may be selected, also the first, but nothing after the first end
+    mark. No random id is that of a mark."""
     ids = TokenizerConfig("sentencepiece", vocab_size=12, context=8, mask=True, marks="end")
     texts = np.array([[3, 4, 5, 1, 1, 1, 1, 1], [1] * 8, [6, 2, 7, 8, 9, 10, 3, 1]])
     options = {"vocab_size": ids.vocab_size, "mask_id": ids.mask_id}
     options |= {"special_ids": ids.special_ids, "rate": 1.0}
     words = (texts > 2).astype(bool)
-    drawn = set()
+    seen = set()
     for i in range(60):
         out, selected = map(np.asarray, mask(texts, jax.random.key(i), **options))
         np.testing.assert_array_equal(selected, words)
         np.testing.assert_array_equal(out[~words], texts[~words])
-        drawn |= set(out[words].tolist())
-    assert drawn == set(range(3, 12))
+        seen |= set(out[words].tolist())
+    assert seen == set(range(3, 12))
 
 
-def test_a_row_is_its_own_keys():
+def test_a_row_depends_on_its_own_key_alone():
     ids, keys = captions(8), jax.random.split(jax.random.key(0), 8)
     whole = mask(ids, keys, **OPTIONS)
     alone = mask(ids[3], keys[3], **OPTIONS)
@@ -138,7 +139,7 @@ def test_value_and_gradients_equal_the_dense_twin():
 
 
 def test_in_micro_batches_on_a_mesh():
-    """Inside a checkpointed scan over strided slices, as the step embeds its rows."""
+    """Inside a checkpointed scan over slices, as in the training step."""
 
     def sliced(states, kernel, bias, targets, selected, chunk):
         def embed(carry, rows):
@@ -164,7 +165,7 @@ def test_nothing_selected_is_nothing():
 
 
 def test_a_row_is_alone():
-    """Other rows' words and choices leave a row's bits as they are."""
+    """A row's bits do not depend on the words and the selection of other rows."""
     (states, kernel, bias), targets, selected = inputs(np.float32)
     loss = step(losses.masked_lm, 4)
     (_, before), _ = loss((states, kernel, bias), targets, selected)
@@ -179,8 +180,8 @@ def test_a_row_is_alone():
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_bfloat16(scale):
-    """States in half precision: the value is float32 and every gradient has its parameter's type;
-    close to float64 where logits are, finite where they are large."""
+    """For bfloat16 states the value is float32, and each gradient has the dtype of its parameter.
+    Results are close to float64 for small logits and finite for large ones."""
     (states, kernel, bias), targets, selected = inputs(np.float32)
     half = jnp.asarray(scale * states, jnp.bfloat16)
     (value, _), slopes = step(losses.masked_lm, 8)((half, kernel, bias), targets, selected)

@@ -1,4 +1,4 @@
-"""Prototype losses against the numbers of ProtoCLIP's own code, and against plain array code."""
+"""Prototype losses equal the numbers of ProtoCLIP's own code, and plain array code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = np.array([0, 3, 3, 6, 1, 2])
 
 
 def sines(r, c, p):
-    """The S of the oracle's `inputs`."""
+    """The function S of the oracle's `inputs`."""
     return np.sin(0.7 * np.arange(r * c).reshape(r, c) + p)
 
 
@@ -46,7 +46,7 @@ def test_hard_is_protoclips(wide):
 
 
 def check(oracle, temperature, wide):
-    """Value, gradients and accuracy; and no gradient for prototypes or what targets come from."""
+    """Value, gradients and accuracy. Neither the prototypes nor the teacher get a gradient."""
     close = {"rtol": 1e-9 if wide else 1e-5}
 
     def loss(rows, log_scale, student, teacher):
@@ -69,7 +69,7 @@ def check(oracle, temperature, wide):
 
 @WIDE
 def test_back_translation_is_protoclips(wide):
-    """`pbt`, which has seven decimals, and the same means to the last"""
+    """`pbt`, which is given to seven decimals, and the exact means"""
     oracle, labels = ORACLE["pbt"], np.array([0, 2, 2, 5, 5, 5, 0, 1, 1, 1, 1, 2])
     features = unit(sines(12, 4, 0.9))
     with jax.enable_x64(wide):
@@ -81,7 +81,7 @@ def test_back_translation_is_protoclips(wide):
 
 
 def test_the_same_on_a_mesh():
-    """Value and gradient of rows spread over devices, and a table that is whole on each."""
+    """Value and gradient with sharded rows and a replicated table."""
     rng = np.random.default_rng(0)
     rows, features = (unit(rng.normal(size=(16, 6))) for _ in range(2))
     labels = rng.integers(0, 9, 16).astype(np.int32)
@@ -111,9 +111,9 @@ def test_the_same_on_a_mesh():
 
 @pytest.mark.parametrize("shape", [(1,), (4, 2)], ids=str)
 @pytest.mark.parametrize("hard", [True, False], ids=["labels", "soft"])
-def test_a_table_that_goes_round(shape, hard, monkeypatch):
-    """Value and gradients are those of the whole table, of a number of prototypes that no device
-    count divides, in tiles; a label of nobody costs nothing."""
+def test_the_ring_equals_the_gathered_form(shape, hard, monkeypatch):
+    """The form "ring" equals "gather" in value and gradients, in tiles, for a number of prototypes
+    that no device count divides. A label outside 0..k-1 costs nothing."""
     monkeypatch.setattr(ring, "TILES", (16, 16))
     rng = np.random.default_rng(0)
     rows, table, teacher = (unit(rng.normal(size=(n, 6))) for n in (16, 11, 11))
@@ -139,15 +139,15 @@ def test_a_table_that_goes_round(shape, hard, monkeypatch):
     assert (np.asarray(got[0][1])[3] == 0) == hard
 
 
-def test_labels_of_nobody_and_values_that_are_not_finite():
-    """Rows of labels outside 0..k-1 count in no mean; a NaN stays in its own cluster."""
+def test_labels_without_a_prototype_and_values_that_are_not_finite():
+    """Rows with labels outside 0..k-1 are in no mean; a NaN stays in its own cluster."""
     x = np.array([[1.0, 2], [np.nan, 1], [3, 4], [5, 6]], np.float32)
     got = losses.back_translate(np.array([-1, 2, 0, 7]), x, 4)
     np.testing.assert_array_equal(got, [[3, 4], [0, 0], [np.nan, 1], [0, 0]])
 
 
 def test_finite_in_bfloat16_at_scale_100():
-    """Of rows that are alike, of tables of zeros, at a temperature of 0.01."""
+    """For identical rows, for prototypes of zeros, at a temperature of 0.01."""
     rows = jnp.asarray(unit(sines(4, 5, 0.1)), jnp.bfloat16)
 
     def loss(x, table):

@@ -1,4 +1,4 @@
-"""SimSiam's loss against the reference's numbers, and at the edges."""
+"""SimSiam's loss equals the reference's numbers, and is finite at the edges."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ ORACLE = load_oracle("declip")
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_simsiam_is_declips(wide):
-    """`simsiam`: the loss, and its gradient with respect to p1; none reaches z."""
+    """`simsiam`: the loss and its gradient by p1; z gets no gradient."""
     oracle = ORACLE["simsiam"]
     with jax.enable_x64(wide):
         views = [np.sin(p + 0.7 * np.arange(24.0)).reshape(4, 6) for p in (0.1, 0.2, 0.3, 0.4)]
@@ -29,7 +29,7 @@ def test_simsiam_is_declips(wide):
         assert oracle["grad_z1_is_none"] and not np.any(d_z1) and not np.any(d_z2)
 
 
-def test_finite_in_bfloat16_even_for_empty_rows():
+def test_finite_in_bfloat16_even_for_zero_rows():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.bfloat16)
     for p, z in ((x, x), (1e4 * x, -x), (0 * x, x), (x, 0 * x)):
         each, slope = jax.vjp(lambda p, z=z: losses.simsiam(p, z, p, z), p)

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted here, against attention written out in float64."""
+"""The TPU's attention kernel, interpreted on the CPU, against attention in float64."""
 
 from functools import partial
 
@@ -34,9 +34,9 @@ def with_gradient(fn, packed, dy):
     return y, pull(dy.astype(y.dtype))[0]
 
 
-def distances(found, exact):
-    """The root mean square of what is wrong, and the largest of it, relative."""
-    wrong = np.abs(np.asarray(found, np.float64) - exact)
+def distances(values, exact):
+    """(root mean square error, largest error), both relative."""
+    wrong = np.abs(np.asarray(values, np.float64) - exact)
     norm = np.linalg.norm
     return norm(wrong) / norm(exact), np.max(wrong) / np.max(np.abs(exact))
 
@@ -52,8 +52,8 @@ def distances(found, exact):
     ],
 )
 def test_values_and_gradients(rows, tokens, heads, d, causal, masked, dtype):
-    """As near to the truth as attention without the kernel is; single elements, whose rounding
-    depends on the processor, nearly so."""
+    """The kernel's mean error is that of attention without the kernel. Its largest error may be a
+    little larger, because the rounding of single elements depends on the processor."""
     packed, dy = inputs(rows, tokens, heads, d, dtype)
     lengths = jnp.arange(1, rows + 1) * tokens // rows if masked else None
 
@@ -89,7 +89,7 @@ def test_rows_are_alone():
 
 
 def test_meshes():
-    """Rows and heads stay on the devices that hold them, and the numbers are one device's."""
+    """Rows and heads stay on their devices, and the results equal those of one device."""
     packed, dy = inputs(8, 5, 2, 8, "float32")
     lengths = jnp.arange(8) % 5 + 1
 
@@ -107,18 +107,18 @@ def test_meshes():
         np.testing.assert_allclose(one, many, rtol=1e-6, atol=1e-6)
 
 
-def test_the_platform_is_the_meshs():
+def test_the_platform_is_that_of_the_mesh():
     assert not on_tpu()
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert not on_tpu()
-        assert not has_kernel(9, 5, 2, 8, "float32")  # rows that do not divide
+        assert not has_kernel(9, 5, 2, 8, "float32")  # the devices do not divide the rows
         assert has_kernel(16, 5, 2, 8, "float32")
     assert not has_kernel(16, 5, 2, 8, "float64")
     assert not has_kernel(16, 4096, 2, 64, "bfloat16")
 
 
 def test_an_affine_layer_is_the_same_on_tpus(monkeypatch):
-    """In values, gradients and initial parameters, with and without an order of its axes."""
+    """In values, gradients and initial parameters, with and without `order`."""
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
     module = layers.Affine((3, 2, 4), "float32", layers.torch_uniform, inputs=2)
 
@@ -140,7 +140,7 @@ def test_an_affine_layer_is_the_same_on_tpus(monkeypatch):
 
 
 def test_a_layer_norm_is_the_same_on_tpus(monkeypatch):
-    """In values and gradients, for rows far from zero and rows without variance too."""
+    """In values and gradients, also for rows far from zero and for rows without variance."""
     x = jax.random.normal(jax.random.key(0), (3, 5, 16)) + jnp.array([0, 100, 0])[:, None, None]
     x = x.at[2].set(0.5)
     module = layers.LayerNorm(dtype="float32")
@@ -163,7 +163,7 @@ def test_a_layer_norm_is_the_same_on_tpus(monkeypatch):
 
 
 def test_a_transformer_is_the_same_on_tpus(monkeypatch):
-    """Flattened and padded, with the kernel: values, gradients and dropout."""
+    """In values, gradients and dropout, although rows are flattened and padded for the kernel."""
     module = transformer.Transformer(
         depth=2, heads=2, mlp_width=32, causal=True, dropout=0.2, scan=True, remat="full"
     )
@@ -200,7 +200,7 @@ def products(jaxpr, times=1):
 
 
 def kernels(jaxpr):
-    """The kernels that a jaxpr calls: FLOPs declared, and those of the products inside."""
+    """For each kernel that a jaxpr calls: (declared FLOPs, FLOPs of the products inside)."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             grid = int(np.prod(eqn.params["grid_mapping"].grid))
@@ -211,7 +211,7 @@ def kernels(jaxpr):
 
 
 def test_kernels_declare_what_they_do():
-    """Every product of the kernels, and something for the rest, is in the cost they declare."""
+    """The declared cost covers every product of the kernel, and a little more for the rest."""
     packed, dy = inputs(16, 56, 2, 64, "bfloat16")
 
     def fn(packed, dy):
@@ -228,7 +228,7 @@ def test_kernels_declare_what_they_do():
     "sizes, causal", [({}, True), ({"data": 2, "tensor": 2}, False)], ids=["data", "tensor"]
 )
 def test_compiled_for_tpu(sizes, causal):
-    """A block's step has the kernel, forward and backward, and its work is charged in full."""
+    """A block's step has the kernel, forward and backward, and its FLOPs count in full."""
     mesh = make_mesh(MeshConfig(**sizes), parse("v5e:2x2").devices())
     rows, tokens, heads, width = 8, 50, 2, 128
     module = transformer.Transformer(

@@ -1,4 +1,4 @@
-"""The BERT tower against BERT in NumPy, in Hugging Face's names and torch's layouts."""
+"""The BERT tower against BERT in NumPy, which has Hugging Face's names and torch's layouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = np.array(
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint of the tiny tower, none of it zero or one."""
+    """A checkpoint of the tiny tower, in which no array is all zeros or ones."""
     rng = np.random.default_rng(seed)
     c, m = 8, 32
     shapes = {
@@ -85,7 +85,7 @@ def tower(tmp_path, saved, **fields) -> BERT:
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
-    """Those of the checkpoint, as a run begins with them."""
+    """The parameters of the checkpoint, as a run starts with them."""
     return tower(tmp_path_factory.mktemp("bert"), arrays()).pretrained()
 
 
@@ -103,7 +103,8 @@ def test_equals_the_reference_and_does_not_see_padding(params, dtype, tolerance)
 
 
 def test_padding_ends_where_the_text_does(params):
-    """An id of padding inside a text is a token; so it is after the end mark, where none is."""
+    """Everything after the end mark is padding. In a text without an end mark a `pad_id` counts as
+    a token unless it is at the end."""
     apply = jax.jit(BERT(**TINY).apply)
     ids = IDS.copy()
     ids[0, 4:], ids[1, 3:] = 11, 12  # after the end mark
@@ -166,7 +167,7 @@ def test_initialisation_is_berts():
 
 
 def test_a_checkpoint_fills_every_entry_but_the_projection(tmp_path):
-    """With and without "bert.", old names of norms, more layers than the tower has, half floats."""
+    """With the prefix "bert.", old names of norms, more layers than the tower has, and float16."""
     saved = {
         "bert."
         + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -190,18 +191,18 @@ def test_a_checkpoint_fills_every_entry_but_the_projection(tmp_path):
 
 
 def test_wrong_checkpoints_are_config_errors(tmp_path):
-    def said(bert):
+    def message(bert):
         with pytest.raises(ConfigError) as error:
             bert.pretrained()
         assert error.value.where == "config.text.init_from"
         return str(error.value)
 
-    assert "No such file" in said(BERT(**TINY | {"init_from": str(tmp_path / "none")}))
+    assert "No such file" in message(BERT(**TINY | {"init_from": str(tmp_path / "none")}))
     (tmp_path / "text").write_text("not a checkpoint, whatever its name may be")
-    assert "a safetensors file" in said(BERT(**TINY | {"init_from": str(tmp_path / "text")}))
+    assert "a safetensors file" in message(BERT(**TINY | {"init_from": str(tmp_path / "text")}))
     without = {name: x for name, x in arrays().items() if "layer.1.output.dense" not in name}
-    assert "no encoder.layer.1.output.dense.weight" in said(tower(tmp_path, without))
-    small = said(tower(tmp_path, arrays(), vocab_size=12))
+    assert "no array encoder.layer.1.output.dense.weight" in message(tower(tmp_path, without))
+    small = message(tower(tmp_path, arrays(), vocab_size=12))
     assert "shape (16, 8)" in small and "(12, 8)" in small
     assert "config.tokenizer.vocab_size=16" in small
 

@@ -1,5 +1,7 @@
-"""Critics and discriminators against the figures of CLIP-Lite's own code (commit a6825d0), whose
-parameters, shaped as torch has them, are sines of their order and index."""
+"""Critics and discriminators equal the numbers of CLIP-Lite's own code (commit a6825d0).
+
+The parameters, in torch's shapes, are sines of their order and index.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def exact():
 
 
 def block(channels: int, width: int, base: float):
-    """The parameters and the fresh statistics of one projection."""
+    """(parameters, initial statistics) of one projection."""
     shapes = [(width, channels), (width,), (width,), (width, width), (width,)]
     shapes += [(width, channels), (width,), (width,), (width,)]
     p = [
@@ -132,7 +134,7 @@ def test_concat_critic():
     positive, negative = critic.apply(variables, X, T)
     expected = [-0.2706411792688056, -0.1727022420306412, 0.006268378268428784]
     np.testing.assert_allclose(positive, expected, **TIGHT)
-    pairs = critic.apply(variables, X, T[:2], method="pairs")  # other counts of rows
+    pairs = critic.apply(variables, X, T[:2], method="pairs")  # sides with different row counts
     np.testing.assert_allclose(np.diag(pairs), positive[:2], rtol=1e-12)
     np.testing.assert_allclose([pairs[0, 1], pairs[2, 0]], negative[np.array([0, 2])], rtol=1e-12)
 
@@ -167,13 +169,13 @@ def test_initialisation_is_torchs_and_a_noisy_identity():
         value = block[layer][name]
         assert 0.9 < np.abs(value).max() * fan_in**0.5 <= 1
         np.testing.assert_allclose(value.std() * (3 * fan_in) ** 0.5, 1, rtol=0.2)
-    copy = block["shortcut"]["kernel"]
-    np.testing.assert_array_equal(np.diag(copy), 1)
-    rest = copy[~np.eye(*copy.shape, dtype=bool)]
+    shortcut = block["shortcut"]["kernel"]
+    np.testing.assert_array_equal(np.diag(shortcut), 1)
+    rest = shortcut[~np.eye(*shortcut.shape, dtype=bool)]
     assert 0.0099 < np.abs(rest).max() <= 0.01 and abs(rest.mean()) < 5e-4
     concat = jax.jit(ConcatCritic(64).init)(jax.random.key(0), x, x[:, :16])["params"]
     for value in (concat["left"]["kernel"], concat["right"]["kernel"], concat["left"]["bias"]):
-        assert 0.9 < np.abs(value).max() * 64**0.5 <= 1  # of both sides' channels together
+        assert 0.9 < np.abs(value).max() * 64**0.5 <= 1  # fan-in: the channels of both sides
 
 
 def test_a_projection_narrower_than_its_features_is_a_config_error():
@@ -210,7 +212,7 @@ def test_groups_normalise_alone_and_keep_the_first_groups_statistics():
 
 @pytest.mark.parametrize("rows", [np.ones((1, 6)), np.ones((4, 6)), 1e4 * X])
 def test_scores_are_finite_at_any_rows(rows):
-    """One row, equal rows (no variance), huge ones; at a scale of 100."""
+    """For one row, equal rows (no variance) and huge rows, at a scale of 100."""
     variables = jax.tree.map(functools.partial(np.asarray, dtype=np.float32), dot_variables())
     variables["params"]["logit_scale"] = np.float32(math.log(100))
     a, b = (np.asarray(x, np.float32) for x in (rows, rows[:, :4]))

@@ -72,7 +72,7 @@ def test_batch_norm_keeps_torchs_running_statistics():
 
 
 def torch_value(path, leaf):
-    """The value of one parameter: a formula of its name and shape in torch."""
+    """The value of a parameter: a formula of the name and shape that it has in torch."""
     *modules, kind = (p.key for p in path)
     if modules[:1] == ["projection"]:
         modules = ["attnpool", "c_proj"]
@@ -97,9 +97,9 @@ def attnpool_values(width, tokens):
 
 
 # One training step of open_clip's ModifiedResNet([2, 1, 1, 1], output_dim=3, heads=2,
-# image_size=64, width=4) and of torchvision's ResNet(BasicBlock or Bottleneck, [2, 1, 1, 1]) in
-# float64, every parameter as `torch_value` says: first outputs, and the running variance after it
-# of layer4.0's last (modified) or second (plain) BatchNorm.
+# image_size=64, width=4) and of torchvision's ResNet(BasicBlock or Bottleneck, [2, 1, 1, 1]), in
+# float64, with the parameters of `torch_value`: the first outputs, and the running variance of one
+# BatchNorm of layer4.0 after the step (modified: the last, plain: the second).
 GOLDEN = [
     (
         dict(variant="RN50", width=4, embed_dim=3),
@@ -158,11 +158,11 @@ def test_blocks_start_as_their_shortcut():
 
     scales, stats = start()
     assert not np.any(scales[0]) and not np.any(scales[1])
-    for path, value in jax.tree.leaves_with_path(stats):  # `init` sees no batch
+    for path, value in jax.tree.leaves_with_path(stats):  # `init` does not update them
         assert (value == (path[-1].key == "var")).all()
 
 
-def test_rows_stand_alone_in_evaluation():
+def test_rows_are_independent_in_evaluation():
     resnet = ResNet(**TINY)
     random = np.random.default_rng(0)
     x = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
@@ -176,7 +176,7 @@ def test_rows_stand_alone_in_evaluation():
     assert out.backbone.shape == (3, 16)
 
 
-def test_the_last_map_is_there_for_whoever_asks_and_leaves_no_trace():
+def test_the_last_map_is_sown_and_perturbed_only_on_request():
     resnet = ResNet(**{**TINY, "blocks": (1,)})
     random = np.random.default_rng(0)
     x = random.normal(size=(3, 16, 16, 3)).astype(np.float32)

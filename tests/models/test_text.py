@@ -23,7 +23,7 @@ IDS = np.array(
 
 @pytest.fixture(scope="module")
 def params():
-    """Random, none zero or one, made without compiling `init`."""
+    """Random parameters, none all zeros or ones, made without compiling `init`."""
     random = np.random.default_rng(1)
     shapes = jax.eval_shape(TextTransformer(**TINY).init, jax.random.key(0), IDS)
     return jax.tree.map(lambda v: 0.3 * random.normal(size=v.shape).astype(v.dtype), shapes)
@@ -131,8 +131,8 @@ def test_masked_padding_is_not_seen(params, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_end_mark_may_pad(params, causal):
-    """A text ends at the first: what is masked or read out there is as with other padding. The last
-    token of SigLIP's tower sees them all."""
+    """A text ends at its first end mark, so end marks can pad it as zeros can. SigLIP's tower pools
+    the last token, which attends to the padding."""
     zeros = IDS[:2] * (np.arange(8) < [[4], [3]])
     ends = np.where(np.arange(8) < [[4], [3]], IDS[:2], EOT)
     for pool in ("eot", "last", "mean"):
@@ -180,7 +180,7 @@ def test_bfloat16_is_finite_and_near(params):
 
 
 @pytest.mark.parametrize(
-    "width,depth,heads,parameters",  # open_clip's, less the visual tower and the logit scale
+    "width,depth,heads,parameters",  # open_clip's, minus the visual tower and the logit scale
     [
         (512, 12, 8, 151_277_313 - 87_849_216 - 1),  # ViT-B-32
         (1024, 24, 16, 1_366_678_273 - 1_012_645_632 - 1),  # ViT-g-14
@@ -225,5 +225,5 @@ def test_impossible_fields_are_config_errors(fields, where):
 
 def test_ids_and_lengths_outside_the_model_do_not_pass_silently(params):
     assert np.isnan(encode(params, np.full((1, 8), 32, np.int32)).raw).all()
-    with pytest.raises(ValueError, match="TextTransformer.context: 8"):
+    with pytest.raises(ValueError, match="TextTransformer.context=8, but"):
         encode(params, np.zeros((1, 9), np.int32))

@@ -1,4 +1,4 @@
-"""What towers declare about themselves is so."""
+"""What towers declare about themselves is true."""
 
 import math
 
@@ -29,7 +29,7 @@ DECLARED = {
 
 @pytest.mark.parametrize("tower", TOWERS, ids=lambda t: type(t).__name__)
 def test_declarations(tower):
-    """Widths are those of the output, the table of positions is where it is said to be."""
+    """Declared widths are those of the output, and the position table is where it is declared."""
     example = jnp.zeros((1, 9), jnp.int32)
     if "image_size" in binding.fields(type(tower)):
         example = jnp.zeros((1, tower.image_size, tower.image_size, 3))

@@ -24,7 +24,7 @@ def row_keys(rows, first=0):
 
 
 def random_params(tower, x, scale=0.3):
-    """Parameters in which nothing is zero or one, made without compiling `init`."""
+    """Random parameters, none all zeros or ones, made without compiling `init`."""
     random = np.random.default_rng(1)
     shapes = jax.eval_shape(tower.init, jax.random.key(0), x)
     return jax.tree.map(lambda v: scale * random.normal(size=v.shape).astype(v.dtype), shapes)
@@ -102,7 +102,7 @@ def test_equals_the_reference(dtype, tolerance):
 
 
 def test_frozen_patches_learn_nothing_and_change_nothing_else(params):
-    """The zero gradient of DeCLIP's patch convolution; pixels keep theirs."""
+    """The patch embedding gets no gradient, as in DeCLIP's code; the pixels keep theirs."""
 
     def step(freeze):
         vit = ViT(**TINY, freeze_patches=freeze)
@@ -115,8 +115,8 @@ def test_frozen_patches_learn_nothing_and_change_nothing_else(params):
     (value, (learned, pixels)), (other, (frozen, same)) = step(False), step(True)
     assert value == other and np.any(pixels)
     np.testing.assert_array_equal(pixels, same)
-    own = [g["params"].pop("patch_embedding")["kernel"] for g in (learned, frozen)]
-    assert np.any(own[0]) and not np.any(own[1])
+    kernels = [g["params"].pop("patch_embedding")["kernel"] for g in (learned, frozen)]
+    assert np.any(kernels[0]) and not np.any(kernels[1])
     jax.tree.map(np.testing.assert_array_equal, learned, frozen)
 
 
@@ -188,7 +188,7 @@ def test_pools_without_a_class_token(pool, dtype):
     assert out.raw.dtype == dtype and out.unit.dtype == jnp.float32
     np.testing.assert_array_equal(out.raw, out.backbone)
     np.testing.assert_allclose(np.linalg.norm(out.unit, axis=-1), 1, rtol=1e-5)
-    if pool == "mean":  # of the tokens after ln_post
+    if pool == "mean":  # the mean is taken over the tokens after ln_post
         tokens = np.asarray(out.tokens)
         centred = tokens - tokens.mean(-1, keepdims=True)
         norm, gain = params["params"]["ln_post"], 1 / np.sqrt(tokens.var(-1, keepdims=True) + 1e-5)
@@ -246,5 +246,5 @@ def test_impossible_fields_are_config_errors(fields, words):
 
 
 def test_wrong_picture_size_is_named(params):
-    with pytest.raises(ValueError, match=r"ViT.image_size: 16, pictures: \(3, 24, 24, 3\)"):
+    with pytest.raises(ValueError, match=r"ViT.image_size=16, but images of \(3, 24, 24, 3\)"):
         ViT(**TINY).apply(params, jnp.asarray(pictures(size=24)))

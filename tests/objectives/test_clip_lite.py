@@ -1,4 +1,4 @@
-"""CLIP-Lite: its total, its modes, and the laws for each of them."""
+"""CLIP-Lite: its total loss, its modes, and the laws for each mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipx.training.step import row_keys
 from clipx.types import Encoded
 
 LN2 = math.log(2)
-VARIANTS = [  # beside the default, which the laws find by themselves
+VARIANTS = [  # beside the default, which tests/laws covers
     "critic=concat,image_terms=True,prior=adversarial,false_negatives=mask",
     "critic=condot,text_terms=True,prior=off",
     "critic=dotcon,image_terms=True,groups=2",
@@ -51,7 +51,7 @@ def lite(**fields) -> CLIPLite:
 
 @functools.cache
 def variables(module: CLIPLite):
-    """Random ones of the heads alone; nothing is compiled."""
+    """Random variables of the heads alone; nothing is compiled."""
     rng = np.random.default_rng(1)
     features = features_of(module)
 
@@ -73,7 +73,7 @@ def features_of(module: CLIPLite, features=FEATURES):
 
 
 def loss(module, features=FEATURES):
-    """The loss with its metrics, and the statistics after it."""
+    """The metrics of the loss, and the running statistics after it."""
     out, changed = jax.jit(
         lambda features: module.apply(
             variables(module), features, {}, train=True, method="loss", mutable="batch_stats"
@@ -96,8 +96,8 @@ def test_the_total_is_weighted_as_the_authors_code_weights_it():
 
 
 @pytest.mark.parametrize("critic", ["dot", "concat"])
-def test_chance_is_what_a_critic_costs_that_knows_nothing(critic):
-    """All scores 0 and both discriminators at a half."""
+def test_chance_is_the_loss_of_a_critic_that_knows_nothing(critic):
+    """All scores are 0, and both discriminators say 1/2."""
     module = lite(critic=critic)
     params = jax.tree.map(np.array, variables(module)["params"])
     head = params["image_text"]
@@ -119,14 +119,15 @@ def test_chance_is_what_a_critic_costs_that_knows_nothing(critic):
 
 
 def test_groups_are_batches_of_their_own():
-    """The loss of two groups is the mean of theirs; the running statistics are the first one's."""
+    """With two groups, the loss is the mean of the groups' losses, and the running statistics are
+    those of the first group."""
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 4], FEATURES) for i in (0, 4)]
-    whole, stats = loss(lite(groups=2))
+    both, stats = loss(lite(groups=2))
     (first, first_stats), (second, _) = (loss(lite(), half) for half in halves)
     for name in ("loss", "loss/cross_modal", "batch/accuracy"):
-        np.testing.assert_allclose(whole[name], (first[name] + second[name]) / 2, rtol=1e-5)
+        np.testing.assert_allclose(both[name], (first[name] + second[name]) / 2, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), stats, first_stats)
-    assert not np.isclose(whole["loss"], loss(lite())[0]["loss"], rtol=1e-3)
+    assert not np.isclose(both["loss"], loss(lite())[0]["loss"], rtol=1e-3)
 
 
 def test_groups_that_do_not_divide_the_batch_are_a_config_error():
@@ -137,11 +138,11 @@ def test_groups_that_do_not_divide_the_batch_are_a_config_error():
 def test_a_negative_with_the_rows_own_caption_counts_nothing():
     module = lite(critic="concat", prior="off", false_negatives="mask")
     ids = np.array([5, 5, 1, 2, 2, 3, 4, 0], np.int32)  # rows 0 and 3 meet their own caption
-    found, _ = loss(module, FEATURES.replace(ids=ids))
+    masked, _ = loss(module, FEATURES.replace(ids=ids))
     positive, negative = module.bind(variables(module)).image_text(FEATURES.image, FEATURES.text)
     wrong = np.delete(np.asarray(jax.nn.softplus(negative)), [0, 3])
     expected = np.mean(jax.nn.softplus(-positive)) + wrong.mean()
-    np.testing.assert_allclose(found["loss/cross_modal"], expected, rtol=1e-6)
+    np.testing.assert_allclose(masked["loss/cross_modal"], expected, rtol=1e-6)
     same, _ = loss(module, FEATURES.replace(ids=np.zeros(ROWS, np.int32)))
     np.testing.assert_allclose(
         same["loss/cross_modal"], np.mean(jax.nn.softplus(-positive)), rtol=1e-6
@@ -150,7 +151,7 @@ def test_a_negative_with_the_rows_own_caption_counts_nothing():
 
 @functools.cache
 def prior_gradients(mode: str):
-    """The gradient of the mean prior term on both towers and both discriminators."""
+    """The mean prior term, and its gradient for both towers and both discriminators."""
     name = f"clip_lite:augmentation=none,prior={mode}"
     module, state = tiny.objective(name), tiny.variables("clip_lite:augmentation=none")
     batch, keys = tiny.batch(module, rows=4), row_keys(0, jnp.int32(5), 4)
@@ -165,7 +166,7 @@ def prior_gradients(mode: str):
     return jax.tree.map(np.asarray, (value, grads))
 
 
-def test_the_adversarial_prior_turns_the_towers_gradient_alone():
+def test_the_adversarial_prior_reverses_only_the_gradient_of_the_towers():
     (value, grads), (other, turned) = map(prior_gradients, ("cooperative", "adversarial"))
     assert value == other
     for name in ("image_prior", "text_prior"):
@@ -176,7 +177,7 @@ def test_the_adversarial_prior_turns_the_towers_gradient_alone():
 
 
 def test_the_priors_noise_is_each_rows_own_and_new_at_each_step():
-    """What the discriminators say of noise is all that keys change, with dropout off."""
+    """Without dropout, keys change only the noise."""
     module = tiny.objective("clip_lite:augmentation=none", dropout=0.0)
     state = tiny.variables("clip_lite:augmentation=none")
     batch = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), tiny.batch(module))
@@ -191,7 +192,7 @@ def test_the_priors_noise_is_each_rows_own_and_new_at_each_step():
 
 @pytest.mark.parametrize("critic", ["dot", "concat"])
 def test_similarity_is_the_critics(critic):
-    """In evaluation every picture meets every text as the critic scores them, up to its scale."""
+    """`similarity` scores every image with every text as the critic does, up to its scale."""
     module = tiny.objective(f"clip_lite:augmentation=none,critic={critic}")
     state, batch = (
         tiny.variables(f"clip_lite:augmentation=none,critic={critic}"),
@@ -235,7 +236,7 @@ def test_views_are_what_the_terms_need():
         ({"critic": "dots"}, "critic"),
         ({"prior": "adversary"}, "prior"),
         ({"prior_weight": 1.0}, "prior_weight"),
-        ({"prior_weight": 0.0}, "prior_weight"),  # which would leave the discriminators untrained
+        ({"prior_weight": 0.0}, "prior_weight"),  # would leave the discriminators untrained
         ({"width": 0}, "width"),
         ({"groups": 0}, "groups"),
     ],
@@ -249,7 +250,7 @@ def test_impossible_fields_are_config_errors(fields, where):
 
 
 def test_published_size():
-    """The critic and both discriminators over ResNet-50's and BERT's features: 31 tensors."""
+    """The critic and both discriminators, for features of ResNet-50 and BERT, have 31 tensors."""
     batch, keys = tiny.batch(lite(), rows=2), row_keys(0, jnp.int32(0), 2)
 
     def init():

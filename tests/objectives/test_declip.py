@@ -28,13 +28,13 @@ from clipx.types import TrainState
 
 
 def declip(**fields) -> DeCLIP:
-    """A tiny one, and what its fields say."""
+    """A tiny DeCLIP with these fields."""
     towers = {"image": tiny.Linear(embed_dim=8), "text": tiny.Linear(embed_dim=8)}
     return DeCLIP(**towers, **tiny.FIELDS["declip"] | fields)
 
 
 class Given(DeCLIP):
-    """DeCLIP whose neighbours, predictions and projections are the oracle's."""
+    """DeCLIP with the oracle's neighbours, predictions and projections."""
 
     def neighbours(self, features, memory, train):
         return [jnp.asarray(x, features.text.dtype) for x in ROWS[4:]], memory
@@ -48,7 +48,7 @@ HIDDEN = np.array([[4.5, 2], [3, 1], [0, 0], [2.5, 1]])  # a mean of 2.5 over fo
 
 
 def plain(rows, log_scale):
-    """The whole objective in plain array code, from rows that need not be of length 1."""
+    """The complete objective in plain array code, from rows of any length."""
     views, texts = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in rows[:2]], rows[2:]
 
     def half(a, b):
@@ -63,8 +63,8 @@ def plain(rows, log_scale):
 
 @WIDE
 def test_the_total_is_declips(wide):
-    """`declip_objective`: the total 11.0296054 and each of its terms, and the gradient of every
-    input against plain array code that gives the same total; views of any length."""
+    """Oracle `declip_objective`: the total 11.0296054 and each of its terms. The gradients are
+    compared with those of plain array code that gives the same total."""
     oracle, close = ORACLE["declip_objective"], {"rtol": 1e-9 if wide else 1e-5}
     module = Given(image=tiny.Linear(), text=tiny.Linear(), **tiny.WORDS)
 
@@ -95,7 +95,7 @@ def test_the_total_is_declips(wide):
 
 @WIDE
 def test_the_heads_are_declips(wide):
-    """`projection_mlp` and `prediction_mlp` in training, running statistics included."""
+    """Oracles `projection_mlp` and `prediction_mlp`: outputs and running statistics in training."""
     projector, predictor = BatchNormMLP((6, 6, 6), last_norm=True), BatchNormMLP((3, 6))
     names = {"linear1": "fc_0", "linear2": "fc_1", "linear3": "fc_2", "layer2": "fc_1"}
     names |= {"bn1": "norm_0", "bn2": "norm_1", "bn3": "norm_2"}
@@ -127,7 +127,7 @@ def test_the_heads_are_declips(wide):
 
 
 def test_the_scale_is_capped_and_its_gradient_is_not():
-    """`scale_clamp_ste`"""
+    """Oracle `scale_clamp_ste`."""
     oracle = ORACLE["scale_clamp_ste"]
     with jax.enable_x64(True):
         slope = jax.grad(lambda s, cap: 2 * capped(jnp.exp(s), cap))
@@ -140,7 +140,7 @@ def test_the_scale_is_capped_and_its_gradient_is_not():
 
 @pytest.mark.parametrize("spec, key", [("declip", "1e-3"), ("filip", "5e-4")])
 def test_the_schedule_is_declips(spec, key):
-    """`lr_yfcc_peak1e-3`, `lr_yfcc_peak5e-4`: the reference counts steps from 1."""
+    """Oracles `lr_yfcc_peak1e-3` and `lr_yfcc_peak5e-4`. The reference counts steps from 1."""
     config = files.load(str(ROOT / "configs" / f"{spec}.py"))
     optimizer, steps = bind(OptimizerConfig, config["optimizer"]), config["train"]["total_steps"]
     with jax.enable_x64(True):
@@ -151,8 +151,8 @@ def test_the_schedule_is_declips(spec, key):
 
 
 def test_published_size_and_what_decays():
-    """180.307 M of parameters; the heads' as counted in the authors' code. All decays but biases
-    of layers, gains and the scale; the patch embedding neither learns nor decays."""
+    """180.307 M parameters; the heads' numbers are counted in the authors' code. Everything decays
+    except biases of layers, gains and the scale. The patch embedding neither learns nor decays."""
     config = files.load(str(ROOT / "configs" / "declip.py"))
     run = assemble(config, jax.devices()[:1])
     params = run.state.params
@@ -198,8 +198,8 @@ def features_of(name: str, dropout: float = 0.0, train: bool = True) -> DeCLIPFe
 
 
 def test_the_first_text_has_hidden_words_but_not_in_evaluation():
-    """What is contrasted is the caption with hidden words, or, with `contrast_clean_caption`, the
-    caption, while as many words are hidden; in evaluation none is."""
+    """The first text is the caption with hidden words. With `contrast_clean_caption` it is the
+    caption itself, while `masked_lm` still hides as many words. In evaluation no word is hidden."""
     hidden = features_of("declip:mask_rate=0.5")
     clean = features_of("declip:mask_rate=0.5,contrast_clean_caption=True")
     still = features_of("declip:mask_rate=0.5", train=False)
@@ -228,9 +228,9 @@ def rows(seed, count=4):
 ALONE = {"simsiam_weight": 0.0, "masked_lm_weight": 0.0}
 
 
-def test_the_queue_is_asked_before_it_takes_in():
-    """Both texts look into the old queue; the augmented ones enter it first. A step whose rows
-    reach its end starts anew, and what lies beyond is dropped."""
+def test_the_queue_is_searched_before_it_is_filled():
+    """Both texts are looked up in the old queue. The augmented texts enter first. Rows beyond the
+    queue's end are dropped, and the next step starts at its beginning."""
     module = declip(**ALONE, queue_size=14, neighbour_weight=0.6)
     memory = module.init_memory()
     np.testing.assert_allclose(np.linalg.norm(memory["queue"], axis=1), 1, rtol=1e-6)
@@ -253,14 +253,15 @@ def test_the_queue_is_asked_before_it_takes_in():
         if step == 0:
             np.testing.assert_array_equal(queues[1][:8], np.concatenate([augmented, text]))
             np.testing.assert_array_equal(queues[1][8:], queues[0][8:])
-        if step == 1:  # 8 to 11 the augmented; 12 and 13 of the others, of which two are dropped
+        if step == 1:  # 8 to 11: augmented; 12 and 13: captions, of which two more are dropped
             np.testing.assert_array_equal(queues[2][8:], np.concatenate([augmented, text[:2]]))
             np.testing.assert_array_equal(queues[2][:8], queues[1][:8])
     assert pointers == [8, 0, 8]
 
 
-def test_neighbours_teach_pictures_alone():
-    """In both directions no gradient reaches the texts; the reverse one adds to the pictures'."""
+def test_neighbours_teach_images_alone():
+    """In either direction no gradient reaches the texts. The reverse direction changes the images'
+    gradient."""
     found = {}
     for direction in ("image_to_text", "both"):
         module = declip(**ALONE, contrastive_weight=0.0, neighbour_direction=direction)
@@ -276,8 +277,8 @@ def test_neighbours_teach_pictures_alone():
 
 
 def test_groups_have_queues_and_statistics_of_their_own():
-    """Two groups' neighbours and SimSiam terms are the means of those of each, with its queue;
-    what is contrasted with is all rows'."""
+    """With two groups, each has its own queue and SimSiam statistics. The contrastive term still
+    uses all rows as negatives."""
     names = ("declip:masked_lm_weight=0", "declip:masked_lm_weight=0,groups=2")
     variables = tiny.variables(names[0])
     one, two = (tiny.objective(name) for name in names)
@@ -287,9 +288,9 @@ def test_groups_have_queues_and_statistics_of_their_own():
     whole = loss_of(two, features, memory, variables)
     halves = []
     for group, part in enumerate((slice(0, 2), slice(2, 4))):
-        own = {"queue": memory["queue"][group], "pointer": memory["pointer"]}
+        group_memory = {"queue": memory["queue"][group], "pointer": memory["pointer"]}
         half = jax.tree.map(lambda x, part=part: x[part], features)
-        halves.append(loss_of(one, half, own, variables))
+        halves.append(loss_of(one, half, group_memory, variables))
         np.testing.assert_array_equal(whole.memory["queue"][group], halves[-1].memory["queue"])
     simsiam = [half.metrics["loss/simsiam"] for half in halves]
     np.testing.assert_allclose(whole.metrics["loss/simsiam"], np.mean(simsiam), rtol=1e-5)
@@ -302,7 +303,7 @@ def test_groups_have_queues_and_statistics_of_their_own():
         loss_of(two, jax.tree.map(lambda x: x[:3], features), memory, variables)
 
 
-def test_nothing_hidden_is_a_loss_of_nothing():
+def test_no_hidden_word_gives_a_masked_lm_loss_of_0():
     module = declip(simsiam_weight=0.0, neighbour_weight=0.0)
     features = DeCLIPFeatures(*rows(0), masked_lm=np.zeros((4, 2), np.float32))
     loss = loss_of(module, features, {})
@@ -352,9 +353,9 @@ def test_a_tokenizer_without_an_id_for_hidden_words_and_a_tower_without_a_width(
         DeCLIP(image=tiny.Linear(), text=tiny.Linear(embed_dim=0), mask_id=2)
 
 
-@pytest.mark.slow  # ProtoCLIP's run holds a memory to it too
+@pytest.mark.slow  # ProtoCLIP's run tests resuming with a memory too
 def test_a_run_that_goes_on_ends_in_the_same_bits(tmp_path):
-    """Law 7, queue and hidden words included: saved after the second of four steps."""
+    """Law 7 with a queue and hidden words: saved after the second of four steps."""
     module, optimizer = tiny.objective("declip"), optax.adam(1e-2)
     step = jax.jit(make_train_step(module, optimizer, seed=0))
     batches = [tiny.batch(module, rows=16, seed=seed) for seed in range(4)]

@@ -27,7 +27,7 @@ def filip(**fields) -> FILIP:
 
 @WIDE
 def test_the_loss_is_declips(wide):
-    """`dense_logits_filip`"""
+    """Oracle `dense_logits_filip`."""
     close = {"rtol": 1e-9 if wide else 1e-5}
     with jax.enable_x64(wide):
         image = jnp.asarray(unit(np.cos(5 * sines((2, 5, 4), 0.9)) + sines((2, 5, 4), 2.0)))
@@ -44,7 +44,7 @@ def test_the_loss_is_declips(wide):
 
 @WIDE
 def test_evaluation_is_declips(wide):
-    """`filip_eval`: a class's text is a matrix of prompts' mean tokens, of Frobenius norm 1."""
+    """Oracle `filip_eval`: a class's tokens are averaged over prompts, with Frobenius norm 1."""
     prompts = unit(np.cos(3 * sines((2, 2, 3, 4), 0.3)) + sines((2, 2, 3, 4), 1.0)).mean(axis=1)
     classes = prompts / np.linalg.norm(prompts, axis=(1, 2), keepdims=True)
     image = unit(np.cos(5 * sines((2, 5, 4), 0.9)))
@@ -66,7 +66,7 @@ def test_laws_of_options():
 
 
 def captions(rows=6, n=8):
-    """Texts of different lengths; what follows the end mark is 0, as CLIP pads."""
+    """Texts of different lengths. Ids after the end mark are 0, as CLIP pads."""
     rng = np.random.default_rng(0)
     ids, lengths = rng.integers(4, 64, (rows, n)), np.array([2, 3, 4, 6, 7, 8])[:rows]
     ids[np.arange(rows), lengths - 1] = 3
@@ -74,8 +74,8 @@ def captions(rows=6, n=8):
 
 
 def test_tokens_after_the_end_mark_count_for_nothing():
-    """They are 0 and nothing else is; ids behind the end mark, more end marks too, change nothing,
-    but without `mask_padding` they do."""
+    """Exactly the tokens after the end mark are 0. Other ids after the end mark, even more end
+    marks, change nothing with `mask_padding`, and change the results without it."""
     ids, lengths = captions()
     others = [np.where(np.arange(8) < lengths[:, None], ids, i).astype(np.int32) for i in (7, 3)]
     variables = tiny.variables("filip:top_k=3")
@@ -102,7 +102,7 @@ def test_tokens_after_the_end_mark_count_for_nothing():
 
 @pytest.mark.parametrize("evaluation", ["image_tokens", "both_tokens", "global"])
 def test_similarity(evaluation):
-    """Through `Encode`, against plain array code over the tokens that count."""
+    """`similarity` through `Encode`, against plain array code over the tokens before padding."""
     name = f"filip:evaluation={evaluation}"
     module, variables = tiny.objective(name), tiny.variables(name)
     ids, lengths = captions()
@@ -125,7 +125,7 @@ def test_similarity(evaluation):
 
 
 def test_hidden_words_leave_the_end_where_it_is():
-    """Most words hidden, a text is still read out at its own end mark."""
+    """Even with most words hidden, the end mark stays where it is and is never added."""
     module, (ids, lengths) = filip(mask_rate=0.9), captions()
     batch = tiny.batch(module, rows=6).replace(text=ids[:, None])
     for step in range(5):
@@ -149,7 +149,7 @@ def test_a_weight_of_zero_leaves_the_global_features_out():
     "fields, where",
     [
         ({"evaluation": "tokens"}, "evaluation"),
-        ({"evaluation": "global"}, "evaluation"),  # of projections that nothing trains
+        ({"evaluation": "global"}, "evaluation"),  # its projections are untrained
         ({"late_interaction_weight": 0.0, "contrastive_weight": 1.0}, "late_interaction_weight"),
         ({"contrastive_weight": -1.0}, "contrastive_weight"),
         ({"top_k": 0}, "top_k"),
@@ -165,7 +165,7 @@ def test_impossible_fields_are_config_errors(fields, where):
     assert error.value.where == f"config.objective.{where}"
 
 
-def test_words_need_an_id_to_be_hidden_behind():
+def test_hiding_words_needs_a_mask_id():
     with pytest.raises(ConfigError, match=r"(?s)config.tokenizer.mask.*mask=true"):
         filip(mask_id=None)
     assert filip(mask_id=None, contrast_clean_caption=True)

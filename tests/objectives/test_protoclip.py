@@ -39,7 +39,7 @@ def unit(x):
 
 
 def rows(seed, count, width):
-    """Clustered, so that k-means has something to find."""
+    """Unit rows in clusters, for k-means to find."""
     rng = np.random.default_rng(seed)
     centre = rng.normal(size=(5, width))[np.arange(count) % 5]
     return unit(centre + 0.5 * rng.normal(size=(count, width))).astype(np.float32)
@@ -53,7 +53,7 @@ FEATURES = ProtoCLIPFeatures(
 
 @functools.cache
 def variables():
-    """Any parameters, and heads that are not alike; compiles nothing."""
+    """Random parameters, with different heads for the two modalities; compiles nothing."""
     rng, module = np.random.default_rng(6), protoclip()
 
     def init():
@@ -84,7 +84,7 @@ def refreshed():
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_of(module, params, features, memory):
-    """The loss, and the statistics after it."""
+    """The loss, and the running statistics after it."""
     return module.apply(
         {**variables(), "params": params},
         features,
@@ -97,7 +97,7 @@ def loss_of(module, params, features, memory):
 
 @functools.partial(jax.jit, static_argnums=0)
 def step(module, params, features, memory):
-    """The loss, the gradient of the parameters, and the statistics after it."""
+    """The loss, the gradient of the parameters, and the running statistics after it."""
 
     def total(params):
         loss, after = loss_of(module, params, features, memory)
@@ -108,7 +108,7 @@ def step(module, params, features, memory):
 
 
 def head(x, which):
-    """A head in training, in plain array code."""
+    """One head in training mode, in plain array code."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf)[which], variables()["params"]["heads"]["mlp"])
     x = x @ p["fc_0"]["kernel"] + p["fc_0"]["bias"]
     x = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
@@ -122,13 +122,13 @@ def log_softmax(x):
 
 
 def mean_of(labels, x):
-    """PBT, as the specification's sum over members has it."""
+    """Prototypical back translation in plain array code: the mean of each cluster's members."""
     means = [x[labels == i].mean(axis=0) if np.any(labels == i) else 0 * x[0] for i in range(5)]
     return np.array(means)
 
 
 def plain(memory, term, a, b, *, translated, temperature):
-    """ProtoLoss of one direction, from what k-means found."""
+    """ProtoLoss of one direction in plain array code, from the clusters in `memory`."""
     centroids = memory["centroids"]
     table = memory["translated"][f"{a}_from_{b}"] if translated else centroids[b]
     logits = head(getattr(FEATURES, a), ("image", "text").index(a)) @ table.T / 0.07
@@ -142,16 +142,16 @@ def plain(memory, term, a, b, *, translated, temperature):
 
 
 def test_an_episode_is_protoclips():
-    """Labels, inertia and centroids are those of k-means of each, from one key; tables are means
-    over the other's clusters."""
+    """Labels, inertia and centroids are those of k-means on each modality with one key. Prototypes
+    are means over the other modality's clusters."""
     memory = refreshed()
     assert memory["episode"] == 0
     for name in ("image", "text"):
-        one = kmeans.fit(getattr(EPISODE, name), 5, key=KEY, iterations=3, restarts=2)
-        np.testing.assert_array_equal(memory["labels"][name], one.assignment)
-        np.testing.assert_allclose(memory["centroids"][name], one.centroids, atol=1e-6)
+        fit = kmeans.fit(getattr(EPISODE, name), 5, key=KEY, iterations=3, restarts=2)
+        np.testing.assert_array_equal(memory["labels"][name], fit.assignment)
+        np.testing.assert_allclose(memory["centroids"][name], fit.centroids, atol=1e-6)
         inertia = memory["clusters"][f"{name}_inertia"]
-        np.testing.assert_allclose(inertia, one.inertia / ROWS, rtol=1e-6)
+        np.testing.assert_allclose(inertia, fit.inertia / ROWS, rtol=1e-6)
     for name, labels in memory["labels"].items():
         assert memory["clusters"][f"{name}_empty"] == 5 - len(np.unique(labels))
     equal = np.mean(memory["labels"]["image"] == memory["labels"]["text"])
@@ -163,7 +163,7 @@ def test_an_episode_is_protoclips():
 
 
 def known(names, memory):
-    """The entries of `memory` that `names` has."""
+    """The entries of `memory` whose keys are in `names`."""
     if not isinstance(names, dict):
         return memory
     return {name: known(part, memory[name]) for name, part in names.items()}
@@ -179,8 +179,8 @@ def known(names, memory):
     ids=["all", "no_pbt", "hard"],
 )
 def test_the_total_is_protoclips(fields):
-    """Every term, and their sum, in an episode after the warm-up; the loss of a model that cannot
-    tell rows apart; the memory comes out as it went in."""
+    """In an episode after the warm-up: every term, their sum, and the chance level. The loss leaves
+    the memory as it is."""
     module = protoclip(**fields)
     before = module.init_memory()
     memory = known(before, refreshed()) | {"episode": np.int32(1)}
@@ -221,14 +221,14 @@ def test_the_total_is_protoclips(fields):
 
 @pytest.mark.parametrize("late, first", [(False, 4), (True, 3)], ids=["exact", "compat"])
 def test_episodes_of_the_contrastive_loss_alone(late, first):
-    """Before the first refresh, in the warm-up and from `lit_start` on (or the one before it) heads
-    learn nothing, even if the prototypes are NaN, while their running statistics move."""
+    """Before the first refresh, in the warm-up and from `lit_start` (or one earlier) on, the heads
+    have no gradient, even if the prototypes are NaN. Their running statistics still move."""
     module = protoclip(lit_start=4, compat=Compat(lit_start=late), contrastive_weight=0.5)
-    alone = jax.tree.map(lambda x: x * np.float32(np.nan), refreshed()["translated"])
+    nan_tables = jax.tree.map(lambda x: x * np.float32(np.nan), refreshed()["translated"])
     for episode in (-1, 0, 1, 2, 3, 4):
         active = 1 <= episode < first
         memory = refreshed() | {"episode": np.int32(episode)}
-        memory |= {} if active else {"translated": alone}
+        memory |= {} if active else {"translated": nan_tables}
         loss, slopes, stats = step(module, variables()["params"], FEATURES, memory)
         weight = 0.5 if active else 1
         rest = loss.metrics["loss/prototype"] + 0.5 * loss.metrics["loss/external"]
@@ -245,7 +245,7 @@ def test_episodes_of_the_contrastive_loss_alone(late, first):
 
 
 def test_nothing_is_seen_before_the_first_episode():
-    """The memory that a run starts from: finite values, the prototypes' of one that knows none."""
+    """With the initial memory everything is finite, and the prototype term is at chance."""
     memory = MODULE.init_memory()
     assert memory["episode"] == -1 and not any(map(np.any, jax.tree.leaves(memory["labels"])))
     loss, _ = loss_of(MODULE, variables()["params"], FEATURES, memory)
@@ -273,8 +273,8 @@ def test_an_episode_is_the_same_on_a_mesh():
 
 
 def test_what_an_episode_keeps_of_a_batch():
-    """The heads' unit rows at their running statistics, of un-normalised towers; a teacher's rows
-    as they are; no dropout."""
+    """An episode keeps the heads' unit outputs, computed with running statistics and without
+    dropout from unnormalised tower outputs, and the teacher's rows unchanged."""
     module, variables = tiny.objective("protoclip"), tiny.variables("protoclip")
     batch = tiny.batch(module).replace(extra={"teacher": rows(9, 32, 4)})
 
@@ -292,16 +292,17 @@ def test_what_an_episode_keeps_of_a_batch():
     assert protoclip(external_weight=0.0).external_width is None
     assert np.ptp(np.linalg.norm(features.image, axis=1)) > 1e-3
     for i, name in enumerate(("image", "text")):
-        own = {
+        head_variables = {
             kind: jax.tree.map(lambda x, i=i: x[i], variables[kind]["heads"]["mlp"])
             for kind in ("params", "batch_stats")
         }
-        row = BatchNormMLP((12, 6)).apply(own, getattr(features, name))
+        row = BatchNormMLP((12, 6)).apply(head_variables, getattr(features, name))
         np.testing.assert_allclose(getattr(kept, name), unit(row), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_start_alike():
-    """And are of the published size; without hidden layers, one dense layer."""
+    """Both heads start with equal parameters and have the published size. Without hidden layers a
+    head is one dense layer."""
     x = rows(0, 8, 5)
     params = jax.jit(PrototypeHeads((7, 3)).init)(KEY, x, x)["params"]["mlp"]
     for leaf in jax.tree.leaves(params):
@@ -314,18 +315,18 @@ def test_heads_start_alike():
 
 
 def test_groups_have_statistics_of_their_own():
-    """Two groups' rows are those of two halves."""
+    """The outputs for two groups are the outputs for two separate halves."""
     state = {kind: tree["heads"] for kind, tree in variables().items()}
     both = FEATURES.image, FEATURES.text
 
-    def rows_of(*both, groups=1):
+    def outputs(*both, groups=1):
         heads = PrototypeHeads((12, 6), groups)
         return jnp.stack(heads.apply(state, *both, train=True, mutable="batch_stats")[0])
 
-    whole = jax.jit(functools.partial(rows_of, groups=2))(*both)
-    half = jax.jit(rows_of)
+    grouped = jax.jit(functools.partial(outputs, groups=2))(*both)
+    half = jax.jit(outputs)
     halves = [half(*(x[part] for x in both)) for part in (slice(0, 16), slice(16, 32))]
-    np.testing.assert_allclose(whole, np.concatenate(halves, axis=1), atol=1e-5)
+    np.testing.assert_allclose(grouped, np.concatenate(halves, axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_groups_have_statistics_of_their_own():
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_what_cannot_be(fields, where, found):
+def test_impossible_fields_are_config_errors(fields, where, found):
     size = {"batch_size": 32}
     section = {name: x for name, x in FIELDS.items() if name not in size}
     with pytest.raises(ConfigError) as error:
@@ -359,8 +360,8 @@ def test_towers_of_two_widths():
 
 
 def test_the_published_recipe():
-    """The sizes of the model's four groups of parameters, as the reference counts them, and what
-    holds for each; the episode's steps; the rates at which the schedule was recorded."""
+    """The sizes of the four groups of parameters, as the reference counts them, and each group's
+    rule; the steps of an episode; the learning rates that were recorded from the reference."""
     config = files.load(f"{ROOT}/configs/protoclip.py:1gpu")
     run = assemble(config, jax.devices()[:1])
     rules, sizes = run.config.optimizer.rules, {}

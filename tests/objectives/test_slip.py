@@ -1,4 +1,4 @@
-"""SLIP: its total, the gradient of its published numbers, its views, and the laws for groups."""
+"""SLIP: its total loss, the gradient with a detached gather, its views, and the laws for groups."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def step(module, variables, features=FEATURES):
 
 
 def test_the_total_is_clips_and_simclrs(variables):
-    """The head is called once a view, so statistics are each view's own."""
+    """The head runs once per view, so each view has its own statistics."""
     module = slip(ssl_weight=0.5, temperature=0.2)
     loss, _ = step(module, variables)
     head = BatchNormMLP((12, 12, 6))
-    own = {name: tree["head"] for name, tree in variables.items()}
+    head_variables = {name: tree["head"] for name, tree in variables.items()}
     views = [
-        unit(head.apply(own, x, train=True, mutable="batch_stats")[0])
+        unit(head.apply(head_variables, x, train=True, mutable="batch_stats")[0])
         for x in (FEATURES.view, FEATURES.other_view)
     ]
     scale = np.exp(variables["params"]["logit_scale"])
@@ -88,14 +88,14 @@ def test_the_total_is_clips_and_simclrs(variables):
 
 @pytest.mark.parametrize("ids", [None, np.array([5, 5, 1, 2, 2, 3, 4, 0], np.int32)])
 def test_detached_gather_learns_from_queries_alone(variables, ids):
-    """Values stay, and the gradient of both towers is that of plain array code in which the towers
-    that are picked from are constants; all else learns as it does."""
+    """The loss value is the same. The gradient of both towers' features is that of plain array code
+    in which keys are constants. All other gradients are unchanged."""
     features = FEATURES.replace(ids=ids)
-    (whole, (d_params, d_features)), (detached, (p_params, p_features)) = (
+    (attached, (d_params, d_features)), (detached, (p_params, p_features)) = (
         step(slip(compat=Compat(detach_gather)), variables, features)
         for detach_gather in (False, True)
     )
-    np.testing.assert_allclose(whole.value, detached.value, rtol=1e-6)
+    np.testing.assert_allclose(attached.value, detached.value, rtol=1e-6)
     laws.assert_same(p_params, d_params, 1e-5)
 
     def plain(image, text):
@@ -128,7 +128,7 @@ def test_views():
 
 
 def test_published_size():
-    """The head on ViT-B's 768 features."""
+    """The parameters of the head for ViT-B's 768 features."""
     x = jnp.zeros((2, 768), jnp.float32)
     shapes = jax.eval_shape(BatchNormMLP((4096, 4096, 256)).init, jax.random.key(0), x)["params"]
     count = 769 * 4096 + 2 * 4096 + 4097 * 4096 + 2 * 4096 + 4097 * 256
@@ -141,7 +141,7 @@ def test_compat_is_a_section():
     assert bound.compat == Compat(detach_gather=True) and not slip().compat.detach_gather
     for fields, where in (
         ({"compat": {"detach": True}}, "compat.detach"),
-        ({"ssl_weight": 0.0}, "ssl_weight"),  # which would leave the head untrained
+        ({"ssl_weight": 0.0}, "ssl_weight"),  # would leave the head untrained
         ({"temperature": 0.0}, "temperature"),
         ({"head_width": 0}, "head_width"),
         ({"ssl_augmentation": "slipp"}, "ssl_augmentation"),

@@ -75,7 +75,7 @@ def faiss_rows(n, k, redo):
 
 
 def test_recorded_objective():
-    """From the rows of faiss's best of three, its objective and its labels."""
+    """From the start of faiss's best run of three: the same objective and labels."""
     expected = ORACLE["kmeans"]
     assert faiss_rows(300, 12, 0).tolist() == expected["init_rows_redo0"]
     x = recorded()
@@ -88,7 +88,7 @@ def test_recorded_objective():
 
 
 @DATA
-def test_is_consistent_and_repeats(data):
+def test_result_is_consistent_and_repeatable(data):
     x = data()
     found = fit(x)
     distance = np.square(x[:, None].astype(np.float64) - np.asarray(found.centroids)).sum(2)
@@ -139,7 +139,7 @@ def test_kmeans_plus_plus_finds_far_clusters():
         np.testing.assert_array_equal(each.assignment, found[0].assignment)
 
 
-def test_kmeans_plus_plus_draws_by_squared_distance():
+def test_kmeans_plus_plus_samples_by_squared_distance():
     x = np.float32([[0], [1], [3]])
     plan = lloyd.make_plan(3, 1, 2)
     start = jax.jit(
@@ -153,7 +153,7 @@ def test_kmeans_plus_plus_draws_by_squared_distance():
 
 
 def test_tiles_change_nothing(monkeypatch):
-    """Neither those of rows nor those of centroids, and equal centroids go to the first."""
+    """Neither tiles of rows nor tiles of centroids; of equal centroids the first wins."""
     x = mixture()
     whole = fit(x, restarts=1)
     monkeypatch.setitem(lloyd.TILES, "cpu", (2**10, 5))
@@ -162,7 +162,7 @@ def test_tiles_change_nothing(monkeypatch):
     assert np.mean(np.asarray(found.assignment) == whole.assignment) >= 0.999
     plan = lloyd.make_plan(N, D, K)
     same = jnp.tile(x[:3], (4, 1))
-    assert plan.columns < 6  # the second of equal ones is in another tile, and so on
+    assert plan.columns < 6  # the copies of a centroid are in different tiles
     nearest = lloyd.nearest_centroid(plan, jnp.asarray(x[:100]), same)
     assert set(np.asarray(nearest)) == {0, 1, 2}
 
@@ -176,10 +176,10 @@ def test_empty_clusters_are_split():
     assert found.inertia < 0.7 * np.square(x - x.mean(0)).sum()
 
 
-def test_a_split():
-    """The donor is drawn by its members less one, and the halves are put 1/1024 apart."""
+def test_split_of_a_cluster():
+    """The donor is sampled by its members less one; the halves are scaled by 1 ± 1/1024."""
     centroids = jnp.asarray([[1.0, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]])
-    counts = jnp.asarray([4.0, 0, 9, 1])  # the last has no member to spare
+    counts = jnp.asarray([4.0, 0, 9, 1])  # the last cluster cannot give a member away
     split = jax.jit(jax.vmap(lambda key: lloyd.split_empty(centroids, counts, key)))
     found = np.asarray(split(jax.random.split(KEY, 4000)))
     donor = np.where(found[:, 1, 0] > 2, 2, 0)
@@ -198,7 +198,7 @@ def test_as_many_clusters_as_rows():
     assert found.counts.tolist() == [1] * 20
 
 
-def test_what_is_not_finite_counts_as_zero():
+def test_nan_and_infinity_count_as_zero():
     x = mixture()
     bad, clean = x.copy(), x.copy()
     bad[3, 2], bad[5], bad[7, 1] = np.nan, np.inf, -np.inf
@@ -274,7 +274,7 @@ def test_progress_is_refused_inside_jit():
         (2, {"chunk": 0}, ("chunk",)),
     ],
 )
-def test_what_cannot_be_is_refused(k, options, words):
+def test_impossible_arguments_are_refused(k, options, words):
     with pytest.raises(ConfigError) as error:
         kmeans.fit(np.zeros((10, 2), np.float32), k, key=KEY, **options)
     assert all(word in str(error.value) for word in words)

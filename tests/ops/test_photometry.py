@@ -1,4 +1,4 @@
-"""Photometry: Pillow's numbers, one key per row, the same bits however rows are cut and spread."""
+"""Photometry equals Pillow, takes one key per row, and gives a row the same bits on any mesh."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ ROWS, HEIGHT, WIDTH = 12, 56, 72
 
 
 def synthetic() -> np.ndarray:
-    """Pictures with what photos have: slow gradients, hard edges, texture, flat parts."""
+    """Pictures with features of photos: slow gradients, hard edges, texture, flat areas."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH][..., None]
     pictures = []
@@ -80,14 +80,14 @@ def by_pillow(pictures, operation, *parameters):
 
 
 def adjust_hue(image, shift):
-    """What torchvision's adjust_hue does to a Pillow image."""
+    """torchvision's adjust_hue of a Pillow image."""
     h, s, v = image.convert("HSV").split()
     h = Image.fromarray(((np.asarray(h, np.int32) + int(shift * 255)) % 256).astype(np.uint8))
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
-def drawn(keys):
-    """What `photometry` draws of each key: the order and the strengths of a jitter, and a sigma."""
+def sampled(keys):
+    """What `photometry` samples from each key: (order of the jitter, its strengths, a sigma)."""
     numbers = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (10,), jnp.float32))(keys))
     return numbers[:, 4], numbers[:, 5:9].T, numbers[:, 9]
 
@@ -109,7 +109,7 @@ def test_enhancements_are_pillows(pictures, name, pillow):
     """To the bit, for factors from 0 to 2."""
     pictures, keys = np.tile(pictures, (4, 1, 1, 1)), row_keys(4 * ROWS)
     place = ("brightness", "contrast", "saturation").index(name)
-    factors = between(drawn(keys)[1][place], 0.0, 2.0)
+    factors = between(sampled(keys)[1][place], 0.0, 2.0)
     assert factors.min() < 0.1 and factors.max() > 1.9
     got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, **{name: 1.0})))
     assert got.dtype == np.uint8
@@ -119,7 +119,7 @@ def test_enhancements_are_pillows(pictures, name, pillow):
 
 def test_hue_is_torchvisions_on_pillow(pictures):
     keys = row_keys(ROWS)
-    shifts = between(drawn(keys)[1][3], -0.5, 0.5)
+    shifts = between(sampled(keys)[1][3], -0.5, 0.5)
     assert shifts.min() < -0.3 and shifts.max() > 0.3
     expected = by_pillow(pictures, adjust_hue, shifts)
     got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, hue=0.5)))
@@ -129,11 +129,11 @@ def test_hue_is_torchvisions_on_pillow(pictures):
 
 @pytest.mark.parametrize("most", [1e-9, 0.1, 0.5])
 def test_hue_of_every_kind_of_colour(most):
-    """The first is a shift of 0, which rounds to HSV and back."""
+    """The first case has a shift of 0, which still rounds to HSV and back."""
     levels = np.array([0, 1, 2, 84, 85, 127, 128, 170, 254, 255], np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, 10, 100, 3)
     cubes, keys = np.tile(cube, (6, 1, 1, 1)), row_keys(6)
-    expected = by_pillow(cubes, adjust_hue, between(drawn(keys)[1][3], -most, most))
+    expected = by_pillow(cubes, adjust_hue, between(sampled(keys)[1][3], -most, most))
     assert_near(photometry.photometry(cubes, keys, Policy(jitter=1.0, hue=most)), expected)
 
 
@@ -149,7 +149,7 @@ def test_greyscale_and_solarise_are_pillows(pictures):
 @pytest.mark.parametrize("sigmas", [(0.0, 2.0), (3.0, 4.0)], ids=str)
 def test_blur_is_pillows(pictures, sigmas):
     keys = row_keys(ROWS)
-    sigma = between(drawn(keys)[2], *sigmas)
+    sigma = between(sampled(keys)[2], *sigmas)
     assert np.ptp(sigma) > 0.7 * np.ptp(sigmas)
     blur = lambda im, s: im.filter(ImageFilter.GaussianBlur(float(s)))  # noqa: E731
     got = photometry.photometry(pictures, keys, Policy(blur=1.0, blur_sigma=sigmas))
@@ -158,7 +158,7 @@ def test_blur_is_pillows(pictures, sigmas):
 
 def test_blur_with_a_kernel_is_torchvisions(pictures):
     keys = row_keys(ROWS)
-    sigma = between(drawn(keys)[2], 0.1, 2.0)
+    sigma = between(sampled(keys)[2], 0.1, 2.0)
     offset = np.arange(-10, 11)
     expected = []
     for picture, s in zip(pictures, sigma):
@@ -174,7 +174,7 @@ def test_blur_with_a_kernel_is_torchvisions(pictures):
 
 
 @pytest.mark.parametrize("kernel", [None, 21])
-def test_blur_of_nothing(image, kernel):
+def test_blur_with_sigma_zero_changes_nothing(image, kernel):
     policy = Policy(blur=1.0, blur_sigma=(0.0, 0.0), blur_kernel=kernel)
     np.testing.assert_array_equal(photometry.photometry(image, row_keys(len(image)), policy), image)
 
@@ -205,14 +205,14 @@ def test_a_policy_that_does_nothing_is_the_identity(image):
 
 @pytest.fixture(scope="module")
 def one_picture():
-    """1500 copies of a picture in which every operation shows."""
+    """1500 copies of a picture that every operation changes."""
     picture = np.array([[[200, 60, 20], [10, 90, 240]], [[120, 130, 30], [250, 5, 90]]], np.uint8)
     return np.broadcast_to(picture, (1500, *picture.shape))
 
 
 @pytest.mark.parametrize("kernel", [None, 3])
 def test_coins(one_picture, kernel):
-    """Each operation has its own coin per row, of the probability that the policy says."""
+    """Each operation has its own coin per row, with the policy's probability."""
     rows, keys = len(one_picture), row_keys(1500)
     alone = {
         "jitter": Policy(jitter=0.8, brightness=1.0),
@@ -231,7 +231,7 @@ def test_coins(one_picture, kernel):
 
 
 def test_order_of_the_operations(one_picture):
-    """Grey, then blur, then solarise: where all coins fall, the row is the three in this order."""
+    """With all probabilities 1 a row goes through grey, then blur, then solarise."""
     policy = Policy(grey=1.0, blur=1.0, blur_sigma=(1.0, 1.0), solarise=1.0)
     rows, keys = one_picture[:2], row_keys(2)
 
@@ -274,12 +274,12 @@ def test_hue_shifts_both_ways():
 
 
 def test_all_24_orders(image):
-    """Each of 24 slices of the draw is one order of the four, and no two are the same."""
+    """Each 24th of the sampled range gives one order of the four operations; all orders differ."""
     count = 600
     pictures, keys = np.broadcast_to(image[:1], (count, *image[0].shape)), row_keys(count)
     strengths = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.4)
     got = np.asarray(photometry.photometry(pictures, keys, Policy(jitter=1.0, **strengths)))
-    slices = np.floor(drawn(keys)[0] * 24).astype(int)
+    slices = np.floor(sampled(keys)[0] * 24).astype(int)
     orders = {}
     for permutation in itertools.permutations(strengths):
         x = pictures
@@ -299,7 +299,7 @@ ALL = dataclasses.replace(POLICIES["mocov2"], solarise=0.2)
 
 @pytest.mark.parametrize("policy", [ALL, Policy(blur=0.9, blur_kernel=21)], ids=["all", "kernel"])
 def test_rows_are_alone(image, policy):
-    """Row i has the same bits in any slice, beside any other pictures, on any mesh."""
+    """Row i has the same bits in any slice, among any other rows, and on any mesh."""
     keys = row_keys(8)
     whole = np.asarray(photometry.photometry(image, keys, policy))
     assert whole.dtype == np.uint8 and np.mean(whole != image) > 0.3

@@ -1,4 +1,4 @@
-"""Names of topologies, what is known of their chips, and meshes over devices that are not here."""
+"""Names of topologies, the numbers of their chips, and meshes over absent devices."""
 
 import importlib.util
 
@@ -76,11 +76,11 @@ def test_without_libtpu(monkeypatch):
 @libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x2", "v6e:2x4", "v5e:1x1"])
 def test_one_device_a_chip(name):
-    wanted = chips.parse(name)
-    devices = wanted.devices()
-    assert len(devices) == wanted.size
-    assert {d.device_kind for d in devices} == {wanted.device_kind}
-    assert make_mesh(MeshConfig(), devices).shape["data"] == wanted.size
+    topology = chips.parse(name)
+    devices = topology.devices()
+    assert len(devices) == topology.size
+    assert {d.device_kind for d in devices} == {topology.device_kind}
+    assert make_mesh(MeshConfig(), devices).shape["data"] == topology.size
 
 
 @libtpu
@@ -92,7 +92,7 @@ def test_layout_of_no_slice():
 
 @libtpu
 def test_slices_are_outermost_on_data():
-    """What crosses the slow network is the sum of gradients alone."""
+    """Only the sum of gradients crosses the slow network between slices."""
     devices = chips.parse("2xv5e:4x4").devices()
     mesh = make_mesh(MeshConfig(data=4, fsdp=4, tensor=2), devices)
     first, second = (

@@ -1,4 +1,4 @@
-"""Processes find each other, or say within a bounded time who is missing and what differs."""
+"""Processes find each other, or report within a bounded time who is missing and what differs."""
 
 import contextlib
 import os
@@ -62,7 +62,7 @@ SLICES["attributes/tpu-env"] += "MEGASCALE_COORDINATOR_ADDRESS: '10.1.0.1:8080'\
     [
         ({}, {}, None),
         (EXPLICIT, {}, ("a:1234", 4, 3, None)),
-        (SLURM, {}, ("gpu007:61445", 4, 2, None)),  # one task a node has all of its devices
+        (SLURM, {}, ("gpu007:61445", 4, 2, None)),  # one task per node owns all of its devices
         (SLURM | {"SLURM_NTASKS": "32", "SLURM_LOCALID": "6"}, {}, ("gpu007:61445", 32, 2, (6,))),
         (SLURM | {"SLURM_NTASKS": "32", "CUDA_VISIBLE_DEVICES": "6"}, {},
          ("gpu007:61445", 32, 2, None)),
@@ -101,14 +101,14 @@ def test_half_an_environment_is_an_error(environment, said):
 
 
 def gather(number, facts, wait=20.0, address=None):
-    """What `meet` returns or raises in each of the processes of `facts`, {process: facts}."""
+    """What `meet` returns, or the message of its error, in each process of `facts`."""
     address = address or f"127.0.0.1:{free_port()}"
     results = {}
 
     def one(process):
         try:
-            place = ProcessInfo(address, number, process, None, "a test")
-            results[process] = meet(place, facts[process], wait)
+            info = ProcessInfo(address, number, process, None, "a test")
+            results[process] = meet(info, facts[process], wait)
         except HostsError as error:
             results[process] = str(error)
 
@@ -155,10 +155,10 @@ def test_a_foreign_listener_is_said():
         assert "cannot listen" in gather(2, {0: {}}, wait=0.5, address=address)[0]
 
 
-def test_strangers_at_the_port_are_passed_over():
+def test_other_programs_at_the_port_are_ignored():
     port = free_port()
 
-    def stranger():
+    def other_program():
         for _ in range(100):
             with contextlib.suppress(OSError):
                 with socket.create_connection(("127.0.0.1", port), 1) as peer:
@@ -166,7 +166,7 @@ def test_strangers_at_the_port_are_passed_over():
                 return
             threading.Event().wait(0.02)
 
-    thread = threading.Thread(target=stranger)
+    thread = threading.Thread(target=other_program)
     thread.start()
     facts = {0: {}, 1: {}}
     results = gather(2, facts, address=f"127.0.0.1:{port}")
@@ -224,7 +224,8 @@ def test_metadata_without_a_server_is_empty():
 
 
 def test_processes_stop_at_one_call(monkeypatch):
-    """A step, an evaluation and an episode all count as calls, and what was heard stays heard."""
+    """Steps, evaluations and episodes all count as calls. Once `Stop` has returned True it stays
+    True without asking again."""
     asked = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -236,7 +237,7 @@ def test_processes_stop_at_one_call(monkeypatch):
 
 
 def test_a_broken_collective_says_who_has_gone(monkeypatch):
-    """And an error of another kind, or of a process alone, is not that."""
+    """`lost` returns "" for errors of other kinds, and in a run of one process."""
 
     def late(name, wait):
         raise HostsError(f"process 1 (b) did not come to {name!r} within {wait:.0f} s: look there")
@@ -278,10 +279,10 @@ LATE = """
 import sys, time
 from clipx.errors import HostsError
 from clipx.parallel import environment, processes
-here = environment.ProcessInfo(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
-processes.start(here)
+info = environment.ProcessInfo(sys.argv[1], 2, int(sys.argv[2]), None, "a test")
+processes.start(info)
 processes.barrier("first")
-if here.process == 1:
+if info.process == 1:
     time.sleep(6)
 try:
     processes.barrier("second")
@@ -298,7 +299,7 @@ def environment(**more):
 
 @contextlib.contextmanager
 def running(commands):
-    """The processes of the commands, run at once, ended with the block."""
+    """Runs the commands at once, and kills their processes at the end of the block."""
     with contextlib.ExitStack() as stack:
         processes = []
         for words, environment in commands:
@@ -313,13 +314,13 @@ def running(commands):
 
 
 def ended(processes, seconds=900):
-    """What they said and returned."""
+    """The output and the exit code of each process."""
     said = [process.communicate(timeout=seconds)[0] for process in processes]
     return said, [process.returncode for process in processes]
 
 
 def started(commands):
-    """What the commands, run at once, said and returned."""
+    """Runs the commands at once. Returns the output and the exit code of each."""
     with running(commands) as processes:
         return ended(processes)
 
@@ -350,7 +351,7 @@ def place(i, number, address):
 
 
 def test_a_command_tells_its_config(monkeypatch):
-    """What is compared is the config with its overrides, and the workdir."""
+    """The processes compare the config with its overrides, and the workdir."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", "configs/quickstart.py", "", flag_values=values)
     flags.DEFINE_string("workdir", "w", "", flag_values=values)
@@ -389,7 +390,7 @@ def pair(workdir, *more):
 
 
 def after(step, workdir, processes):
-    """Returns when the run has logged `step`."""
+    """Waits until the run has logged `step`."""
     log = workdir / "metrics.jsonl"
 
     def there():
@@ -400,8 +401,9 @@ def after(step, workdir, processes):
 
 @pytest.mark.slow  # four starts
 def test_told_to_stop_then_killed_they_go_on(tmp_path):
-    """One of two is told to stop: both save, at one step. Then one is killed: the other says who,
-    and soon. Started again, they end where an undisturbed run of one process ends."""
+    """One of two processes is told to stop: both save at the same step. Then one is killed: the
+    other soon reports which. Started again, they end where an uninterrupted run of one process
+    ends."""
     workdir = tmp_path / "two"
     with pair(workdir, ("train.eval_every_steps", "1")) as processes:  # mostly in an evaluation
         after(3, workdir, processes)
@@ -410,15 +412,15 @@ def test_told_to_stop_then_killed_they_go_on(tmp_path):
     assert codes == [cli.EXIT_PREEMPTED] * 2, said
     saved = Checkpoints(workdir).latest
     assert 3 < saved < 60 and f"saved step {saved}" in said[0]
-    assert "saved step" not in said[1]  # process 0 alone speaks
+    assert "saved step" not in said[1]  # only process 0 prints
 
     with pair(workdir) as processes:
         after(saved + 6, workdir, processes)
         processes[1].kill()
         said, codes = ended(processes, 180)
-    # at once where it computes; where it waits to save, JAX ends it after 100 s without a sign
+    # It ends at once while it computes. While it waits to save, JAX ends it after 100 s.
     assert codes[0] in (cli.EXIT_LOST, -signal.SIGABRT), said[0][-3000:]
-    assert f"going on from step {saved}" in said[0]
+    assert f"continuing from step {saved}" in said[0]
     if codes[0] == cli.EXIT_LOST:
         assert f"process 1 ({socket.gethostname()}) did not answer" in said[0], said[0]
         assert "Traceback" not in said[0]
@@ -435,7 +437,8 @@ def test_told_to_stop_then_killed_they_go_on(tmp_path):
 
 @pytest.mark.slow  # two whole starts
 def test_an_error_of_one_ends_the_other(tmp_path):
-    """Data that one host lacks: its own error and code there; the other says who is missing."""
+    """One host lacks the data: that process ends with its own error and code, and the other reports
+    which is missing."""
 
     shard(tmp_path / "a.tar")
     (tmp_path / "config.py").write_text(
@@ -466,8 +469,9 @@ DECLIP = [
 @pytest.mark.slow  # about a minute each
 @pytest.mark.parametrize("more", [[("mesh.fsdp", "4")], DECLIP], ids=["clip", "declip"])
 def test_four_processes_are_one(tmp_path, more):
-    """Law 1 across four processes of two devices: parameters and optimizer state split over two of
-    them; and a queue that all share, hidden words and a head with BatchNorm."""
+    """Law 1 across four processes with two devices each: with parameters and optimizer state that
+    are sharded over two of the processes, and with a shared queue, hidden words and a head with
+    BatchNorm."""
     shorter = [("train.total_steps", "8"), ("train.save_every_steps", "4"), *more]
     address = f"127.0.0.1:{free_port()}"
     said, codes = started(
@@ -485,7 +489,7 @@ def test_four_processes_are_one(tmp_path, more):
 
 @pytest.mark.slow  # two starts
 def test_two_start_from_a_model(tmp_path):
-    """Each process reads what `init_from` names, and has its part of the parameters."""
+    """Each process reads the model of `init_from`, and holds its shards of the parameters."""
     assert train(small(("train.total_steps", "2")), str(tmp_path / "first")) == 0
     more = [("init_from", str(tmp_path / "first")), ("seed", "1"), ("train.total_steps", "4"),
             ("mesh.fsdp", "4")]  # fmt: skip
@@ -504,8 +508,8 @@ def test_two_start_from_a_model(tmp_path):
 
 @contextlib.contextmanager
 def network(number):
-    """Names of `number` hosts with addresses of their own, 10.213.7.1 and up, on one bridge. Each
-    has its own /etc/hosts, in which all of them stand."""
+    """Creates `number` network namespaces on one bridge, with the addresses 10.213.7.1 and up, and
+    yields their names. Each has an /etc/hosts that lists all of them."""
     tag = f"cx{os.getpid() % 10000}"
     names = [f"{tag}h{i}" for i in range(number)]
 
@@ -540,7 +544,8 @@ def network(number):
 
 @pytest.mark.slow  # about half a minute
 def test_hosts_with_addresses_of_their_own(tmp_path):
-    """Two hosts, each with its own network, name and address, train; then one cannot be reached."""
+    """Two hosts, each with its own network, name and address, train together. Then one becomes
+    unreachable."""
     with contextlib.ExitStack() as stack:
         try:
             names = stack.enter_context(network(2))

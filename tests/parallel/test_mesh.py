@@ -1,4 +1,4 @@
-"""Where arrays lie: sizes of the mesh, rows, and the shardings of a state."""
+"""The mesh: its sizes, the placing of rows, and the shardings of a state."""
 
 import functools
 import re
@@ -68,7 +68,7 @@ def test_wrong_sizes(config, where, found):
 
 
 def test_rows():
-    """Rows come to lie over data and fsdp, in their order, and whole along `tensor`."""
+    """Rows are sharded over data and fsdp, in their order, and replicated along `tensor`."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharding = batch_sharding(mesh)
     rows = {"image": np.arange(24).reshape(8, 3), "row": np.arange(8)}
@@ -85,13 +85,13 @@ def test_rows():
 
 
 def test_rows_of_a_process_that_holds_some():
-    """A process gives the rows of its own devices only, in ascending order."""
+    """A process provides only the rows of its own devices, in ascending order."""
     mesh, asked = make_mesh(MeshConfig(), jax.devices()[:4]), []
 
     class Held:  # stands for the sharding of a process that owns the last two of four devices
         def addressable_devices_indices_map(self, shape):
-            whole = batch_sharding(mesh).addressable_devices_indices_map(shape)
-            return dict(list(whole.items())[:1:-1])
+            all_devices = batch_sharding(mesh).addressable_devices_indices_map(shape)
+            return dict(list(all_devices.items())[:1:-1])
 
     np.testing.assert_array_equal(local_rows(Held(), 8), [4, 5, 6, 7])
     held, rows = np.array([4, 5, 6, 7]), np.arange(40, 48)
@@ -110,9 +110,9 @@ def test_rows_of_a_process_that_holds_some():
 def test_put():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     tree = {"a": np.arange(16.0), "b": np.float32(3)}
-    whole = put(tree, replicated(mesh))
-    jax.tree.map(np.testing.assert_array_equal, whole, tree)
-    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(whole))
+    placed = put(tree, replicated(mesh))
+    jax.tree.map(np.testing.assert_array_equal, placed, tree)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
 
 
 def objective(heads=4, scan=False, pool="class"):
@@ -143,7 +143,8 @@ def specs(tree) -> dict[str, P]:
 
 
 def split(mesh: dict, **towers):
-    """The specs of parameters and of the optimizer state, by path, and the parameters' shapes."""
+    """Returns, each by path: the specs of the parameters, the specs of the optimizer state, and the
+    shapes of the parameters."""
     state = abstract_state(**towers)
     shardings = state_shardings(make_mesh(MeshConfig(**mesh)), state)
     shapes = {path_name(path): x.shape for path, x in jax.tree.leaves_with_path(state.params)}
@@ -153,7 +154,7 @@ def split(mesh: dict, **towers):
 @pytest.mark.parametrize("pool", ["class", "attention"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_tensor_splits_attention_and_mlp(scan, pool):
-    """Every kernel of attention and MLP is split over its heads or its hidden width."""
+    """Every kernel of attention and MLP is sharded over its heads or its hidden width."""
     params, _, shapes = split({"data": -1, "tensor": 4}, scan=scan, pool=pool)
     sizes = {"qkv": 4, "q": 4, "kv": 4, "out": 4, "fc": 128, "proj": 128}
     seen = set()
@@ -164,14 +165,14 @@ def test_tensor_splits_attention_and_mlp(scan, pool):
             assert sharded == [sizes[name]], path
             seen.add(name)
         elif part in ("attn", "mlp") and name in ("qkv", "q", "kv", "fc"):
-            assert sharded == [sizes[name]], path  # the bias of what is split
+            assert sharded == [sizes[name]], path  # the bias of a sharded kernel
         else:
             assert sharded == [], path
     assert seen == set(sizes) - ({"q", "kv"} if pool == "class" else set())
 
 
 def test_layers_that_are_stacked_are_not_split():
-    """Not even where their number is the largest that divides: 48 layers, 16 heads of 104."""
+    """Not even if the layer dimension is the largest divisible one: 48 layers, 16 heads of 104."""
     params = {"image": {"transformer": {"blocks": {"attn": {"qkv": {
         "kernel": jax.ShapeDtypeStruct((48, 1664, 3, 16, 104), jnp.float32),
         "bias": jax.ShapeDtypeStruct((48, 3, 16, 104), jnp.float32),
@@ -208,8 +209,8 @@ def test_heads_that_do_not_divide_are_refused():
         refuse_whole(fine, make_mesh(fine), flat)
 
 
-def test_too_much_that_stays_whole_is_refused():
-    """8 divides no dimension of what is 58 % of the bytes; 4 does. Small leaves do not count."""
+def test_too_much_replication_is_refused():
+    """8 divides no dimension of an array with 58 % of the bytes; 4 does. Small ones are ignored."""
     params = {
         "odd": jax.ShapeDtypeStruct((60, 100), jnp.float32),
         "even": jax.ShapeDtypeStruct((64, 65), jnp.float32),
@@ -219,7 +220,7 @@ def test_too_much_that_stays_whole_is_refused():
     mesh = make_mesh(config)
     with pytest.raises(ConfigError) as error:
         refuse_whole(config, mesh, params)
-    assert "leaves 58% of the parameters whole" in error.value.found
+    assert "leaves 58% of the parameters replicated" in error.value.found
     assert error.value.found.endswith("no dimension of odd [60, 100]")
     assert error.value.fix == "config.mesh.fsdp=4 or config.mesh.max_replicated=0.59"
     refuse_whole(MeshConfig(fsdp=8, max_replicated=0.59), mesh, params)
@@ -228,7 +229,8 @@ def test_too_much_that_stays_whole_is_refused():
     refuse_whole(config, make_mesh(config), params)
     (line,) = describe_whole(mesh, params)
     assert "fsdp 8 splits 40.6% of 0.0 MB" in line
-    assert line.endswith("whole stay 15 of them, 0.0 MB: odd [60, 100], 14 x small/block_* [7]")
+    unsplit = "odd [60, 100], 14 x small/block_* [7]"
+    assert line.endswith(f"replicated are 15 parameters, 0.0 MB: {unsplit}")
     assert describe_whole(make_mesh(MeshConfig()), params) == []
     for share in (-0.1, 1.1):
         with pytest.raises(ConfigError, match="max_replicated"):
@@ -236,7 +238,7 @@ def test_too_much_that_stays_whole_is_refused():
 
 
 def test_fsdp_splits_the_largest_dimension():
-    """What is large is split along the largest dimension that divides; the rest lies whole."""
+    """Large arrays are sharded along their largest divisible dimension; others are replicated."""
     params, opt_state, shapes = split({"data": 2, "fsdp": 4})
     large = 0
     for path, spec in params.items():
@@ -266,25 +268,27 @@ def test_the_optimizer_follows_its_parameters(mesh):
     assert any(any(spec) for spec in params.values())
     for copy in ("mu", "nu", "slow"):
         for path, spec in params.items():
-            ((_, own),) = [x for x in opt_state.items() if x[0].endswith(f"/{copy}/{path}")]
-            assert own == spec
+            ((_, copied),) = [x for x in opt_state.items() if x[0].endswith(f"/{copy}/{path}")]
+            assert copied == spec
 
 
 def test_fsdp_gathers_weights_and_no_rows():
-    """Activations larger than a weight stay where their rows are, as do the rows looked up in a
-    table that lies split over its vocabulary."""
+    """Activations larger than a weight stay on the device of their rows. So do rows that are looked
+    up in a table that is sharded over its vocabulary."""
     text = TextTransformer(vocab_size=256, context=8, eot_id=3, width=32, depth=1, heads=2,
                            embed_dim=8, dtype="float32")  # fmt: skip
     mesh, ids = make_mesh(MeshConfig(fsdp=8, data=1)), jnp.zeros((64, 8), jnp.int32)
     params = jax.eval_shape(text.init, jax.random.key(0), ids)["params"]
-    lying = state_shardings(mesh, abstract_state().replace(params=params, opt_state=())).params
-    assert lying["token_embedding"].spec == P("fsdp", None)
+    shardings = state_shardings(mesh, abstract_state().replace(params=params, opt_state=())).params
+    assert shardings["token_embedding"].spec == P("fsdp", None)
 
     def pooled(params, ids):
         return text.apply({"params": params}, ids).raw
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(pooled, in_shardings=(lying, batch_sharding(mesh))).lower(params, ids)
+        compiled = jax.jit(pooled, in_shardings=(shardings, batch_sharding(mesh))).lower(
+            params, ids
+        )
         moved = re.findall(r"= (\S+) (?:all-gather|all-reduce)\(", compiled.compile().as_text())
     assert any("[256,32]" in kind for kind in moved)
     assert not [kind for kind in moved if "[64,8" in kind], moved

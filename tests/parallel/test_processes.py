@@ -1,4 +1,4 @@
-"""Two processes of four devices train what one process of eight trains."""
+"""Two processes with four devices each train what one process with eight devices trains."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from clipx.train import train
 
 
 def test_two_processes_are_one(tmp_path):
-    """Law 1 across processes, dropout on, through the command itself: there, parameters are split
-    over all devices; here, rows alone."""
+    """Law 1 across processes, with dropout, through the command itself. The two processes shard the
+    parameters over all devices; the single process shards rows alone."""
     shorter = [*SMALL, ("train.total_steps", "4"), ("train.save_every_steps", "2")]
     mesh = [("mesh.data", "1"), ("mesh.fsdp", "4"), ("mesh.tensor", "2")]
     arguments = [f"--config.{path}={text}" for path, text in [*shorter, *mesh]]
@@ -33,10 +33,10 @@ def test_two_processes_are_one(tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "fsdp 4 splits" in said[0] and "tensor 2 splits" in said[0]
-    assert "2 process(es)" in said[0] and "2 process(es)" not in said[1]
+    output = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], output
+    assert "fsdp 4 splits" in output[0] and "tensor 2 splits" in output[0]
+    assert "2 process(es)" in output[0] and "2 process(es)" not in output[1]
     assert train(small(*shorter[len(SMALL) :]), str(tmp_path / "one")) == 0
     for x, y in zip(
         jax.tree.leaves(parameters(tmp_path / "two")), jax.tree.leaves(parameters(tmp_path / "one"))

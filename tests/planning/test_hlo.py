@@ -1,4 +1,4 @@
-"""Costs read from a compiled program's text: of texts written here, and of one that the TPU's
+"""Costs read from a compiled program's text: from texts written here, and from one that the TPU
 compiler writes."""
 
 import jax
@@ -23,14 +23,15 @@ ESTIMATE = '"cost_estimate":{"flops":"%d","transcendentals":"%d","bytes_accessed
 
 
 def program(entry: str, rest: str = "") -> hlo.Program:
-    """A module of an entry computation with these lines, x: f32[8,128] given."""
+    """A program whose entry computation has a parameter x: f32[8,128] and these lines. rest: other
+    computations."""
     lines = "\n".join(f"  {line}" for line in entry.strip().splitlines())
     head = "ENTRY %main (x: f32[8,128]) -> f32[8,128] {\n  %x = f32[8,128]{1,0} parameter(0)\n"
     return hlo.read(f"HloModule m, is_scheduled=true\n\n{rest}\n\n{head}{lines}\n}}\n")
 
 
 def loop(start: int, stop: str, step: int = 1, compare: str = "LT", body: str = "") -> str:
-    """The condition and body of a loop over (counter, x, bound)."""
+    """The condition and body of a loop whose state is (counter, x, bound)."""
     state = "(s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[])"
     return f"""
 %body (p.1: (s32[], f32[8,128], s32[])) -> (s32[], f32[8,128], s32[]) {{
@@ -57,7 +58,7 @@ def loop(start: int, stop: str, step: int = 1, compare: str = "LT", body: str = 
 WHILE = """
 %zero = s32[] constant({0})
 %nine = s32[] constant(9)
-%told = s32[] reduce(%x)
+%data = s32[] reduce(%x)
 %t = (s32[], f32[8,128], s32[]) tuple(%zero, %x, %nine)
 ROOT %w = (s32[], f32[8,128], s32[]) while(%t), condition=%cond, body=%body{1}
 """
@@ -69,7 +70,7 @@ ROOT %w = (s32[], f32[8,128], s32[]) while(%t), condition=%cond, body=%body{1}
         (0, "constant(7)", "", 7),
         (2, "constant(7)", "", 5),
         (0, "constant(7)", ', backend_config={"known_trip_count":{"n":"4"}}', 4),
-        (2, "get-tuple-element(%p.2), index=2", "", 7),  # what no turn changes
+        (2, "get-tuple-element(%p.2), index=2", "", 7),  # an element that no iteration changes
     ],
 )
 def test_loops(start, stop, known, trips):
@@ -84,20 +85,20 @@ def test_loops_that_do_not_count_one_by_one_are_open():
 
 
 def test_loops_whose_length_the_data_tell_count_once():
-    entry = WHILE.format(0, "").replace("%nine)", "%told)")
+    entry = WHILE.format(0, "").replace("%nine)", "%data)")
     found = program(entry, loop(0, "get-tuple-element(%p.2), index=2"))
     assert (found.compiler_cycles, found.open_loops) == (10, ("w",))
 
 
 def test_a_counter_that_is_copied_counts():
-    """As the compiler moves it to other memory and back, before the loop and in it."""
+    """The compiler may move the counter to other memory and back, before the loop and inside it."""
     entry = WHILE.format(0, "").replace("tuple(%zero", "tuple(%zero.done")
     copies = "  %{0}.start = (s32[], s32[], u32[]) copy-start(%{0})\n"
     copies += "  %{0}.done = s32[] copy-done(%{0}.start)\n"
     entry = entry.replace("%nine =", copies.format("zero") + "%nine =")
-    turn = loop(0, "constant(7)").replace("tuple(%next", "tuple(%next.done")
-    turn = turn.replace("  ROOT %out", copies.format("next") + "  ROOT %out")
-    found = program(entry, turn)
+    copying = loop(0, "constant(7)").replace("tuple(%next", "tuple(%next.done")
+    copying = copying.replace("  ROOT %out", copies.format("next") + "  ROOT %out")
+    found = program(entry, copying)
     assert (found.compiler_cycles, found.open_loops) == (70, ())
 
 
@@ -128,7 +129,7 @@ CALLED = f"""
     "line, cycles",
     [
         ("negate(%x), " + CONFIG % 5, 5),
-        ("fusion(%x), kind=kLoop, calls=%large, " + CONFIG % 5, 5),  # not what is inside it too
+        ("fusion(%x), kind=kLoop, calls=%large, " + CONFIG % 5, 5),  # %large is not added
         ("fusion(%x), kind=kCustom, calls=%large", 30),
         ("call(%x), to_apply=%large", 30),
         ("conditional(%p, %x, %x), branch_computations={%small, %large}", 30),
@@ -149,7 +150,8 @@ def test_what_sparse_cores_do_is_listed_and_not_timed():
 
 
 def test_kernels_are_charged_what_takes_longer():
-    """At half of the peak, or at full bandwidth; never fewer bytes than go in and out."""
+    """FLOPs at half of the peak, or bytes at full bandwidth; at least the bytes of operands and
+    results."""
     chip = {"peak": 200.0, "bandwidth": 4.0}
     moved = 2 * 8 * 128 * 4
     for flops, declared, seconds in (
@@ -227,7 +229,7 @@ def test_collectives_in_loops_and_fusions():
 
 
 def test_a_collective_that_fusions_carry_along_is_one():
-    """Each of them holds a copy of it, and an estimate of its own."""
+    """Each fusion holds a copy of the collective, and has an estimate of its own."""
     gather = "all-gather(%q), replica_groups={{0,1}}, channel_id=1"
     chain = 'frontend_attributes={chain_id="%d"}'
     called, lines = "", []
@@ -246,7 +248,8 @@ def test_a_collective_that_fusions_carry_along_is_one():
 
 
 def test_a_collective_that_overlaps_with_a_loop_is_one():
-    """It begins before the loop, goes on in a fusion of the loop's body, and ends after it."""
+    """The collective begins before the loop, continues in a fusion of the loop's body, and ends
+    after the loop."""
     gather = "%g = f32[16,128] all-gather(%q), replica_groups={{0,1}}, channel_id=1, "
     gather += 'frontend_attributes={chain_id="0"}'
     parts = "".join(
@@ -272,7 +275,7 @@ def test_no_program():
 
 @libtpu
 def test_what_the_compiler_writes():
-    """A kernel in a loop of three under a mesh, and the all-reduce of a sum over its rows."""
+    """A kernel in a loop of three iterations on a mesh, and the all-reduce of a sum over rows."""
     mesh = make_mesh(MeshConfig(), parse("v5e:2x2").devices())
 
     def double(x, y):

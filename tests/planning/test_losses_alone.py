@@ -1,4 +1,4 @@
-"""What `python -m clipx.plan --losses` compares is one loss, and it says what does not fit."""
+"""`python -m clipx.plan --losses` compares forms of one loss, and reports what does not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_all_are_the_same_loss(name):
 
 
 def test_what_does_not_fit_is_a_number(monkeypatch):
-    """The size is the compiler's; what is no matter of memory is an error still."""
+    """A loss that does not fit is reported with the compiler's size; other errors are raised."""
 
     class Refused:
         def __init__(self, why):
@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_a_number(monkeypatch):
 @pytest.mark.slow
 @libtpu
 def test_the_table(capsys):
-    """And the figures of the ring: 32,768 rows on 16 chips."""
+    """Also the memory of the ring: 32,768 rows on 16 chips need at most 38 MiB."""
     losses.main(["v5e:4x4"], [32_768], ["InfoNCE"])
     head, columns, _, row = capsys.readouterr().out.splitlines()
     assert "compiled ahead of time, not run" in head and columns.count("|") == row.count("|")

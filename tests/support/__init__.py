@@ -8,5 +8,5 @@ ROOT = TESTS.parent
 
 
 def load_oracle(name: str) -> dict:
-    """Numbers that a paper's own code gave; `oracles/README.md` says which."""
+    """Numbers from a paper's own code; `oracles/README.md` says from which."""
     return json.loads((TESTS / "oracles" / f"{name}.json").read_text())

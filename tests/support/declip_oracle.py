@@ -10,7 +10,7 @@ WIDE = pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"]
 
 
 def sines(shape, phase, scale=1.0):
-    """The S of the oracle's convention."""
+    """The inputs that the oracle calls S: sines of 0.7 per element, from `phase`."""
     return (scale * np.sin(phase + 0.7 * np.arange(np.prod(shape)))).reshape(shape)
 
 

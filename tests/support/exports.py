@@ -1,4 +1,4 @@
-"""Workdirs of untrained runs, for what reads a checkpoint."""
+"""Workdirs of untrained runs, for tests that read a checkpoint."""
 
 import pathlib
 
@@ -17,8 +17,8 @@ CLASS = ("image.pool", "class")
 def save(
     folder: pathlib.Path, config, *, seed: int = 0, steps: int = 0, devices=None
 ) -> pathlib.Path:
-    """A workdir whose run stands at step 3, and as many steps later as it is trained from there,
-    with random weights: nothing else is compiled."""
+    """A workdir with a checkpoint of random weights at step 3 + `steps`. The last `steps` steps are
+    trained; without them nothing is compiled."""
     run = assemble(config, devices)
     run = with_data(run, 256, tokenizers.build(run.config.tokenizer, CAPTIONS))
     rng = np.random.default_rng(seed)
@@ -46,8 +46,8 @@ def save(
         batch = tiny.batch(run.objective, run.batch_size)
         batch = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, run.batch)
     for _ in range(steps):
-        state, said = run.train_step(state, batch)
-        assert not said["skipped"]
+        state, metrics = run.train_step(state, batch)
+        assert not metrics["skipped"]
     return keep(folder, run, state, 3 + steps)
 
 

@@ -1,4 +1,4 @@
-"""Marks of tests that ask torch, open_clip or transformers, which may not be installed."""
+"""Marks for tests that need torch, open_clip or transformers, which may not be installed."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from clipx.interop import libraries
 
 
 def missing(*names) -> str:
-    """Why one of the libraries cannot be asked; empty if all can."""
+    """Why one of the libraries cannot be used; empty if all can."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -21,7 +21,7 @@ def missing(*names) -> str:
 
 
 def asked(reason: str):
-    """A mark of tests that ask a library, which are skipped for a reason where it is missing."""
+    """A mark for tests that need a library. They are skipped if `reason` (see `missing`) is set."""
     skip = pytest.mark.skipif(bool(reason), reason=reason or "-")
     return lambda test: pytest.mark.interop(skip(test))
 

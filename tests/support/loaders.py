@@ -1,4 +1,4 @@
-"""Loaders by keyword, whichever of their parts a keyword belongs to."""
+"""Builds loaders from keyword arguments alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_loader(
     mirror_words=False,
     **values,
 ) -> Loader:
-    """A loader of the whole batch. `values`: keys of `Sampling`, and others of `DataConfig`."""
+    """A loader of the complete batch. `values` are fields of `Sampling` or of `DataConfig`."""
     from clipx.ops.photometry import Policy  # not at the top: workers import this file
     from clipx.types import View, Views
 

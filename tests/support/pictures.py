@@ -1,4 +1,4 @@
-"""Rows drawn in memory, and a tokenizer that gives back what it reads."""
+"""A data source of generated pictures, and a tokenizer that decodes to exactly what it encoded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def encode(pixels: np.ndarray, kind: str = "JPEG", **options) -> bytes:
 
 
 def photo(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
-    """A smooth picture, as photographs are."""
+    """A smooth picture, like a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures(Source):
-    """Row i: a picture of its own and its captions; `bad` and `broken` rows have no use."""
+    """Row i is a picture of its own with its captions. `bad` rows raise; `broken` rows hold a
+    truncated file."""
 
     bad: tuple[int, ...] = ()
     broken: tuple[int, ...] = ()
@@ -54,7 +55,7 @@ class Pictures(Source):
 
 
 def letters():
-    """A byte-pair tokenizer of next to no merges: what it reads it gives back."""
+    """A byte-pair tokenizer with one merge, which decodes to exactly what it encoded."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as merges:
         merges.write("#version: 0.2\nt h\n")
         merges.flush()

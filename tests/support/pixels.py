@@ -1,5 +1,5 @@
-"""What evaluators are tested on: pictures of one pixel, which say the row and the set that they
-are, and an encoder that looks both up."""
+"""Data and an encoder for testing evaluators. Each picture is one pixel that holds its row and its
+set; the encoder looks both up in tables."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from clipx.types import Encoded
 
 @dataclasses.dataclass
 class Examples:
-    """The row in a picture's red, the set in its green; captions are `<set> <row>`."""
+    """Red holds the row, green the set. The first caption of a row is `<set> <row>`."""
 
     labels: list
     which: int = 0
@@ -33,7 +33,7 @@ class Examples:
 
 
 class Encode:
-    """Rows of `sets`, as the one field that is asked for: `field`."""
+    """Returns rows of the tables `sets` and `texts` as the field `field`, the only one allowed."""
 
     def __init__(self, field, *sets, texts=None):
         self.field, self.sets, self.texts = field, sets, texts
@@ -49,7 +49,7 @@ class Encode:
 
 
 def draw(seed, rows, classes, spread):
-    """Rows about the centres of their classes, and labels."""
+    """Random rows around the centres of their classes, and the labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, rows)
     centres = np.random.default_rng(9).normal(size=(classes, 8))

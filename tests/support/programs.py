@@ -1,10 +1,10 @@
-"""Whether two trees of clipx run the same programs: `python programs.py --out=a.json` in one,
-`--against=a.json` in the other (PYTHONPATH says which).
+"""Tests whether two trees of clipx run the same programs: run `python programs.py --out=a.json`
+with PYTHONPATH set to one tree, and `--against=a.json` with PYTHONPATH set to the other.
 
-For each config and variant: `config.json`, the abstract state with its shardings, and the traced
-training step, its equations numbered and stripped of names and source lines. For three tiny runs of
-two devices: config.json, what metrics.jsonl says beside times, and every array and the JSON of the
-last checkpoint, trained by the command.
+It compares, for each config and variant: `config.json`, the abstract state with its shardings, and
+the traced training step, with equations numbered and without names and source lines. For three tiny
+runs on two devices, trained by the command, it compares config.json, the metrics except times, and
+every array and the JSON of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import numpy as np
 import clipx
 
 ROOT = pathlib.Path(clipx.__file__).parents[1]
-# of an equation, what says where it came from and not what it computes
+# parameters of an equation that tell where it came from, not what it computes
 _NAMES = ("name", "name_stack", "debug_info", "name_and_src_info", "metadata", "src_info")
-_NAMES += ("fwd", "bwd", "fwd_jaxpr_thunk", "jvp_jaxpr_fun")  # functions that nothing is traced of
+_NAMES += ("fwd", "bwd", "fwd_jaxpr_thunk", "jvp_jaxpr_fun")  # functions that are not traced
 _TIMES = ("images_per_second", "seconds", "wait", "share_of_time", "mfu", "memory_gib", "predicted")
 SMALL = (
     "image.width=32 image.depth=1 image.heads=2 text.width=32 text.depth=1 text.heads=2 "
@@ -50,8 +50,8 @@ RUNS = {
 }
 
 
-def found(*names: str):
-    """The first of these functions that the tree has: files move."""
+def find(*names: str):
+    """The first of these functions that the tree has, because files move between trees."""
     for name in names:
         module, _, function = name.rpartition(".")
         try:
@@ -66,7 +66,7 @@ def digest(text: str) -> str:
 
 
 def plain(value) -> str:
-    """A parameter of an equation, without addresses, and functions without their names."""
+    """A parameter of an equation as text, without addresses and names of functions."""
     if isinstance(value, (tuple, list)):
         return "(" + ",".join(map(plain, value)) + ")"
     if isinstance(value, dict):
@@ -77,13 +77,13 @@ def plain(value) -> str:
         return "{" + ",".join(sorted(map(plain, value))) + "}"
     if callable(value) and not isinstance(value, type):
         return "function"
-    if "frozenset" in (text := repr(value)):  # an order of its own in each process
+    if "frozenset" in (text := repr(value)):  # their order differs between processes
         text = re.sub(r"\{([^{}]*)\}", lambda m: ",".join(sorted(m[1].split(", "))), text)
     return re.sub(r" at 0x[0-9a-f]+|<function [^>]*>|clipx[\w./]*", "", text)
 
 
 def equations(jaxpr) -> str:
-    """A jaxpr's equations, variables numbered as they come."""
+    """A jaxpr's equations as text, with variables numbered in order of appearance."""
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     numbers: dict[int, int] = {}
@@ -105,8 +105,8 @@ def equations(jaxpr) -> str:
 
 
 def of_config(spec: str) -> dict[str, str]:
-    load = found("clipx.config.files.load", "clipx.config_file.load")
-    assemble = found("clipx.training.run.assemble", "clipx.run.assemble")
+    load = find("clipx.config.files.load", "clipx.config_file.load")
+    assemble = find("clipx.training.run.assemble", "clipx.run.assemble")
     run = assemble(load(f"{ROOT}/configs/{spec}"), jax.devices())
     state = [
         (jax.tree_util.keystr(path), x.shape, str(x.dtype), str(x.sharding.spec))
@@ -120,7 +120,7 @@ def of_config(spec: str) -> dict[str, str]:
 
 
 def of_run(spec: str, overrides: str) -> dict[str, str]:
-    """A tiny run of the command, and what it leaves."""
+    """Digests of the files that a tiny run of the command writes."""
     import orbax.checkpoint as ocp
 
     options = [f"--config.{o}" for o in (*SMALL.split(), *overrides.split())]
@@ -167,7 +167,7 @@ def _step(path: pathlib.Path) -> int:
 
 
 def _config_file(spec: str) -> str:
-    """A config of the tree, its data drawn shapes: what another source is told has no place."""
+    """A config of the tree with rendered shapes as its data, and no keys of the original source."""
     name, _, variant = spec.partition(":")
     return (
         f"import sys\nsys.path.insert(0, {str(ROOT / 'configs')!r})\n"
@@ -186,36 +186,40 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out")
     parser.add_argument("--against")
-    parser.add_argument("--only", default="", help="specs that start so; none: runs alone")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="prefix of the specs to compare; none: compare the tiny runs only",
+    )
     options = parser.parse_args()
-    variants = found("clipx.config.files.variants", "clipx.config_file.variants")
+    variants = find("clipx.config.files.variants", "clipx.config_file.variants")
     specs = [
         f"{file.name}:{variant}".rstrip(":")
         for file in sorted((ROOT / "configs").glob("*.py"))
         if file.stem != "common"
         for variant in variants(file)
     ]
-    told = {}
+    digests = {}
     for spec in specs:
         if options.only != "none" and spec.startswith(options.only):
-            told[spec] = of_config(spec)
-            print(spec, *told[spec].values(), flush=True)
+            digests[spec] = of_config(spec)
+            print(spec, *digests[spec].values(), flush=True)
     for spec, overrides in RUNS.items():
         if options.only in ("", "none"):
-            told[f"run {spec}"] = of_run(spec, overrides)
-            print("run", spec, *told[f"run {spec}"].values(), flush=True)
+            digests[f"run {spec}"] = of_run(spec, overrides)
+            print("run", spec, *digests[f"run {spec}"].values(), flush=True)
     if options.out:
-        pathlib.Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
+        pathlib.Path(options.out).write_text(json.dumps(digests, indent=1) + "\n")
     if not options.against:
         return 0
     before = json.loads(pathlib.Path(options.against).read_text())
     differ = [
         f"{spec}: {key}"
-        for spec, values in told.items()
+        for spec, values in digests.items()
         for key, value in values.items()
         if before[spec][key] != value
     ]
-    print("\n".join(["differ:", *differ] if differ else [f"all {len(told)} alike"]))
+    print("\n".join(["differ:", *differ] if differ else [f"all {len(digests)} alike"]))
     return bool(differ)
 
 

@@ -1,4 +1,4 @@
-"""A shrunk quickstart, in this process or in one of its own, and what its workdir holds."""
+"""A shrunk quickstart run, in this process or a new one, and readers of its workdir."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def parameters(workdir, devices=None):
 
 
 def start(workdir, *overrides):
-    """The command in a process of its own."""
+    """Starts the training command in a new process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [f"--config.{path}={text}" for path, text in [*SMALL, *overrides]]
     return subprocess.Popen(

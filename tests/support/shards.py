@@ -1,4 +1,4 @@
-"""Shards of pairs, whole or not, and the config of a run that reads them."""
+"""Shards of image-caption pairs, and the config of a run that reads them."""
 
 import io
 import tarfile
@@ -17,7 +17,7 @@ def jpeg(seed=0):
 
 
 def shard(path, count=48, **odd):
-    """A tar of pairs; `odd` replaces members by name."""
+    """A tar of pairs. `odd` replaces the contents of members by name."""
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             for name, data in ((f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.txt", f"thing {i}".encode())):

@@ -1,4 +1,4 @@
-"""Sets that TFDS prepares."""
+"""Data sets that TFDS prepares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 
 
 def build(folder, name: str, features: dict, row, rows, shuffle: bool = True) -> str:
-    """Prepares a set of `row(i)`, as its users do, and gives the folder that holds it."""
+    """Prepares a data set with the rows `row(i)`, as users of TFDS do. Returns its folder."""
 
     def _info(self):
         kinds = tfds.features.FeaturesDict(features)

@@ -1,4 +1,4 @@
-"""What the laws are held against: every objective, on one pair of tiny towers."""
+"""Tiny versions of every objective, to hold against the laws."""
 
 import functools
 import unittest.mock
@@ -27,8 +27,8 @@ OBJECTIVES = sorted(
 )
 ROWS = 32
 WORDS = {"mask_id": 2, "special_ids": (0, 1, 2, 3), "mask_rate": 0.5}
-PLAIN = {"augmentation": "none"}  # the laws hold every policy to themselves
-FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
+PLAIN = {"augmentation": "none"}  # the laws test every augmentation policy separately
+FIELDS = {  # fields that make a method tiny and turn all of its terms on
     "clip_lite": {**PLAIN, "width": 12},
     "declip": {**PLAIN, **WORDS, "simsiam_width": 12, "queue_size": 48},
     "filip": {**PLAIN, **WORDS, "token_width": 6, "top_k": 3, "contrastive_weight": 0.5},
@@ -46,15 +46,15 @@ FIELDS = {  # what makes a method tiny, beside its towers, and uses all of it
     },
     "slip": {**PLAIN, "ssl_augmentation": "none", "head_width": 12, "head_dim": 6},
 }
-# for `jax.jit`: what conftest turns off to compile faster, and without which a softplus of float64
-# is good to 1e-9, and one value that two results hold is rounded twice
+# Compiler options for float64. conftest turns these off to compile faster. Without them a softplus
+# in float64 is accurate only to 1e-9, and a value in two results is rounded twice.
 EXACT = {"xla_cpu_use_fusion_emitters": True}
-LINEAR = {"declip", "filip", "protoclip", "slip"}  # whose passes through towers are many
+LINEAR = {"declip", "filip", "protoclip", "slip"}  # methods with many passes through the towers
 
 
 class Linear(Tower):
-    """One layer over the pixels of each quarter of a picture, or the one-hot of each token, and
-    their mean: a tower that compiles in no time."""
+    """A tower that compiles fast: one dense layer over each quarter of an image's pixels, or over
+    each token's one-hot vector, and the mean of the results."""
 
     image_size: int = 16
     context: int = 8
@@ -74,8 +74,8 @@ class Linear(Tower):
 
 @functools.cache
 def objective(name: str, dtype: str = "float32", dropout: float = 0.1) -> Objective:
-    """A method, by the name of its file; or a variant of it, such as `clip_lite:critic=concat`,
-    whose towers are linear, as others have shown that it does with any."""
+    """A method by the name of its file, or a variant such as `clip_lite:critic=concat`. Variants
+    have linear towers, because the method itself is tested with real ones."""
     name, _, variant = name.partition(":")
     cls, fields = find("objectives", name, Objective), dict(FIELDS.get(name, {}))
     towers = {"embed_dim": 8, "dtype": dtype, "dropout": dropout}
@@ -105,7 +105,8 @@ def batch(module: Objective, rows: int = ROWS, seed: int = 0) -> Batch:
 
 
 def memory(module: Objective):
-    """What a step starts from: in a method of episodes, the third's, with any tables and labels."""
+    """The memory before a step. A method with episodes gets a later episode, with random tables and
+    labels."""
     before = module.init_memory()
     rng = np.random.default_rng(2)
 
@@ -172,8 +173,8 @@ def value_and_grads(
     data: Batch | None = None,
     params=None,
 ):
-    """The loss, every gradient and the next memory, as a training step computes them on a mesh,
-    over which even the smallest parameters are split where that can be."""
+    """Returns (loss, gradients, metrics, next memory) as a training step on a mesh computes them.
+    Even the smallest parameters are sharded where their shape allows."""
     state = as_dtype(variables(name), "float32" if dtype == "bfloat16" else dtype)
     params = state["params"] if params is None else params
     data = batch(objective(name)) if data is None else data
@@ -183,8 +184,8 @@ def value_and_grads(
     step = _step(name, dtype, microbatches, len(data.row))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         with unittest.mock.patch.object(meshes, "SMALL", 1):
-            whole = TrainState(0, params, (), {}, {})
-            params = jax.device_put(params, meshes.state_shardings(mesh, whole).params)
+            only_params = TrainState(0, params, (), {}, {})
+            params = jax.device_put(params, meshes.state_shardings(mesh, only_params).params)
     with jax.set_mesh(mesh):
         placed = put(data, batch_sharding(mesh))
         (value, loss), grads = step(params, state.get("batch_stats", {}), placed)

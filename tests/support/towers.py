@@ -1,4 +1,4 @@
-"""Small towers with random weights and a vocabulary, as exports take them."""
+"""Small models with random weights and a vocabulary, for tests of exports."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ BOTH = {"embed_dim": 24, "dtype": "float32"}
 
 
 def variables(tower, seed):
-    """Random variables of a tower in its own layout, none of them at a special value."""
+    """Random variables of a tower in its own layout, none of them 0 or 1."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -48,6 +48,6 @@ def words_of(config, plain=True):
 
 
 def few_words(size=40, plain=True):
-    """Ids for tests without a tokenizer."""
+    """A small vocabulary and the text tower's fields for it, for tests without a tokenizer."""
     words = models.Words("clip_bpe", size, 16, 0, size - 2, size - 1, size - 3, plain)
     return words, TEXT | {"vocab_size": size, "eot_id": size - 1}

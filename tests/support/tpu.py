@@ -1,4 +1,4 @@
-"""A mark of tests that compile for TPUs."""
+"""A mark for tests that compile for TPUs."""
 
 import importlib.util
 

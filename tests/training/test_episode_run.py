@@ -1,4 +1,4 @@
-"""A run in episodes: what it clusters is what it trains on, and killed in one it goes on in it."""
+"""A run in episodes: it clusters the rows that it trains on, and resumes inside an episode."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TOWER = {"width": 16, "depth": 1, "heads": 2, "embed_dim": 8, "dtype": "float32"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """ProtoCLIP on drawn shapes, with everything on but a LiT phase."""
+    """ProtoCLIP on rendered shapes, with all its options but a frozen tower."""
     config = cli.load_config(str(ROOT / "configs" / "quickstart.py"), [])
     config["objective"] = {
         "name": "protoclip",
@@ -57,7 +57,7 @@ def config(tmp_path_factory):
 
 
 def write(config, **changes):
-    """A teacher's file for the config's data, of random rows."""
+    """Writes a teacher's file of random rows for the config's data."""
     source = assemble(config).source.open()
     about = {"fingerprint": fingerprint(source), "rows": ROWS} | changes
     rows = np.random.default_rng(0).normal(size=(about["rows"], 4)).astype(np.float32)
@@ -80,10 +80,10 @@ def state(workdir):
     return jax.tree.map(np.asarray, restore(workdir)[1])
 
 
-def test_each_episode_is_refreshed_once_and_its_cost_is_told(whole):
-    found = [row for row in logged(whole) if "episode/seconds" in row]
-    assert [row["step"] for row in found] == [0, EPISODE, 2 * EPISODE]
-    assert all(0 < row["episode/share_of_time"] < 1 for row in found)
+def test_each_episode_is_refreshed_once_and_its_time_is_logged(whole):
+    refreshes = [row for row in logged(whole) if "episode/seconds" in row]
+    assert [row["step"] for row in refreshes] == [0, EPISODE, 2 * EPISODE]
+    assert all(0 < row["episode/share_of_time"] < 1 for row in refreshes)
     training = [row for row in logged(whole) if "loss" in row]
     assert [row["clusters/episode"] for row in training] == [i // EPISODE for i in range(STEPS)]
     assert training[EPISODE]["loss/external"] > 0
@@ -93,12 +93,12 @@ def test_each_episode_is_refreshed_once_and_its_cost_is_told(whole):
         assert labels.shape == (EPISODE * BATCH,) and len(np.unique(labels)) > 1
 
 
-def test_episodes_are_drawn(whole):
+def test_episodes_are_in_the_report(whole):
     assert [path.stem for path in episodes.files(whole)] == ["000000", "000001", "000002"]
     assert "<h2>Episodes" in (whole / "report.html").read_text()
 
 
-def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_looked_up(config):
+def test_the_survey_has_the_rows_of_training_at_the_positions_of_the_labels(config):
     run = assemble(config)
     data = open_data(run)
     run = with_data(run, len(data), open_tokenizer(run, data.source))
@@ -112,7 +112,7 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
         positions.append(np.asarray(seen.position))
         if len(positions) == EPISODE:
             break
-    # what `refresh` is given as row p is the row at position p
+    # row p of the features that `refresh` takes is the row at position p
     buffer = np.zeros((BATCH, EPISODE), int)
     for step, of_step in enumerate(positions):
         buffer[:, step] = of_step
@@ -121,36 +121,36 @@ def test_the_survey_sees_the_rows_of_training_in_the_places_where_labels_are_loo
 
 @pytest.fixture(scope="module")
 def stopped(config, tmp_path_factory):
-    """A run that was told to stop while it looked at the second episode, and again in its midst."""
-    workdir, seen, drawn = tmp_path_factory.mktemp("stopped"), [], []
+    """A run that was stopped during the survey of its second episode, and again inside it."""
+    workdir, surveyed, loaded = tmp_path_factory.mktemp("stopped"), [], []
     survey = Survey.batches
 
-    def watched(self, *, start):
+    def counted_survey(self, *, start):
         for batch in survey(self, start=start):
-            seen.append(batch)
+            surveyed.append(batch)
             yield batch
 
-    def counted(run, data, *, start):
+    def counted_feed(run, data, *, start):
         for batch in feed(run, data, start=start):
-            drawn.append(batch)
+            loaded.append(batch)
             yield batch
 
-    class Told(Stop):
+    class StopByCount(Stop):
         def __call__(self):
-            return len(seen) == EPISODE + 2 or len(drawn) == 6
+            return len(surveyed) == EPISODE + 2 or len(loaded) == 6
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Survey, "batches", watched)
-        patch.setattr(loop, "feed", counted)
+        patch.setattr(Survey, "batches", counted_survey)
+        patch.setattr(loop, "feed", counted_feed)
         for step, episode in ((EPISODE, 0), (6, 1)):
-            assert train(config, str(workdir), stop=Told()) == cli.EXIT_PREEMPTED
-            found = state(workdir)
-            assert (found.step, found.memory["episode"]) == (step, episode)
-            seen.clear()
+            assert train(config, str(workdir), stop=StopByCount()) == cli.EXIT_PREEMPTED
+            saved = state(workdir)
+            assert (saved.step, saved.memory["episode"]) == (step, episode)
+            surveyed.clear()
     return workdir
 
 
-def test_stopped_in_episodes_it_ends_as_if_it_had_not(config, whole, stopped, tmp_path):
+def test_stopped_in_episodes_it_ends_in_the_same_bits(config, whole, stopped, tmp_path):
     """Law 7 on one topology, memory included."""
     shutil.copytree(stopped, tmp_path / "run")
     assert train(config, str(tmp_path / "run")) == 0
@@ -184,7 +184,7 @@ def test_a_teacher_and_an_objective_that_reads_one_go_together(config):
     without = config | {"data": {k: v for k, v in config["data"].items() if k != "teacher"}}
     with pytest.raises(ConfigError, match="clipx.teacher"):
         assemble(without)
-    with pytest.raises(ConfigError, match="nothing of protoclip reads it"):
+    with pytest.raises(ConfigError, match="the objective protoclip does not read a teacher"):
         assemble(config | {"objective": {**config["objective"], "external_weight": 0.0}})
     other = config | {"objective": {"name": "clip"}, "data": without["data"]}
     with pytest.raises(ConfigError, match="clip has no episodes"):
@@ -192,7 +192,7 @@ def test_a_teacher_and_an_objective_that_reads_one_go_together(config):
 
 
 def test_an_episode_longer_than_the_data_is_several_epochs_of_it(config, tmp_path):
-    """Labels are of positions, so a row may come twice."""
+    """Labels belong to positions, so a row may occur twice."""
     objective = {**config["objective"], "episode_size": 2 * ROWS, "with_replacement": False}
     run = assemble(
         config | {"objective": objective, "train": {**config["train"], "total_steps": 2}}
@@ -207,28 +207,28 @@ def test_an_episode_longer_than_the_data_is_several_epochs_of_it(config, tmp_pat
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_a_runs_batches_are_pairs_of_the_clusters_that_it_names(config, tmp_path, fraction):
+def test_a_runs_batches_are_pairs_of_its_clusters(config, tmp_path, fraction):
     """CLIP-Lite's cluster negatives, from the file to the batch."""
     path = str(tmp_path / "clusters.npy")
-    of = np.random.default_rng(0).integers(5, size=ROWS).astype(np.int32)
+    clusters = np.random.default_rng(0).integers(5, size=ROWS).astype(np.int32)
     about = {"fingerprint": fingerprint(assemble(config).source.open()), "rows": ROWS}
-    with row_arrays.create(path, np.int32, of.shape, about) as put:
-        put(of)
+    with row_arrays.create(path, np.int32, clusters.shape, about) as put:
+        put(clusters)
     data = {"source": "shapes", "image_size": 16, "size": ROWS, "clusters": path}
-    ours = config | {
+    clip_lite = config | {
         "objective": {"name": "clip_lite", "width": 8},
         "data": data | {"fraction": fraction},
         "train": {"batch_size": BATCH, "total_steps": 4},
     }
-    run = assemble(ours)
+    run = assemble(clip_lite)
     data = open_data(run)
     run = with_data(run, len(data), open_tokenizer(run, data.source))
     batches = [jax.device_get(batch.row) for batch, _ in feed(run, data, start=0)]
-    pairs = of[np.concatenate(batches)].reshape(-1, 2)
-    # a cluster of odd size leaves a row over, which meets one of another
+    pairs = clusters[np.concatenate(batches)].reshape(-1, 2)
+    # a cluster of odd size leaves one row over, which is paired with a row of another cluster
     assert np.mean(pairs[:, 0] == pairs[:, 1]) > 0.85
     with pytest.raises(ConfigError, match="whole pairs"):
-        assemble(ours | {"objective": {**ours["objective"], "groups": 16}})
-    episodes_of = config | {"data": config["data"] | {"clusters": path}}
-    with pytest.raises(ConfigError, match="none where every row is drawn on its own"):
-        assemble(episodes_of)
+        assemble(clip_lite | {"objective": {**clip_lite["objective"], "groups": 16}})
+    with_replacement = config | {"data": config["data"] | {"clusters": path}}
+    with pytest.raises(ConfigError, match="with replacement, every row is sampled on its own"):
+        assemble(with_replacement)

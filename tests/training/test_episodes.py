@@ -1,4 +1,4 @@
-"""Which rows of an episode are looked at, where they lie, and what its prototypes hold."""
+"""The rows of an episode that are shown, their places on the map, and the prototypes."""
 
 import base64
 import io
@@ -15,14 +15,14 @@ from clipx.training import episodes
 
 
 def labels(rows=9000, k=400):
-    """Clusters of very different sizes, and others that are alike."""
+    """Labels with clusters of very different sizes (image), and of similar sizes (text)."""
     rng = np.random.default_rng(0)
     uneven = np.minimum(rng.exponential(k / 6, rows).astype(np.int32), k - 1)
     return {"image": uneven, "text": rng.integers(0, k, rows).astype(np.int32)}
 
 
 @pytest.mark.parametrize("names", [("image", "text"), ("image", "text", "external"), ("external",)])
-def test_a_sample_has_any_rows_and_those_of_the_large_clusters(names):
+def test_a_sample_has_random_rows_and_rows_of_the_large_clusters(names):
     given = labels()
     given = {name: given.get(name, given["image"][::-1]) for name in names}
     rows = episodes.sample(given)
@@ -33,17 +33,20 @@ def test_a_sample_has_any_rows_and_those_of_the_large_clusters(names):
         counts = np.bincount(of_rows)
         for cluster in np.argsort(-counts, kind="stable")[:10]:
             assert np.sum(of_rows[rows] == cluster) >= min(share, counts[cluster])
-    assert np.abs(np.histogram(rows, 9, (0, 9000))[0] - 2000 / 9).max() < 80  # from everywhere
+    assert np.abs(np.histogram(rows, 9, (0, 9000))[0] - 2000 / 9).max() < 80  # spread evenly
 
 
-def test_a_short_episode_is_sampled_whole():
+def test_a_short_episode_is_sampled_completely():
     np.testing.assert_array_equal(episodes.sample(labels(70, 5)), np.arange(70))
     np.testing.assert_array_equal(episodes.sample(labels(1, 1)), [0])
 
 
 def gaussians(rows=600, width=6):
-    """Rows around four points of a plane, each modality on its own side of a wide gap, and the
-    loader of their pictures, whose colour is their place, and captions."""
+    """(clusters, features, load, the places that `load` was asked for).
+
+    The features are around four points of a plane, with a wide gap between the modalities. The
+    colour of a picture and its caption are its place.
+    """
     rng = np.random.default_rng(1)
     cluster = rng.choice(4, rows, p=(0.4, 0.3, 0.2, 0.1)).astype(np.int32)
     centres = np.zeros((4, width))
@@ -90,7 +93,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_small_clusters_have_no_colour(tmp_path):
     given = {"text": np.repeat(np.arange(30), 20).astype(np.int32)}
-    given["text"][:40] = 29  # the other 28 are of one size: the first of them come first
+    given["text"][:40] = 29  # the other 28 clusters are of equal size: the first of them win
     path, *_ = written(tmp_path, labels=given, rows=np.arange(600))
     episode = episodes.read(path)
     assert [c.cluster for c in episode.clusters["text"]] == [29, *range(2, 11)]
@@ -122,7 +125,7 @@ def test_prototypes_are_the_rows_nearest_to_their_mean(tmp_path):
 
 
 def test_the_map_shows_the_plane_and_not_the_gap(tmp_path):
-    """Distances in the plane are kept; a picture and its caption, ten apart, come together."""
+    """Distances in the plane are kept. A picture and its caption, ten apart, meet on the map."""
     path, _, features, _ = written(tmp_path)
     episode = episodes.read(path)
     assert 0.9 < sum(episode.variance) <= 1 and episode.variance[0] > episode.variance[1]
@@ -136,7 +139,7 @@ def test_the_map_shows_the_plane_and_not_the_gap(tmp_path):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, np.nan, np.inf])
 def test_a_collapsed_model_has_a_map(tmp_path, value):
-    """Also where no feature is finite: the page must not be lost to that."""
+    """Also if no feature is finite: the report must still be written."""
     same = {name: np.full((600, 6), value, np.float32) for name in ("image", "text")}
     path, *_ = written(tmp_path, features=same)
     episode = episodes.read(path)
@@ -173,7 +176,7 @@ def test_other_files_and_full_disks(tmp_path, monkeypatch):
 
 
 class Words:
-    """A tokenizer whose ids are the letters."""
+    """A tokenizer whose ids are the bytes of the text."""
 
     def __call__(self, texts):
         return np.array([[*text.encode()[:30].ljust(30)] for text in texts], np.int32)
@@ -183,7 +186,7 @@ class Words:
 
 
 def test_loading_gives_what_the_episode_trains_on():
-    """Places in the episode, found again among the batches of its steps."""
+    """`load` gives the same pictures and captions as the batches of the episode's steps."""
     source = Shapes(size=40, image_size=16)
     options = {"episode_steps": 3, "with_replacement": True}
     loader = build_loader(source, Words(), batch_size=8, seed=3, image_size=16, **options)

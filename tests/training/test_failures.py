@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: one clear line, no hang, and nothing lost that was saved."""
+"""Failures of real machines: one clear line, no hang, and no saved work lost."""
 
 import json
 import subprocess
@@ -33,15 +33,15 @@ def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, c
     assert all(("cannot be decoded" if row == 3 else "empty") in bad[row] for row in bad)
     fewer = shard(tmp_path / "fewer.tar", 40)
     config["data"]["path"] = str(fewer)
-    with pytest.raises(ConfigError, match="40 rows\n.*the 48 rows that this run began with"):
+    with pytest.raises(ConfigError, match="40 rows\n.*the 48 rows that this run started with"):
         train(config, str(tmp_path / "run"))
     config["data"]["path"] = str(shard(tmp_path / "other.tar"))
-    with pytest.raises(ConfigError, match="fingerprint .*\n.*as this run began with"):
+    with pytest.raises(ConfigError, match="fingerprint .*\n.*the data that this run started with"):
         train(config, str(tmp_path / "run"))
     with pytest.raises(DataError, match="row 5 of the evaluation set: .*0005") as error:
         train(pairs(path), str(tmp_path / "other"))
     assert lines(error) == 1
-    assert Checkpoints(tmp_path / "other").latest == 2  # what was trained is not lost
+    assert Checkpoints(tmp_path / "other").latest == 2  # the trained steps are not lost
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
@@ -53,7 +53,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "no match"])
-def test_shards_that_are_not_there_or_not_whole(tmp_path, kind):
+def test_missing_and_truncated_shards(tmp_path, kind):
     path = shard(tmp_path / "a-000000.tar")
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:20_000])
@@ -89,9 +89,9 @@ def fill(folder):
             return
 
 
-# Orbax's threads talk to an event loop that its own failure has closed.
+# Orbax's threads use an event loop that its own failure has closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_keeps_what_was_saved_and_the_run_goes_on_with_room(disk, monkeypatch):
+def test_a_full_disk_keeps_checkpoints_and_the_run_resumes_with_free_space(disk, monkeypatch):
     save = Checkpoints.save
 
     def save_and_fill(self, step, *arguments):

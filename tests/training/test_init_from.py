@@ -1,5 +1,5 @@
-"""`config.init_from`: what a run starts from, in every layout and on any mesh; what is refused, and
-how; an evaluation of what others keep."""
+"""`config.init_from`: weights in every layout, on any mesh; what is refused, and how; and the
+evaluation of models of other libraries."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SCAN = [("image.scan", "true"), ("text.scan", "true")]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A run, and its exports, unproven."""
+    """Paths by name: a run, one of its checkpoints, its exports, and a weights file."""
     folder = tmp_path_factory.mktemp("sources")
     found = {"workdir": save(folder / "run", small(CLASS, ("text.dropout", "0.0")))}
     for name in ("open_clip", "huggingface"):
@@ -38,7 +38,7 @@ def sources(tmp_path_factory):
 
 
 def begin(path, *overrides):
-    """A run that starts from `path`, at step 0, and its state."""
+    """(a run that starts from `path`, its state at step 0)."""
     run = assemble(small(CLASS, *overrides, ("init_from", str(path))))
     given = pretrained.open_tokenizer(str(path))
     run = with_data(run, 256, pretrained.tokenizer_for(run.config.tokenizer, given))
@@ -46,7 +46,7 @@ def begin(path, *overrides):
 
 
 def unstacked(state):
-    """The towers and the scale, one entry a block."""
+    """The towers and the scale, with one entry per block."""
     parts = {k: v for k, v in state.params.items() if k in ("image", "text", "logit_scale")}
     return unstack_blocks(jax.tree.map(np.asarray, parts))
 
@@ -62,7 +62,7 @@ def unstacked(state):
     ],
 )
 def test_a_run_starts_from(source, more, sources):
-    """The towers and the scale to the bit, sharded as the run's are; the optimizer is new."""
+    """The towers and the scale are equal to the bit, and sharded as the run's state."""
     run, state = begin(sources[source], *more)
     _, expected = restore(sources["workdir"], devices=jax.devices()[:1])
     jax.tree.map(np.testing.assert_array_equal, unstacked(state), unstacked(expected))
@@ -71,7 +71,7 @@ def test_a_run_starts_from(source, more, sources):
 
 
 def test_heads_are_new_and_a_tower_may_be(sources):
-    """A method with heads; a text tower and a scale that are named."""
+    """An objective with heads; the text tower and the scale are in `init_ignore`."""
     config = small(CLASS, ("init_from", str(sources["open_clip"])), ("text.depth", "2"))
     config["objective"] = {"name": "slip", "augmentation": "none", "ssl_augmentation": "none"}
     config["objective"] |= {"head_width": 12, "head_dim": 6, "logit_scale_init": 1.5}
@@ -87,8 +87,8 @@ def test_heads_are_new_and_a_tower_may_be(sources):
 
 
 def test_fine_tuning(sources, tmp_path):
-    """A locked picture tower, words of the file's own tokenizer, longer texts and larger pictures;
-    a run that goes on does not read the file again."""
+    """A frozen image tower, the file's own tokenizer and longer texts. A resumed run does not read
+    the file again."""
     folder = shutil.copytree(sources["open_clip"], tmp_path / "model")
     more = [("optimizer.freeze", "('^image/',)"), ("optimizer.layer_decay", "0.75")]
     more += [("train.total_steps", "2"), ("optimizer.warmup_steps", "0"), ("train.best", "")]
@@ -110,7 +110,7 @@ def test_fine_tuning(sources, tmp_path):
 
 
 def listed(path, *overrides, tokenizer=None, ignore=()):
-    """The names of what is refused."""
+    """(the names of the refused differences, the caught error)."""
     config = small(CLASS, *overrides, ("init_from", str(path)))
     config["init_ignore"] = list(ignore)
     run = assemble(config)
@@ -138,8 +138,8 @@ def test_what_differs_is_listed_and_refused(overrides, names, sources):
     assert f"config.init_ignore=({', '.join(map(repr, found))},)" in str(caught.value)
 
 
-def test_other_captions_words_are_refused(sources):
-    """Another SentencePiece model of the same size, another rule of cleaning."""
+def test_another_tokenizer_is_refused(sources):
+    """Another SentencePiece model of the same size, and another cleaning."""
     given = pretrained.open_tokenizer(str(sources["workdir"]))
     captions = ["one two three", "four five six seven"] * 40
     other = pretrained.tokenizers.build(given.config, captions)
@@ -152,7 +152,7 @@ def test_other_captions_words_are_refused(sources):
 
 
 def changed(folder, tmp_path, **sections):
-    """A copy of a folder whose configs say something else."""
+    """A copy of a folder with changed JSON files."""
     copy = shutil.copytree(folder, tmp_path / "changed")
     for name, values in sections.items():
         file = copy / f"{name}.json"
@@ -160,8 +160,8 @@ def changed(folder, tmp_path, **sections):
     return copy
 
 
-def test_what_a_file_says_of_pictures_counts(sources, tmp_path):
-    """A processor that squashes pictures is not clipx's, unless it is named."""
+def test_another_preprocessing_is_refused(sources, tmp_path):
+    """A processor that squashes pictures differs from clipx's, and must be in `init_ignore`."""
     squash = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
     folder = changed(sources["huggingface"], tmp_path, preprocessor_config=squash)
     assert listed(folder)[0] == ["preprocessing"]
@@ -179,16 +179,16 @@ def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
 
     fails(tmp_path / "nowhere", "nothing at")
     (tmp_path / "photo.safetensors").write_bytes(b"\xff\xd8\xff" * 99)
-    fails(tmp_path / "photo.safetensors", "a whole safetensors file")
+    fails(tmp_path / "photo.safetensors", "a complete safetensors file")
     whole = sources["file"].read_bytes()
     (tmp_path / "half").mkdir()
     shutil.copy(sources["open_clip"] / open_clip.CONFIG, tmp_path / "half")
     (tmp_path / "half" / open_clip.WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    fails(tmp_path / "half", "a whole safetensors file")
+    fails(tmp_path / "half", "a complete safetensors file")
     bert = {"model_type": "bert"}
     fails(changed(sources["huggingface"], tmp_path, config=bert), "'clip' or 'siglip'")
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
-    fails(tmp_path / "foreign.safetensors", "CLIP in open_clip's names")
+    fails(tmp_path / "foreign.safetensors", "arrays of a CLIP model with open_clip's names")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     fails(tmp_path / "run", "no tokenizer.json|no config.json")
     shutil.copytree(sources["workdir"], tmp_path / "cut")
@@ -204,7 +204,7 @@ def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
 
 
 def test_a_file_in_half_precision_and_in_parts(sources, tmp_path):
-    """bfloat16 and float16 arrays, and the index of a model in two files."""
+    """A model in two files with an index, one bfloat16 and one float16."""
     import ml_dtypes
 
     folder = shutil.copytree(sources["huggingface"], tmp_path / "parts")
@@ -224,15 +224,15 @@ def test_a_file_in_half_precision_and_in_parts(sources, tmp_path):
         np.testing.assert_allclose(found[name], x, rtol=1e-2, atol=1e-4)
 
 
-def test_an_evaluation_of_what_others_keep(sources, capsys):
-    """The same numbers as the run's own, from its exports, by flags alone."""
-    _, evals = None, json.loads((sources["workdir"] / "config.json").read_text())
-    expected = evaluate(sources["workdir"], "latest", evals)
+def test_evaluation_of_an_export(sources, capsys):
+    """An export gives the same numbers as the run."""
+    config = json.loads((sources["workdir"] / "config.json").read_text())
+    expected = evaluate(sources["workdir"], "latest", config)
     for name in ("open_clip", "huggingface"):
-        found = evaluate_file(str(sources[name]), evals["evals"])
+        found = evaluate_file(str(sources[name]), config["evals"])
         assert found == pytest.approx(expected, abs=1e-6)
         entry = sources[name] / "evaluation" / "shapes-test_zero_shot.json"
         assert json.loads(entry.read_text())["pretrained"] == name
     (sources["huggingface"] / tokenizer.CLIPX).rename(sources["huggingface"] / "x")
-    with pytest.raises(ConfigError, match="a tokenizer that clipx has not"):
-        evaluate_file(str(sources["huggingface"]), evals["evals"])
+    with pytest.raises(ConfigError, match="a tokenizer that clipx does not have"):
+        evaluate_file(str(sources["huggingface"]), config["evals"])

@@ -1,3 +1,5 @@
+"""metrics.jsonl, the console, TensorBoard, the clock, and the meaning of metrics."""
+
 from __future__ import annotations
 
 import json
@@ -23,6 +25,7 @@ from clipx.training.metrics import Metrics, read
 
 
 def run(workdir, start, stop, **settings):
+    """Logs the steps after `start` up to `stop`, with an evaluation at every tenth."""
     with Metrics(
         workdir, total_steps=40, batch_size=8, steps_per_epoch=10, step=start, **settings
     ) as metrics:
@@ -86,7 +89,7 @@ def test_an_evaluation_repeated_where_the_run_was_saved_is_not_written_twice(tmp
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_from_step_0_keeps_nothing_of_one_that_saved_nothing(tmp_path):
+def test_a_run_from_step_0_removes_all_lines(tmp_path):
     with Metrics(tmp_path, total_steps=9, batch_size=8) as metrics:
         metrics.log(0, {"zero_shot/top1": 0.5})
     with Metrics(tmp_path, total_steps=9, batch_size=8) as metrics:
@@ -164,7 +167,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert done.stdout == b""
 
 
-def test_killed_in_mid_run_the_file_is_whole(tmp_path):
+def test_a_killed_run_leaves_a_readable_file(tmp_path):
     program = (
         "import sys; from clipx.training.metrics import Metrics\n"
         "with Metrics(sys.argv[1], total_steps=4, batch_size=8) as m:\n"
@@ -207,7 +210,7 @@ def test_tensorboard_gets_every_finite_number(tmp_path, monkeypatch):
     assert seen == [(str(tmp_path / "tensorboard"), 4), ("loss", 2.0, 4), "closed"]
 
 
-def test_the_clock_parts_what_it_counts():
+def test_the_clock_counts_by_part():
     now = [0.0]
 
     def wait(seconds):
@@ -247,10 +250,10 @@ EVALS = {"cifar10": {"evaluator": "linear_probe"}, "voc": {}, "loss": {"evaluato
         ("cifar10/cost", None, "number", False),
         ("voc/mAP", "more", "percent", False),
         ("voc/class/a/b", "more", "percent", True),
-        ("loss/mean_recall", "more", "percent", False),  # of an eval by the name of a loss
+        ("loss/mean_recall", "more", "percent", False),  # of an eval named "loss"
         ("loss/image_to_text_median_rank", "less", "number", False),
-        ("knn/k200/top5", "more", "percent", False),  # an eval that the config has lost
-        ("flickr/text_to_image_R@10", "more", "percent", False),  # its evaluator is not known
+        ("knn/k200/top5", "more", "percent", False),  # an eval that the config does not have
+        ("flickr/text_to_image_R@10", "more", "percent", False),  # of an unknown evaluator
         ("bias/a photo of a doctor/b_after", None, "number", False),
         ("grounding/testA/pointing", "more", "percent", False),
         ("clustering/ami", "more", "number", False),
@@ -264,7 +267,7 @@ def test_what_a_metric_means(key, better, shown, detail):
     assert (known.better, known.shown, known.detail) == (better, shown, detail)
 
 
-def test_what_clip_benchmark_calls_it():
+def test_the_names_of_clip_benchmark():
     names = {"zero_shot": "top1", "linear_probe": "top1", "retrieval": "text_to_image_R@5"}
     found = {}
     for name, key in names.items():

@@ -1,4 +1,4 @@
-"""Schedules, rules and clamps against plain optax, and the step that is skipped."""
+"""Schedules, rules and clamps against plain optax, layer decay, freezing, and skipped steps."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def test_cosine_is_not_linear():
 
 
 def test_cosine_is_the_square_of_half_its_angle():
-    """CLIP-Lite's lr_scheduler.py, warm-up of 5 steps of 20; cos^2 x = (1 + cos 2x) / 2."""
+    """CLIP-Lite's lr_scheduler.py with a warm-up of 5 of 20 steps; cos^2 x = (1 + cos 2x) / 2."""
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=5)
     with jax.enable_x64(True):
         multiplier = make_schedule(config, steps=20, batch_size=1, rows=None)
@@ -100,8 +100,8 @@ def test_warmup_longer_than_the_run():
     ],
 )
 def test_protoclips_two_rates(run, lr, warm, steps, horizon):
-    """training/scheduler.py: lr (t+1)/w until t = w, then half a cosine, which ends for the image
-    tower where the last but one of E episodes begins: share (E-2)/E of the run."""
+    """ProtoCLIP's training/scheduler.py: lr (t+1)/w until t = w, then half a cosine. For the image
+    tower it ends at the start of the last but one of E episodes: share (E-2)/E of the run."""
     config = OptimizerConfig(
         learning_rate=lr,
         warmup_from=lr / warm,
@@ -114,13 +114,13 @@ def test_protoclips_two_rates(run, lr, warm, steps, horizon):
         rate = make_schedule(config, steps=steps, batch_size=64, rows=None)
         for t, (visual, rest) in ORACLE[run].items():
             found = [float(rate(jnp.int64(t), horizon=horizon)), float(rate(jnp.int64(t)))]
-            # 1 + cos of nearly pi has digits of its own no further than this
+            # 1 + cos(x) near x = pi has no more exact digits than this
             np.testing.assert_allclose(found, [visual, rest], rtol=1e-9, atol=1e-15 * lr)
 
 
 @pytest.mark.parametrize("name, middle", [("cosine", 0.3), ("linear", 0.3)])
 def test_horizons(name, middle):
-    """One warm-up, held for 10 updates; decays that are over at half of the run and at its end."""
+    """One warm-up, held for 10 updates; decays that end halfway through the run and at its end."""
     rules = (Rule("a", horizon=0.5), Rule(".*"))
     rate = schedule(schedule=name, warmup_steps=10, hold_steps=10, rules=rules)
     short = [rate(t, horizon=0.5) for t in (5, 10, 20, 35, 50, 51, 100)]
@@ -175,7 +175,7 @@ def test_the_first_rule_that_matches_claims():
     "patterns, where, found",
     [
         (("bias$", ".*", "nothing"), "[2]", "'nothing' matches no parameter"),
-        (("fc", "bias$", ".*"), "[1]", "only what earlier rules claim, image/fc/bias for one"),
+        (("fc", "bias$", ".*"), "[1]", "only parameters of earlier rules, such as image/fc/bias"),
         (("fc",), "", "no rule for logit_scale"),
         (("(", ".*"), "[0].pattern", "'('"),
     ],
@@ -188,7 +188,7 @@ def test_wrong_rules(patterns, where, found):
 
 
 def steps(optimizer, count=3, params=PARAMS, grads=GRADS):
-    """Parameters after some updates, each with other gradients."""
+    """The parameters after `count` updates, each with other gradients."""
     state = optimizer.init(params)
     for i in range(count):
         scaled = jax.tree.map(lambda g, i=i: g * (1 + i), grads)
@@ -235,7 +235,7 @@ def test_coupled_decay_goes_through_the_momentum_after_the_clip():
 
 
 def test_each_tower_has_its_rate():
-    """One of 0.2 for pictures, of 0.001 for the rest, as a rule on the rest says it."""
+    """0.2 for the image tower, and 0.001 for the rest by a rule with the factor 0.005."""
     values = {"name": "sgd", "decay": "coupled", "weight_decay": 1e-4, "clip_norm": 10.0}
     found = steps(make(Rule("^image/"), Rule(".*", learning_rate=0.005), lr=0.2, **values))
     fast, slow = (steps(make(lr=lr, **values)) for lr in (0.2, 0.001))
@@ -243,14 +243,14 @@ def test_each_tower_has_its_rate():
 
 
 def horizons(*rules, steps=4):
-    """An optimizer with plain SGD's updates, and a rate that is 0 at the end of each horizon."""
+    """(SGD without momentum, its schedule, whose rate is 0 at the end of each horizon)."""
     config = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=0.1, rules=rules)
     rate = make_schedule(config, steps=steps, batch_size=8, rows=None)
     return make_optimizer(config, rate, PARAMS), rate
 
 
 def test_a_parameter_stays_from_its_horizon_on():
-    """Weight decay stops with it; the others go on, at the very rates of a run without horizons."""
+    """Its weight decay stops too. The other parameters keep the rates of a run without horizons."""
     frozen, rate = horizons(Rule("^image/", horizon=0.5), Rule(".*"))
     plain, _ = horizons(Rule("^image/"), Rule(".*"))
     two, four = (steps(frozen, n) for n in (2, 4))
@@ -265,7 +265,7 @@ def test_a_parameter_stays_from_its_horizon_on():
 
 
 def test_a_horizon_leaves_the_state_and_the_main_rate_alone():
-    """So that a checkpoint of a run without horizons fits, and its own structure is optax's."""
+    """So a checkpoint of a run without horizons fits, and the state has optax's structure."""
     (frozen, rate), (plain, main) = (
         horizons(Rule("^image/", horizon=0.5), Rule(".*")),
         horizons(Rule("^image/"), Rule(".*")),
@@ -283,7 +283,7 @@ LOOKAHEAD = LookaheadConfig(k=5, alpha=0.5)
 
 
 def quadratic(steps: int, optimizer):
-    """What p = 1 becomes at each step on p^2 / 2, and the optimizer's state after them."""
+    """(p after each step on p^2 / 2 from p = 1, the optimizer's last state)."""
     p, trace = {"p": jnp.float64(1)}, []
     state = optimizer.init(p)
     update = jax.jit(optimizer.update)
@@ -294,8 +294,8 @@ def quadratic(steps: int, optimizer):
     return trace, state
 
 
-def test_lookahead_meets_every_fifth_step():
-    """CLIP-Lite's optim/lookahead.py around SGD: rate 0.1, and a momentum that it leaves alone."""
+def test_lookahead_syncs_every_fifth_step():
+    """CLIP-Lite's optim/lookahead.py around SGD at rate 0.1. It does not touch the momentum."""
     config = OptimizerConfig(name="sgd", weight_decay=0.0, lookahead=LOOKAHEAD, rules=(Rule(".*"),))
     with jax.enable_x64(True):
         trace, state = quadratic(12, make_optimizer(config, lambda _: 0.1, {"p": 1.0}))
@@ -320,7 +320,7 @@ def test_lookahead_keeps_clamps_and_a_copy_of_the_parameters():
 
 
 def test_multipliers_scale_updates():
-    """Ten times the learning rate, and half of the decay, where a rule says so; else optax's."""
+    """A rule with ten times the learning rate and half the decay; other parameters as in optax."""
 
     def plain(lr, weight_decay):
         return steps(
@@ -328,14 +328,14 @@ def test_multipliers_scale_updates():
         )
 
     kernel = Rule("kernel$", learning_rate=10.0, weight_decay=0.5)
-    got, expected = steps(make(kernel, Rule(".*"), weight_decay=0.3)), plain(0.01, 0.3)
-    assert np.abs(got["image"]["fc"]["kernel"] - expected["image"]["fc"]["kernel"]).max() > 0.01
+    updated, expected = steps(make(kernel, Rule(".*"), weight_decay=0.3)), plain(0.01, 0.3)
+    assert np.abs(updated["image"]["fc"]["kernel"] - expected["image"]["fc"]["kernel"]).max() > 0.01
     expected["image"]["fc"]["kernel"] = plain(0.1, 0.15)["image"]["fc"]["kernel"]
-    assert_same(got, expected)
+    assert_same(updated, expected)
 
 
 def test_zero_multipliers():
-    """No rate: the parameter stays. No decay: it moves as under plain Adam."""
+    """Without a learning rate the parameter stays. Without decay it moves as under plain Adam."""
     moved = steps(make(Rule("bias$", learning_rate=0.0), Rule(".*", weight_decay=0.0)))
     np.testing.assert_array_equal(moved["image"]["fc"]["bias"], PARAMS["image"]["fc"]["bias"])
     adam = steps(optax.adam(lambda count: 0.01 / (1.0 + count), 0.9, 0.98, 1e-6))
@@ -352,7 +352,7 @@ def test_clip_norm():
 
 @pytest.mark.parametrize("sign, bound", [(-1, math.log(100)), (1, 0.0)])
 def test_clamp(sign, bound):
-    """The default rules hold `logit_scale`, and it alone, in [0, ln 100] against any gradient."""
+    """The default rules keep `logit_scale`, and only that, in [0, ln 100] for any gradient."""
     optimizer = make_optimizer(OptimizerConfig(name="sgd"), lambda count: 1.0, PARAMS)
     grads = jax.tree.map(lambda g: np.full_like(g, sign * 1e8), PARAMS)
     after = steps(optimizer, 1, grads=grads)
@@ -361,7 +361,7 @@ def test_clamp(sign, bound):
 
 
 def test_default_rules():
-    """Matrices decay; gains, biases and the logits' scalars do not."""
+    """Matrices have weight decay; gains, biases and logit scalars have none."""
     params = {
         f"{name}": np.ones(2, np.float32)
         for name in ("kernel", "bias", "scale", "logit_bias", "positional_embedding", "probe")
@@ -390,7 +390,7 @@ def test_mu_dtype(name):
 
 
 class Remembering(CLIP):
-    """A method with a memory: the sum of what it has seen."""
+    """An objective with a memory: the sum of all image features."""
 
     def init_memory(self):
         return {"seen": jnp.zeros(self.image.embed_dim)}
@@ -402,7 +402,8 @@ class Remembering(CLIP):
 
 @pytest.fixture(scope="module")
 def training():
-    """A step of a tiny method with BatchNorm and a memory, its first state, and a batch."""
+    """(the step of a tiny objective with BatchNorm and a memory, its state after one step, a
+    batch)."""
     image = ResNet(
         variant="resnet18", image_size=16, width=8, blocks=(1,), embed_dim=8, dtype="float32"
     )
@@ -430,7 +431,7 @@ def with_scale(state: TrainState, value) -> TrainState:
 
 @pytest.mark.parametrize("value", [np.nan, 1e6])  # exp(1e6): a scale of infinity
 def test_a_step_that_is_not_finite_changes_nothing(training, value):
-    """Parameters, optimizer, running statistics and memory keep their bits; the step goes on."""
+    """Parameters, optimizer, running statistics and memory keep their bits; the step counts on."""
     step, state, batch = training
     bad = with_scale(state, value)
     after, metrics = step(bad, batch)
@@ -442,14 +443,14 @@ def test_a_step_that_is_not_finite_changes_nothing(training, value):
 def test_the_next_step_is_as_if_the_bad_one_had_not_been(training):
     step, state, batch = training
     skipped, _ = step(with_scale(state, np.nan), batch)
-    mended = with_scale(skipped, state.params["logit_scale"])
-    expected, _ = step(state.replace(step=state.step + 1), batch)  # of the same step: the same keys
-    got, metrics = step(mended, batch)
-    assert_bits(got, expected)
+    repaired = with_scale(skipped, state.params["logit_scale"])
+    expected, _ = step(state.replace(step=state.step + 1), batch)  # the same step, so equal keys
+    new, metrics = step(repaired, batch)
+    assert_bits(new, expected)
     assert metrics["skipped"] == 0
-    assert updates_done(got.opt_state) == 2 and got.step == 3
+    assert updates_done(new.opt_state) == 2 and new.step == 3
     for part in ("params", "batch_stats", "memory"):
-        before, after = (jax.tree.leaves(getattr(s, part)) for s in (state, got))
+        before, after = (jax.tree.leaves(getattr(s, part)) for s in (state, new))
         assert all(np.any(x != y) for x, y in zip(before, after)), part
 
 
@@ -459,8 +460,8 @@ def names(tree):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_layer_decay_of_transformers(scan):
-    """Per tower: the top and heads at the whole rate, each block below it less, embeddings least,
-    in both layouts of the blocks."""
+    """In both layouts of the blocks: the top and heads have the full rate, each block below it
+    half of that, and the embeddings the least."""
     fields = {"width": 8, "depth": 3, "heads": 2, "embed_dim": 4, "scan": scan}
     vit = ViT(image_size=16, patch=8, **fields)
     params = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -489,8 +490,8 @@ def test_layer_decay_of_a_resnet():
 
 
 def test_what_is_frozen_stays():
-    """Without moments, without weight decay, outside of the gradient's norm; the rest moves as if
-    it were alone, its blocks' rates times their factors."""
+    """A frozen parameter has no moments and no weight decay, and is not in the gradient's norm. The
+    others move as if it did not exist."""
     config = OptimizerConfig(
         freeze=("^image/fc/kernel$",), clip_norm=1.0, rules=(Rule("."),), weight_decay=0.5
     )
@@ -531,7 +532,7 @@ class Normed(Tower):
 
 
 def test_a_locked_tower_runs_as_in_evaluation():
-    """Frozen whole, it has no gradient, draws no dropout and keeps its running statistics."""
+    """A tower that is frozen completely has no gradient, no dropout and constant statistics."""
     towers = {"embed_dim": 8, "dtype": "float32"}
     module = CLIP(image=Normed(**towers), text=tiny.Linear(**towers), locked=("image",))
     batch, keys = tiny.batch(module, 4), jax.random.split(jax.random.key(0), 4)

@@ -1,4 +1,4 @@
-"""The step where the laws do not reach: towers with BatchNorm."""
+"""The training step where the laws do not apply: towers with BatchNorm, and equal captions."""
 
 import functools
 
@@ -14,7 +14,7 @@ from clipx.objectives.clip import CLIP
 from clipx.training.step import init_state, make_train_step, row_keys
 
 
-def test_batch_norm_moves_once_a_micro_batch():
+def test_batch_norm_statistics_move_once_per_micro_batch():
     text = tiny.objective("clip", dropout=0.0).text
     image = ResNet(image_size=16, width=8, blocks=(1,), embed_dim=8, dtype="float32")
     objective, optimizer = CLIP(image=image, text=text), optax.sgd(1e-3)
@@ -39,7 +39,7 @@ def test_batch_norm_moves_once_a_micro_batch():
         assert np.any(before != y)
 
 
-def test_captions_have_one_id_each():
+def test_different_captions_have_different_ids():
     text = np.random.default_rng(0).integers(0, 49408, (4096, 77)).astype(np.int32)
     text[1] = text[0]
     text[2] = text[3][::-1]
@@ -47,7 +47,7 @@ def test_captions_have_one_id_each():
     assert ids[0] == ids[1] and len(np.unique(ids)) == 4095
 
 
-def test_equal_captions_are_counted_and_no_negatives_when_masked():
+def test_equal_captions_are_counted_and_masked():
     batch = tiny.batch(tiny.objective("clip"), rows=8)
     twice = batch.replace(text=batch.text.copy())
     twice.text[3] = twice.text[5]
@@ -58,8 +58,8 @@ def test_equal_captions_are_counted_and_no_negatives_when_masked():
         state = jax.jit(init)(batch)
         step = jax.jit(make_train_step(objective, optimizer, seed=0))
         for data in (batch, twice):
-            found = step(state, data)[1]
-            metrics.append(float(found["batch/duplicate_captions"]))
-            losses.append(float(found["loss"]))
+            logged = step(state, data)[1]
+            metrics.append(float(logged["batch/duplicate_captions"]))
+            losses.append(float(logged["loss"]))
     assert metrics == [0, 0.25, 0, 0.25]
     assert losses[0] == losses[2] and losses[1] > losses[3]

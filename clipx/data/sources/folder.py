@@ -1,4 +1,4 @@
-"""Class folders of pictures, on a disk or in one tar: sets to evaluate on."""
+"""Pictures in one folder per class, on a disk or in one tar: data sets to evaluate on."""
 
 from __future__ import annotations
 
@@ -18,23 +18,34 @@ from clipx.data.storage import read
 from clipx.data.tables.formats import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
 
-_SHOWN = 5  # names, in an error
+_SHOWN = 5  # names listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder(Source):
-    """Pictures with the folder they lie in as their class, sorted by class and name; no captions.
+    """Pictures whose class is the folder they are in, sorted by class and file name; no captions.
 
-    Folders in which all pictures lie are passed over: `val/<class>/<picture>` and
-    `<class>/images/<picture>` are as good as `<class>/<picture>`. What begins with a dot is left
-    out. A plain tar is read where it lies. `DataError` when opened: nothing there, a truncated tar,
-    pictures beside the class folders, a class folder without pictures, one name for two classes.
+    Path components that all pictures share do not count: `val/<class>/<picture>` and
+    `<class>/images/<picture>` work like `<class>/<picture>`. Names that start with a dot are
+    ignored. An uncompressed tar is read without unpacking it.
+
+    The constructor raises `DataError` if there are no pictures, if the tar is truncated, if
+    pictures are beside the class folders, if a class folder has no pictures, and if two class
+    folders have the same name.
     """
 
-    path: str  # a folder, or a tar of it
-    names: str = ""  # a json file {folder: name of the class}; '': the folder's, _ as a space
+    path: str  # a folder, or a tar of one
+    # a json file {folder: class name}; '': the class is named like its folder, with _ as a space
+    names: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._file: str
+        self._tar: bool
+        self._top: int  # length of the path components that all pictures share
+        self._names: bytes  # the names of all rows, concatenated
+        self._ends: np.ndarray  # the end of each name in `_names`
+        self._labels: np.ndarray
+        self._places: np.ndarray  # offset and size of each picture in the tar
         path = expand_user(self.path)
         members = _in_folder(path) if os.path.isdir(path) else _in_tar(path)
         pictures = [name for name in members if name.lower().endswith(PICTURE_ENDS)]
@@ -42,11 +53,11 @@ class Folder(Source):
         folders = sorted({posixpath.dirname(name) for name in pictures})
         classes = _class_folders(path, top, folders)
         order = sorted(classes.values())
-        places = {name: i for i, name in enumerate(order)}
-        labels = {folder: places[name] for folder, name in classes.items()}
+        indices = {name: i for i, name in enumerate(order)}
+        labels = {folder: indices[name] for folder, name in classes.items()}
         rows = sorted((labels[posixpath.dirname(n)], posixpath.basename(n), n) for n in pictures)
         names = [os.fsencode(name) for _, _, name in rows]
-        for name, value in (
+        for name, value in (  # the dataclass is frozen
             ("classes", _readable(self.names, order)),
             ("_file", path),
             ("_tar", not os.path.isdir(path)),
@@ -54,7 +65,7 @@ class Folder(Source):
             ("_names", b"".join(names)),
             ("_ends", np.cumsum([len(name) for name in names], dtype=np.int64)),
             ("_labels", np.array([label for label, *_ in rows], np.int32)),
-            ("_places", np.array([members[name] for *_, name in rows], np.int64)),  # offset, size
+            ("_places", np.array([members[name] for *_, name in rows], np.int64)),
         ):
             object.__setattr__(self, name, value)
 
@@ -89,88 +100,89 @@ class Folder(Source):
 
 
 def _in_folder(path: str) -> dict[str, tuple[int, int]]:
-    """What lies under a folder, by relative name; a folder's ends with a slash."""
+    """The relative names of everything inside a folder, in the format of `_in_tar`."""
 
-    def refuse(error: OSError):
+    def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found = {}
+    members = {}
     for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
         for name in (*(f"{name}/" for name in folders), *files):
             if not name.startswith("."):
-                found[prefix + name] = (0, 0)
-    return found
+                members[prefix + name] = (0, 0)
+    return members
 
 
 def _in_tar(path: str) -> dict[str, tuple[int, int]]:
-    """Offset and size of what lies in a tar, by name; a folder's ends with a slash."""
-    found, last, whole = {}, "none", True
+    """(offset, size) of every member of a tar, by name; the name of a folder ends with a slash."""
+    members, last, complete = {}, "none", True
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             size = os.fstat(file.fileno()).st_size
             try:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # it would keep them all
+                    # else tarfile keeps every member in memory
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     name = posixpath.normpath(member.name) + "/" * member.isdir()
                     if any(part.startswith(".") for part in name.split("/")):
                         continue
                     if member.isfile() or member.isdir():
-                        found[name] = (member.offset_data, member.size)
+                        members[name] = (member.offset_data, member.size)
                     elif name.lower().endswith(PICTURE_ENDS):
                         raise DataError(
-                            f"{path}: {name} is a link, expected the picture; pack the folder "
-                            "again with tar --dereference --hard-dereference"
+                            f"{path}: {name} is a link, expected a picture; pack the folder again "
+                            "with tar --dereference --hard-dereference"
                         )
                     if member.offset_data + member.size <= size:
                         last = name
             except tarfile.ReadError:
-                whole = False
-            # tarfile takes a cut header for the end; the real end is a block of zeros
+                complete = False
+            # tarfile takes a truncated header for the end; the real end is a block of zeros
             file.seek(tar.offset)
-            whole = whole and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            complete = complete and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.ReadError:
-        reason = "an empty file" if not os.path.getsize(path) else "no plain tar"
+        reason = "an empty file" if not os.path.getsize(path) else "not an uncompressed tar"
         raise DataError(f"{path}: {reason}, expected a folder or an uncompressed tar") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}){_near(path)}") from None
-    if not whole:
+    if not complete:
         raise DataError(
-            f"{path}: truncated or damaged; the last whole member is {last}; copy it again"
+            f"{path}: truncated or damaged; the last complete member is {last}; copy it again"
         )
-    return found
+    return members
 
 
 def _near(path: str) -> str:
     folder, name = os.path.split(os.path.abspath(path))
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+    siblings = os.listdir(folder) if os.path.isdir(folder) else []
+    near = difflib.get_close_matches(name, siblings, n=3, cutoff=0.5)
     return f"; nearest in {folder}: {', '.join(near)}" if near else ""
 
 
 def _top(path: str, members: dict[str, tuple[int, int]], pictures: list[str]) -> str:
-    """The folder, with its slash, in which all class folders lie. Raises `DataError` for pictures
-    that lie in no class folder and for class folders without pictures."""
+    """The folder, with its slash, that contains all class folders. Raises `DataError` for pictures
+    outside of class folders and for class folders without pictures."""
     if not pictures:
         files = (name for name in members if not name.endswith("/"))
         ends = sorted({os.path.splitext(name)[1] or name for name in files})[:_SHOWN]
-        found = ", ".join(ends) or "nothing"
-        raise DataError(f"{path}: no pictures; found {found}, expected {', '.join(PICTURE_ENDS)}")
+        listed = ", ".join(ends) or "nothing"
+        raise DataError(f"{path}: no pictures; found {listed}, expected {', '.join(PICTURE_ENDS)}")
     folders = {posixpath.dirname(name) for name in pictures}
     if len(folders) == 1:
         (folder,) = folders
         raise DataError(
-            f"{path}: all {len(pictures)} pictures lie in one folder"
-            f"{f', {folder}' if folder else ''}, expected a folder for each class"
+            f"{path}: all {len(pictures)} pictures are in one folder"
+            f"{f', {folder}' if folder else ''}, expected one folder per class"
         )
     common = posixpath.commonpath(folders)
     if common in folders:
         beside = [name for name in pictures if posixpath.dirname(name) == common]
         raise DataError(
-            f"{path}: {len(beside)} pictures, such as {beside[0]}, lie beside the class folders, "
-            "expected each picture in the folder of its class"
+            f"{path}: {len(beside)} pictures, such as {beside[0]}, are beside the class folders, "
+            "expected every picture inside the folder of its class"
         )
     filled = {"", *folders}
     for folder in folders:
@@ -186,39 +198,39 @@ def _top(path: str, members: dict[str, tuple[int, int]], pictures: list[str]) ->
 
 
 def _class_folders(path: str, top: str, folders: list[str]) -> dict[str, str]:
-    """The name of the class of each folder: its last part that is not the same for all."""
-    parts = {folder: folder[len(top) :].split("/") for folder in folders}
-    while len({part[-1] for part in parts.values()}) == 1:
-        parts = {folder: part[:-1] for folder, part in parts.items()}
-    names = {folder: part[-1] for folder, part in parts.items()}
-    twice = [n for n, count in collections.Counter(names.values()).items() if count > 1]
-    if twice:
-        both = [folder for folder, name in names.items() if name == twice[0]]
+    """The class of each folder: its last path component that differs between the folders."""
+    components = {folder: folder[len(top) :].split("/") for folder in folders}
+    while len({each[-1] for each in components.values()}) == 1:
+        components = {folder: each[:-1] for folder, each in components.items()}
+    names = {folder: each[-1] for folder, each in components.items()}
+    repeated = [n for n, count in collections.Counter(names.values()).items() if count > 1]
+    if repeated:
+        both = [folder for folder, name in names.items() if name == repeated[0]]
         raise DataError(
-            f"{path}: {len(twice)} classes lie in several folders, such as {both[0]} and "
-            f"{both[1]}; expected one folder a class; take one of the upper folders alone"
+            f"{path}: {len(repeated)} classes have several folders, such as {both[0]} and "
+            f"{both[1]}, expected one folder per class; set the path to one of the parent folders"
         )
     return names
 
 
 def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
-    """The name of each class folder, from a json file where one is given."""
+    """The class name of each class folder, from the json file `names` if there is one."""
     if not names:
         return tuple(folder.replace("_", " ") for folder in folders)
     path = expand_user(names)
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            readable = json.load(file)
     except OSError as error:
         raise DataError(f"names={names}: cannot be read ({error.strerror}){_near(path)}") from None
     except ValueError as error:
         raise DataError(f"names={names}: not a json file ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(n, str) for n in found.values()):
-        raise DataError(f"names={names}: expected an object {{folder: name of the class}}")
-    missing = [folder for folder in folders if folder not in found]
+    if not isinstance(readable, dict) or not all(isinstance(n, str) for n in readable.values()):
+        raise DataError(f"names={names}: expected a JSON object {{folder: class name}}")
+    missing = [folder for folder in folders if folder not in readable]
     if missing:
         raise DataError(
             f"names={names}: no name for {len(missing)} of {len(folders)} class folders: "
             f"{', '.join(missing[:_SHOWN])}{'...' * (len(missing) > _SHOWN)}"
         )
-    return tuple(found[folder] for folder in folders)
+    return tuple(readable[folder] for folder in folders)

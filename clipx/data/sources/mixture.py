@@ -14,33 +14,40 @@ from clipx.config import binding
 from clipx.data.base import Example, Source
 from clipx.errors import BadSample, ConfigError, DataError
 
-_MOST_ROWS = 2**31 - 1  # a batch holds rows as int32
+_MOST_ROWS = 2**31 - 1  # batches store row ids as int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Source):
-    """Rows of several sources, as often as their weights say, each at least once an epoch.
+    """Rows of several sources in proportion to their weights; every row at least once per epoch.
 
-    A part's share of the rows drawn is its weight over the sum of weights; without any weight, each
-    row of each part is drawn once. The mixture is as long
-    as that needs: the part that is rarest for its size has each row once, and every other part has
-    its rows repeated, equally often but for one. So with parts of 100 and 1000 rows at equal
-    weights there are 2000 places, in which each row of the first part stands ten times. `row` and
-    `key` say the example, and are the same wherever it is repeated. `classes` are those of the
-    parts if they have the same; if not, there are none, and no labels.
+    The share of a part among the rows of an epoch is its weight over the sum of the weights.
+    Without weights, every row occurs once. Otherwise the part with the most rows per weight has
+    each row once, and the rows of the other parts are repeated, with counts that differ by at most
+    one within a part. For example, parts of 100 and 1000 rows at equal weights make an epoch of
+    2000 rows, in which each row of the first part occurs ten times.
+
+    Repetitions of an example have the same `row` and `key`. If all parts have the same `classes`,
+    the mixture has them too; if not, it has no classes and no labels.
     """
 
-    parts: dict[str, dict[str, Any]]  # by name: a source, its keys, and a weight or none anywhere
+    # by name: the section of a source, with its `weight`; either all parts have a weight or none
+    parts: dict[str, dict[str, Any]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._labelled: bool
+        self._sources: tuple[Source, ...]
+        self._names: tuple[str, ...]
+        self._offsets: np.ndarray  # the row id of the first row of each part
+        self._starts: np.ndarray  # the index of the first row of each part, then the length
         sources, weights = [], []
         for name, (cls, values, weight) in _check(self.parts, "Mixture.parts").items():
             try:
                 source = cls(**values)
             except DataError as error:
-                # advice on what to set is for a part's own keys
-                told = str(error).replace("--config.data.", f"--config.data.parts.{name}.")
-                raise DataError(f"part {name}: {told}") from None
+                # a source does not know that its flags need the name of the part
+                message = str(error).replace("--config.data.", f"--config.data.parts.{name}.")
+                raise DataError(f"part {name}: {message}") from None
             except ConfigError as error:
                 error.where = f"part {name}: {error.where}"
                 raise
@@ -51,28 +58,28 @@ class Mixture(Source):
         sizes = np.array([len(source) for source in sources], np.int64)
         rounds = [Fraction(len(s)) / weight for s, weight in zip(sources, weights)]
         rarest = max(range(len(rounds)), key=rounds.__getitem__)
-        places = [math.ceil(rounds[rarest] * weight) for weight in weights]
-        if sum(places) > _MOST_ROWS:
+        counts = [math.ceil(rounds[rarest] * weight) for weight in weights]  # rows per epoch
+        if sum(counts) > _MOST_ROWS:
             name = list(self.parts)[rarest]
             raise DataError(
                 f"part {name}: its {sizes[rarest]:,} rows at weight {float(weights[rarest]):g} of "
-                f"{float(sum(weights)):g} make an epoch of {sum(places):,} rows, expected at most "
+                f"{float(sum(weights)):g} make an epoch of {sum(counts):,} rows, expected at most "
                 f"{_MOST_ROWS:,}; raise that weight, or lower the others"
             )
         same = len({source.classes for source in sources}) == 1
-        for name, value in (
+        for name, value in (  # the dataclass is frozen
             ("classes", sources[0].classes if same else ()),
             ("_labelled", same),
             ("_sources", tuple(sources)),
             ("_names", tuple(self.parts)),
-            ("_offsets", np.cumsum([0, *sizes[:-1]])),  # the first row of each part
-            ("_starts", np.cumsum([0, *places])),  # its first place, and the end
+            ("_offsets", np.cumsum([0, *sizes[:-1]])),
+            ("_starts", np.cumsum([0, *counts])),
         ):
             object.__setattr__(self, name, value)
 
     @classmethod
     def check_section(cls, values: Mapping[str, Any], where: str) -> None:
-        """Raises `ConfigError` for a part whose source, keys or weight are wrong; opens nothing."""
+        """Raises `ConfigError` if a part has a wrong source, key or weight. Opens no data."""
         _check(values["parts"], f"{where}.parts")
 
     def __len__(self) -> int:
@@ -83,10 +90,10 @@ class Mixture(Source):
             raise IndexError(row)
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         source, name = self._sources[part], self._names[part]
-        # spread evenly: a remainder that goes to the first rows would favour one end of the part
-        place, places = row - int(self._starts[part]), int(np.diff(self._starts)[part])
+        # spread the extra repetitions evenly: else all of them would go to the part's first rows
+        index, count = row - int(self._starts[part]), int(np.diff(self._starts)[part])
         try:
-            example = source[place * len(source) // places]
+            example = source[index * len(source) // count]
         except BadSample as error:
             raise BadSample(f"{name}/{error.key}", error.reason) from None
         return example._replace(
@@ -96,10 +103,10 @@ class Mixture(Source):
         )
 
     def keys(self) -> Iterator[str]:
-        for name, source, places in zip(self._names, self._sources, np.diff(self._starts).tolist()):
+        for name, source, count in zip(self._names, self._sources, np.diff(self._starts).tolist()):
             size, begin = len(source), 0
             for row, key in enumerate(source.keys(), 1):
-                end = -(-row * places // size)  # the first place of the next row
+                end = -(-row * count // size)  # the first index of the next row
                 for _ in range(begin, end):
                     yield f"{name}/{key}"
                 begin = end
@@ -108,32 +115,36 @@ class Mixture(Source):
 def _check(
     parts: Mapping[str, Mapping[str, Any]], where: str
 ) -> dict[str, tuple[type, dict[str, Any], Fraction | None]]:
-    """Of each part its source's class, the values of its keys and its weight."""
+    """Returns (source class, values of its keys, weight) for each part."""
     if not parts:
         raise ConfigError(where, "nothing", "at least one part: a name, and a section with source")
-    found = {}
+    checked = {}
     for name, section in parts.items():
-        own = f"{where}.{name}"
+        here = f"{where}.{name}"
         if "/" in name or not name:
-            raise ConfigError(own, repr(name), "a name without a slash: keys are <part>/<key>")
+            expected = "a name without a slash, because the keys of rows are <part>/<key>"
+            raise ConfigError(here, repr(name), expected)
         section = dict(section)
         source, weight = section.pop("source", ""), section.pop("weight", None)
         try:
             cls = binding.find("data.sources", source, Source)
         except ConfigError as error:
-            error.where = f"{own}.source"
+            error.where = f"{here}.source"
             raise
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if weight is None:
             weighted = [other for other, s in parts.items() if s.get("weight") is not None]
             if weighted:
-                others = ", ".join(weighted)
-                raise ConfigError(f"{own}.weight", f"none, beside that of {others}", "all or none")
+                raise ConfigError(
+                    f"{here}.weight",
+                    f"no weight, but one in {', '.join(weighted)}",
+                    "a weight in every part, or in none",
+                )
         elif not number or not math.isfinite(weight) or weight <= 0:
-            raise ConfigError(f"{own}.weight", repr(weight), "a number above 0")
-        values = binding.check(cls, section, where=own, beside=("source", "weight"))
+            raise ConfigError(f"{here}.weight", repr(weight), "a number above 0")
+        values = binding.check(cls, section, where=here, beside=("source", "weight"))
         if hasattr(cls, "check_section"):
-            cls.check_section(values, own)
-        # of the number as it is written, so that 0.7 and 0.3 are seven to three
-        found[name] = cls, values, None if weight is None else Fraction(repr(weight))
-    return found
+            cls.check_section(values, here)
+        # from the decimal digits, so that 0.7 and 0.3 are exactly 7 : 3
+        checked[name] = cls, values, None if weight is None else Fraction(repr(weight))
+    return checked

@@ -1,14 +1,16 @@
-"""Drawn pictures with captions: a data set that needs no file.
+"""Generated pictures of coloured shapes with captions: a data set without files.
 
-Every row is one or two coloured shapes on a light, noisy ground. The classes are all pairs of a
-colour and a shape; an eighth of the pairs is held out: never drawn nor named in `train`, alone in
-`test`. A model that scores them among all classes has put together what it only saw apart.
+Every picture has one or two shapes on a light, noisy background. The classes are all pairs of a
+colour and a shape. One eighth of the pairs is held out: `train` never shows or names them, and
+`test` shows nothing else. A model that classifies them correctly among all classes has combined
+colours and shapes that it only saw in other pairs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -36,7 +38,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moo
 _NAMES = tuple(COLOURS)
 _KINDS = len(SHAPES)
 CLASSES = tuple(f"{colour} {shape}" for colour in _NAMES for shape in SHAPES)
-# one pair of each colour, so that every colour keeps seven shapes and every shape ten colours
+# one pair per colour, so that `train` has seven shapes of every colour, ten or more colours of
+# every shape
 HELD_OUT = tuple(c * _KINDS + (3 * c + 1) % _KINDS for c in range(len(_NAMES)))
 _TRAINED = tuple(i for i in range(len(CLASSES)) if i not in HELD_OUT)
 
@@ -54,7 +57,7 @@ _RELATIONS = {
     ("below", "under"): (0, 1),
 }
 _OUTLINE = (40, 40, 40)
-_FINE = 3  # masks are drawn at this many times the size and averaged down
+_FINE = 3  # antialiasing: masks are rendered at this multiple of their size, then averaged
 
 
 def _star() -> Float[np.ndarray, "10 2"]:
@@ -69,8 +72,8 @@ def _heart() -> Float[np.ndarray, "48 2"]:
     return np.stack([np.sin(t) ** 3, -(y + 2.5) / 15], -1)
 
 
-_A = 0.34  # half the width of the cross's bars
-_POLYGONS = {  # corners in a square of side 2 about the origin, y downwards
+_A = 0.34  # half the width of the bars of the cross
+_POLYGONS = {  # corners in a square of side 2 around the origin; y points down
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.95,
     "triangle": np.array([(0, -1), (1.05, 0.85), (-1.05, 0.85)]),
     "star": _star(),
@@ -84,16 +87,19 @@ _POLYGONS = {  # corners in a square of side 2 about the origin, y downwards
 
 @dataclasses.dataclass(frozen=True)
 class Shapes(Source):
-    """Row i is a pure function of `split` and i. In `test` every picture shows one object, of a
-    held-out class; `label` is its place among all `classes`."""
+    """Row i is a pure function of `split`, `image_size` and i.
+
+    In `test` every picture shows one object of a held-out class. `label` is the index of its class
+    in `classes`; training pictures with two objects have none.
+    """
 
     split: Literal["train", "test"] = "train"
-    size: int | None = None  # rows; None: 16,384 to train on, 600 to test on
-    image_size: int = 64  # pixels a side
+    size: int | None = None  # rows; None: 16,384 in `train`, 600 in `test`
+    image_size: int = 64  # pixels per side
 
     classes = CLASSES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, least in (("size", 1), ("image_size", 16)):
             value = getattr(self, field)
             if value is not None and value < least:
@@ -114,16 +120,19 @@ class Shapes(Source):
             return Example(image, names if test else names + parts, row, key, label)
         return Example(*self._pair(rng), row, key)
 
-    def keys(self):
+    def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
 
     def _key(self, row: int) -> str:
         return f"shapes/{self.split}/{row:06d}"
 
-    def _single(self, rng: np.random.Generator, label: int):
+    def _single(
+        self, rng: np.random.Generator, label: int
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...], tuple[str, ...]]:
+        """Returns (a picture of one object, captions with its class, captions without it)."""
         name = CLASSES[label]
         colour, shape = name.split()
-        if rng.random() < 0.8:  # most are easy to see, so that minutes of training are enough
+        if rng.random() < 0.8:  # most objects are easy to see, to make minutes of training enough
             size, radius, place = "large", 0.37, "in the middle"
         else:
             size, radius, place = "small", 0.19, list(_PLACES)[rng.integers(len(_PLACES))]
@@ -137,7 +146,7 @@ class Shapes(Source):
             f"a {name} {place}",
             f"there is a {size} {name} {place}",
         )
-        # a colour and a shape that are also named apart are learned apart
+        # captions with only the colour or only the shape help to learn the two separately
         parts = (
             f"a {shape}",
             f"a picture of a {shape}",
@@ -146,13 +155,14 @@ class Shapes(Source):
         )
         return image, names, parts
 
-    def _pair(self, rng: np.random.Generator):
+    def _pair(self, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...]]:
+        """Returns (a picture of two objects, captions)."""
         a, b = (int(i) for i in rng.choice(_TRAINED, 2, replace=False))
         words = list(_RELATIONS)[rng.integers(len(_RELATIONS))]
         away = np.array(_RELATIONS[words]) * 0.24
         radii = rng.uniform(0.17, 0.2, 2)
         shift = rng.uniform(-0.03, 0.03, (2, 2))
-        along = np.where(away == 0, rng.uniform(-0.2, 0.2, 2), 0)  # the pair's own place
+        along = np.where(away == 0, rng.uniform(-0.2, 0.2, 2), 0)  # moves both objects together
         spots = [(a, 0.5 + away + along + shift[0], radii[0])]
         spots += [(b, 0.5 - away + along + shift[1], radii[1])]
         first, second = CLASSES[a], CLASSES[b]
@@ -167,25 +177,29 @@ class Shapes(Source):
         )
         return self._draw(rng, spots), texts
 
-    def _draw(self, rng: np.random.Generator, spots) -> UInt8[np.ndarray, "h w 3"]:
-        """Pixels of (label, centre, radius) in units of the side, on a ground of their own."""
+    def _draw(
+        self, rng: np.random.Generator, spots: list[tuple[int, np.ndarray, float]]
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Renders objects (label, centre, radius), in units of the side, on a random background."""
         side = self.image_size
-        ground = rng.integers(222, 241, 3).astype(np.uint8)  # light: every shape is darker
+        ground = rng.integers(222, 241, 3).astype(np.uint8)  # lighter than every shape
         noise = np.frombuffer(rng.bytes(side * side * 3), np.uint8).reshape(side, side, 3)
         image = Image.fromarray(ground + (noise & 15))
         for label, centre, radius in spots:
             colour = np.array(COLOURS[_NAMES[label // _KINDS]]) + rng.integers(-16, 17, 3)
-            whole, inside, corner = _masks(SHAPES[label % _KINDS], centre * side, radius * side)
-            image.paste(_OUTLINE, corner, whole)
-            image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, inside)
+            outer, inner, corner = _masks(SHAPES[label % _KINDS], centre * side, radius * side)
+            image.paste(_OUTLINE, corner, outer)
+            image.paste(tuple(np.clip(colour, 0, 255).tolist()), corner, inner)
         return np.asarray(image)
 
 
 def _masks(
     shape: str, centre: np.ndarray, radius: float
 ) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
-    """The shape's coverage (mode L) about `centre`, that of its inside, and the pixel of their
-    upper left corner."""
+    """Returns (mask of the shape, mask of the shape without its outline, upper left pixel of both).
+
+    The masks are images in mode L.
+    """
     corner = np.floor(centre - 1.15 * radius).astype(int)
     cells = math.ceil(2.3 * radius) + 1
     mask = Image.new("L", (cells * _FINE, cells * _FINE))
@@ -203,14 +217,14 @@ def _masks(
         disc(x, y, 0.5 * r, 0)
     elif shape == "moon":
         disc(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
-    whole = np.asarray(mask)
-    inside, edge = whole.copy(), max(1, round(0.13 * r))
+    outer = np.asarray(mask)
+    inner, edge = outer.copy(), max(1, round(0.13 * r))
     for shifted, kept in (
-        (whole[edge:], inside[:-edge]),
-        (whole[:-edge], inside[edge:]),
-        (whole[:, edge:], inside[:, :-edge]),
-        (whole[:, :-edge], inside[:, edge:]),
+        (outer[edge:], inner[:-edge]),
+        (outer[:-edge], inner[edge:]),
+        (outer[:, edge:], inner[:, :-edge]),
+        (outer[:, :-edge], inner[:, edge:]),
     ):
         np.minimum(kept, shifted, out=kept)
-    inner = Image.fromarray(inside)
-    return mask.reduce(_FINE), inner.reduce(_FINE), (int(corner[0]), int(corner[1]))
+    inside = Image.fromarray(inner)
+    return mask.reduce(_FINE), inside.reduce(_FINE), (int(corner[0]), int(corner[1]))

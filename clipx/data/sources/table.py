@@ -1,4 +1,4 @@
-"""Tables of picture paths and captions: csv, tsv, jsonl, parquet."""
+"""Tables of picture paths and captions: csv, tsv, jsonl and parquet files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,31 +19,45 @@ from clipx.data.tables import inference
 from clipx.data.tables.formats import File, strings, tables
 from clipx.errors import BadSample, DataError
 
-_LOOKED_AT = 200  # rows, to tell where the pictures lie
-_SHOWN = 10  # values of a column, in an error
-_MARK = "\0"  # no path starts with it: what follows says where a row without a path is
+_LOOKED_AT = 200  # rows from which to infer the folder of the pictures
+_SHOWN = 10  # values of a column listed in an error
+_MARK = "\0"  # stored in place of an empty path, before the row's file name and number
 
 
 @dataclasses.dataclass(frozen=True)
 class Table(Source):
-    """Rows of a csv, tsv, jsonl or parquet file, or of several, that name a picture file each.
+    """Rows of csv, tsv, jsonl or parquet files that each name a picture file.
 
-    Rows with the same picture are one example with several captions; examples come in the order
-    in which their pictures first appear. A cell may be a list of captions. Empty captions are
-    dropped, and an example that has none left is a `BadSample` when it is read, as is one whose
-    file is missing or empty. What is wrong with a table itself is a `DataError` when it is opened.
+    Rows with the same picture are one example with several captions. Examples are in the order in
+    which their pictures first appear. A cell may be a list of captions. Empty captions are dropped.
+
+    Reading an example raises `BadSample` if its picture file is missing or empty, or if no caption
+    is left. The constructor raises `DataError` if a table itself is wrong.
     """
 
-    path: str | tuple[str, ...]  # a table, a glob, a brace range, or several
-    image: str = ""  # column of the picture's path; '': found
-    captions: str | tuple[str, ...] = ()  # column or columns; () or '': found
-    separator: str = ""  # of csv and tsv: a character, or tab; '': found
-    root: str = ""  # folder to which the paths are relative; '': found
-    where: str = ""  # column=value: no other rows are read
+    path: str | tuple[str, ...]  # a file, a glob or a brace range, or several
+    image: str = ""  # column with the picture's path; '': inferred
+    captions: str | tuple[str, ...] = ()  # column or columns; () or '': inferred
+    separator: str = ""  # of csv and tsv: one character, or tab; '': inferred
+    root: str = ""  # folder to which the paths are relative; '': inferred
+    where: str = ""  # column=value: reads only these rows
     label: str = ""  # column of labels: numbers, or names of classes
     classes: tuple[str, ...] = ()  # names of the labels; (): the names in the column, sorted
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._labels: np.ndarray | None  # of each example; None without a column of labels
+        self._captioned: bool  # the table has columns of captions
+        self._roots: tuple[str, ...]  # the folder of the pictures, by table
+        self._folder: str  # prefix of absolute paths that keys leave out
+        # the arrays of `_Rows.arrays`
+        self._entries: np.ndarray
+        self._root_ends: np.ndarray
+        self._paths: np.ndarray
+        self._path_ends: np.ndarray
+        self._words: np.ndarray
+        self._word_ends: np.ndarray
+        self._caption_order: np.ndarray
+        self._caption_ends: np.ndarray
         column, _, wanted = (part.strip() for part in self.where.partition("="))
         if self.where and not (column and wanted):
             raise DataError(f"where={self.where!r}: expected column=value")
@@ -56,12 +70,14 @@ class Table(Source):
                 file, image=image, captions=captions, label=self.label, where=column
             )
             names = [image, *captions, *filter(None, (self.label, column))]
-            found = _only(file.rows(names), wanted, values) if column else file.rows(names)
-            start = list(itertools.islice(found, _LOOKED_AT))
+            cells_of_rows = file.rows(names)
+            if column:
+                cells_of_rows = _only(cells_of_rows, wanted, values)
+            start = list(itertools.islice(cells_of_rows, _LOOKED_AT))
             paths = [_path(file, number, image, cells[0]) for number, cells in start]
             paths = [path for path in paths if not path.startswith(_MARK)]
             rows.start_file(inference.root(file.path, self.root, paths))
-            for number, cells in itertools.chain(start, found):
+            for number, cells in itertools.chain(start, cells_of_rows):
                 rows.add(
                     _path(file, number, image, cells[0]),
                     _words(file, number, captions, cells[1:]),
@@ -69,15 +85,18 @@ class Table(Source):
                 )
         if not rows.labels:
             name = self.path if isinstance(self.path, str) else self.path[0]
-            there = ", ".join(map(repr, itertools.islice(values, _SHOWN)))
+            if not values:
+                raise DataError(f"{name}: no rows")
+            listed = ", ".join(map(repr, itertools.islice(values, _SHOWN)))
             more = " and more" if len(values) > _SHOWN else ""
-            reason = f"no row has {self.where}; {column} is {there}{more}" if values else "no rows"
-            raise DataError(f"{name}: {reason}")
+            raise DataError(
+                f"{name}: no row has {self.where}; the values of {column} are {listed}{more}"
+            )
         classes, labels = self.classes, None
         arrays = rows.arrays()
         if self.label:
             classes, labels = rows.label(arrays.pop("examples"), self.classes, self.label)
-        for name, value in (
+        for name, value in (  # the dataclass is frozen
             ("classes", classes),
             ("_labels", labels),
             ("_captioned", bool(captions)),
@@ -95,7 +114,7 @@ class Table(Source):
             raise IndexError(row)
         path, key = self._path(row), self._key(row)
         if path.startswith(_MARK):
-            raise BadSample(key, "no path of a picture")
+            raise BadSample(key, "the path of the picture is empty")
         root = self._roots[np.searchsorted(self._root_ends, self._entries[row], side="right")]
         try:
             with open(os.path.join(root, path), "rb") as file:
@@ -124,23 +143,24 @@ class Table(Source):
 
 
 class _Rows:
-    """The rows of tables as a few flat arrays, gathered one after another.
+    """Collects the rows of tables in a few flat arrays.
 
-    An entry is a run of rows with one picture. Entries of one picture become one example at the
-    end: so nothing but a hash is kept by picture while a table of millions of rows is read.
+    An entry is a run of consecutive rows with the same picture and label. `arrays` merges the
+    entries with the same picture into one example at the end. So reading a table of millions of
+    rows needs only a hash per entry to identify pictures.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.roots: list[str] = []
         self._root_starts: list[int] = []  # the first entry of each root
         self._paths, self._path_ends = bytearray(), array.array("q")
-        self._hashes = bytearray()  # eight bytes an entry
+        self._hashes = bytearray()  # eight bytes per entry
         self._words, self._word_ends = bytearray(), array.array("q")
         self._owners = array.array("i")  # the entry of each caption
         self.labels = array.array("i")  # of each entry, an index into `_names`; -1 for none
         self._names: dict[str, int] = {}
         self._last: tuple[str, str] | None = None
-        self._common = ""  # start of every absolute path
+        self._common = ""  # common prefix of the absolute paths
 
     def start_file(self, root: str) -> None:
         self.roots.append(root)
@@ -164,20 +184,27 @@ class _Rows:
             self._owners.append(len(self.labels) - 1)
 
     def folder(self) -> str:
-        """The folder, with its slash, in which all absolute paths lie; '' for relative ones."""
+        """The common folder of all absolute paths, with its slash; '' if all are relative."""
         return self._common[: self._common.rfind("/") + 1]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Paths and captions, each as bytes and their ends, and the entry and the captions of each
-        example; `examples` says the example of each entry."""
+        """The examples as flat arrays:
+
+        examples                     the example of each entry
+        entries                      the first entry of each example
+        root_ends                    the end of each root's entries
+        paths, path_ends             the bytes of all paths, and the end of each entry's path
+        words, word_ends             the bytes of all captions, and the end of each caption
+        caption_order, caption_ends  captions sorted by example, and the end of each example's
+        """
         hashes = np.frombuffer(self._hashes, np.uint64)
-        _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # examples by the place of their first entry
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # examples in the order of their first entries
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        examples = rank[which]
-        of_caption = examples[np.frombuffer(self._owners, np.int32)]
-        counts = np.bincount(of_caption, minlength=len(order))
+        examples = rank[inverse]
+        example_of_caption = examples[np.frombuffer(self._owners, np.int32)]
+        counts = np.bincount(example_of_caption, minlength=len(order))
         return {
             "examples": examples,
             "entries": first[order].astype(np.int32),
@@ -186,53 +213,63 @@ class _Rows:
             "path_ends": np.frombuffer(self._path_ends, np.int64),
             "words": np.frombuffer(self._words, np.uint8),
             "word_ends": np.frombuffer(self._word_ends, np.int64),
-            "caption_order": np.argsort(of_caption, kind="stable").astype(np.int32),
+            "caption_order": np.argsort(example_of_caption, kind="stable").astype(np.int32),
             "caption_ends": np.cumsum(counts).astype(np.int32),
         }
 
-    def label(self, examples: np.ndarray, classes: tuple[str, ...], column: str):
-        """The names of the classes and the label of each example, -1 for none."""
+    def label(
+        self, examples: np.ndarray, classes: tuple[str, ...], column: str
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Returns (names of the classes, label of each example with -1 for none)."""
         if not self._names:
             raise DataError(f"label={column!r}: every cell of the column is empty")
         codes = np.frombuffer(self.labels, np.int32)
-        found = np.full(examples.max() + 1, -1, np.int32)
-        np.maximum.at(found, examples, codes)
-        (odd,) = np.nonzero((codes >= 0) & (codes != found[examples]))
+        merged = np.full(examples.max() + 1, -1, np.int32)
+        np.maximum.at(merged, examples, codes)
+        (conflicts,) = np.nonzero((codes >= 0) & (codes != merged[examples]))
         names = list(self._names)
-        if len(odd):
-            both = names[codes[odd[0]]], names[found[examples[odd[0]]]]
-            path = _cut(np.frombuffer(self._paths, np.uint8), self._path_ends, odd[0])
-            raise DataError(f"{path}: labels {both[0]!r} and {both[1]!r}, expected one a picture")
+        if len(conflicts):
+            entry = conflicts[0]
+            both = names[codes[entry]], names[merged[examples[entry]]]
+            path = _cut(np.frombuffer(self._paths, np.uint8), self._path_ends, entry)
+            raise DataError(
+                f"{path}: the labels {both[0]!r} and {both[1]!r}, expected one label per picture"
+            )
         classes, numbers = _numbers(names, classes, column)
-        return classes, np.append(numbers, -1).astype(np.int32)[found]
+        return classes, np.append(numbers, -1).astype(np.int32)[merged]
 
 
 def _numbers(
     names: list[str], classes: tuple[str, ...], column: str
 ) -> tuple[tuple[str, ...], list[int]]:
-    """The classes, and the index of each name among them: a name stands for itself or, where the
-    classes do not say it, for a number."""
-    whole = [re.fullmatch(r"\d+", name) for name in names]
+    """Returns (classes, index of each name in the column).
+
+    A name is that of a class, or else the index of a class in digits. Without `classes`, they are
+    the sorted names, or none at all if every name is a number.
+    """
+    digits = [re.fullmatch(r"\d+", name) for name in names]
     if not classes:
-        if all(whole):
+        if all(digits):
             return (), list(map(int, names))
         classes = tuple(sorted(names))
-    places = {name: i for i, name in enumerate(classes)}
+    indices = {name: i for i, name in enumerate(classes)}
     numbers = []
-    for name, digits in zip(names, whole):
-        number = places.get(name, int(name) if digits else -1)
+    for name, is_number in zip(names, digits):
+        number = indices.get(name, int(name) if is_number else -1)
         if not 0 <= number < len(classes):
             near = difflib.get_close_matches(name, classes, n=1)
             raise DataError(
-                f"label={column!r}: {name!r} is none of the {len(classes)} classes"
-                + (f", nearest is {near[0]!r}" if near else "")
+                f"label={column!r}: {name!r} is not one of the {len(classes)} classes"
+                + (f"; nearest: {near[0]!r}" if near else "")
             )
         numbers.append(number)
     return classes, numbers
 
 
-def _only(rows: Iterator[tuple[int, list]], wanted: str, values: dict[str, None]):
-    """The rows that say `wanted` in their last cell. `values` gathers what the cells say."""
+def _only(
+    rows: Iterator[tuple[int, list[Any]]], wanted: str, values: dict[str, None]
+) -> Iterator[tuple[int, list[Any]]]:
+    """Yields the rows whose last cell is `wanted`. Adds the values of these cells to `values`."""
     for number, cells in rows:
         value = _one(cells[-1])
         if len(values) < 1000:
@@ -242,38 +279,40 @@ def _only(rows: Iterator[tuple[int, list]], wanted: str, values: dict[str, None]
 
 
 def _one(cell: Any) -> str:
-    """The one thing that a cell says, as a string."""
+    """The value of a cell as one string."""
     return ", ".join(strings(cell) or ())
 
 
 def _path(file: File, number: int, column: str, cell: Any) -> str:
-    found = strings(cell)
-    if found is None or len(found) > 1:
+    """The path in a cell; `_MARK` and the number of the row if the cell is empty."""
+    values = strings(cell)
+    if values is None or len(values) > 1:
         kind = type(cell).__name__
         raise DataError(
             f"{file.path}: {file.unit} {number}: column {column} holds a {kind}, expected a path"
         )
-    if not found or not found[0]:
+    if not values or not values[0]:
         return f"{_MARK}{os.path.basename(file.path)} {file.unit} {number}"
-    path = found[0]
-    # as short as it can be, so that one picture has one path
+    path = values[0]
+    # normalised, so that all rows of one picture have the same path
     longer = "./" in path or ("//" in path and "://" not in path)
     return os.path.normpath(path) if longer else path
 
 
-def _words(file: File, number: int, columns: tuple[str, ...], cells: list) -> list[str]:
+def _words(file: File, number: int, columns: tuple[str, ...], cells: list[Any]) -> list[str]:
     """The captions in the cells of one row, without empty ones."""
     texts: list[str] = []
     for column, cell in zip(columns, cells):
-        found = strings(cell)
-        if found is None:
+        captions = strings(cell)
+        if captions is None:
             raise DataError(
                 f"{file.path}: {file.unit} {number}: column {column} holds a "
                 f"{type(cell).__name__}, expected a string or a list of strings"
             )
-        texts += filter(None, found)
+        texts += filter(None, captions)
     return texts
 
 
-def _cut(data: np.ndarray, ends, i: int) -> str:
+def _cut(data: np.ndarray, ends: Sequence[int] | np.ndarray, i: int) -> str:
+    """The i-th string of the concatenated bytes `data`."""
     return data[ends[i - 1] if i else 0 : ends[i]].tobytes().decode()

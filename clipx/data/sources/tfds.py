@@ -1,4 +1,4 @@
-"""Random access to a set prepared by TensorFlow Datasets, read without TensorFlow."""
+"""Random access to a data set prepared by TensorFlow Datasets, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,39 @@ import numpy as np
 from clipx.data.base import Example, Source, expand_user
 from clipx.errors import BadSample, DataError
 
-_CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # best first
+_CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # likeliest first
 _NO_CAPTION = re.compile(r"(^|[/_])(file|id|key|path|uri|url|license|locale|lang)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tfds(Source):
-    """The rows of a split, in the order in which they are stored.
+    """The rows of a split, in storage order.
 
-    A picture stays as it was encoded; pixels that were stored raw ([h, w, 1 or 3] uint8) are used
-    as they are. The set must have been prepared as array_record, which reads at random:
-    `tfds build NAME --file_format=array_record`. Nothing is ever downloaded. A feature that is not
-    named is found by its kind: an Image; captions that are Text, or a Sequence of Text or of
-    {"text": Text}; a ClassLabel, whose names are the `classes`.
+    The data set must have been prepared as array_record, which supports random access:
+    `tfds build NAME --file_format=array_record`. Nothing is ever downloaded. Pictures keep their
+    encoding, and pictures that were stored as raw uint8 pixels [h, w, 1 or 3] are used unchanged.
+
+    Features that the config does not name are found by their type: an Image; captions that are
+    Text, a Sequence of Text or a Sequence of {"text": Text}; a ClassLabel, whose names become
+    `classes`.
     """
 
-    name: str  # NAME, NAME/CONFIG or NAME:VERSION, as TFDS has them: coco_captions
-    split: str  # train, or what TFDS understands: train[:90%]
+    name: str  # a name of TFDS: NAME, NAME/CONFIG or NAME:VERSION, such as coco_captions
+    split: str  # a split of TFDS, such as train or train[:90%]
     data_dir: str = ""  # '': $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    image: str = ""  # the feature with the picture; '': the one there is, or `image`
-    text: str = ""  # with the captions; '': the one there is, if any
-    label: str = ""  # with the label; '': the one there is, if any
+    image: str = ""  # the feature with the picture; '': `image`, or the only candidate
+    text: str = ""  # the feature with the captions; '': the only candidate, if any
+    label: str = ""  # the feature with the label; '': the only candidate, if any
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._roles: tuple[str, str, str, str]  # see the function `_roles`
+        self._records: Sequence[Mapping[str, Any]]
+        self._prefix: str  # of the keys
         builder = self._builder()
         folder = str(builder.data_dir)
         image, text, inner, label = _roles(self, builder.info.features, folder)
         classes = () if not label else getattr(builder.info.features[label], "names", None) or ()
-        for name, value in (
+        for name, value in (  # the dataclass is frozen
             ("_roles", (image, text, inner, label)),
             ("_records", self._open(builder)),
             ("_prefix", f"{builder.info.full_name}/{self.split}"),
@@ -56,7 +61,7 @@ class Tfds(Source):
         return len(self._records)
 
     def keys(self) -> Iterator[str]:
-        """`Example.key` of every row, in order; nothing is read."""
+        """`Example.key` of every row, in order, without reading the data."""
         return (f"{self._prefix}/{row}" for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Example:
@@ -67,23 +72,23 @@ class Tfds(Source):
         try:
             record = self._records[row]
             picture = record[image]
-        except Exception as error:  # the reader is C++, whose errors have no kind of their own
+        except Exception as error:  # the C++ reader raises no specific exceptions
             reason = f"the record cannot be read ({error})"
             raise BadSample(key, reason.replace("\n", " ")) from None
         if isinstance(picture, np.ndarray):
-            picture = np.repeat(picture, 3 // picture.shape[2], axis=2)  # grey has one channel
+            picture = np.repeat(picture, 3 // picture.shape[2], axis=2)  # from one channel to three
         elif not picture:
             raise BadSample(key, "the picture has no bytes")
         texts = ()
         if text:
             texts = _texts(key, record[text][inner] if inner else record[text])
         number = int(record[label]) if label else None
-        # test splits whose labels are kept secret have -1
+        # test splits with secret labels store -1
         return Example(picture, texts, row, key, number if (number or 0) >= 0 else None)
 
-    def _builder(self):
-        """What reads the prepared files, built from them alone: the code that made them may need
-        TensorFlow, or may not be there."""
+    def _builder(self) -> Any:
+        """A DatasetBuilder made from the prepared files alone. The code that prepared them may need
+        TensorFlow or may not be installed."""
         try:
             import tensorflow_datasets as tfds
             from tensorflow_datasets.core import read_only_builder
@@ -98,21 +103,21 @@ class Tfds(Source):
         except tfds.core.DatasetNotFoundError:
             known = tfds.list_builders(with_community_datasets=False)
             raise DataError(_not_found(self.name, folder, known)) from None
-        except Exception as error:  # a name that is none, files of which some are missing
+        except Exception as error:  # such as an invalid name or missing files
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"{self.name} in {folder}: cannot be opened ({reason})") from None
 
-    def _open(self, builder):
-        """The rows as dicts, with every picture as it was encoded."""
+    def _open(self, builder: Any) -> Sequence[Mapping[str, Any]]:
+        """The rows as dicts, with pictures still encoded."""
         import tensorflow_datasets as tfds
 
-        have = builder.info.available_file_formats()
-        if tfds.core.FileFormat.ARRAY_RECORD not in have:
-            found = ", ".join(sorted(one.value for one in have)) or "nothing"
+        formats = builder.info.available_file_formats()
+        if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+            listed = ", ".join(sorted(one.value for one in formats)) or "nothing"
             raise DataError(
-                f"{builder.data_dir}: prepared as {found}, expected array_record, which reads at "
-                f"random; where TensorFlow is installed: tfds convert_format --dataset_version_dir="
-                f"{builder.data_dir} --out_file_format=array_record"
+                f"{builder.data_dir}: prepared as {listed}, expected array_record, which supports "
+                "random access; run where TensorFlow is installed: tfds convert_format "
+                f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
             )
         splits = ", ".join(builder.info.splits)
         try:
@@ -138,16 +143,16 @@ class Tfds(Source):
         )
 
 
-def _fault(file) -> str:
-    """What is wrong with one file of a set; '' if it holds the rows that it should."""
+def _fault(file: Any) -> str:
+    """What is wrong with one file, a FileInstruction of TFDS; '' if it is complete."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     if not os.path.exists(file.filename):
-        return f"{file.filename}: not there; copy the set again"
+        return f"{file.filename}: no such file; copy the data set again"
     try:
         rows = len(ArrayRecordDataSource(file.filename))
     except Exception as error:  # RuntimeError, from C++
-        reason = str(error).strip().partition("\n")[0] or "no array_record"
+        reason = str(error).strip().partition("\n")[0] or "not an array_record file"
         return f"{file.filename}: truncated or damaged ({reason}); copy it again"
     if rows != file.examples_in_shard:
         return f"{file.filename}: {rows} rows, expected {file.examples_in_shard}; copy it again"
@@ -155,11 +160,11 @@ def _fault(file) -> str:
 
 
 def _texts(key: str, value: Any) -> tuple[str, ...]:
-    """Captions, stripped, from one or several encoded strings."""
+    """The non-empty captions, stripped, of one or several encoded strings."""
     values = [value] if isinstance(value, bytes | str) else value
     try:
-        found = (v if isinstance(v, str) else bytes(v).decode("utf-8") for v in values)
-        texts = tuple(t for t in (t.replace("\0", "").strip() for t in found) if t)
+        decoded = (v if isinstance(v, str) else bytes(v).decode("utf-8") for v in values)
+        texts = tuple(t for t in (t.replace("\0", "").strip() for t in decoded) if t)
     except ValueError as error:
         raise BadSample(key, f"the caption cannot be read ({error})") from None
     if not texts:
@@ -167,26 +172,30 @@ def _texts(key: str, value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _roles(config: Tfds, features, folder: str) -> tuple[str, str, str, str]:
-    """Names of the features with the picture, the captions, the strings in these ('' unless they
-    are a sequence of dicts) and the label; '' for what the set does not have."""
+def _roles(config: Tfds, features: Any, folder: str) -> tuple[str, str, str, str]:
+    """Returns the names of (the picture feature, the captions feature, the strings inside it, the
+    label feature).
+
+    A name is '' if the data set has no such feature. The third is '' unless the captions are a
+    sequence of dicts.
+    """
     import tensorflow_datasets as tfds
 
     if not isinstance(features, tfds.features.FeaturesDict):
-        raise DataError(f"{folder}: its rows are no dict of features, expected pictures and words")
-    found = sorted(features.items())
-    pictures = {name: likely for name, one in found if (likely := _is_picture(one)) is not None}
-    texts = {name: inner for name, one in found if (inner := _strings(one)) is not None}
-    labels = [name for name, one in found if isinstance(one, tfds.features.ClassLabel)]
-    numbers = [name for name, one in found if _is_number(one)]
-    listed = ", ".join(f"{name} ({type(one).__name__})" for name, one in found)
+        raise DataError(f"{folder}: its rows are not a FeaturesDict, expected named features")
+    items = sorted(features.items())
+    pictures = {name: likely for name, one in items if (likely := _is_picture(one)) is not None}
+    texts = {name: inner for name, one in items if (inner := _strings(one)) is not None}
+    labels = [name for name, one in items if isinstance(one, tfds.features.ClassLabel)]
+    numbers = [name for name, one in items if _is_number(one)]
+    listed = ", ".join(f"{name} ({type(one).__name__})" for name, one in items)
 
-    def chosen(role: str, named: str, fitting, guesses) -> str:
+    def chosen(role: str, named: str, fitting: Iterable[str], guesses: Sequence[str]) -> str:
         if named and named not in fitting:
             close = difflib.get_close_matches(named, list(fitting), n=1, cutoff=0.0)
             nearest = f"; nearest: {close[0]}" if close else ""
-            there = "cannot be that" if named in features else "is not there"
-            raise DataError(f"{folder}: feature {role}={named!r} {there}; found {listed}{nearest}")
+            fault = "has another type" if named in features else "does not exist"
+            raise DataError(f"{folder}: feature {role}={named!r} {fault}; found {listed}{nearest}")
         if named or len(guesses) < 2:
             return named or next(iter(guesses), "")
         lines = " or ".join(f"{role} = {guess!r}" for guess in guesses)
@@ -200,7 +209,7 @@ def _roles(config: Tfds, features, folder: str) -> tuple[str, str, str, str]:
     if not best and not labels:
         best = [name for name in texts if not _NO_CAPTION.search(name)]
     text = chosen("text", config.text, texts, best)
-    if text and len(labels) > 1:  # they are not needed, and which is meant cannot be told
+    if text and len(labels) > 1:  # ambiguous, and with captions no label is needed
         labels = []
     label = chosen("label", config.label, numbers, labels)
     if not text and not label:
@@ -208,28 +217,32 @@ def _roles(config: Tfds, features, folder: str) -> tuple[str, str, str, str]:
     return image, text, texts.get(text, ""), label
 
 
-def _is_picture(feature) -> bool | None:
-    """None for what is no picture; False for what could be one, and may as well be a mask."""
+def _is_picture(feature: Any) -> bool | None:
+    """True for a picture, False for what may be a picture or a mask, None for anything else."""
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.Image):
-        if feature.np_dtype == np.float32:  # depth, in four bytes of a PNG
+        if feature.np_dtype == np.float32:  # a depth map, with floats in the four bytes of a pixel
             return None
         return not isinstance(feature, tfds.features.LabeledImage)
-    raw = isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8
+    raw = _is_tensor(feature) and feature.np_dtype == np.uint8
     return True if raw and len(feature.shape) == 3 and feature.shape[-1] in (1, 3) else None
 
 
-def _is_number(feature) -> bool:
+def _is_tensor(feature: Any) -> bool:
     import tensorflow_datasets as tfds
 
-    scalar = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return isinstance(feature, tfds.features.Tensor)
+
+
+def _is_number(feature: Any) -> bool:
+    scalar = _is_tensor(feature) and feature.shape == ()
     return scalar and np.issubdtype(feature.np_dtype, np.integer)
 
 
-def _strings(feature) -> str | None:
-    """'' for a string or a sequence of strings, the name of the string in a sequence of dicts that
-    have one or call it `text`, None for anything else."""
+def _strings(feature: Any) -> str | None:
+    """'' for a string or a sequence of strings; for a sequence of dicts, the key of their strings,
+    which is `text` or the only candidate; None for anything else."""
     import tensorflow_datasets as tfds
 
     inside = getattr(feature, "feature", feature)
@@ -242,20 +255,20 @@ def _strings(feature) -> str | None:
 
 
 def _not_found(name: str, folder: str, known: list[str]) -> str:
-    """Why no prepared set has this name, and what to do about it."""
+    """The error for a name without a prepared data set: what there is, and what to do."""
     plain = re.split(r"[/:]", name)[0]
     root = os.path.join(folder, plain)
-    inside = glob.glob(os.path.join(glob.escape(root), "**", "features.json"), recursive=True)
-    if inside:
-        parts = (os.path.relpath(os.path.dirname(one), folder).rpartition("/") for one in inside)
-        found = ", ".join(sorted(f"{folders}:{version}" for folders, _, version in parts))
-        return f"{name}: not in {folder}, which has {found}"
+    versions = glob.glob(os.path.join(glob.escape(root), "**", "features.json"), recursive=True)
+    if versions:
+        parts = (os.path.relpath(os.path.dirname(one), folder).rpartition("/") for one in versions)
+        listed = ", ".join(sorted(f"{folders}:{version}" for folders, _, version in parts))
+        return f"{name}: not in {folder}, which has {listed}"
     if plain in known:
         return (
-            f"{name}: not prepared in {folder}; set data_dir, or where TensorFlow is installed: "
-            f"tfds build {name} --file_format=array_record --data_dir={folder}"
+            f"{name}: not prepared in {folder}; set data_dir, or run where TensorFlow is "
+            f"installed: tfds build {name} --file_format=array_record --data_dir={folder}"
         )
-    here = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    close = difflib.get_close_matches(plain, [*here, *known], n=3, cutoff=0.5)
-    names = ", ".join(close or itertools.islice(here, 3)) or "nothing"
-    return f"{name}: neither in {folder} nor a set that TFDS knows; nearest: {names}"
+    prepared = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    close = difflib.get_close_matches(plain, [*prepared, *known], n=3, cutoff=0.5)
+    names = ", ".join(close or itertools.islice(prepared, 3)) or "nothing"
+    return f"{name}: neither in {folder} nor a data set that TFDS knows; nearest: {names}"

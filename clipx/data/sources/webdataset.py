@@ -1,8 +1,8 @@
-"""Random access to WebDataset shards: plain tars in which `key.jpg`, `key.txt`, ... lie together.
+"""Random access to WebDataset shards: uncompressed tars with adjacent `key.jpg`, `key.txt`, ...
 
-The headers of every tar are read once, into an index of places that is kept in the user's cache; a
-row is then one read. So shards never constrain how rows are shuffled or split: they may be few, and
-of any size.
+The headers of every tar are read once. The resulting index of offsets is cached for the user, and
+reading a row is then one read. So shards do not constrain how rows are shuffled or split: their
+number and sizes are arbitrary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -35,37 +35,44 @@ from clipx.data.storage import (
 )
 from clipx.errors import BadSample, DataError
 
-_ROLES = ("image", "txt", "json", "cls")  # what a member is to its sample
+_ROLES = ("image", "txt", "json", "cls")  # the members of a sample
 _PICTURES = ("jpg", "jpeg", "png", "webp")
-_ROLE = dict.fromkeys(_PICTURES, 0) | {"txt": 1, "json": 2, "cls": 3}  # by extension
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the key ends at the name's first dot
-_BLOCK = tarfile.BLOCKSIZE  # a member's data starts at a multiple of it
-VERSION = 1  # of the cached index
+_ROLE = dict.fromkeys(_PICTURES, 0) | {"txt": 1, "json": 2, "cls": 3}  # index by extension
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the key ends at the first dot of the file name
+_BLOCK = tarfile.BLOCKSIZE  # the data of every member starts at a multiple of it
+VERSION = 1  # format of the cached index
 
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset(Source):
     """Samples of tar shards, in the order of the paths and of the members.
 
-    A sample is a run of members with one key: a picture (jpg, jpeg, png, webp), captions in `.json`
-    (`captions`, a list, or `caption`) or else in `.txt`, a label in `.cls`. Nothing is decoded
-    here. A sample that lacks its picture or has no words is a `BadSample` when it is read. A shard
-    that is missing, truncated, empty or of another kind raises `DataError` when the set is opened:
-    a run that quietly leaves out half a shard cannot be told from one that does not.
+    A sample is a run of consecutive members with the same key: a picture (jpg, jpeg, png, webp),
+    captions in `.json` (a list `captions` or a string `caption`) or else in `.txt`, and a label in
+    `.cls`. Pictures stay encoded.
+
+    Reading a sample raises `BadSample` if it has no picture, or neither a caption nor a label. The
+    constructor raises `DataError` for a shard that is missing, truncated, empty or not a tar. It
+    never skips one, because a run on half of the data would look like a run on all of it.
     """
 
-    # a tar, a glob, a brace range a-{000000..000005}.tar, or several; gs://, s3://, https://, ...
-    # where fsspec has a filesystem for it
+    # a tar, a glob, a brace range a-{000000..000005}.tar, or several; also gs://, s3://, https://
+    # and whatever else fsspec has a filesystem for
     path: str | tuple[str, ...]
-    truncated: Literal["refuse", "keep"] = "refuse"  # keep: use the whole samples of such a tar
-    captions_key: str = "captions"  # a list in the json
-    caption_key: str = "caption"  # a string in the json, where there is no list
+    truncated: Literal["refuse", "keep"] = "refuse"  # keep: use the complete samples of such a tar
+    captions_key: str = "captions"  # key of a list in .json
+    caption_key: str = "caption"  # key of a string in .json, used if there is no list
     classes: tuple[str, ...] = ()  # names of the labels in .cls
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        # a few flat arrays: compact, shared after a fork and quick to pickle
+        self._shards: tuple[str, ...]  # paths
+        self._shard_ends: np.ndarray  # the end of each shard's rows
+        self._keys: bytes  # the keys of all rows, concatenated
+        self._key_ends: np.ndarray  # the end of each row's key in `_keys`
+        self._places: np.ndarray  # `ShardIndex.places` of all rows
         indexes = index_shards(self.path, keep=self.truncated == "keep")
-        # a few flat arrays: small, shared by forks, quick to pickle
-        for name, value in (
+        for name, value in (  # the dataclass is frozen
             ("_shards", tuple(index.path for index in indexes)),
             ("_shard_ends", np.cumsum([len(index) for index in indexes])),
             ("_keys", b"".join(index.keys for index in indexes)),
@@ -78,7 +85,7 @@ class WebDataset(Source):
         return len(self._places)
 
     def keys(self) -> Iterator[str]:
-        """`Example.key` of every row, in order; nothing is read."""
+        """`Example.key` of every row, in order, without reading the data."""
         return map(self._key, range(len(self)))
 
     def _shard(self, row: int) -> str:
@@ -104,58 +111,62 @@ class WebDataset(Source):
             raise BadSample(key, "the picture has no bytes")
         return Example(image, self._texts(key, text, meta, label), row, key, _label(key, label))
 
-    def _texts(self, key: str, text, meta, label) -> tuple[str, ...]:
-        """The captions, stripped; () for a sample that has a label alone."""
-        found: list | None = None
+    def _texts(
+        self, key: str, text: bytes | None, meta: bytes | None, label: bytes | None
+    ) -> tuple[str, ...]:
+        """The non-empty captions, stripped; () for a sample that only has a label."""
+        captions: Any = None
         try:
             if meta is not None:
                 values = json.loads(meta)
                 if isinstance(values, dict):
-                    found = values.get(self.captions_key)
-                    if found is None and self.caption_key in values:
-                        found = [values[self.caption_key]]
-            if found is None and text is not None:
-                found = [text.decode("utf-8")]
-        except (ValueError, RecursionError) as error:  # of json and of utf-8
+                    captions = values.get(self.captions_key)
+                    if captions is None and self.caption_key in values:
+                        captions = [values[self.caption_key]]
+            if captions is None and text is not None:
+                captions = [text.decode("utf-8")]
+        except (ValueError, RecursionError) as error:  # from json.loads and decode
             raise BadSample(key, f"the caption cannot be read ({error})") from None
-        if found is None:
+        if captions is None:
             if label is not None:
                 return ()
             raise BadSample(key, "no caption (.txt or .json)")
-        if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
-            raise BadSample(key, "the captions in .json are no list of strings")
-        # JSON can hold halves of characters, which nothing else can
-        found = (t.encode("utf-8", "replace").decode() for t in found)
-        texts = tuple(t for t in (t.replace("\0", "").strip() for t in found) if t)
+        if not isinstance(captions, list) or not all(isinstance(t, str) for t in captions):
+            raise BadSample(key, "the captions in .json are not a list of strings")
+        # JSON can contain half a surrogate pair, which UTF-8 cannot encode
+        encodable = (t.encode("utf-8", "replace").decode() for t in captions)
+        texts = tuple(t for t in (t.replace("\0", "").strip() for t in encodable) if t)
         if not texts:
             raise BadSample(key, "empty caption")
         return texts
 
 
 def _label(key: str, data: bytes | None) -> int | None:
+    if data is None:
+        return None
     try:
-        return None if data is None else int(data)
+        return int(data)
     except ValueError:
         raise BadSample(key, f"the label in .cls is {data[:20]!r}, expected a number") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """What the headers of one tar say."""
+    """The samples of one tar, from its headers."""
 
     path: str
-    keys: bytes  # one after another
+    keys: bytes  # the keys of all samples, concatenated
     key_sizes: Int32[np.ndarray, " n"]  # bytes
     places: Int32[np.ndarray, "n 4 2"]  # by role: offset in blocks of 512 bytes, size in bytes
-    extensions: tuple[str, ...]  # all there are, used or not
-    last: str  # the last whole member
-    whole: bool  # the tar ends as a tar should
+    extensions: tuple[str, ...]  # of all members, used or not
+    last: str  # name of the last complete member
+    whole: bool  # the tar has its end mark
 
     def __len__(self) -> int:
         return len(self.places)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All but the path, as `of` takes it."""
+        """All fields but the path, in the format that `of` reads."""
         about = json.dumps((self.extensions, self.last, self.whole)).encode()
         return {
             "keys": np.frombuffer(self.keys, np.uint8),
@@ -168,10 +179,11 @@ class ShardIndex:
     def of(cls, path: str, arrays: dict[str, np.ndarray]) -> ShardIndex:
         extensions, last, whole = json.loads(arrays["about"].tobytes())
         keys = arrays["keys"].tobytes()
-        found = (arrays["key_sizes"], arrays["places"])
-        return cls(path, keys, *found, tuple(extensions), last, whole)
+        samples = (arrays["key_sizes"], arrays["places"])
+        return cls(path, keys, *samples, tuple(extensions), last, whole)
 
     def without_last(self) -> ShardIndex:
+        """The index without the last sample."""
         return dataclasses.replace(
             self,
             keys=self.keys[: self.key_sizes[:-1].sum()],
@@ -186,19 +198,21 @@ def index_shards(
     keep: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ShardIndex]:
-    """The index of every shard of `path`, in order; those not in the cache are read and put there.
+    """The index of every shard of `path`, in order.
 
-    `progress(done, total)` is called after each shard. Raises `DataError` for a path that names
-    nothing and for a shard that is missing, empty, truncated (unless `keep`: then without its last
-    sample, which may be cut), or holds no pictures or no captions. An index of a remote shard that
-    is not cached costs the reading of most of it.
+    Indexes that are not in the cache are made and stored there. For a remote shard this downloads
+    most of the shard. `progress(done, total)` is called after each shard.
+
+    Raises `DataError` for a path that matches no file, and for a shard that is missing, empty,
+    truncated, or without pictures or captions. With `keep`, a truncated shard has the samples
+    before the last one, which may be incomplete.
     """
     patterns = (path,) if isinstance(path, str) else path
     shards = list(itertools.chain.from_iterable(map(expand, patterns)))
     if not shards:
         raise DataError("data path: nothing given, expected a tar, a glob or a brace range")
     indexes = []
-    # threads hold each other up over the headers of local shards
+    # threads only slow down the reading of headers from a local disk
     threads = THREADS if any(map(is_remote, patterns)) else 1
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for index in pool.map(functools.partial(_index, keep=keep), shards):
@@ -214,25 +228,25 @@ def _index(shard: Shard, *, keep: bool) -> ShardIndex:
     if known is None:
         remember(shard, VERSION, index.arrays())
     if not index.whole:
-        index = index.without_last()  # its members may be cut, or missing
+        index = index.without_last()  # members of the last sample may be truncated or missing
         if not keep:
             raise DataError(
-                f"{shard.path}: truncated or damaged; the last whole member is "
-                f"{index.last or 'none'}, {len(index)} whole samples are readable; copy the shard "
-                "again, or set truncated='keep' to use those"
+                f"{shard.path}: truncated or damaged; the last complete member is "
+                f"{index.last or 'none'}, {len(index)} complete samples can be read; copy the "
+                "shard again, or set truncated='keep' to use these samples"
             )
-    for what, roles, wanted in (
+    for content, roles, expected in (
         ("pictures", [0], ", ".join(f".{e}" for e in _PICTURES)),
         ("captions", [1, 2, 3], ".txt or .json, or labels in .cls"),
     ):
         if (index.places[:, roles, 1] == ABSENT).all():
-            there = ", ".join(f".{e}" for e in index.extensions) or "no members at all"
-            raise DataError(f"{shard.path}: no {what}; found {there}, expected {wanted}")
+            listed = ", ".join(f".{e}" for e in index.extensions) or "no members at all"
+            raise DataError(f"{shard.path}: no {content}; found {listed}, expected {expected}")
     return index
 
 
 def _scan(shard: Shard) -> ShardIndex:
-    """The index of one tar, from its headers."""
+    """Makes the index of one tar by reading its headers."""
     keys: list[str] = []
     places: list[list[tuple[int, int]]] = []
     extensions: set[str] = set()
@@ -241,7 +255,8 @@ def _scan(shard: Shard) -> ShardIndex:
         with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # it would keep them all
+                    # else tarfile keeps every member in memory
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     if member.offset_data + member.size <= shard.size:
                         last = member.name
                     match = _NAME.fullmatch(member.name)
@@ -259,15 +274,15 @@ def _scan(shard: Shard) -> ShardIndex:
                         places[-1][_ROLE[extension]] = (member.offset_data // _BLOCK, size)
             except tarfile.ReadError:
                 whole = False
-            # tarfile takes a cut header for the end; the real end is a block of zeros
+            # tarfile takes a truncated header for the end; the real end is a block of zeros
             file.seek(tar.offset)
             whole = whole and file.read(_BLOCK) == bytes(_BLOCK)
     except tarfile.ReadError:
         with open_shard(shard.path) as file:
-            raise DataError(f"{shard.path}: {_what_else(file.read(_BLOCK))}") from None
+            raise DataError(f"{shard.path}: {_not_a_tar(file.read(_BLOCK))}") from None
     except DataError:
         raise
-    except Exception as error:  # of the disk, or of a remote filesystem, each with its own kinds
+    except Exception as error:  # every remote filesystem has its own exceptions
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         raise DataError(f"{shard.path}: cannot be read ({reason})") from None
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
@@ -282,12 +297,12 @@ def _scan(shard: Shard) -> ShardIndex:
     )
 
 
-def _what_else(start: bytes) -> str:
-    """Why tarfile refuses the very start of a file, and what to do about it."""
+def _not_a_tar(start: bytes) -> str:
+    """Why tarfile refuses the first block of a file, and what to do about it."""
     if not start:
         return "an empty file (0 bytes), expected a tar; copy the shard again"
     if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd" or start[:3] == b"BZh":
-        return "a compressed tar, expected a plain one (random access needs it); unpack it first"
+        return "a compressed tar, expected an uncompressed one for random access; decompress it"
     if len(start) < _BLOCK:
         return f"truncated to {len(start)} bytes, expected a tar; copy the shard again"
     return "not a tar"

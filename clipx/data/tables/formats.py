@@ -1,4 +1,4 @@
-"""Tables on disk as named columns: csv, tsv, jsonl and parquet, read in order, row by row."""
+"""Readers of csv, tsv, jsonl and parquet files, with named columns, row by row."""
 
 from __future__ import annotations
 
@@ -10,73 +10,78 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipx.data.storage import expand, is_remote
 from clipx.errors import DataError
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 SEPARATORS = (",", "\t", ";", "|")
 PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_LOOKED_AT = 100  # rows, to tell a separator or the keys of json lines
-_BATCH = 1024  # rows of a parquet file that are Python objects at once
+_LOOKED_AT = 100  # rows from which to infer the separator or the keys of json lines
+_BATCH = 1024  # rows of a parquet file to convert to Python objects at a time
 
-# Each kind of file has `path`, its `columns`, what it calls a `unit`, and `rows(names)`, which
-# gives the number of each row in the file and its cells in these columns.
+# Every class of files has `path`, `columns`, `unit` (what an error calls a row) and `rows(names)`,
+# which yields the number of each row in the file and its cells in the columns `names`.
 
 
 class Csv:
-    """Cells between separators. A quoted cell may hold separators, line breaks and doubled quotes.
+    """A file of cells with separators. A quoted cell may contain separators, line breaks and
+    doubled quotes.
 
-    Every row has as many cells as the header: one with more or fewer raises `DataError`, because
-    a file with such a row is cut, or its quotes are not what they seem. In a tab-separated file
-    that cannot be read so, quotes are letters like others.
+    A row with more or fewer cells than the header raises `DataError`, because it means that the
+    file is truncated or has unbalanced quotes. In a tab-separated file that cannot be read with
+    quoted cells, quotes are ordinary characters.
     """
 
     unit = "line"
 
     def __init__(self, path: str, separator: str):
-        self.path, self._quoting = path, csv.QUOTE_MINIMAL
+        """`separator`: one character, or '' to infer it."""
+        self.path, self._quoted_cells = path, True
         start = list(itertools.islice(_lines(path), _LOOKED_AT))
         if not "".join(start).strip():
-            raise DataError(f"{path}: an empty file, expected a line with the names of columns")
+            raise DataError(f"{path}: an empty file, expected a first line with column names")
         widths = {s: _width(start, s) for s in SEPARATORS}
         best = max(SEPARATORS, key=lambda s: widths[s])
         self.separator = separator or best
         self.columns = _header(start, self.separator)
         if len(self.columns) < 2:
-            found = f"{path}: one column, {self.columns[0]!r}"
+            problem = f"{path}: one column, {self.columns[0]!r}"
             if widths[best] > (0, 1):
                 names = ", ".join(_header(start, best))
                 raise DataError(
-                    f"{found}, at separator {_spelt(self.separator)!r}; {_spelt(best)!r} makes it "
-                    f"{names}; set --config.data.separator={shlex.quote(_spelt(best))}"
+                    f"{problem}, with separator {_spelt(self.separator)!r}; separator "
+                    f"{_spelt(best)!r} gives the columns {names}; "
+                    f"set --config.data.separator={shlex.quote(_spelt(best))}"
                 )
-            expected = "one with pictures and one with captions"
             raise DataError(
-                f"{found}, expected {expected}; if they are there, name what stands between them: "
-                "--config.data.separator=..."
+                f"{problem}, expected a column of pictures and one of captions; if the file has "
+                "both, set the character between them: --config.data.separator=..."
             )
         if any(name.lower().endswith(PICTURE_ENDS) for name in self.columns):
             raise DataError(
-                f"{path}: the first line ({', '.join(self.columns)}) is a row, expected the names "
-                f"of the columns; add a line such as filepath{self.separator}caption"
+                f"{path}: the first line ({', '.join(self.columns)}) is a row, expected column "
+                f"names; add a first line such as filepath{self.separator}caption"
             )
         if self.separator == "\t" and not self._regular():
-            self._quoting = csv.QUOTE_NONE
-            if not self._regular():  # then the fault is another, to be told as it is
-                self._quoting = csv.QUOTE_MINIMAL
+            self._quoted_cells = False
+            if not self._regular():  # quotes are not the fault, so that `rows` reports the real one
+                self._quoted_cells = True
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        places = [self.columns.index(name) for name in names]
+        indices = [self.columns.index(name) for name in names]
         for line, cells in self._records():
-            yield line, [cells[place] for place in places]
+            yield line, [cells[index] for index in indices]
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         width, line = len(self.columns), 1
         reader = csv.reader(
             _lines(self.path),
             delimiter=self.separator,
-            quoting=self._quoting,
+            quoting=csv.QUOTE_MINIMAL if self._quoted_cells else csv.QUOTE_NONE,
             skipinitialspace=True,
             strict=True,
         )
@@ -85,19 +90,20 @@ class Csv:
                 if len(cells) != width and "".join(cells).strip():
                     raise DataError(
                         f"{self.path}: line {line} has {len(cells)} cells, expected {width} "
-                        f"({', '.join(self.columns)}); the file is damaged there, or a "
-                        f"{_spelt(self.separator)!r} inside a cell is not in quotes"
+                        f"({', '.join(self.columns)}); the line is damaged, or a "
+                        f"{_spelt(self.separator)!r} inside a cell is not quoted"
                     )
                 if number and len(cells) == width:
                     yield line, cells
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"{self.path}: line {line}: {error}; the file is cut, or a quote in the cells of "
-                "that line is not closed or not doubled"
+                f"{self.path}: line {line}: {error}; the file is truncated, or a quote in this "
+                "line is not closed or not doubled"
             ) from None
 
     def _regular(self) -> bool:
+        """Whether all rows can be read."""
         try:
             for _ in self._records():
                 pass
@@ -107,7 +113,7 @@ class Csv:
 
 
 class JsonLines:
-    """One JSON object a line. `columns` are the keys of the first hundred."""
+    """A file with one JSON object per line. `columns` are the keys of the first hundred."""
 
     unit = "line"
 
@@ -116,7 +122,7 @@ class JsonLines:
         start = [value for _, value in itertools.islice(self._objects(), _LOOKED_AT)]
         self.columns = list(dict.fromkeys(itertools.chain.from_iterable(start)))
         if not start:
-            raise DataError(f"{path}: an empty file, expected a JSON object a line")
+            raise DataError(f"{path}: an empty file, expected one JSON object per line")
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         for line, value in self._objects():
@@ -128,16 +134,16 @@ class JsonLines:
                 continue
             if line == 1 and text.lstrip().startswith("["):
                 raise DataError(
-                    f"{self.path}: a JSON list, expected an object a line; "
-                    f"jq -c '.[]' {shlex.quote(self.path)} writes them so"
+                    f"{self.path}: a JSON list, expected one object per line; "
+                    f"convert it with jq -c '.[]' {shlex.quote(self.path)}"
                 )
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}: line {line} is not JSON ({error})") from None
             if not isinstance(value, dict):
-                found = type(value).__name__
-                raise DataError(f"{self.path}: line {line} is a {found}, expected a JSON object")
+                kind = type(value).__name__
+                raise DataError(f"{self.path}: line {line} is a {kind}, expected a JSON object")
             yield line, value
 
 
@@ -173,15 +179,15 @@ class Parquet:
                     number += 1
                     yield number, list(cells)
 
-    def _open(self):
+    def _open(self) -> ParquetFile:
         try:
             return self._parquet.ParquetFile(self.path)
         except (self._error, OSError) as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> DataError:
-        said = str(error).replace("\n", " ")
-        return DataError(f"{self.path}: cannot be read as parquet ({said})")
+        reason = str(error).replace("\n", " ")
+        return DataError(f"{self.path}: cannot be read as parquet ({reason})")
 
 
 File = Csv | JsonLines | Parquet
@@ -193,12 +199,15 @@ _KINDS = {
 
 
 def tables(paths: str | Sequence[str], separator: str) -> Iterator[File]:
-    """The tables that the patterns name, in order, each opened. What is wrong with one is a
-    `DataError`."""
+    """Opens the tables that the patterns name, in order.
+
+    `separator` is one character or "tab"; '' infers it. Raises `DataError` for a table that cannot
+    be read.
+    """
     separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
     if len(separator) > 1:
         raise DataError(
-            f"separator={separator!r}: expected one character or tab, or nothing to have it found"
+            f"separator={separator!r}: expected one character or tab, or '' to infer it"
         )
     patterns = (paths,) if isinstance(paths, str) else paths
     files = list(itertools.chain.from_iterable(map(expand, patterns)))
@@ -206,44 +215,52 @@ def tables(paths: str | Sequence[str], separator: str) -> Iterator[File]:
         raise DataError("data path: nothing given, expected a table, a glob or several")
     for path, *_ in files:
         if is_remote(path) or os.path.isdir(path):
-            kind = "not on a disk of this machine" if is_remote(path) else "a folder"
+            kind = "a remote path" if is_remote(path) else "a folder"
             raise DataError(f"{path}: {kind}, expected a table that is a local file")
         for ends, kind in _KINDS.items():
             if path.lower().endswith(ends):
                 yield kind(path, separator) if kind is Csv else kind(path)
                 break
         else:
-            packed = "unpack it first, " if path.endswith((".gz", ".zip", ".zst", ".bz2")) else ""
+            fix = "; decompress it" if path.endswith((".gz", ".zip", ".zst", ".bz2")) else ""
             ends = ", ".join(itertools.chain.from_iterable(_KINDS))
-            raise DataError(f"{path}: {packed}expected a table that ends in one of {ends}")
+            raise DataError(f"{path}: expected a file name that ends in one of {ends}{fix}")
 
 
 def strings(cell: Any) -> list[str] | None:
-    """The strings in one cell, stripped and without NULs: itself, or those of a list, also where
-    csv holds a list as text. None for what is neither, such as a picture's bytes."""
+    """The strings in one cell, stripped and without NULs.
+
+    A cell is a string or number, a list of them, or the text of a list, as in csv. A missing value
+    gives []. None for any other type, such as the bytes of a picture.
+    """
     if isinstance(cell, str):
         cell = cell.replace("\0", "").strip()
         if cell[:2] in ('["', "['") and cell[-1] == "]":
             for parse in (json.loads, ast.literal_eval):
                 try:
-                    found = parse(cell)
+                    value = parse(cell)
                 except (ValueError, SyntaxError, MemoryError, RecursionError):
                     continue
-                if isinstance(found, list) and all(isinstance(text, str) for text in found):
-                    return [text.replace("\0", "").strip() for text in found]
+                if isinstance(value, list) and all(isinstance(text, str) for text in value):
+                    return [text.replace("\0", "").strip() for text in value]
         return [cell]
-    if cell is None or cell != cell:  # not a number, as pandas writes what is missing
+    if cell is None or cell != cell:  # pandas writes NaN for a missing value
         return []
     if isinstance(cell, (int, float)):
         return [str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)]
     if isinstance(cell, list):
-        found = [strings(one) for one in cell]
-        return None if None in found else list(itertools.chain.from_iterable(found))
+        texts: list[str] = []
+        for item in cell:
+            inner = strings(item)
+            if inner is None:
+                return None
+            texts += inner
+        return texts
     return None
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a mark at its start."""
+    """Yields the lines of a UTF-8 file, with or without a byte order mark."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -255,7 +272,7 @@ def _lines(path: str) -> Iterator[str]:
                     name = shlex.quote(os.path.basename(path))
                     raise DataError(
                         f"{path}: line {number} is not UTF-8 (byte {line[error.start]:#04x}); "
-                        f"if it is {kind}: iconv -f {kind} -t utf-8 {name} > new-{name}"
+                        f"if it is {kind}, run iconv -f {kind} -t utf-8 {name} > new-{name}"
                     ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
@@ -267,8 +284,10 @@ def _header(lines: list[str], separator: str) -> list[str]:
 
 
 def _width(lines: list[str], separator: str) -> tuple[float, int]:
-    """How well a separator fits: the share of rows as wide as the first, and that width. (0, 1)
-    for one that does not part the first row."""
+    """How well a separator fits: (share of rows with as many cells as the first, that number).
+
+    (0, 1) if it does not split the first row.
+    """
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     try:
         widths = [len(cells) for cells in reader if cells]

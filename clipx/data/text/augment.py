@@ -1,11 +1,12 @@
-"""Easy data augmentation of captions: synonyms, swaps, deletions, insertions (EDA, Wei and Zou
-2019), by the rules of textaugment 1.3.4, which DeCLIP uses."""
+"""Easy data augmentation of captions by synonyms, swaps, deletions and insertions (EDA, Wei and Zou
+2019), with the rules of textaugment 1.3.4, which DeCLIP uses."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,9 +14,9 @@ import numpy as np
 from clipx.data.text.wordnet import WordNet
 from clipx.errors import ConfigError
 
-_CACHED = 1 << 14  # words whose synonyms are kept: some 10 MB
-_SWAP_DRAWS = 3  # draws of a second place other than the first
-_INSERT_DRAWS = 9  # draws of a word that has synonyms
+_CACHED = 1 << 14  # words whose synonyms are cached: about 10 MB
+_SWAP_TRIES = 3  # samples of a second position that must differ from the first
+_INSERT_TRIES = 9  # samples of a word that must have synonyms
 
 _STOPS = """
 i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves
@@ -34,32 +35,33 @@ STOP_WORDS = frozenset(_STOPS.split())  # NLTK's English list of 179
 
 @dataclasses.dataclass(frozen=True)
 class TextAugmentConfig:
-    """What may happen to a caption; the defaults are DeCLIP's."""
+    """The operations on a caption. The defaults are DeCLIP's."""
 
     operations: tuple[Literal["synonym", "swap", "delete", "insert"], ...] = (
         *("synonym", "swap", "delete"),
     )
-    probability: float = 0.1  # that a word is deleted
-    count: int = 1  # words that get a synonym, swaps or insertions
-    wordnet: str = ""  # its folder or zip file; '': where the system or NLTK has it
+    probability: float = 0.1  # of deleting each word
+    count: int = 1  # number of synonyms, swaps or insertions per caption
+    wordnet: str = ""  # folder or zip file of WordNet; '': searches the usual places
 
-    def __post_init__(self):
-        for field, right, expected in (
+    def __post_init__(self) -> None:
+        for field, valid, expected in (
             ("operations", len(self.operations) > 0, "at least one operation"),
             ("probability", 0 <= self.probability <= 1, "from 0 to 1"),
             ("count", self.count >= 1, "at least 1"),
         ):
-            if not right:
-                found = str(getattr(self, field))
-                raise ConfigError(f"config.data.text_augment.{field}", found, expected)
+            if not valid:
+                value = str(getattr(self, field))
+                raise ConfigError(f"config.data.text_augment.{field}", value, expected)
 
 
 class TextAugment:
-    """A caption to its augmentation, by one operation of the config's, each as likely.
+    """Augments captions, each by one operation of the config, sampled uniformly.
 
-    Words are what white space parts, so "dog," has no synonyms. The same generator gives the same
-    caption. It pickles as its config, and may be called from many threads.
-    Raises `ConfigError` where an operation needs WordNet and there is none.
+    Words are separated by white space only, so "dog," has no synonyms. The result depends only on
+    the caption and the generator. An instance can be pickled and called from many threads.
+
+    The constructor raises `ConfigError` if an operation needs WordNet and there is none.
     """
 
     def __init__(self, config: TextAugmentConfig):
@@ -72,8 +74,8 @@ class TextAugment:
         return TextAugment, (self.config,)
 
     def __call__(self, text: str, rng: np.random.Generator) -> str:
-        """`text` after one operation, its words joined by single spaces; where it has none, `text`
-        itself."""
+        """`text` after one operation, with single spaces between words. A text without words is
+        returned unchanged."""
         words = text.split()
         if not words:
             return text
@@ -81,54 +83,58 @@ class TextAugment:
         return " ".join(getattr(self, f"_{operation}")(words, rng))
 
     def _synonym(self, words: list[str], rng: np.random.Generator) -> list[str]:
-        """The first `count` words of a random order that have synonyms become one, everywhere."""
+        """Replaces up to `count` random words that have synonyms, at all their occurrences."""
         distinct = _without_stops(dict.fromkeys(words))
         replaced = 0
-        for place in rng.permutation(len(distinct)):
-            found = self._synonyms(distinct[place])
-            if found:
-                synonym = _choose(found, rng)
-                words = [synonym if word == distinct[place] else word for word in words]
+        for index in rng.permutation(len(distinct)):
+            options = self._synonyms(distinct[index])
+            if options:
+                synonym = _choose(options, rng)
+                words = [synonym if word == distinct[index] else word for word in words]
                 replaced += 1
             if replaced == self.config.count:
                 break
         return words
 
     def _swap(self, words: list[str], rng: np.random.Generator) -> list[str]:
-        """Two words change places, unless three draws of the second give the first."""
+        """Swaps two random words, unless all samples of the second position equal the first."""
         for _ in range(self.config.count):
-            first, *others = rng.integers(len(words), size=1 + _SWAP_DRAWS)
+            first, *others = rng.integers(len(words), size=1 + _SWAP_TRIES)
             second = next((i for i in others if i != first), first)
             words[first], words[second] = words[second], words[first]
         return words
 
     def _delete(self, words: list[str], rng: np.random.Generator) -> list[str]:
-        """Every word goes with the config's probability; one stays in any case."""
+        """Deletes every word with the config's probability, but keeps at least one."""
         kept = rng.random(len(words)) >= self.config.probability
         return [w for w, keep in zip(words, kept) if keep] or [_choose(words, rng)]
 
     def _insert(self, words: list[str], rng: np.random.Generator) -> list[str]:
-        """A synonym of a random word goes in before a random word, unless nine have none."""
+        """Inserts a synonym of a random word before a random word, unless none of the sampled
+        words has synonyms."""
         for _ in range(self.config.count):
             candidates = _without_stops(words)
-            for _ in range(_INSERT_DRAWS if candidates else 0):
-                found = self._synonyms(_choose(candidates, rng))
-                if found:
-                    words.insert(rng.integers(len(words)), _choose(found, rng))
+            for _ in range(_INSERT_TRIES if candidates else 0):
+                options = self._synonyms(_choose(candidates, rng))
+                if options:
+                    words.insert(rng.integers(len(words)), _choose(options, rng))
                     break
         return words
 
 
 def synonyms(wordnet: WordNet, word: str) -> tuple[str, ...]:
-    """Every lemma of every synset of `word` but `word` itself, in lower case, of the letters a to z
-    and spaces, sorted; '' may be among them, as in textaugment."""
+    """The sorted lemmas of all synsets of `word`, without `word` itself.
+
+    They are in lower case, reduced to the letters a to z and spaces. '' may be among them, as in
+    textaugment.
+    """
     names = (re.sub("[_-]", " ", name).lower() for name in wordnet.lemmas(word))
     return tuple(sorted({re.sub("[^a-z ]", "", name) for name in names} - {word}))
 
 
-def _without_stops(words) -> list[str]:
+def _without_stops(words: Iterable[str]) -> list[str]:
     return [word for word in words if word not in STOP_WORDS]
 
 
-def _choose(options, rng: np.random.Generator) -> str:
-    return options[rng.integers(len(options))]
+def _choose(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]

@@ -1,4 +1,4 @@
-"""Captions as each method cleans them before it cuts them into tokens: plain functions of text."""
+"""How each method cleans captions before tokenisation, as functions from text to text."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ _CJK = re.compile("[\u4e00-\u9fa5]")
 
 
 def clip(text: str) -> str:
-    """`text` with its encoding repaired, entities resolved twice and white space collapsed, as
-    openai/CLIP's `basic_clean` and `whitespace_clean` do."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # ftfy leaves these alone
+    """CLIP's rule: repairs the encoding, unescapes HTML entities twice, and collapses white space.
+
+    Source: `basic_clean` and `whitespace_clean` of openai/CLIP.
+    """
+    # the check only saves time: other texts stay the same
+    if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return collapse(text)
 
 
 def ascii_only(text: str) -> str:
-    """`text` without its characters outside ASCII, then cleaned as CLIP does: "café" is "caf".
-    ProtoCLIP's rule (its data.py)."""
+    """ProtoCLIP's rule: deletes characters outside ASCII, then cleans as CLIP. "café" is "caf".
+
+    Source: its data.py.
+    """
     return clip(text.encode("ascii", "ignore").decode("ascii"))
 
 
 def clip_lite(text: str) -> str:
-    """`text` in lower case, without punctuation or accents, cut to 30 words. CLIP-Lite's rule (its
-    transforms.py), step by step in its order."""
-    text = _CLIP_LITE_DELETES.sub("", _whole(text).lower())
+    """CLIP-Lite's rule: lower case, without punctuation and accents, truncated to 30 words.
+
+    Source: its transforms.py, with the same steps in the same order.
+    """
+    text = _CLIP_LITE_DELETES.sub("", _encodable(text).lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     text = " ".join(text.split(" ")[:_CLIP_LITE_WORDS])
@@ -42,18 +49,20 @@ def clip_lite(text: str) -> str:
 
 
 def siglip(text: str) -> str:
-    """`text` in lower case, without ASCII punctuation, white space collapsed: "It's" is "its".
-    SigLIP's rule (big_vision's canonicalize_text, transformers' SiglipTokenizer)."""
+    """SigLIP's rule: lower case, without ASCII punctuation, white space collapsed. "It's" is "its".
+
+    Source: big_vision's canonicalize_text and transformers' SiglipTokenizer.
+    """
     return collapse(text.lower().translate(_PUNCTUATION))
 
 
 def collapse(text: str) -> str:
-    """`text` with every run of white space as one space, and none at its ends."""
-    return " ".join(_whole(text).split())
+    """`text` with single spaces between words, and none at its ends."""
+    return " ".join(_encodable(text).split())
 
 
-def _whole(text: str) -> str:
-    """`text` without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+def _encodable(text: str) -> str:
+    """`text` with ? for halves of surrogate pairs, which JSON can contain but UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -67,12 +76,14 @@ RULES = {
 
 
 def swap_left_right(text: str) -> str:
-    """The caption of the mirrored picture: "left" and "right" changed over wherever they stand in
-    lower case, within words too ("bright" is "bleft"). CLIP-Lite's rule, for text not cleaned yet.
+    """The caption of the mirrored image: "left" and "right" swapped, for text before cleaning.
+
+    CLIP-Lite's rule, which only knows lower case and applies inside of words too: "bright" is
+    "bleft".
     """
     return _SIDES.sub(lambda side: "right" if side[0] == "left" else "left", text)
 
 
 def has_cjk(text: str) -> bool:
-    """Whether a character of U+4E00 to U+9FA5 is in `text`: DeCLIP leaves such captions out."""
+    """Whether `text` has a character from U+4E00 to U+9FA5. DeCLIP leaves out such captions."""
     return _CJK.search(text) is not None

@@ -1,8 +1,9 @@
-"""Captions to ids: CLIP's byte pairs, SentencePiece and BERT's word pieces, as one small class.
+"""Tokenizers with one interface: CLIP's byte pairs, SentencePiece and BERT's word pieces.
 
-All give `[sot] + text + [eot]`, SigLIP's way `text + [eot]`, cut so that the end mark stays, padded
-to the context. The ids that a model is built from (`vocab_size`, `pad_id`, `sot_id`, `eot_id`,
-`mask_id`) follow from the config alone, so nothing has to be opened to know a model's shape.
+A text becomes `[sot] + text + [eot]`, or `text + [eot]` for SigLIP. It is truncated before the end
+mark and padded to the context length. The ids that a model is built from (`vocab_size`, `pad_id`,
+`sot_id`, `eot_id`, `mask_id`) follow from the config alone, so a model can be built without opening
+a vocabulary.
 """
 
 from __future__ import annotations
@@ -22,107 +23,130 @@ from jaxtyping import Int32
 from clipx.data.text import cleaning, vocabulary
 from clipx.errors import ConfigError
 
-# of OpenAI's vocabulary (two marks) and of bert-base-uncased's; SentencePiece has none of its own
+# default sizes: those of OpenAI's vocabulary with its two marks and of bert-base-uncased; models of
+# SentencePiece have no usual size
 _VOCAB = {"clip_bpe": 49_408, "sentencepiece": 49_408, "wordpiece": 30_522}
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer, and all that is known of it without opening anything."""
+    """Selects a tokenizer, and tells what is known about it without opening a file."""
 
     name: Literal["clip_bpe", "sentencepiece", "wordpiece"]
-    vocab_size: int | None = None  # rows of the embedding table, an int once built; None: usual
-    context: int = 77  # ids a text, marks included
-    path: str = ""  # a merges file (.txt, .txt.gz), SentencePiece model or vocab.txt; '': `build`
-    model: Literal["unigram", "bpe"] = "unigram"  # of a SentencePiece model that is trained here
-    sample: int = 200_000  # captions that such a model is trained on, at most
-    mask: bool = False  # an id for masked words too; word pieces always have one
-    cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none"] = "clip"  # of cleaning.py
+    # rows of the embedding table; None: the usual size, which the constructor fills in
+    vocab_size: int | None = None
+    context: int = 77  # ids per text, marks included
+    path: str = (
+        ""  # a merges file (.txt, .txt.gz), SentencePiece model or vocab.txt; '': see `build`
+    )
+    model: Literal["unigram", "bpe"] = "unigram"  # kind of a SentencePiece model to train
+    sample: int = 200_000  # maximal number of captions to train a SentencePiece model on
+    mask: bool = False  # add an id for masked words; word pieces always have one
+    cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none"] = "clip"  # see cleaning.py
     marks: Literal["both", "end"] = "both"  # end: no start mark, padded with the end mark (SigLIP)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         bpe = self.name == "clip_bpe"
         if self.vocab_size is None:
             object.__setattr__(self, "vocab_size", _VOCAB[self.name] + (bpe and self.mask))
         ids = max(vocabulary.WORDPIECE_MARKS.values()) + 1 if self.name == "wordpiece" else 5
         for field, least in (("vocab_size", ids), ("context", 3), ("sample", 1)):
             if getattr(self, field) < least:
-                found = str(getattr(self, field))
-                raise ConfigError(f"config.tokenizer.{field}", found, f"at least {least}")
+                value = str(getattr(self, field))
+                raise ConfigError(f"config.tokenizer.{field}", value, f"at least {least}")
         if self.marks == "end" and self.name != "sentencepiece":
             raise ConfigError(
                 "config.tokenizer.marks",
                 f"'end', with {self.name}",
-                "'both', or sentencepiece, whose marks can be numbered so",
-                "config.tokenizer.marks=both",
+                "'both', as only sentencepiece supports 'end'",
+                "set config.tokenizer.marks=both",
             )
-        own = _VOCAB["clip_bpe"] + self.mask
-        if bpe and not self.path and self.vocab_size != own:
+        bundled = _VOCAB["clip_bpe"] + self.mask
+        if bpe and not self.path and self.vocab_size != bundled:
             raise ConfigError(
                 "config.tokenizer.vocab_size",
                 str(self.vocab_size),
-                f"{own}, the size of OpenAI's vocabulary{' and the mask' * self.mask}",
+                f"{bundled}, the size of OpenAI's vocabulary{' and the mask' * self.mask}",
                 "leave it out, or name a merges file in config.tokenizer.path",
             )
         if self.name == "wordpiece" and not self.path:
             raise ConfigError(
                 "config.tokenizer.path",
                 "nothing",
-                "a vocabulary of word pieces",
+                "the path of a vocabulary of word pieces",
                 "name a vocab.txt, such as bert-base-uncased's",
             )
 
     @property
-    def pad_id(self) -> int:
-        """Also the id of '!' in CLIP's vocabulary, and SigLIP's end mark: a text ends at the first
-        `eot_id`."""
-        return self.eot_id if self.marks == "end" else 0
+    def size(self) -> int:
+        """`vocab_size`, which is never None after construction."""
+        assert self.vocab_size is not None
+        return self.vocab_size
 
-    def _of(self, **ids: int | None) -> int | None:
-        return ids["end" if self.marks == "end" else self.name]
+    @property
+    def pad_id(self) -> int:
+        """The padding id; with `marks` "end" also that of the end mark.
+
+        A text ends at its first `eot_id`, not at its first padding: in CLIP's vocabulary '!' has
+        the padding id too.
+        """
+        return self.eot_id if self.marks == "end" else 0
 
     @property
     def sot_id(self) -> int | None:
-        return self._of(clip_bpe=self.vocab_size - 2, sentencepiece=2, wordpiece=101, end=None)
+        """The id of the start mark; None if texts have none."""
+        if self.marks == "end":
+            return None
+        return {"clip_bpe": self.size - 2, "sentencepiece": 2, "wordpiece": 101}[self.name]
 
     @property
     def eot_id(self) -> int:
-        return self._of(clip_bpe=self.vocab_size - 1, sentencepiece=3, wordpiece=102, end=1)
+        """The id of the end mark."""
+        if self.marks == "end":
+            return 1
+        return {"clip_bpe": self.size - 1, "sentencepiece": 3, "wordpiece": 102}[self.name]
 
     @property
     def unk_id(self) -> int | None:
-        """The id of what has no other; None where everything has one."""
-        return self._of(clip_bpe=None, sentencepiece=1, wordpiece=100, end=2)
+        """The id of unknown pieces; None if the vocabulary covers every text."""
+        if self.marks == "end":
+            return 2
+        return {"clip_bpe": None, "sentencepiece": 1, "wordpiece": 100}[self.name]
 
     @property
     def mask_id(self) -> int | None:
-        """The id that hides a word, which no text gives; None without one. CLIP's marks stand
-        behind it, so that they shift by one, as DeCLIP's do."""
+        """The id that hides a word and that no text contains; None without one.
+
+        In CLIP's vocabulary it is before the two marks, whose ids are one higher then, as in
+        DeCLIP.
+        """
         if self.name == "wordpiece":
             return 103
-        last = self.vocab_size - (3 if self.name == "clip_bpe" else 1)
+        last = self.size - (3 if self.name == "clip_bpe" else 1)
         return last if self.mask else None
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The ids that are no part of a text: what masked language modelling leaves alone. 0 pads,
-        or is a mark that goes unused."""
+        """The ids that are not part of a text, which masked language modelling must not mask.
+
+        0 is among them: it pads, or with `marks` "end" it is unused.
+        """
         ids = (0, self.unk_id, self.sot_id, self.eot_id, self.mask_id)
         return tuple(i for i in ids if i is not None)
 
 
 class Tokenizer(abc.ABC):
-    """Texts to ids and back. It pickles, and may be called from many threads."""
+    """Converts texts to ids and back. It can be pickled and called from many threads."""
 
     def __init__(self, config: TokenizerConfig):
         self.config = config
-        self.vocab_size, self.context = config.vocab_size, config.context
+        self.vocab_size, self.context = config.size, config.context
         self.pad_id, self.sot_id, self.eot_id = config.pad_id, config.sot_id, config.eot_id
         self._clean = cleaning.RULES[config.cleaning]
 
     @abc.abstractmethod
     def body(self, text: str) -> list[int]:
-        """The ids of one text, of any length, without the marks."""
+        """The ids of one text without marks, not truncated."""
 
     @abc.abstractmethod
     def _text(self, ids: list[int]) -> str: ...
@@ -131,22 +155,22 @@ class Tokenizer(abc.ABC):
     def _payload(self) -> bytes: ...
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "t n"]:
-        """Ids [t, context]: of each text as many as there is room for between its marks, padded."""
+        """Ids [t, context] of each text with its marks, truncated or padded."""
         ids = np.full((len(texts), self.context), self.pad_id, np.int32)
         start = [] if self.sot_id is None else [self.sot_id]
         for row, text in zip(ids, texts, strict=True):
-            whole = [*start, *self.body(text)][: self.context - 1] + [self.eot_id]
-            row[: len(whole)] = whole
+            marked = [*start, *self.body(text)][: self.context - 1] + [self.eot_id]
+            row[: len(marked)] = marked
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of one row of ids, up to its end mark; cleaned and in lower case."""
+        """The text of one row of ids up to its end mark: cleaned and in lower case."""
         body = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
         return self._text([i for i in body if i not in (self.sot_id, self.config.mask_id)])
 
     def save(self) -> dict[str, Any]:
-        """All that `load` needs, fit for JSON: the config, and the vocabulary where it is not part
-        of an installed package."""
+        """A dict for `load` that can be stored as JSON: the config, and the vocabulary unless an
+        installed package has it."""
         payload = base64.b64encode(self._payload()).decode("ascii")
         return {"config": dataclasses.asdict(self.config), "payload": payload}
 
@@ -155,10 +179,10 @@ class Tokenizer(abc.ABC):
 
 
 class _ClipBPE(Tokenizer):
-    """CLIP's byte-pair encoding. The two marks are ids when a text spells them (`<|endoftext|>`),
-    as in openai/CLIP's tokenizer; every other text is letters."""
+    """CLIP's byte-pair encoding. A mark in a text, such as `<|endoftext|>`, becomes the id of the
+    mark, as in openai/CLIP's tokenizer."""
 
-    # a mark counts only where a token may start: after white space, a letter or a digit
+    # a mark counts only where a token can start: after white space, a letter or a digit
     _MARKS = re.compile(r"(?<![^\s\w]|_)((?:<\|startoftext\|>|<\|endoftext\|>)+)")
 
     @abc.abstractmethod
@@ -168,20 +192,21 @@ class _ClipBPE(Tokenizer):
         text = self._clean(text).lower()
         if "<|" not in text:
             return self._plain(text)
+        sot, eot = self.sot_id, self.eot_id
+        assert sot is not None  # of CLIP's encodings
         ids: list[int] = []
         for i, part in enumerate(self._MARKS.split(text)):
             if i % 2:
-                marks = re.findall(r"start|end", part)
-                ids += [self.sot_id if mark == "start" else self.eot_id for mark in marks]
+                ids += [sot if mark == "start" else eot for mark in re.findall("start|end", part)]
             else:
                 ids += self._plain(part)
         return ids
 
 
 class _BundledBPE(_ClipBPE):
-    """OpenAI's vocabulary from `instant_clip_tokenizer`, which carries it."""
+    """CLIP's encoding with the vocabulary that is part of the package `instant_clip_tokenizer`."""
 
-    # open_clip's marks, which that package turns into ids and OpenAI's tokenizer does not
+    # open_clip's marks, which that package takes for marks and OpenAI's tokenizer does not
     _FOREIGN = re.compile(r"(?<=<start)(?=_of_text>)|(?<=<end)(?=_of_text>)")
 
     def __init__(self, config: TokenizerConfig):
@@ -192,11 +217,12 @@ class _BundledBPE(_ClipBPE):
             raise ConfigError(
                 "config.tokenizer.name",
                 "'clip_bpe', but instant_clip_tokenizer is not installed",
-                "a package or a file that carries CLIP's vocabulary",
+                "a package or a file with CLIP's vocabulary",
                 "pip install instant-clip-tokenizer, or set config.tokenizer.path to "
                 "bpe_simple_vocab_16e6.txt.gz",
             ) from None
-        self._tokenizer = instant_clip_tokenizer.Tokenizer()
+        package: Any = instant_clip_tokenizer  # has no types
+        self._tokenizer = package.Tokenizer()
 
     def _plain(self, text: str) -> list[int]:
         if "_of_text>" not in text:
@@ -211,7 +237,8 @@ class _BundledBPE(_ClipBPE):
 
 
 class _MergesBPE(_ClipBPE):
-    """The same encoding from a merges file (a header line, then one merge a line)."""
+    """CLIP's encoding with the vocabulary of a merges file (a header line, then one merge per
+    line)."""
 
     def __init__(self, config: TokenizerConfig, merges: str):
         super().__init__(config)
@@ -229,8 +256,8 @@ class _MergesBPE(_ClipBPE):
 
 
 class _SentencePiece(Tokenizer):
-    """A SentencePiece model whose marks are numbered as in vocabulary.py. A mark that a text spells
-    (`</s>`) is letters."""
+    """A SentencePiece model whose marks have the ids of vocabulary.py. A mark in a text, such as
+    `</s>`, is ordinary text."""
 
     def __init__(self, config: TokenizerConfig, model: bytes):
         super().__init__(config)
@@ -251,7 +278,7 @@ class _SentencePiece(Tokenizer):
 
 
 class _WordPiece(Tokenizer):
-    """BERT's uncased word pieces. A mark that a text spells (`[MASK]`) is letters."""
+    """BERT's uncased word pieces. A mark in a text, such as `[MASK]`, is ordinary text."""
 
     def __init__(self, config: TokenizerConfig, pieces: str):
         super().__init__(config)
@@ -269,15 +296,17 @@ class _WordPiece(Tokenizer):
 
 
 def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer of `config`. Without a `path`, `clip_bpe` takes the vocabulary that
-    instant_clip_tokenizer carries, and `sentencepiece` is trained on `captions`: seconds for
-    30,000 of them, the same model every time.
+    """The tokenizer of `config`.
+
+    Without `config.path`, `clip_bpe` uses the vocabulary of the package instant_clip_tokenizer, and
+    `sentencepiece` is trained on `captions`. Training takes seconds for 30,000 captions and is
+    deterministic.
 
     Raises:
-        ConfigError: a path that is not there, or a vocabulary of another size.
-        DataError: a file that is no vocabulary, or captions that give none.
+        ConfigError: the file cannot be read, or its vocabulary does not fit `vocab_size`.
+        DataError: the file is not a vocabulary, or the captions have no text to train on.
     """
-    path, size = config.path, config.vocab_size
+    path, size = config.path, config.size
     if config.name == "clip_bpe":
         if not path:
             return _BundledBPE(config)
@@ -292,7 +321,7 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
             "config.tokenizer.path",
             "nothing, and no captions to train on",
             "a SentencePiece model",
-            "name a .model file, or let the run's own captions train one",
+            "name a .model file, or train one on the captions of a run",
         )
     rule = cleaning.RULES[config.cleaning]
     texts = (rule(text) for text in itertools.islice(captions, config.sample))
@@ -301,7 +330,7 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
 
 
 def load(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` gave. It reads no file."""
+    """The tokenizer from `Tokenizer.save`, without reading a file."""
     config = TokenizerConfig(**saved["config"])
     payload = base64.b64decode(saved["payload"])
     if config.name == "sentencepiece":

@@ -1,6 +1,6 @@
-"""Vocabularies: read from files and checked, or trained on captions, and what cuts text by them.
+"""Reads, checks and trains vocabularies, and builds encoders with the package `tokenizers`.
 
-Errors about a config value name `config.tokenizer`; what is wrong inside a file is a `DataError`.
+A file that does not fit the config raises `ConfigError`, a damaged file `DataError`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import io
 import pathlib
 import zlib
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipx.errors import ConfigError, DataError
 
-CLIP_LETTERS = 512  # the 256 bytes, and the same at a word's end
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CLIP_LETTERS = 512  # an id for each of the 256 bytes, and another for each at the end of a word
 SENTENCEPIECE_MARKS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
-MARKS = {"both": SENTENCEPIECE_MARKS, "end": {"unk": 2, "eos": 1}}  # by TokenizerConfig.marks
+MARKS = {"both": SENTENCEPIECE_MARKS, "end": {"unk": 2, "eos": 1}}  # ids by TokenizerConfig.marks
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # openai/CLIP's split
 WORDPIECE_MARKS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 
@@ -31,8 +34,11 @@ def _read(path: str, what: str) -> bytes:
 
 
 def read_merges(path: str, vocab_size: int, marks: int) -> str:
-    """The merges, one a line, of a vocabulary of `vocab_size` ids, `marks` of them marks, from a
-    file like OpenAI's bpe_simple_vocab_16e6.txt.gz: a header, then more lines than are used."""
+    """The merges, one per line, of a vocabulary with `vocab_size` ids, of which `marks` are marks.
+
+    The file is like OpenAI's bpe_simple_vocab_16e6.txt.gz: a header line, then at least as many
+    merges as are used.
+    """
     data = _read(path, "a merges file")
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
@@ -44,15 +50,17 @@ def read_merges(path: str, vocab_size: int, marks: int) -> str:
         raise ConfigError(
             "config.tokenizer.vocab_size",
             f"{vocab_size}, with {len(merges)} merges in {path}",
-            f"{least} more than the merges to use: {least} to {len(merges) + least}",
-            "a file of a version line and then one merge a line, or another vocab_size",
+            f"{least} to {len(merges) + least}, that is {least} plus the number of merges to use",
+            "change vocab_size, or name a file with a version line and then one merge per line",
         )
     return "\n".join(merges[: vocab_size - least])
 
 
 def read_wordpieces(path: str, vocab_size: int) -> str:
-    """The pieces, one a line, of a file like bert-base-uncased's vocab.txt, which must number its
-    marks in the same way."""
+    """The pieces, one per line, of a file like bert-base-uncased's vocab.txt.
+
+    Its marks must have the same ids as those of bert-base-uncased.
+    """
     data = _read(path, "BERT's vocab.txt")
     try:
         text = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
@@ -61,25 +69,25 @@ def read_wordpieces(path: str, vocab_size: int) -> str:
     pieces = text.split("\n")
     ids = {piece: i for i, piece in enumerate(pieces)}
     if any(ids.get(mark) != i for mark, i in WORDPIECE_MARKS.items()):
-        found = ", ".join(f"{mark} {ids.get(mark, 'nowhere')}" for mark in WORDPIECE_MARKS)
+        listed = ", ".join(f"{mark} {ids.get(mark, 'missing')}" for mark in WORDPIECE_MARKS)
         raise ConfigError(
             "config.tokenizer.path",
-            f"{path}, with {found}",
-            "one piece a line, with "
+            f"{path}, whose ids of the marks are {listed}",
+            "one piece per line, with the ids "
             + ", ".join(f"{mark} {i}" for mark, i in WORDPIECE_MARKS.items()),
-            "bert-base-uncased's vocab.txt",
+            "name a file with these ids, such as bert-base-uncased's vocab.txt",
         )
     _check_size(path, len(pieces), vocab_size, vocab_size)
     return text
 
 
-def byte_pairs(merges: str):
-    """CLIP's byte-pair encoding by these merges, as a `tokenizers.Tokenizer` without marks."""
+def byte_pairs(merges: str) -> Tokenizer:
+    """CLIP's byte-pair encoding with these merges, without marks."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    pairs = [tuple(line.split()) for line in merges.splitlines()]
-    # the printable bytes first, then the rest: the order of their stand-in characters
+    pairs = [(left, right) for left, right in map(str.split, merges.splitlines())]
+    # sorting the characters that stand for bytes puts printable bytes first, as in OpenAI's ids
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -95,8 +103,8 @@ def byte_pairs(merges: str):
     return tokenizer
 
 
-def word_pieces(pieces: str):
-    """BERT's uncased encoding by these pieces, as a `tokenizers.Tokenizer` without marks."""
+def word_pieces(pieces: str) -> Tokenizer:
+    """BERT's uncased encoding with these pieces, without marks."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -108,13 +116,13 @@ def word_pieces(pieces: str):
     return tokenizer
 
 
-def _numbered(marks: str) -> dict[str, int]:
-    """The ids of all marks of a SentencePiece model; -1 is none."""
+def _mark_ids(marks: str) -> dict[str, int]:
+    """The id of every mark of a SentencePiece model; -1 for a mark that it does not have."""
     return SENTENCEPIECE_MARKS | {"bos": -1} | MARKS[marks]
 
 
 def read_sentencepiece(path: str, vocab_size: int, most: int, marks: str = "both") -> bytes:
-    """A SentencePiece model of at most `most` pieces whose marks are numbered as `MARKS` says."""
+    """A SentencePiece model with at most `most` pieces, and with the ids of `MARKS[marks]`."""
     import sentencepiece
 
     data = _read(path, "a SentencePiece model")
@@ -122,15 +130,15 @@ def read_sentencepiece(path: str, vocab_size: int, most: int, marks: str = "both
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:
         raise DataError(f"{path}: not a SentencePiece model") from None
-    found = {mark: getattr(model, f"{mark}_id")() for mark in SENTENCEPIECE_MARKS}
-    fit = [name for name, ids in MARKS.items() if ids.items() <= found.items()]
-    if fit != [marks]:
-        wanted = _numbered(marks)
-        flags = " ".join(f"--{mark}_id={i}" for mark, i in wanted.items())
+    ids = {mark: getattr(model, f"{mark}_id")() for mark in SENTENCEPIECE_MARKS}
+    fitting = [name for name, usual in MARKS.items() if usual.items() <= ids.items()]
+    if fitting != [marks]:
+        expected = _mark_ids(marks)
+        flags = " ".join(f"--{mark}_id={i}" for mark, i in expected.items())
         raise DataError(
-            f"{path}: its pad, unk, bos and eos ids are {tuple(found.values())}, expected "
-            f"{tuple(wanted.values())}; "
-            + (f"set config.tokenizer.marks={fit[0]}" if fit else f"train it with {flags}")
+            f"{path}: its pad, unk, bos and eos ids are {tuple(ids.values())}, expected "
+            f"{tuple(expected.values())}; "
+            + (f"set config.tokenizer.marks={fitting[0]}" if fitting else f"train it with {flags}")
         )
     _check_size(path, model.get_piece_size(), vocab_size, most)
     return data
@@ -151,14 +159,17 @@ def train_sentencepiece(
     kind: Literal["unigram", "bpe"],
     marks: str = "both",
 ) -> bytes:
-    """A SentencePiece model of at most `pieces`: seconds for 30,000 captions, the same each time.
+    """A SentencePiece model with at most `pieces` pieces.
+
+    Training takes seconds for 30,000 captions and is deterministic.
 
     Raises:
         DataError: there is no text in the captions.
-        ConfigError: they have more different characters than there may be pieces.
+        ConfigError: the captions have more distinct characters than `pieces`.
     """
     import sentencepiece
 
+    mark_ids: dict[str, Any] = {f"{mark}_id": i for mark, i in _mark_ids(marks).items()}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -166,23 +177,24 @@ def train_sentencepiece(
             model_writer=model,
             model_type=kind,
             vocab_size=pieces,
-            hard_vocab_limit=False,  # few captions give fewer pieces, and that is fine
+            hard_vocab_limit=False,  # few captions may give fewer pieces
             normalization_rule_name="nmt_nfkc_cf",  # folds case
             max_sentence_length=1 << 16,
-            num_threads=1,  # more would make the result depend on their timing
+            num_threads=1,  # with more threads the result depends on their timing
             minloglevel=2,
-            **{f"{mark}_id": i for mark, i in _numbered(marks).items()},
+            **mark_ids,
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip()
         if "ocabulary size" not in reason:
             raise DataError(
-                f"the captions give no vocabulary: {reason or 'there is no text in them'}"
+                "no vocabulary can be trained on the captions: "
+                f"{reason or 'there is no text in them'}"
             ) from None
         raise ConfigError(
             "config.tokenizer.vocab_size",
-            f"room for {pieces} pieces",
-            "more than the different characters of the captions",
-            reason,
+            f"{pieces} pieces",
+            "more pieces than the captions have distinct characters",
+            f"set a larger vocab_size ({reason})",
         ) from None
     return model.getvalue()

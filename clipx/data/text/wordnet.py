@@ -1,7 +1,8 @@
-"""WordNet's words and their synonyms, read where they lie: nothing is loaded but what is asked.
+"""Synonyms from the files of WordNet, without loading all of them.
 
-The files are Princeton's (wndb(5WN)): an `index` of sorted lines a part of speech, of which a line
-is found by bisection; the `data` that it points into by byte; and the irregular forms in `.exc`.
+The format is Princeton's (wndb(5WN)), with three files per part of speech. `index` has sorted
+lines, so that bisection finds a word. Its lines point to byte offsets in `data`, which has the
+synsets. `.exc` has the irregular forms.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ INSTALL = (
     "apt install wordnet-base, or pip install nltk and python -m nltk.downloader wordnet, "
     "or name its folder in config.data.text_augment.wordnet"
 )
-# endings and what stands for them in a base form, tried one at a time (morphy(7WN))
+# ending:replacement rules that turn an inflected form into a base form (morphy(7WN))
 _ENDINGS = {
     "noun": ("s:", "ses:s", "ves:f", "xes:x", "zes:z", "ches:ch", "shes:sh", "men:man", "ies:y"),
     "verb": ("s:", "ies:y", "es:e", "es:", "ed:e", "ed:", "ing:e", "ing:"),
@@ -31,8 +32,10 @@ _FILES += [f"{part}.exc" for part in _ENDINGS]
 
 
 def _contents(path: pathlib.Path) -> dict[str, bytes | mmap.mmap] | None:
-    """WordNet's files by name, from a folder or a zip file (which is read whole, 30 MB); None where
-    they are not all there."""
+    """WordNet's files by name, from a folder or a zip file; None if some are missing.
+
+    Files in a folder are mapped. A zip file is read into memory (30 MB).
+    """
     try:
         if all((path / name).is_file() for name in _FILES):
             return {name: _map(path / name) for name in _FILES}
@@ -47,14 +50,14 @@ def _contents(path: pathlib.Path) -> dict[str, bytes | mmap.mmap] | None:
 
 
 def _map(file: pathlib.Path) -> bytes | mmap.mmap:
-    if not file.stat().st_size:  # which cannot be mapped
+    if not file.stat().st_size:  # an empty file cannot be mapped
         return b""
     with file.open("rb") as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def usual_folders() -> Iterator[pathlib.Path]:
-    """Where WordNet is when nobody says so: Debian's folder, then those that NLTK searches."""
+    """The default locations of WordNet: Debian's folder, then those that NLTK searches."""
     yield pathlib.Path("/usr/share/wordnet")
     roots = [*filter(None, os.environ.get("NLTK_DATA", "").split(os.pathsep)), "~/nltk_data"]
     roots += [f"{sys.prefix}/{at}nltk_data" for at in ("", "share/", "lib/")]
@@ -65,32 +68,34 @@ def usual_folders() -> Iterator[pathlib.Path]:
 
 
 class WordNet:
-    """The WordNet at `path`, else at $WORDNET or $WNHOME, else where Debian or NLTK puts it.
+    """The WordNet at `path`, else at $WORDNET or $WNHOME, else at the usual places.
 
-    The files are mapped, so that processes share them; it may be asked from many threads.
-    Raises `ConfigError` where there is none, `DataError` where it is damaged.
+    The files are mapped, so processes share their memory. Many threads may use one instance.
+
+    Raises `ConfigError` if there is no WordNet, and `DataError` if it is damaged.
     """
 
     def __init__(self, path: str = ""):
-        said = {"wordnet": path} | {f"${n}": os.environ.get(n) for n in ("WORDNET", "WNHOME")}
-        who, where = next(((k, v) for k, v in said.items() if v), ("", ""))
-        home = pathlib.Path(where).expanduser()
-        places = [home, home / "dict"] if where else list(usual_folders())
-        files = next(filter(None, map(_contents, places)), None)
+        settings = {"wordnet": path} | {f"${n}": os.environ.get(n) for n in ("WORDNET", "WNHOME")}
+        setting, folder = next(((k, v) for k, v in settings.items() if v), ("", ""))
+        home = pathlib.Path(folder).expanduser()
+        candidates = [home, home / "dict"] if folder else list(usual_folders())
+        files = next(filter(None, map(_contents, candidates)), None)
         if files is None:
-            found = f"no WordNet in {where!r}, as {who} says" if where else "WordNet is nowhere"
             raise ConfigError(
                 "config.data.text_augment.wordnet",
-                found,
+                f"no WordNet in {folder!r}, the value of {setting}"
+                if folder
+                else "no WordNet in the usual places",
                 f"a folder or zip with {', '.join(_FILES[:2])}, ..., {_FILES[-1]}",
-                f'{INSTALL}; operations=("swap", "delete") need none',
+                f'{INSTALL}; or set operations=("swap", "delete"), which need no WordNet',
             )
         self._files = files
         self._irregular = {part: _exceptions(files[f"{part}.exc"]) for part in _ENDINGS}
 
     def lemmas(self, word: str) -> list[str]:
-        """The lemma names of all synsets of `word`, in their order, each once, with WordNet's `_`
-        and `-`. A form stands for all its base forms; no synset: empty."""
+        """The distinct lemma names of all synsets of `word` and its base forms, in WordNet's order
+        and with its `_` and `-`. Empty if there is no synset."""
         names = {}
         for part in _ENDINGS:
             for form in self._base_forms(word.lower(), part):
@@ -99,29 +104,35 @@ class WordNet:
         return list(names)
 
     def _base_forms(self, word: str, part: str) -> list[str]:
-        """`word` and what it may be a form of, in the index or not."""
+        """`word` and its possible base forms, which need not be in the index."""
         forms = self._irregular[part].get(word)
         if forms is None:
             rules = (rule.split(":") for rule in _ENDINGS[part])
             forms = [word.removesuffix(old) + new for old, new in rules if word.endswith(old)]
-        return [form for form in dict.fromkeys([word, *forms]) if form]  # "ing" is a word, "" none
+        # an ending such as "ing" can be a word, but leaves ""
+        return [form for form in dict.fromkeys([word, *forms]) if form]
 
     def _synsets(self, form: str, part: str) -> list[int]:
-        """The synsets of one line of the index: lemma, part, how many, how many pointers, these,
-        two counts, the offsets."""
+        """The offsets of the synsets of a word in the index.
+
+        Fields of a line: lemma, part of speech, number of synsets, number of pointers, the
+        pointers, two counts, the offsets.
+        """
         line = _line(self._files[f"index.{part}"], form.encode("utf-8", "replace")).split()
         return [int(offset) for offset in line[-int(line[2]) :]] if line else []
 
     def _synset(self, offset: int, part: str) -> list[str]:
-        """The words of the synset at a byte of the data: offset, file, type, how many words
-        (hexadecimal), then each with its sense; an adjective's place may follow it: `galore(ip)`.
+        """The words of the synset at a byte offset in the data.
+
+        Fields of a line: offset, file, type, number of words (hexadecimal), then each word with its
+        sense. The position of an adjective may follow its word, as in `galore(ip)`.
         """
         data = self._files[f"data.{part}"]
         fields = data[offset : data.find(b"\n", offset)].split()
         if not fields or fields[0] != b"%08d" % offset:
             raise DataError(
-                f"WordNet's data.{part} has no synset at byte {offset}: it does not belong to "
-                f"index.{part}, or is damaged"
+                f"WordNet's data.{part} has no synset at byte {offset}: the file does not belong "
+                f"to index.{part}, or is damaged; install WordNet again"
             )
         words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
         return [word.partition(b"(")[0].decode("utf-8", "replace") for word in words]
@@ -135,7 +146,7 @@ def _exceptions(data: bytes | mmap.mmap) -> dict[str, list[str]]:
 def _line(data: bytes | mmap.mmap, word: bytes) -> bytes:
     """The line of a sorted file that starts with `word` and a space; b'' if none does."""
     low, high = 0, len(data)
-    while low < high:  # both are starts of lines
+    while low < high:  # both are always the start of a line
         start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
         end = data.find(b"\n", start)
         line = data[start : end if end >= 0 else len(data)]

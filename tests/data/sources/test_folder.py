@@ -1,4 +1,4 @@
-"""The class of a picture is its folder, on disk as in a tar, and what is no such set is refused."""
+"""The class of a picture is its folder, on disk and in a tar; other layouts are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = ("dog/2.jpg", "dog/10.JPEG", "wild_cat/1.png", "wild_cat/0.webp", "ant/x
 
 
 def write(root, files=FILES, top="") -> str:
-    """A folder with these files; what ends with a slash is an empty folder."""
+    """Creates a folder with these files; a name that ends with a slash is an empty folder."""
     for name in files:
         path = root / top / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +68,12 @@ def test_classes_and_rows_are_sorted_and_the_same_on_disk_and_in_a_tar(tmp_path,
     assert fingerprint(Folder(str(tmp_path / "set"))) == fingerprint(data)
 
 
-def test_a_folder_that_all_classes_have_inside_is_passed_over(tmp_path):
+def test_a_folder_inside_every_class_folder_does_not_count(tmp_path):
     for path in kinds(tmp_path, ("dog/images/1.jpg", "cat/images/1.jpg")):
         assert (Folder(path).classes, Folder(path)[1].key) == (("cat", "dog"), "dog/images/1.jpg")
 
 
-def test_classes_may_lie_at_different_depths(tmp_path):
+def test_class_folders_may_be_at_different_depths(tmp_path):
     for path in kinds(tmp_path, ("animal/dog/1.jpg", "animal/cat/1.jpg", "car/1.jpg")):
         assert Folder(path).classes == ("car", "cat", "dog")
         assert [row.key for row in map(Folder(path).__getitem__, range(3))][0] == "car/1.jpg"
@@ -82,19 +82,19 @@ def test_classes_may_lie_at_different_depths(tmp_path):
 def test_names_come_from_a_file(tmp_path, monkeypatch):
     path = write(tmp_path / "set")
     names = tmp_path / "names.json"
-    found = {"dog": "a dog", "ant": "an ant", "wild_cat": "lynx", "more": "not there"}
-    names.write_text(json.dumps(found))
+    classes = {"dog": "a dog", "ant": "an ant", "wild_cat": "lynx", "more": "not there"}
+    names.write_text(json.dumps(classes))
     monkeypatch.setenv("HERE", str(tmp_path))
     assert Folder("$HERE/set", "$HERE/names.json").classes == ("an ant", "a dog", "lynx")
 
     def said() -> str:
         return message(lambda: Folder(path, str(names))).removeprefix(f"names={names}: ")
 
-    del found["dog"]
-    names.write_text(json.dumps(found))
+    del classes["dog"]
+    names.write_text(json.dumps(classes))
     assert said() == "no name for 1 of 3 class folders: dog"
     names.write_text('["dog"]')
-    assert said() == "expected an object {folder: name of the class}"
+    assert said() == "expected a JSON object {folder: class name}"
     names.write_text("{")
     assert said().startswith("not a json file (Expecting")
     os.remove(names)
@@ -104,19 +104,19 @@ def test_names_come_from_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (("1.jpg", "2.jpg"), "all 2 pictures lie in one folder, expected a folder for each class"),
-        (("all/1.jpg",), "all 1 pictures lie in one folder, all, expected a folder for each class"),
+        (("1.jpg", "2.jpg"), "all 2 pictures are in one folder, expected one folder per class"),
+        (("all/1.jpg",), "all 1 pictures are in one folder, all, expected one folder per class"),
         (("dog/1.txt", "dog/a/"), "no pictures; found .txt, expected .jpg, .jpeg, .png"),
-        (("dog/1.jpg", "x.jpg"), "1 pictures, such as x.jpg, lie beside the class folders"),
-        (("dog/1.jpg", "cat/"), "all 1 pictures lie in one folder"),
+        (("dog/1.jpg", "x.jpg"), "1 pictures, such as x.jpg, are beside the class folders"),
+        (("dog/1.jpg", "cat/"), "all 1 pictures are in one folder"),
         (("dog/1.jpg", "ant/1.jpg", "cat/", "cow/"), "2 class folders have no pictures: cat, cow"),
         (
             ("train/dog/1.jpg", "val/dog/1.jpg", "val/cat/1.jpg"),
-            "1 classes lie in several folders, such as train/dog and val/dog",
+            "1 classes have several folders, such as train/dog and val/dog",
         ),
     ],
 )
-def test_what_is_no_set_of_class_folders(tmp_path, files, reason):
+def test_other_layouts_are_refused(tmp_path, files, reason):
     for path in kinds(tmp_path, files):
         said = message(lambda path=path: Folder(path))
         assert said.startswith(f"{path}: {reason}")
@@ -136,19 +136,19 @@ def test_a_truncated_tar_is_refused_wherever_it_is_cut(tmp_path, size):
     _, path = kinds(tmp_path, FILES)
     os.truncate(path, size)
     said = message(lambda: Folder(path))
-    assert said.startswith(f"{path}: truncated or damaged; the last whole member is ")
+    assert said.startswith(f"{path}: truncated or damaged; the last complete member is ")
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "an empty file, expected a folder or an uncompressed tar"),
-        (b"x" * 4096, "no plain tar, expected a folder or an uncompressed tar"),
-        (b"\x1f\x8b" + bytes(4096), "no plain tar, expected a folder or an uncompressed tar"),
+        (b"x" * 4096, "not an uncompressed tar, expected a folder or an uncompressed tar"),
+        (b"\x1f\x8b" + bytes(4096), "not an uncompressed tar, expected a folder or an uncompresse"),
         (bytes(10240), "no pictures; found nothing"),
     ],
 )
-def test_a_file_that_is_no_tar(tmp_path, data, reason):
+def test_a_file_that_is_not_a_tar(tmp_path, data, reason):
     (tmp_path / "x.tar").write_bytes(data)
     path = str(tmp_path / "x.tar")
     assert message(lambda: Folder(path)).startswith(f"{path}: {reason}")
@@ -164,7 +164,7 @@ def test_a_picture_that_is_a_link_in_a_tar_is_refused(tmp_path):
         link.type, link.linkname = tarfile.LNKTYPE, "cat/1.jpg"
         tar.addfile(link)
     said = message(lambda: Folder(str(tmp_path / "x.tar")))
-    assert said.startswith(f"{tmp_path}/x.tar: cat/2.jpg is a link, expected the picture")
+    assert said.startswith(f"{tmp_path}/x.tar: cat/2.jpg is a link, expected a picture")
 
 
 def test_a_bad_picture_is_named_and_its_neighbours_are_fine(tmp_path):

@@ -1,4 +1,4 @@
-"""Parts are drawn as often as their weights say, whole, and with rows that stay what they are."""
+"""A mixture has every row of its parts in proportion to their weights, with stable ids and keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def message(call, error=DataError) -> str:
     [
         ({"a": (7, 1.0), "b": (7, 1.0)}, {"a": 7, "b": 7}),
         ({"a": (5, 1.0), "b": (50, 1.0)}, {"a": 50, "b": 50}),
-        ({"a": (7, 0.7), "b": (3, 0.3)}, {"a": 7, "b": 3}),  # exactly, whatever a float is
+        ({"a": (7, 0.7), "b": (3, 0.3)}, {"a": 7, "b": 3}),  # exact, without float rounding
         ({"a": (7, 7), "b": (3, 3)}, {"a": 7, "b": 3}),
         ({"a": (10, 3.0), "b": (8, 1.0), "c": (5, 0.5)}, {"a": 30, "b": 10, "c": 5}),
         ({"a": (3, 1.0), "b": (4, 0.3)}, {"a": 14, "b": 4}),
@@ -47,7 +47,7 @@ def message(call, error=DataError) -> str:
         ({"a": (7, None), "b": (3, None)}, {"a": 7, "b": 3}),
     ],
 )
-def test_rows_are_drawn_as_weights_say_and_each_at_least_once(parts, places):
+def test_rows_occur_in_proportion_to_the_weights_and_at_least_once(parts, places):
     data = Mixture({name: shapes(size, weight=w) for name, (size, w) in parts.items()})
     keys = list(data.keys())
     assert len(data) == len(keys) == sum(places.values())
@@ -55,8 +55,8 @@ def test_rows_are_drawn_as_weights_say_and_each_at_least_once(parts, places):
     counts = collections.Counter(keys)
     assert len(counts) == sum(size for size, _ in parts.values())
     for name, (size, _) in parts.items():
-        often = [count for key, count in counts.items() if key.startswith(f"{name}/")]
-        assert len(often) == size and max(often) - min(often) <= 1
+        repeats = [count for key, count in counts.items() if key.startswith(f"{name}/")]
+        assert len(repeats) == size and max(repeats) - min(repeats) <= 1
     examples = [data[i] for i in range(len(data))]
     assert [example.key for example in examples] == keys
     rows = {example.row: example.key for example in examples}
@@ -66,13 +66,13 @@ def test_rows_are_drawn_as_weights_say_and_each_at_least_once(parts, places):
             data[row]
 
 
-def test_the_rows_drawn_once_more_are_spread_over_the_part():
+def test_rows_with_an_extra_repetition_are_spread_over_the_part():
     data = Mixture({"a": shapes(1, weight=0.1), "b": shapes(10, weight=1.5)})
     counts = collections.Counter(list(data.keys())[1:])
     assert [counts[key] for key in sorted(counts)] == [2, 1] * 5
 
 
-def test_an_example_is_that_of_its_part(tmp_path):
+def test_an_example_keeps_its_contents_and_is_named_after_its_part(tmp_path):
     path = shard(tmp_path / "x.tar", 3, bad=[1])
     data = Mixture({"web": {"source": "webdataset", "path": path}, "drawn": shapes(3)})
     assert data[2] == (b"x", ("words",), 2, "web/x.tar/2", None)
@@ -81,7 +81,7 @@ def test_an_example_is_that_of_its_part(tmp_path):
     assert said == "web/x.tar/1: the picture has no bytes"
 
 
-def test_classes_and_labels_are_there_if_all_parts_have_the_same(tmp_path):
+def test_a_mixture_has_classes_if_all_parts_have_the_same(tmp_path):
     same = Mixture({"a": shapes(4, split="test"), "b": shapes(4, split="test")})
     assert len(same.classes) == 96 and same[5].label is not None
     web = {"source": "webdataset", "path": shard(tmp_path / "x.tar", 4)}
@@ -118,7 +118,7 @@ def test_it_pickles_and_reads_from_many_threads(tmp_path):
         ({"a": shapes("3")}, ".a.size", "'3' (str)"),
         ({"a": shapes(3), "cc3m": {"source": "webdataset"}}, ".cc3m.path", "nothing"),
         ({"a": shapes(3, weight=0)}, ".a.weight", "0"),
-        ({"a": shapes(3), "b": shapes(3, weight=2)}, ".a.weight", "none, beside that of b"),
+        ({"a": shapes(3), "b": shapes(3, weight=2)}, ".a.weight", "no weight, but one in b"),
         ({"a": shapes(3, weight=-1.0)}, ".a.weight", "-1.0"),
         ({"a": shapes(3, weight=float("nan"))}, ".a.weight", "nan"),
         ({"a": shapes(3, weight="1")}, ".a.weight", "'1'"),
@@ -148,7 +148,7 @@ def test_checking_opens_nothing(tmp_path):
     assert said.startswith(f"part a: {tmp_path}/none.tar: no file matches")
 
 
-def test_advice_is_for_the_part(tmp_path):
+def test_flags_in_an_error_are_those_of_the_part(tmp_path):
     (tmp_path / "x.csv").write_text("picture id,words\n1.jpg,a dog\n")
     table = {"source": "table", "path": str(tmp_path / "x.csv"), "image": "pictur id"}
     said = message(lambda: Mixture({"drawn": shapes(1), "cc": table}))
@@ -156,7 +156,7 @@ def test_advice_is_for_the_part(tmp_path):
     assert "set --config.data.parts.cc.image='picture id' --config.data.parts.cc.captions=w" in said
 
 
-def test_an_epoch_too_long_names_the_weight():
+def test_the_error_for_a_too_long_epoch_names_the_weight():
     parts = {"a": shapes(1000, weight=1), "b": shapes(1000, weight=1e-7)}
     assert message(lambda: Mixture(parts)) == (
         "part b: its 1,000 rows at weight 1e-07 of 1 make an epoch of 10,000,001,000 rows, "

@@ -1,4 +1,4 @@
-"""What is drawn is what is named, rows are pure, and the held-out pairs stay out of training."""
+"""Captions match the pictures, rows are reproducible, and training has no held-out pair."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_a_row_is_a_pure_function_of_split_and_index(train, rows):
         train[600]
 
 
-def test_held_out_pairs_are_neither_drawn_nor_named_in_training(rows):
+def test_held_out_pairs_are_neither_shown_nor_named_in_training(rows):
     named = [NAMED.findall(text) for row in rows for text in row.texts]
-    seen = {f"{colour} {shape}" for found in named for colour, shape in found}
+    seen = {f"{colour} {shape}" for pairs in named for colour, shape in pairs}
     held = {CLASSES[i] for i in HELD_OUT}
     assert len(CLASSES) >= 64 and len(held) >= 12
     assert seen == set(CLASSES) - held
@@ -60,15 +60,15 @@ def test_the_test_split_shows_one_held_out_object_each():
     rows = [test[i] for i in range(64)]
     assert {row.label for row in rows} == set(HELD_OUT)
     for row in rows:
-        names = [found for text in row.texts for found in NAMED.findall(text)]
+        names = [pair for text in row.texts for pair in NAMED.findall(text)]
         assert {" ".join(name) for name in names} == {CLASSES[row.label]}
         assert colour_mask(row.image, names[0][0]).mean() > 0.01
 
 
-def test_what_is_named_is_drawn_where_it_is_said_to_be(rows):
+def test_shapes_are_where_the_captions_say(rows):
     checked = set()
     for row in rows:
-        if "grey" in " ".join(row.texts):  # so are the edges of every outline
+        if "grey" in " ".join(row.texts):  # the edges of every outline are grey too
             continue
         ys, xs = np.indices(row.image.shape[:2]) / row.image.shape[0] - 0.5
         if row.label is None:
@@ -99,7 +99,7 @@ def test_articles_and_templates(rows):
     assert len({NAMED.sub("it", text) for row in rows for text in row.texts}) > 20
 
 
-def test_pictures_have_the_asked_size_on_a_light_ground(rows):
+def test_pictures_have_the_configured_size_and_a_light_background(rows):
     assert Shapes(size=1, image_size=33)[0].image.shape == (33, 33, 3)
     for row in rows:
         assert row.image.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""The same pictures give the same batches from any source, and each odd input has one outcome."""
+"""The same pictures give the same batches from every source, and each odd input has one outcome."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CAPTIONS = ("one", 'a "quoted", one', "<eot> & \u00e9", "\u05d0\u05d1\u05d2", EM
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A byte-pair tokenizer of next to no merges: what it reads it gives back."""
+    """A byte-pair tokenizer with one merge, so that decoding returns the text."""
     merges = tmp_path_factory.mktemp("merges") / "merges.txt"
     merges.write_text("#version: 0.2\nt h\n")
     return tokenizers.build(TokenizerConfig("clip_bpe", 515, CONTEXT, str(merges)))
@@ -71,7 +71,7 @@ def loader(source, tokenizer, batch_size: int, **changes) -> Loader:
 
 
 def drawn() -> list[tuple[str, bytes, list[str]]]:
-    """Name, picture and captions: of two formats, several sizes, one to five captions."""
+    """(name, picture, captions) in two formats and several sizes, with one to five captions."""
     samples = []
     for i in range(20):
         kind, name = ("PNG", f"{i:03d}.png") if i % 4 == 3 else ("JPEG", f"{i:03d}.jpg")
@@ -81,7 +81,7 @@ def drawn() -> list[tuple[str, bytes, list[str]]]:
 
 
 def flickr() -> list[tuple[str, bytes, list[str]]]:
-    """The first pictures of a real shard, with the captions of the table beside it."""
+    """The first pictures of a Flickr8k shard, with their captions from the table beside it."""
     folder = os.environ["FLICKR8K"]
     with tarfile.open(os.path.join(folder, "train-000000.tar")) as tar:
         jpegs = [member for member in tar if member.name.endswith(".jpg")][:64]
@@ -107,7 +107,7 @@ def flickr() -> list[tuple[str, bytes, list[str]]]:
     ],
 )
 def sources(request, tmp_path_factory):
-    """One set of samples as shards, as a table of unpacked files and as a prepared TFDS set."""
+    """The same samples as shards, as a table of files, and as prepared by TFDS."""
     samples = request.param()
     folder = tmp_path_factory.mktemp("sources")
     cut = len(samples) // 3
@@ -158,8 +158,8 @@ def test_a_set_gives_the_same_batches_from_every_source(sources, other, tokenize
 
 
 @pytest.mark.parametrize("sources", [drawn], indirect=True)
-def test_a_loading_process_reads_what_this_one_does(sources, tokenizer):
-    source = sources["tfds"]  # with more to carry over than the others
+def test_a_worker_loads_the_same_batches(sources, tokenizer):
+    source = sources["tfds"]  # has the most state to pickle
     plain, away = (loader(source, tokenizer, 8, workers=n).batches(0, 2) for n in (0, 1))
     for ours, theirs in zip(plain, away, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -187,13 +187,13 @@ def test_uneven_shards_do_not_constrain_batches(tmp_path, tokenizer):
         assert sorted(sum(rows, [])) == list(range(12))
 
 
-def test_a_truncated_shard_is_an_error_or_as_said_its_whole_samples(tmp_path, tokenizer):
+def test_a_truncated_shard_is_an_error_or_gives_its_complete_samples(tmp_path, tokenizer):
     members = {}
     for i in range(5):
         members |= {f"{i}.jpg": encode(photo(i), "JPEG"), f"{i}.txt": str(i)}
     path = write(tmp_path / "x.tar", members)
     os.truncate(path, os.path.getsize(path) - 10240)
-    with pytest.raises(DataError, match=r"x\.tar: truncated or damaged; the last whole member is"):
+    with pytest.raises(DataError, match=r"x\.tar: truncated or damaged; the last complete member"):
         WebDataset(path)
     source = WebDataset(path, truncated="keep")
     batch = loader(source, tokenizer, len(source)).load(0, np.arange(len(source)))
@@ -201,7 +201,7 @@ def test_a_truncated_shard_is_an_error_or_as_said_its_whole_samples(tmp_path, to
 
 
 def load(tmp_path, tokenizer, picture: bytes, words: str | bytes = "words", kind: str = "jpg"):
-    """(picture, ids, reason) of one odd sample beside a good one: the first two, or the reason."""
+    """Loads one odd sample beside a good one. Returns (pixels, ids, "") or (None, None, reason)."""
     members = {"a.png": encode(photo(99), "PNG"), "a.txt": "good"}
     path = write(tmp_path / "x.tar", members | {f"odd.{kind}": picture, "odd.txt": words})
     source = WebDataset(path)
@@ -289,13 +289,13 @@ def grey(pixels: np.ndarray) -> np.ndarray:
             "jpg",
             photo(),
             4,
-            id="stored on its side, with a tag that says so",
+            id="rotated, with an EXIF tag",
         ),
         pytest.param(encode(photo(), "PNG"), "jpg", photo(), 0, id="PNG called .jpg"),
     ],
 )
 def test_odd_pictures_that_are_used(tmp_path, tokenizer, data, kind, wanted, off):
-    """`off`: by how much the mean of the pixels may differ."""
+    """`off`: tolerated mean difference of the pixels."""
     pixels, ids, reason = load(tmp_path, tokenizer, data, kind=kind)
     assert not reason and tokenizer.decode(ids) == "words"
     assert np.abs(pixels.astype(int) - wanted).mean() <= off
@@ -307,7 +307,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A sound PNG of side x side pixels in a hundred kilobytes."""
+    """A valid PNG of side x side pixels that takes a hundred kilobytes."""
     packer, line = zlib.compressobj(1), bytes(1 + (side + 7) // 8)
     data = b"".join(packer.compress(line) for _ in range(side)) + packer.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
@@ -331,7 +331,7 @@ def test_pictures_that_are_not_used(tmp_path, tokenizer, data, reason):
 
 
 def peak() -> int:
-    """Bytes of memory that this process has held at most."""
+    """The peak memory of this process in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
@@ -343,7 +343,7 @@ def test_a_picture_30000_pixels_wide_is_used(tmp_path, tokenizer, kind):
     before = peak()
     pixels, _, reason = load(tmp_path, tokenizer, data, kind="png")
     assert not reason
-    middle = wide[:, 30_000 // 2 - 20 : 30_000 // 2 + 20]  # cut to a crop's ratio
+    middle = wide[:, 30_000 // 2 - 20 : 30_000 // 2 + 20]  # the crop is in the centre
     assert np.abs(pixels.mean((0, 1)) - middle.mean((0, 1))).max() < 3
     assert peak() - before < 200 << 20
 

@@ -1,4 +1,4 @@
-"""A table says little about itself: what can be found is found, and what cannot is said."""
+"""The layout of a table is inferred, and every error says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write(path, text: str | bytes) -> str:
 
 
 def said(path, **fields) -> str:
-    """What opening a table raises, less its path."""
+    """The error of opening a table, without its path."""
     with pytest.raises(DataError) as caught:
         Table(path, **fields)
     text = str(caught.value)
@@ -67,7 +67,7 @@ def texts(data: Table) -> list[tuple[str, ...]]:
 
 
 def table(path, rows: list[dict]) -> str:
-    """`rows` in the format that the name of `path` says."""
+    """Writes `rows` in the format of the file name's ending."""
     path = str(path)
     if path.endswith("jsonl"):
         with open(path, "w") as file:
@@ -107,14 +107,14 @@ def test_rows_of_a_picture_are_one_example_in_every_format(folder, ending):
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_captions_come_through_whole(folder, ending, name):
+def test_hostile_captions_are_read_unchanged(folder, ending, name):
     caption = HOSTILE[name]
     rows = [{"image": f"{i}.jpg", "text": text} for i, text in enumerate(["a", caption, "b"])]
     data = Table(table(folder / f"t.{ending}", rows))
     assert texts(data) == [("a",), (caption.strip(),), ("b",)]
 
 
-def test_nuls_are_taken_out(folder):
+def test_nuls_are_removed(folder):
     data = Table(write(folder / "t.csv", "image,text\n0.jpg,a\0 dog\0\n1.jpg,\0\n"))
     assert data[0].texts == ("a dog",)
     assert bad(data, 1) == "1.jpg: empty caption"
@@ -155,7 +155,7 @@ def test_a_cell_of_csv_may_hold_a_list_as_json_or_python_writes_it(folder):
         (("description", "image", "caption"), "image", ["caption"]),
         (("image", "caption_0", "caption_1", "text"), "image", ["text"]),
         (("image", "caption_0", "caption_1"), "image", ["caption_0", "caption_1"]),
-        (("a", "b", "where_it_is", "said"), "where_it_is", ["said"]),  # by what is in them
+        (("a", "b", "where_it_is", "said"), "where_it_is", ["said"]),  # by content
     ],
 )
 def test_columns_are_found_by_name_and_content(folder, header, image, captions):
@@ -166,7 +166,7 @@ def test_columns_are_found_by_name_and_content(folder, header, image, captions):
     assert data[0].texts == tuple(f"words of {name}" for name in captions)
 
 
-def test_paths_without_an_ending_are_known_by_their_files(folder):
+def test_paths_without_an_extension_are_recognised_by_their_files(folder):
     (folder / "photo-a").write_bytes(b"x")
     data = Table(write(folder / "t.csv", "id,name,text\n1,photo-a,a dog\n2,photo-b,a cat\n"))
     assert data[0].image == b"x" and data[0].texts == ("a dog",)
@@ -188,7 +188,7 @@ def test_separators_are_found(folder, separator):
     assert texts(Table(path, separator=name)) == texts(Table(path))
 
 
-def test_quotes_in_tsv_that_do_not_quote_are_letters(folder):
+def test_quotes_in_tsv_that_do_not_quote_cells_are_text(folder):
     lines = ["image\tcaption", '0.jpg\t"Foo" bar', '1.jpg\tan 8" disc', '2.jpg\t"open', "3.jpg\tx"]
     data = Table(write(folder / "t.tsv", "\n".join(lines)))
     assert texts(data) == [('"Foo" bar',), ('an 8" disc',), ('"open',), ("x",)]
@@ -222,7 +222,7 @@ def test_the_root_may_be_named(tmp_path, monkeypatch):
     assert Table(path)[0].image == b"picture 0"  # as written
 
 
-def test_keys_and_fingerprint_do_not_tell_where_the_pictures_lie(tmp_path):
+def test_keys_and_fingerprint_do_not_depend_on_the_folder(tmp_path):
     prints = set()
     for name in ("one", "another"):
         (tmp_path / name).mkdir()
@@ -258,7 +258,7 @@ def test_where_keeps_rows(folder, ending):
     rows = [{"image": f"{i}.jpg", "caption": "a", "split": s} for i, s in enumerate("xyx")]
     path = table(folder / f"t.{ending}", rows)
     assert list(Table(path, where="split=x").keys()) == ["0.jpg", "2.jpg"]
-    assert said(path, where="split=z") == "no row has split=z; split is 'x', 'y'"
+    assert said(path, where="split=z") == "no row has split=z; the values of split are 'x', 'y'"
     assert "where='slit', but no column has that name" in said(path, where="slit=x")
     assert said(path, where="slit=x").endswith("; set --config.data.where=split=VALUE")
     assert said(path, where="split") == "where='split': expected column=value"
@@ -277,11 +277,13 @@ def test_labels_are_numbers_or_names(folder):
     data = Table(path, label="n", classes=("a", "b", "c"), captions="kind")
     assert (data[0].label, data[0].texts) == (2, ("dog",))
     assert said(path, label="kind", classes=("dogs", "cat")) == (
-        "label='kind': 'dog' is none of the 2 classes, nearest is 'dogs'"
+        "label='kind': 'dog' is not one of the 2 classes; nearest: 'dogs'"
     )
-    assert said(path, label="n", classes=("a", "b")) == "label='n': '2' is none of the 2 classes"
+    error = "label='n': '2' is not one of the 2 classes"
+    assert said(path, label="n", classes=("a", "b")) == error
     path = write(folder / "t.csv", "image,kind\n0.jpg,dog\n0.jpg,cat\n")
-    assert said(path, label="kind") == "0.jpg: labels 'dog' and 'cat', expected one a picture"
+    error = "0.jpg: the labels 'dog' and 'cat', expected one label per picture"
+    assert said(path, label="kind") == error
     path = write(folder / "t.csv", "image,kind\n0.jpg,\n")
     assert said(path, label="kind") == "label='kind': every cell of the column is empty"
 
@@ -294,8 +296,8 @@ def test_a_bad_row_is_named_and_its_neighbours_are_fine(folder):
     assert bad(data, 1) == "1.jpg: the picture has no bytes"
     assert bad(data, 2).startswith(f"no/2.jpg: {folder}/no/2.jpg cannot be read (No such file")
     assert bad(data, 3) == "3.jpg: empty caption"
-    assert bad(data, 4) == "t.csv line 6: no path of a picture"
-    assert bad(data, 5) == "t.csv line 7: no path of a picture"
+    assert bad(data, 4) == "t.csv line 6: the path of the picture is empty"
+    assert bad(data, 5) == "t.csv line 7: the path of the picture is empty"
     assert list(data.keys())[3:6] == ["3.jpg", "t.csv line 6", "t.csv line 7"]
 
 
@@ -308,22 +310,22 @@ def test_it_pickles_and_reads_from_many_threads(folder):
     assert read == [data[i] for i in range(7)] * 50
 
 
-def test_a_wrong_separator_is_said_with_the_right_one(folder):
+def test_the_error_for_a_wrong_separator_names_the_right_one(folder):
     path = write(folder / "t.csv", "filepath,title\n0.jpg,a dog\n")
     assert said(path, separator="tab") == (
-        "one column, 'filepath,title', at separator 'tab'; ',' makes it filepath, title; "
-        "set --config.data.separator=,"
+        "one column, 'filepath,title', with separator 'tab'; separator ',' gives the columns "
+        "filepath, title; set --config.data.separator=,"
     )
     path = write(folder / "t.csv", "filepath\ttitle\n0.jpg\ta dog\n")
     assert said(path, separator=",").endswith("set --config.data.separator=tab")
     path = write(folder / "t.csv", "filepath~title\n0.jpg~a dog\n")
-    assert said(path).startswith("one column, 'filepath~title', expected one with pictures and")
+    assert said(path).startswith("one column, 'filepath~title', expected a column of pictures and")
     assert texts(Table(path, separator="~")) == [("a dog",)]
     with pytest.raises(DataError, match="separator='comma': expected one character or tab"):
         Table(path, separator="comma")
 
 
-def test_a_missing_column_is_said_with_the_nearest(folder):
+def test_the_error_for_a_missing_column_names_the_nearest(folder):
     path = write(folder / "t.csv", "filepath,title,n\n0.jpg,a dog,1\n")
     found = "columns found: filepath (0.jpg), title (a dog), n (1)"
     assert said(path, image="filpath") == (
@@ -337,7 +339,7 @@ def test_a_missing_column_is_said_with_the_nearest(folder):
     assert said(path, captions="text").startswith("captions='text', but 2 columns have that name")
 
 
-def test_columns_that_cannot_be_told_are_shown_with_the_two_best_guesses(folder):
+def test_the_error_for_unclear_columns_lists_the_two_best_guesses(folder):
     path = write(folder / "t.csv", "code,img id,words here\n7,12,a dog\n8,13,a cat\n")
     assert said(path) == (
         "no column that looks like paths of pictures; columns found: code (7), img id (12), words "
@@ -352,25 +354,28 @@ def test_columns_that_cannot_be_told_are_shown_with_the_two_best_guesses(folder)
     )
 
 
-def test_no_picture_there_is_said_with_what_was_tried(tmp_path):
+def test_the_error_for_missing_pictures_lists_the_folders_tried(tmp_path):
     (tmp_path / "far").mkdir()
     path = write(tmp_path / "t.csv", "image,caption\nno/0.jpg,a\nno/1.jpg,b\n")
     assert said(path) == (
-        "none of the first 2 pictures is there; the first path tried is no/0.jpg; roots tried: "
+        "none of the first 2 pictures exists; the first path tried is no/0.jpg; roots tried: "
         f"as written, {tmp_path}, {tmp_path}/far; set --config.data.root=FOLDER"
     )
     pictures(tmp_path / "far" / "no", 1)
     assert said(path, root=f"{tmp_path}/near") == (
-        f"none of the first 2 pictures is there; the first path tried is {tmp_path}/near/no/0.jpg; "
+        f"none of the first 2 pictures exists; the first path tried is {tmp_path}/near/no/0.jpg; "
         f"roots tried: {tmp_path}/near; set --config.data.root={tmp_path}/far"
     )
     path = write(tmp_path / "t.csv", "caption,url\na dog,http://x.org/0.jpg\n")
-    fetch = "fetch them first, such as with img2dataset, whose shards the source webdataset reads"
+    download = (
+        "download them first, for example with img2dataset, whose shards the source webdataset "
+        "reads"
+    )
     assert said(path, image="url") == (
-        f"addresses (http://x.org/0.jpg), expected paths of pictures; {fetch}"
+        f"URLs (http://x.org/0.jpg), expected paths of pictures; {download}"
     )
     assert said(path).startswith(
-        f"no column that looks like paths of pictures (url has addresses; {fetch}); columns found"
+        f"no column that looks like paths of pictures (url has URLs; {download}); columns found"
     )
 
 
@@ -383,20 +388,20 @@ def test_no_picture_there_is_said_with_what_was_tried(tmp_path):
         ),
         ('image,caption\n0.jpg,"a\nb"\n\n1.jpg\n', "line 5 has 1 cells, expected 2 (image"),
         ('image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n', "line 3: unexpected end of data; the file"),
-        ('image,caption\n0.jpg,a\n1.jpg,"b" c\n', "line 3: ',' expected after '\"'; the file is c"),
+        ('image,caption\n0.jpg,a\n1.jpg,"b" c\n', "line 3: ',' expected after '\"'; the file is t"),
         (b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n", "line 3 is not UTF-8 (byte 0xe9); if it is l"),
         (
             "image,caption\n0.jpg,a\n".encode("utf-16"),
             "line 1 is not UTF-8 (byte 0xff); if it is u",
         ),
-        ("", "an empty file, expected a line with the names of columns"),
-        ("\n\n", "an empty file, expected a line with the names of columns"),
+        ("", "an empty file, expected a first line with column names"),
+        ("\n\n", "an empty file, expected a first line with column names"),
         ("image,caption\n", "no column that looks like paths of pictures; columns found: image (e"),
         (
             "0.jpg,a dog\n1.jpg,a cat\n",
-            "the first line (0.jpg, a dog) is a row, expected the names",
+            "the first line (0.jpg, a dog) is a row, expected column names",
         ),
-        ("caption\na dog\n", "one column, 'caption', expected one with pictures and one with capt"),
+        ("caption\na dog\n", "one column, 'caption', expected a column of pictures and one of cap"),
     ],
 )
 def test_a_damaged_table_is_refused_with_its_line(folder, text, reason):
@@ -413,8 +418,8 @@ def test_a_header_and_no_rows(folder):
     [
         ('{"image": "0.jpg", "text": "a"}\n{"image": \n', "line 2 is not JSON (Expecting value"),
         ('{"image": "0.jpg", "text": "a"}\n[1]\n', "line 2 is a list, expected a JSON object"),
-        ('[{"image": "0.jpg"}]', "a JSON list, expected an object a line; jq -c '.[]' "),
-        ("", "an empty file, expected a JSON object a line"),
+        ('[{"image": "0.jpg"}]', "a JSON list, expected one object per line; convert it with jq "),
+        ("", "an empty file, expected one JSON object per line"),
         (
             '{"image": "0.jpg", "text": "a"}\n{"image": "0.jpg", "text": {"en": "b"}}\n',
             "line 2: column text holds a dict, expected a string or a list of strings",
@@ -435,10 +440,10 @@ def test_numbers_and_missing_cells_of_json_lines(folder):
     data = Table(table(folder / "t.jsonl", rows))
     assert [data[i].texts for i in (0, 3)] == [("2020",), ("? half a pair",)]
     assert bad(data, 1) == "1.jpg: empty caption"
-    assert bad(data, 2) == "t.jsonl line 3: no path of a picture"
+    assert bad(data, 2) == "t.jsonl line 3: the path of the picture is empty"
 
 
-def test_damaged_parquet_and_one_without_pyarrow(folder, monkeypatch):
+def test_damaged_parquet_and_parquet_without_pyarrow(folder, monkeypatch):
     path = table(folder / "t.parquet", [{"image": "0.jpg", "text": "a"}])
     os.truncate(path, 100)
     assert said(path).startswith("cannot be read as parquet (")
@@ -446,17 +451,19 @@ def test_damaged_parquet_and_one_without_pyarrow(folder, monkeypatch):
     assert said(path) == "parquet needs pyarrow; pip install 'clipx[parquet]'"
 
 
-def test_pictures_inside_parquet_are_no_paths(folder):
+def test_pictures_inside_parquet_are_refused(folder):
     rows = [{"image": {"bytes": b"x", "path": "0.jpg"}, "text": "a dog"}]
     path = table(folder / "t.parquet", rows)
     assert "columns found: image (dict), text (a dog)" in said(path)
     assert said(path, image="image") == "row 1: column image holds a dict, expected a path"
 
 
-def test_what_is_no_table(folder):
+def test_other_files_are_refused(folder):
     assert said(str(folder)) == "a folder, expected a table that is a local file"
-    assert said(str(folder / "0.jpg")).startswith("expected a table that ends in one of .csv, .tsv")
-    assert said(write(folder / "t.csv.gz", b"x")).startswith("unpack it first, expected a table")
+    ends = "expected a file name that ends in one of .csv, .tsv"
+    assert said(str(folder / "0.jpg")).startswith(ends)
+    packed = said(write(folder / "t.csv.gz", b"x"))
+    assert packed.startswith(ends) and packed.endswith("; decompress it")
     assert said(str(folder / "t.cvs")).startswith("no file matches; nearest in")
     assert said(()).startswith("data path: nothing given")
 

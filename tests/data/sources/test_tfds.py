@@ -1,4 +1,4 @@
-"""A set that TFDS prepared is read back without TensorFlow; what is wrong with one is said."""
+"""A data set that TFDS prepared is read without TensorFlow, and its faults are reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def captions(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory) -> str:
-    """Grey pixels that were stored raw, and a label that the test split keeps secret."""
+    """Raw grey pixels, and a label of which every third is secret (-1)."""
     features = {
         "pixels": F.Tensor(shape=(6, 8, 1), dtype=np.uint8),
         "label": F.ClassLabel(names=["cat", "dog"]),
@@ -76,7 +76,7 @@ def labelled(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory) -> str:
-    """Two pictures, two kinds of words, two labels: what is what has to be said."""
+    """Two pictures, two kinds of captions and two labels, so that the config must choose."""
     features = {
         "left": F.Image(),
         "right": F.Image(encoding_format="png"),
@@ -107,13 +107,13 @@ def message(call, error=DataError) -> str:
     return text
 
 
-def test_rows_are_what_was_prepared(captions):
+def test_rows_have_the_prepared_contents(captions):
     data = Tfds("captioned", "train", data_dir=captions)
     assert isinstance(data, Source) and len(data) == ROWS["train"] and data.classes == ()
     pictures = {picture(i): i for i in range(ROWS["train"])}
-    found = [pictures[example.image] for example in map(data.__getitem__, range(len(data)))]
-    assert sorted(found) == list(range(ROWS["train"])) != found  # TFDS shuffles, once
-    for row, i in enumerate(found):
+    order = [pictures[example.image] for example in map(data.__getitem__, range(len(data)))]
+    assert sorted(order) == list(range(ROWS["train"])) != order  # TFDS shuffles once
+    for row, i in enumerate(order):
         texts = tuple(f"caption {j} of {i} \N{SNOWMAN}" for j in range(1 + i % 3))
         assert data[row][1:] == (texts, row, f"captioned/1.2.0/train/{row}", None)
         assert type(data[row].image) is bytes
@@ -130,10 +130,10 @@ def test_keys_are_those_of_the_examples_and_name_no_folder(captions):
 
 
 def test_splits_may_be_slices_and_sums(captions):
-    whole = list(Tfds("captioned", "train", data_dir=captions))
-    half = list(Tfds("captioned", "train[2:5]", data_dir=captions))
-    assert [e.image for e in half] == [e.image for e in whole[2:5]]
-    assert [e.row for e in half] == [0, 1, 2]
+    train = list(Tfds("captioned", "train", data_dir=captions))
+    part = list(Tfds("captioned", "train[2:5]", data_dir=captions))
+    assert [e.image for e in part] == [e.image for e in train[2:5]]
+    assert [e.row for e in part] == [0, 1, 2]
     assert len(Tfds("captioned", "train+test", data_dir=captions)) == sum(ROWS.values())
 
 
@@ -157,7 +157,7 @@ def test_raw_pixels_and_labels(labelled):
     assert [example.texts for example in named] == [(f"{value}.png",) for value in values]
 
 
-def test_what_is_ambiguous_is_asked_and_can_be_said(many):
+def test_ambiguous_features_must_be_named(many):
     assert message(lambda: Tfds("many", "train", data_dir=many)) == (
         f"{many}/many/1.2.0: several features may be the image; set image = 'left' or "
         "image = 'right'"
@@ -192,30 +192,30 @@ def test_what_is_ambiguous_is_asked_and_can_be_said(many):
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"image": "imag"}, "feature image='imag' is not there; found "),
+        ({"image": "imag"}, "feature image='imag' does not exist; found "),
         ({"image": "imag"}, "; nearest: image"),
-        ({"image": "captions"}, "feature image='captions' cannot be that; found "),
-        ({"text": "caption"}, "feature text='caption' is not there; found "),
+        ({"image": "captions"}, "feature image='captions' has another type; found "),
+        ({"text": "caption"}, "feature text='caption' does not exist; found "),
         ({"text": "image"}, "captions (Sequence)"),
-        ({"label": "objects"}, "feature label='objects' cannot be that"),
+        ({"label": "objects"}, "feature label='objects' has another type"),
         ({"split": "val"}, "captioned: split 'val': Unknown split 'val'. Should be one of"),
         ({"split": "val"}, "it has train, test"),
         ({"split": "train[:x]"}, "split 'train[:x]': Unrecognized split format"),
         ({"split": "train[3:3]"}, "split 'train[3:3]' has no rows; it has train, test"),
         ({"name": "captioned:3.0.0"}, ", which has captioned:1.2.0"),
-        ({"name": "captions"}, "nor a set that TFDS knows; nearest: captioned"),
+        ({"name": "captions"}, "nor a data set that TFDS knows; nearest: captioned"),
         ({"name": "coco_captions"}, "tfds build coco_captions --file_format=array_record --data_d"),
         ({"name": "a set"}, "a set in "),
         ({"name": "mnist", "data_dir": "/no/such"}, "mnist: not prepared in /no/such; set data_d"),
         ({"name": "qqqq", "data_dir": "/no/such"}, "nearest: nothing"),
     ],
 )
-def test_what_is_wrong_is_said(captions, wrong, reason):
+def test_wrong_keys_are_reported(captions, wrong, reason):
     values = {"name": "captioned", "split": "train", "data_dir": captions} | wrong
     assert reason in message(lambda: Tfds(**values))
 
 
-def test_a_set_without_pictures_or_without_words(tmp_path):
+def test_a_data_set_without_pictures_or_without_captions(tmp_path):
     words = build(tmp_path, "Words", {"text": F.Text()}, lambda i: {"text": "a"}, ROWS)
     assert message(lambda: Tfds("words", "train", data_dir=words)) == (
         f"{words}/words/1.2.0: no picture; found text (Text); expected an Image feature"
@@ -228,11 +228,11 @@ def test_a_set_without_pictures_or_without_words(tmp_path):
         lambda i: {"image": io.BytesIO(picture(i)), "file_name": "a"},
         ROWS,
     )
-    found = message(lambda: Tfds("alone", "train", data_dir=alone))
-    assert "no captions and no label; found file_name (Text), image (Image); set text or" in found
+    said = message(lambda: Tfds("alone", "train", data_dir=alone))
+    assert "no captions and no label; found file_name (Text), image (Image); set text or" in said
 
 
-def test_depth_is_no_picture():
+def test_a_depth_map_is_not_a_picture():
     depth = {"image": F.Image(shape=(None, None, 1), dtype=np.float32), "text": F.Text()}
     with pytest.raises(DataError, match=r"^here: no picture; found image \(Image\), text"):
         _roles(Tfds, F.FeaturesDict(depth), "here")
@@ -242,9 +242,9 @@ def test_another_file_format_says_how_to_convert_it(tmp_path):
     folder = build(tmp_path, "Drawn", CAPTIONED, captioned, ROWS)
     info = tmp_path / "drawn" / "1.2.0" / "dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-    found = message(lambda: Tfds("drawn", "train", data_dir=folder))
-    assert found.startswith(f"{info.parent}: prepared as tfrecord, expected array_record")
-    assert found.endswith(
+    said = message(lambda: Tfds("drawn", "train", data_dir=folder))
+    assert said.startswith(f"{info.parent}: prepared as tfrecord, expected array_record")
+    assert said.endswith(
         f"tfds convert_format --dataset_version_dir={info.parent} --out_file_format=array_record"
     )
     info.write_text("{")
@@ -255,23 +255,23 @@ def test_missing_and_truncated_files_are_refused_at_open(tmp_path):
     folder = build(tmp_path, "Drawn", CAPTIONED, captioned, ROWS)
     (file,) = (tmp_path / "drawn" / "1.2.0").glob("*train.array*")
     os.truncate(file, file.stat().st_size - 100)
-    found = message(lambda: Tfds("drawn", "train", data_dir=folder))
-    assert found.startswith(f"{file}: truncated or damaged (")
+    said = message(lambda: Tfds("drawn", "train", data_dir=folder))
+    assert said.startswith(f"{file}: truncated or damaged (")
     assert len(Tfds("drawn", "test", data_dir=folder)) == ROWS["test"]
     (other,) = file.parent.glob("*test.array*")
     file.write_bytes(other.read_bytes())
-    found = message(lambda: Tfds("drawn", "train", data_dir=folder))
-    assert found == f"{file}: 2 rows, expected 9; copy it again"
+    said = message(lambda: Tfds("drawn", "train", data_dir=folder))
+    assert said == f"{file}: 2 rows, expected 9; copy it again"
     file.unlink()
-    found = message(lambda: Tfds("drawn", "train", data_dir=folder))
-    assert found == f"{file}: not there; copy the set again"
+    said = message(lambda: Tfds("drawn", "train", data_dir=folder))
+    assert said == f"{file}: no such file; copy the data set again"
 
 
-def test_a_package_that_is_not_there_is_named(captions, monkeypatch):
+def test_a_missing_package_is_named(captions, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    found = message(lambda: Tfds("captioned", "train", data_dir=captions))
-    assert found.startswith("data source tfds: a package is missing")
-    assert found.endswith("pip install 'clipx[tfds]'")
+    said = message(lambda: Tfds("captioned", "train", data_dir=captions))
+    assert said.startswith("data source tfds: a package is missing")
+    assert said.endswith("pip install 'clipx[tfds]'")
 
 
 def test_it_pickles_and_reads_from_many_threads(captions):
@@ -281,7 +281,7 @@ def test_it_pickles_and_reads_from_many_threads(captions):
         assert list(pool.map(copy.__getitem__, list(range(9)) * 20)) == list(data) * 20
 
 
-def test_a_loading_process_needs_neither_tensorflow_nor_jax(captions, tmp_path):
+def test_a_worker_needs_neither_tensorflow_nor_jax(captions, tmp_path):
     data = Tfds("captioned", "train", data_dir=captions)
     (tmp_path / "source").write_bytes(pickle.dumps(data))
     (tmp_path / "rows").write_bytes(pickle.dumps(list(data)))

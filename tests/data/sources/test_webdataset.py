@@ -1,4 +1,4 @@
-"""Every row of every shard is found, and each thing wrong with a set has one outcome."""
+"""Every row of every shard is found, and each fault of a data set has one outcome."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def write(path, members: dict[str, bytes | str]):
 
 
 def samples(names, **more) -> dict[str, bytes | str]:
-    found = {}
+    members = {}
     for name in names:
-        found |= {f"{name}.jpg": f"picture {name}".encode(), f"{name}.txt": f"a {name}"}
-    return found | more
+        members |= {f"{name}.jpg": f"picture {name}".encode(), f"{name}.txt": f"a {name}"}
+    return members | more
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """The shards whose headers were read, as it happens."""
+    """A list to which the name of every shard is added when its headers are read."""
     opened, open_shard = [], files.open_shard
 
     def counted(path):
@@ -59,7 +59,7 @@ def scans(monkeypatch):
 
 @pytest.fixture
 def bucket(shards):
-    """The same shards on a filesystem that is no disk."""
+    """The same shards on a remote filesystem, which is in memory."""
     fs = fsspec.filesystem("memory")
     for name in NAMES:
         fs.pipe(f"/bucket/{name}", (shards / name).read_bytes())
@@ -158,7 +158,7 @@ def test_caption_keys_and_class_names_are_config(tmp_path):
         ({"b.jpg": b"x", "b.txt": ""}, "empty caption"),
         ({"b.jpg": b"x", "b.json": '{"captions": ["", " "]}'}, "empty caption"),
         ({"b.jpg": b"x"}, "no caption (.txt or .json)"),
-        ({"b.jpg": b"x", "b.json": '{"caption": 3}'}, "the captions in .json are no list of strin"),
+        ({"b.jpg": b"x", "b.json": '{"caption": 3}'}, "the captions in .json are not a list of st"),
         ({"b.jpg": b"x", "b.json": "{"}, "the caption cannot be read (Expecting property"),
         ({"b.jpg": b"x", "b.txt": b"\xff\xfe"}, "the caption cannot be read ('utf-8' codec"),
         ({"b.txt": "words"}, "no picture (.jpg, .jpeg, .png, .webp)"),
@@ -182,19 +182,19 @@ def test_it_pickles_and_reads_from_many_threads(shards):
     assert read == [data[i] for i in range(6)] * 50
 
 
-def test_no_match_names_what_is_there(shards):
-    found = message(lambda: WebDataset(str(shards / "trian-*.tar")))
-    assert found.startswith(f"{shards}/trian-*.tar: no file matches; nearest in {shards}: train-00")
-    found = message(lambda: WebDataset(str(shards / "no" / "such" / "*.tar")))
-    assert found.endswith(f"the folder is not there either; what exists of it is {shards}")
+def test_the_error_without_a_match_names_the_nearest_files(shards):
+    said = message(lambda: WebDataset(str(shards / "trian-*.tar")))
+    assert said.startswith(f"{shards}/trian-*.tar: no file matches; nearest in {shards}: train-00")
+    said = message(lambda: WebDataset(str(shards / "no" / "such" / "*.tar")))
+    assert said.endswith(f"its folder does not exist; the nearest folder that does is {shards}")
     assert "nothing given" in message(lambda: WebDataset(()))
 
 
 @pytest.mark.parametrize("name", ["$NO_SUCH_FOLDER", "${NO_SUCH_FOLDER}"])
 def test_a_variable_that_is_not_set_is_named(monkeypatch, name):
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
-    found = message(lambda: WebDataset(f"{name}/train-*.tar"))
-    assert found.startswith(f"{name}/train-*.tar: the environment variable NO_SUCH_FOLDER is not")
+    said = message(lambda: WebDataset(f"{name}/train-*.tar"))
+    assert said.startswith(f"{name}/train-*.tar: the environment variable NO_SUCH_FOLDER is not")
 
 
 def test_missing_shards_of_a_range_are_named(shards):
@@ -203,26 +203,26 @@ def test_missing_shards_of_a_range_are_named(shards):
         f"{shards}/train-{{000..004}}.tar: 3 of 5 shards are missing: "
         "train-001.tar, train-003.tar, train-004.tar; copy them, or narrow the range"
     )
-    assert "write the smaller end first" in message(lambda: WebDataset("train-{004..000}.tar"))
+    assert "write the smaller number first" in message(lambda: WebDataset("train-{004..000}.tar"))
 
 
 @pytest.mark.parametrize(
-    ("size", "last", "whole"),
+    ("size", "last", "complete"),
     [
-        (3585, "b.jpg", 1),  # cut in the data of b.txt
+        (3585, "b.jpg", 1),  # in the data of b.txt
         (4196, "b.txt", 1),  # in the header of c.jpg
-        (4096, "b.txt", 1),  # between two members: the end is not marked
+        (4096, "b.txt", 1),  # between two members: the end mark is missing
         (515, "none", 0),
     ],
 )
-def test_a_truncated_tar_is_refused_at_open(tmp_path, size, last, whole):
+def test_a_truncated_tar_is_refused_at_open(tmp_path, size, last, complete):
     path = write(tmp_path / "x.tar", samples("abc"))
     path.write_bytes(path.read_bytes()[:size])
     assert message(lambda: WebDataset(str(path))) == (
-        f"{path}: truncated or damaged; the last whole member is {last}, {whole} whole samples "
-        "are readable; copy the shard again, or set truncated='keep' to use those"
+        f"{path}: truncated or damaged; the last complete member is {last}, {complete} complete "
+        "samples can be read; copy the shard again, or set truncated='keep' to use these samples"
     )
-    if whole:
+    if complete:
         data = WebDataset(str(path), truncated="keep")
         assert [data[i].texts for i in range(len(data))] == [("a a",)]
 
@@ -234,10 +234,10 @@ def test_a_truncated_tar_is_refused_at_open(tmp_path, size, last, whole):
         (bytes(10240), "no pictures; found no members at all"),
         (b"x" * 4096, "not a tar"),
         (b"a.jpg" + bytes(95), "truncated to 100 bytes, expected a tar"),
-        (b"\x1f\x8b" + b"x" * 4096, "a compressed tar, expected a plain one"),
+        (b"\x1f\x8b" + b"x" * 4096, "a compressed tar, expected an uncompressed one"),
     ],
 )
-def test_a_file_that_is_no_shard(tmp_path, data, reason):
+def test_a_file_that_is_not_a_shard(tmp_path, data, reason):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     assert message(lambda: WebDataset(str(path))).startswith(f"{path}: {reason}")
@@ -261,7 +261,7 @@ def test_a_folder_or_a_shard_that_vanished(shards):
     assert "cannot be read (No such file" in message(lambda: data[0], BadSample)
 
 
-def test_keys_are_those_of_the_examples_also_of_bad_ones(shards, monkeypatch):
+def test_keys_are_those_of_all_examples_bad_ones_included(shards, monkeypatch):
     write(shards / "train-001.tar", {"bad.jpg": b"", "bad.txt": "x", "a.jpg": b"x", "a.txt": "x"})
     data = WebDataset(str(shards / "train-*.tar"))
     read = [data[row].key for row in (0, 1, 2, 4, 5, 6)]
@@ -271,28 +271,29 @@ def test_keys_are_those_of_the_examples_also_of_bad_ones(shards, monkeypatch):
     assert keys[3] == "train-001.tar/a"
 
 
-def test_a_set_has_one_fingerprint_wherever_it_lies(shards, bucket):
-    here, there = WebDataset(str(shards / "*.tar")), WebDataset(f"{bucket}/*.tar")
-    assert fingerprint(here) == fingerprint(there) != fingerprint(WebDataset(f"{bucket}/*1.tar"))
+def test_the_fingerprint_does_not_depend_on_where_the_data_is(shards, bucket):
+    local, remote = WebDataset(str(shards / "*.tar")), WebDataset(f"{bucket}/*.tar")
+    other = WebDataset(f"{bucket}/*1.tar")
+    assert fingerprint(local) == fingerprint(remote) != fingerprint(other)
 
 
-def test_halves_of_characters_become_question_marks(tmp_path):
+def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
     captions = json.dumps({"captions": ["a\ud800b", "\N{GRINNING FACE}", "\udfff"]})
     path = write(tmp_path / "x.tar", {"a.jpg": b"x", "a.json": captions})
     assert WebDataset(str(path))[0].texts == ("a?b", "\N{GRINNING FACE}", "?")
 
 
-def test_json_without_a_bottom_is_a_bad_sample(tmp_path):
+def test_too_deeply_nested_json_is_a_bad_sample(tmp_path):
     path = write(tmp_path / "x.tar", {"a.jpg": b"x", "a.json": "[" * 200_000})
     data = WebDataset(str(path))
     assert message(lambda: data[0], BadSample).startswith("x.tar/a: the caption cannot be read")
 
 
 def test_an_index_is_made_once(shards, cache, scans):
-    seen = []
+    reports = []
     path = str(shards / "train-*.tar")
-    first = index_shards(path, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)] and sorted(scans) == list(NAMES)
+    first = index_shards(path, progress=lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 3), (2, 3), (3, 3)] and sorted(scans) == list(NAMES)
     assert [file.suffix for file in cache.iterdir()] == [".npz"] * 3
     again = index_shards(path)
     assert len(scans) == 3
@@ -306,11 +307,11 @@ def test_an_index_is_made_once(shards, cache, scans):
 def test_a_changed_shard_is_indexed_again(shards, scans):
     path = shards / "train-001.tar"
     assert WebDataset(str(path))[0].key == "train-001.tar/a"
-    write(path, samples("z"))  # of the same size
+    write(path, samples("z"))  # same size, other time
     os.utime(path, ns=(1, 1))
     assert WebDataset(str(path))[0].key == "train-001.tar/z"
     write(path, samples("qrstuvwxyz"))
-    os.utime(path, ns=(1, 1))  # at the same time
+    os.utime(path, ns=(1, 1))  # same time, other size
     assert len(WebDataset(str(path))) == 10
     assert scans == ["train-001.tar"] * 3
 
@@ -339,14 +340,14 @@ def test_a_damaged_cache_is_made_again(shards, cache, scans, damage, monkeypatch
     assert WebDataset(path)[0].texts == ("a a",) and len(scans) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_none(shards, tmp_path, monkeypatch, scans):
+def test_a_cache_that_cannot_be_written_is_ignored(shards, tmp_path, monkeypatch, scans):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CLIPX_CACHE", str(tmp_path / "file"))
     for opened in (1, 2):
         assert len(WebDataset(str(shards / "train-001.tar"))) == 1 and len(scans) == opened
 
 
-def test_where_the_cache_lies(monkeypatch):
+def test_the_folder_of_the_cache(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("CLIPX_CACHE", "~/mine")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
@@ -358,7 +359,7 @@ def test_where_the_cache_lies(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["{}/*.tar", "{}/train-{{000..002}}.tar", "{}/tr*-00[0-2].tar"])
-def test_remote_shards_are_shards(shards, bucket, path, scans):
+def test_remote_shards_read_like_local_ones(shards, bucket, path, scans):
     data = WebDataset(path.format(bucket))
     assert list(data) == list(WebDataset(str(shards / "*.tar")))
     copy = pickle.loads(pickle.dumps(data))
@@ -368,7 +369,7 @@ def test_remote_shards_are_shards(shards, bucket, path, scans):
     assert list(WebDataset(path.format(bucket))) == list(data) and len(scans) == 6
 
 
-def test_a_row_is_one_request_unless_its_parts_lie_apart(tmp_path, monkeypatch):
+def test_a_row_is_one_request_unless_its_members_are_far_apart(tmp_path, monkeypatch):
     members = samples("a") | {"b.jpg": b"x", "b.npy": bytes(100_000), "b.txt": "far"}
     fs = fsspec.filesystem("memory")
     fs.pipe("/apart/x.tar", write(tmp_path / "x.tar", members).read_bytes())
@@ -391,23 +392,23 @@ def test_a_changed_remote_shard_is_indexed_again(bucket, tmp_path):
     assert WebDataset(f"{bucket}/train-001.tar")[0].texts == ("a z",)
 
 
-def test_what_is_wrong_with_remote_paths(bucket):
-    found = message(lambda: WebDataset(f"{bucket}/train-{{000..004}}.tar"))
-    assert "2 of 5 shards are missing: train-003.tar, train-004.tar; copy" in found
+def test_faults_of_remote_shards(bucket):
+    said = message(lambda: WebDataset(f"{bucket}/train-{{000..004}}.tar"))
+    assert "2 of 5 shards are missing: train-003.tar, train-004.tar; copy" in said
     assert message(lambda: WebDataset(f"{bucket}/trian-000.tar")) == (
         "memory://bucket/trian-000.tar: no file matches; nearest in memory://bucket: "
         "train-000.tar, train-002.tar, train-001.tar"
     )
     fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/train-000.tar", fs.cat_file("/bucket/train-000.tar", 0, 3585))
-    found = message(lambda: WebDataset(f"{bucket}/train-000.tar"))
-    assert "truncated or damaged; the last whole member is b.jpg" in found
+    said = message(lambda: WebDataset(f"{bucket}/train-000.tar"))
+    assert "truncated or damaged; the last complete member is b.jpg" in said
     fs.pipe("/bucket/train-000.tar", b"")
     assert "an empty file" in message(lambda: WebDataset(f"{bucket}/train-000.tar"))
     data = WebDataset(f"{bucket}/train-001.tar")
     fs.pipe("/bucket/train-001.tar", bytes(600))
-    found = message(lambda: data[0], BadSample)
-    assert found.endswith("cannot be read (it has become shorter since it was opened)")
+    said = message(lambda: data[0], BadSample)
+    assert said.endswith("cannot be read (the file has become shorter since it was opened)")
     fs.rm("/bucket/train-001.tar")
     assert "cannot be read" in message(lambda: data[0], BadSample)
 
@@ -415,18 +416,18 @@ def test_what_is_wrong_with_remote_paths(bucket):
 @pytest.mark.parametrize(
     ("missing", "path"), [("fsspec", "memory://a.tar"), ("gcsfs", "gs://a/b.tar")]
 )
-def test_a_package_that_is_not_there_is_named(monkeypatch, missing, path):
+def test_a_missing_package_is_named(monkeypatch, missing, path):
     monkeypatch.setitem(sys.modules, missing, None)
-    found = message(lambda: WebDataset(path))
-    assert found.startswith(f"{path}: ") and missing in found
-    assert found.endswith("pip install 'clipx[remote]'")
+    said = message(lambda: WebDataset(path))
+    assert said.startswith(f"{path}: ") and missing in said
+    assert said.endswith("pip install 'clipx[remote]'")
 
 
-def test_a_kind_of_path_that_nobody_knows():
+def test_an_unknown_protocol():
     assert "expected gs://, s3://" in message(lambda: WebDataset("sg://bucket/a.tar"))
 
 
-def test_a_shortened_shard_costs_its_samples(shards):
+def test_samples_of_a_shortened_shard_are_bad(shards):
     data = WebDataset(str(shards / "train-000.tar"))
     os.truncate(shards / "train-000.tar", 600)
     assert message(lambda: data[1], BadSample).endswith("become shorter since it was opened)")

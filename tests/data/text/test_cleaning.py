@@ -1,4 +1,4 @@
-"""Each method's caption rule gives what its own code gave."""
+"""Each cleaning rule gives the results of its method's own code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from clipx.data.text import cleaning
     [
         ("clip", " It's\tschÃ¶n &amp;amp; \n “so” ", 'It\'s schön & "so"'),
         ("clip", "a  plain\ndog", "a plain dog"),
-        ("clip", "a\u200b\u0000b", "a\u200bb"),  # a NUL goes, as all control characters
+        ("clip", "a\u200b\u0000b", "a\u200bb"),  # a NUL is removed, as all control characters are
         ("ascii", "café au lait – yes", "caf au lait yes"),
-        ("ascii", "&eacute;t&eacute; 猫", "été"),  # deleted first, so what entities spell stays
+        ("ascii", "&eacute;t&eacute; 猫", "été"),  # entities are unescaped after the deletion
         ("none", " It's  &amp; “so”\n", "It's &amp; “so”"),
         (
             "clip_lite",
@@ -37,19 +37,19 @@ def test_rules(rule, text, cleaned):
 @pytest.mark.parametrize(
     "text", ["", " \n\t", "!?", "\u0301", "مرحبا 👨‍👩‍👧", "x" * 10_000, "a \ud83d"]
 )
-def test_no_text_is_too_odd(rule, text):
+def test_odd_texts(rule, text):
     cleaned = cleaning.RULES[rule](text)
     assert cleaned == cleaned.strip()
     assert bool(cleaned) <= bool(text.strip())
     assert cleaned.encode("utf-8").decode("utf-8") == cleaned
 
 
-def test_left_and_right_change_over_as_substrings():
+def test_left_and_right_are_swapped_as_substrings():
     text = "left … right bright leftover Left"
     assert cleaning.swap_left_right(text) == "right … left bleft rightover Left"
     assert cleaning.swap_left_right(cleaning.swap_left_right(text)) == text
 
 
-def test_chinese_is_what_declip_leaves_out():
+def test_has_cjk_knows_the_characters_that_declip_excludes():
     assert cleaning.has_cjk("a 猫") and cleaning.has_cjk("\u4e00") and cleaning.has_cjk("\u9fa5")
     assert not cleaning.has_cjk("kana カナ, hangul 한, \u4dff \u9fa6")

@@ -1,4 +1,4 @@
-"""Each operation does what textaugment's does, as often, and the generator alone decides."""
+"""Each operation has the results and probabilities of textaugment's, and is reproducible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SYNSETS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small WordNet, as wndb(5WN) has it."""
+    """A small WordNet in the format of wndb(5WN)."""
     path = tmp_path_factory.mktemp("wordnet")
     for part, kind in TYPES.items():
         data, index = "  1 a licence  \n", collections.defaultdict(list)
@@ -62,10 +62,10 @@ def outcomes(do: TextAugment, text: str) -> collections.Counter:
     return collections.Counter(do(text, rng) for _ in range(DRAWS))
 
 
-def close(found: int, probability: float) -> bool:
-    """Within four standard deviations."""
+def close(count: int, probability: float) -> bool:
+    """Whether `count` of `DRAWS` is within four standard deviations of its expectation."""
     deviation = (probability * (1 - probability) / DRAWS) ** 0.5
-    return abs(found / DRAWS - probability) <= 4 * deviation
+    return abs(count / DRAWS - probability) <= 4 * deviation
 
 
 def test_lemmas_of_a_word_and_of_its_forms(folder):
@@ -75,34 +75,34 @@ def test_lemmas_of_a_word_and_of_its_forms(folder):
     assert net.lemmas("geese") == ["goose"]  # irregular
     assert net.lemmas("mice") == ["mouse", "shiner"]
     assert net.lemmas("chasing") == ["chase", "dog"]  # ing -> e
-    assert net.lemmas("galore") == ["galore", "plenty"]  # without its place
+    assert net.lemmas("galore") == ["galore", "plenty"]  # without the "(ip)" of the file
     assert net.lemmas("runs") == ["run", "scat"]
     for word in ("dog,", "cat", "", "s", "ing", "zzz", "!", "猫", "\ud83d"):
         assert net.lemmas(word) == []
 
 
-def test_synonyms_are_clean_and_others(folder):
+def test_synonyms_are_normalised_and_exclude_the_word(folder):
     net = WordNet(str(folder))
     dog = ("canis familiaris", "chase", "domestic dog", "frank", "hot dog")
     assert text_augment.synonyms(net, "dog") == dog
-    assert "dog" in text_augment.synonyms(net, "Dog")  # another word by its case
+    assert "dog" in text_augment.synonyms(net, "Dog")  # differs in case, so it counts as another
     assert text_augment.synonyms(net, "century") == ("s",)
     assert text_augment.synonyms(net, "goose") == ()
     assert text_augment.synonyms(net, "geese") == ("goose",)
 
 
-def test_one_word_gets_a_synonym_wherever_it_stands(folder):
+def test_one_word_gets_a_synonym_at_all_its_occurrences(folder):
     do = augment(folder, operations=("synonym",))
-    # a stop word and a word without synonyms never change; "dog," is no word of WordNet
-    found = outcomes(do, "a dog and  a dog , dog,")
-    assert set(found) == {
+    # stop words and words without synonyms never change; "dog," is not a word of WordNet
+    counts = outcomes(do, "a dog and  a dog , dog,")
+    assert set(counts) == {
         f"a {s} and a {s} , dog,"
         for s in ("canis familiaris", "chase", "domestic dog", "frank", "hot dog")
     }
-    assert all(close(n, 1 / 5) for n in found.values())
-    found = outcomes(do, "run zzz mouse run")  # words are drawn, not places
-    assert set(found) == {"scat zzz mouse scat", "run zzz shiner run"}
-    assert close(found["run zzz shiner run"], 1 / 2)
+    assert all(close(n, 1 / 5) for n in counts.values())
+    counts = outcomes(do, "run zzz mouse run")  # samples distinct words, not positions
+    assert set(counts) == {"scat zzz mouse scat", "run zzz shiner run"}
+    assert close(counts["run zzz shiner run"], 1 / 2)
     assert set(outcomes(do, "the cat")) == {"the cat"}
     both = augment(folder, operations=("synonym",), count=2)
     assert set(outcomes(both, "run mouse")) == {"scat shiner"}
@@ -110,10 +110,10 @@ def test_one_word_gets_a_synonym_wherever_it_stands(folder):
 
 def test_swap():
     do = augment(operations=("swap",))
-    found = outcomes(do, "a b c")
-    assert close(found.pop("a b c"), 3**-3)  # three draws of the second place gave the first
-    assert set(found) == {"b a c", "c b a", "a c b"}
-    assert all(close(n, (1 - 3**-3) / 3) for n in found.values())
+    counts = outcomes(do, "a b c")
+    assert close(counts.pop("a b c"), 3**-3)  # all three samples of the second gave the first
+    assert set(counts) == {"b a c", "c b a", "a c b"}
+    assert all(close(n, (1 - 3**-3) / 3) for n in counts.values())
     assert set(outcomes(do, "alone")) == {"alone"}
     twice = outcomes(augment(operations=("swap",), count=2), "a b")
     assert close(twice["a b"], (1 / 8) ** 2 + (7 / 8) ** 2)
@@ -121,31 +121,31 @@ def test_swap():
 
 def test_deletion_keeps_nine_tenths_and_at_least_one():
     do = augment(operations=("delete",))
-    found = outcomes(do, "a b")
-    assert close(found["a b"], 0.81)
-    assert close(found["a"], 0.09 + 0.01 / 2)
-    assert close(found["b"], 0.09 + 0.01 / 2)
+    counts = outcomes(do, "a b")
+    assert close(counts["a b"], 0.81)
+    assert close(counts["a"], 0.09 + 0.01 / 2)
+    assert close(counts["b"], 0.09 + 0.01 / 2)
     assert set(outcomes(do, "alone")) == {"alone"}
-    all_go = outcomes(augment(operations=("delete",), probability=1.0), "a b c d")
-    assert set(all_go) == set("abcd")
-    assert all(close(n, 1 / 4) for n in all_go.values())
+    counts = outcomes(augment(operations=("delete",), probability=1.0), "a b c d")
+    assert set(counts) == set("abcd")
+    assert all(close(n, 1 / 4) for n in counts.values())
 
 
 def test_insertion_is_before_a_word(folder):
     do = augment(folder, operations=("insert",))
-    found = outcomes(do, "the mouse")
-    assert set(found) == {"shiner the mouse", "the shiner mouse"}
-    assert close(found["shiner the mouse"], 1 / 2)
+    counts = outcomes(do, "the mouse")
+    assert set(counts) == {"shiner the mouse", "the shiner mouse"}
+    assert close(counts["shiner the mouse"], 1 / 2)
     assert set(outcomes(do, "the and")) == {"the and"}
-    found = outcomes(do, "cat mouse")  # nine draws of a word
-    assert close(found["cat mouse"], 2**-9)
+    counts = outcomes(do, "cat mouse")
+    assert close(counts["cat mouse"], 2**-9)  # all nine samples gave "cat", which has no synonym
 
 
-def test_operations_are_as_likely():
-    found = outcomes(augment(operations=("swap", "delete"), probability=1.0), "a b")
-    assert close(found["b a"], 1 / 2 * 7 / 8)
-    assert close(found["a b"], 1 / 2 * 1 / 8)
-    assert close(found["a"], 1 / 4)
+def test_operations_are_equally_likely():
+    counts = outcomes(augment(operations=("swap", "delete"), probability=1.0), "a b")
+    assert close(counts["b a"], 1 / 2 * 7 / 8)
+    assert close(counts["a b"], 1 / 2 * 1 / 8)
+    assert close(counts["a"], 1 / 4)
 
 
 def test_no_words_and_odd_words(folder):
@@ -158,7 +158,7 @@ def test_no_words_and_odd_words(folder):
             assert set(do(text, rng).split()) <= set(text.split())
 
 
-def test_the_generator_alone_decides(folder):
+def test_results_depend_only_on_the_generator(folder):
     do = augment(folder, operations=("synonym", "swap", "delete", "insert"))
     text = "a dog runs and geese chase the mouse"
 
@@ -180,7 +180,7 @@ def test_where_wordnet_is_found(folder, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORDNET", str(folder))
     assert WordNet().lemmas("mice") == ["mouse", "shiner"]
-    assert WordNet(str(folder)).lemmas("mice")  # what the config says goes first
+    assert WordNet(str(folder)).lemmas("mice")  # the config has precedence
     monkeypatch.delenv("WORDNET")
     (tmp_path / "dict").symlink_to(folder)
     monkeypatch.setenv("WNHOME", str(tmp_path))
@@ -195,7 +195,7 @@ def test_where_wordnet_is_found(folder, tmp_path, monkeypatch):
     assert WordNet(str(tmp_path / "corpora" / "wordnet.zip")).lemmas("mice")
 
 
-def test_synonyms_without_wordnet_are_one_error(tmp_path, monkeypatch):
+def test_synonyms_without_wordnet_are_a_config_error(tmp_path, monkeypatch):
     for name in ("WORDNET", "WNHOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(wordnet, "usual_folders", lambda: iter([tmp_path / "none"]))
@@ -209,14 +209,14 @@ def test_synonyms_without_wordnet_are_one_error(tmp_path, monkeypatch):
         ):
             assert way in str(error.value)
     augment(operations=("swap", "delete"))
-    with pytest.raises(ConfigError, match="no WordNet in .*nothing_here.*, as wordnet says"):
+    with pytest.raises(ConfigError, match="no WordNet in .*nothing_here.*, the value of wordnet"):
         augment(tmp_path / "nothing_here")
     monkeypatch.setenv("WORDNET", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"as \$WORDNET says"):
+    with pytest.raises(ConfigError, match=r"the value of \$WORDNET"):
         augment()
 
 
-def test_damaged_copies_are_named(folder, tmp_path):
+def test_damaged_files_are_named(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "data.noun").write_bytes((folder / "data.noun").read_bytes()[3:])
@@ -242,7 +242,7 @@ def test_impossible_configs(values, where):
     assert error.value.where == f"config.data.text_augment.{where}"
 
 
-def test_a_config_binds_from_what_json_keeps():
+def test_a_config_binds_from_its_dump():
     config = TextAugmentConfig(operations=("swap",), count=2)
     section = configs.dump(config)
     assert configs.bind(TextAugmentConfig, section, where="config.data.text_augment") == config
@@ -265,5 +265,5 @@ def test_the_real_wordnet():
     assert net.lemmas("'hood") and net.lemmas("zyrian")  # the first and last line of nouns
     assert net.lemmas("galore") == ["galore", "abounding"]  # written galore(ip)
     assert text_augment.synonyms(net, "dog,") == ()
-    for word in ("s", "ing", "er", "men"):  # what is left when an ending goes may be nothing
+    for word in ("s", "ing", "er", "men"):  # removing the ending leaves an empty base form
         net.lemmas(word)

@@ -1,4 +1,4 @@
-"""Ids are OpenAI's from either route, the end mark survives, and a saved tokenizer is the same."""
+"""CLIP's ids are OpenAI's, truncation keeps the end mark, and a saved tokenizer stays the same."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ CAPTIONS = [f"a {size} {shape} Café" for size in ("large", "small") for shape i
 
 @pytest.fixture(scope="module")
 def merges(tmp_path_factory) -> pathlib.Path:
-    """OpenAI's merges file, from inside the package that carries it."""
+    """OpenAI's merges file, extracted from the library of instant_clip_tokenizer."""
     package = pytest.importorskip("instant_clip_tokenizer", reason=NO_WHEEL)
     for file in pathlib.Path(package.__file__).parent.glob("*.so"):
-        _, found, text = file.read_bytes().partition(b"#version: 0.2\n")
-        if found:
+        _, header, text = file.read_bytes().partition(b"#version: 0.2\n")
+        if header:
             lines = text.split(b"\n", 48895)[:48894]
             path = tmp_path_factory.mktemp("bpe") / "bpe_simple_vocab_16e6.txt.gz"
-            path.write_bytes(gzip.compress(found + b"\n".join(lines) + b"\nnot used\n", 1))
+            path.write_bytes(gzip.compress(header + b"\n".join(lines) + b"\nnot used\n", 1))
             return path
-    pytest.skip("this build of instant_clip_tokenizer keeps its vocabulary in another form")
+    pytest.skip("this build of instant_clip_tokenizer stores its vocabulary in another form")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def routes(merges):
 
 @pytest.fixture(scope="module")
 def vocab(tmp_path_factory) -> pathlib.Path:
-    """A vocab.txt with BERT's marks where bert-base-uncased has them."""
+    """A vocab.txt whose marks have the ids of bert-base-uncased."""
     lines = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     lines += [
         "a",
@@ -158,7 +158,7 @@ def test_a_mask_takes_the_last_id_of_a_sentencepiece_model(pieces, tmp_path):
 
 @pytest.fixture(scope="module")
 def ended():
-    """SigLIP's way, with a mask."""
+    """A tokenizer without a start mark, as SigLIP's, and with a mask."""
     config = TokenizerConfig(
         "sentencepiece", vocab_size=60, context=16, mask=True, cleaning="siglip", marks="end"
     )
@@ -175,14 +175,14 @@ def test_without_a_start_mark_the_end_mark_pads(ended):
     assert ids[0].tolist() == ids[1].tolist() == body + [1] * (16 - len(body))
     assert (ids[2:4] == 1).all()
     assert ids[4].tolist() == [*ended.body("a large dog a large dog"), 1][:15] + [1]
-    spelled = ended.body("dog </s> <pad>")  # letters, no mark
+    spelled = ended.body("dog </s> <pad>")  # ordinary text, not marks
     assert spelled == ended.body("dog s pad") and not {0, 1} & set(spelled)
     assert 2 in ids[6] and ids.max() < ended.config.mask_id
     assert ended.decode(ids[1]) == "small dog" and ended.decode(ids[2]) == ""
     assert ended.decode(np.insert(ids[0], 0, ended.config.mask_id)) == "small dog"
 
 
-def test_a_file_with_the_other_marks_says_so(ended, pieces, tmp_path):
+def test_the_error_for_a_file_with_other_marks_names_the_config_key(ended, pieces, tmp_path):
     path = tmp_path / "spiece.model"
     for tokenizer, own, other in ((ended, "end", "both"), (pieces, "both", "end")):
         path.write_bytes(tokenizer._model)
@@ -198,7 +198,7 @@ def test_word_pieces_are_berts(word_pieces):
         "a CAFÉ dog": [104, 106, 105],
         "猫dog": [115, 105],  # a Chinese character is a word
         "zebra ☃": [100, 100],
-        "[MASK]": [112, 114, 113],  # letters, no mark
+        "[MASK]": [112, 114, 113],  # ordinary text, not a mark
         "": [],
     }
     for text, body in ids.items():
@@ -237,11 +237,11 @@ def test_a_small_corpus_is_enough_and_training_is_deterministic(pieces):
     ids = pieces(CAPTIONS)
     assert len(np.unique(ids, axis=0)) == len(CAPTIONS)
     assert ids.max() < 4096
-    assert (pieces(["ünknown ☃"]) == 1).any()  # what was never seen is unknown, not an error
+    assert (pieces(["ünknown ☃"]) == 1).any()  # a new character gives `unk_id`, not an error
 
 
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
-def test_each_kind_of_model_reads_back_what_it_wrote(model):
+def test_each_kind_of_model_decodes_what_it_encoded(model):
     config = TokenizerConfig("sentencepiece", vocab_size=60, context=32, model=model)
     tokenizer = tokenizers.build(config, CAPTIONS)
     assert tokenizer.decode(tokenizer(["small cat"])[0]) == "small cat"
@@ -256,14 +256,14 @@ def test_a_saved_or_pickled_tokenizer_is_the_same(routes, pieces, ended, word_pi
             assert other(CAPTIONS).tolist() == tokenizer(CAPTIONS).tolist()
 
 
-def test_what_was_saved_before_there_were_masks_still_loads(pieces):
-    new = ("mask", "cleaning", "marks")
+def test_tokenizers_saved_before_the_keys_of_masks_and_marks_still_load(pieces):
+    new_keys = ("mask", "cleaning", "marks")
     saved = pieces.save()
-    saved["config"] = {k: v for k, v in saved["config"].items() if k not in new}
+    saved["config"] = {k: v for k, v in saved["config"].items() if k not in new_keys}
     assert tokenizers.load(saved)(CAPTIONS).tolist() == pieces(CAPTIONS).tolist()
 
 
-def test_the_config_says_how_captions_are_cleaned(vocab):
+def test_the_config_selects_how_captions_are_cleaned(vocab):
     text = "a Café's dog &amp; –"
     texts = {
         rule: tokenizers.build(
@@ -300,7 +300,7 @@ def test_a_small_merges_file(tmp_path):
     assert tokenizers.build(config)(["dog do"]).tolist() == [[514, 513, 67, 256 + 78, 515, 0]]
 
 
-def test_what_is_known_without_opening_anything():
+def test_ids_are_known_without_opening_a_file():
     clip = TokenizerConfig("clip_bpe", path="not there")
     assert (clip.pad_id, clip.sot_id, clip.eot_id, clip.vocab_size) == (0, 49406, 49407, 49408)
     pieces = TokenizerConfig("sentencepiece", vocab_size=4096)
@@ -359,8 +359,8 @@ def test_bad_files_are_named(tmp_path):
 def test_a_vocabulary_of_word_pieces_with_other_marks_or_too_many_is_refused(vocab, tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("[PAD]\n[UNK]\na\n")
-    found = r"vocab\.txt, with \[PAD\] 0, \[UNK\] 1, \[CLS\] nowhere"
-    with pytest.raises(ConfigError, match=found) as error:
+    listed = r"vocab\.txt, whose ids of the marks are \[PAD\] 0, \[UNK\] 1, \[CLS\] missing"
+    with pytest.raises(ConfigError, match=listed) as error:
         tokenizers.build(TokenizerConfig("wordpiece", path=str(path)))
     assert error.value.where == "config.tokenizer.path"
     path.write_bytes(b"\xff\xfe")
