@@ -152,29 +152,37 @@ def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 
 class Pictures:
-    """Reads picture files for evaluators that have picture folders of their own."""
+    """Reads images as evaluators see them, without a source: files, Pillow images, uint8 arrays."""
 
     def __init__(self, image_size: int):
         self.image_size = image_size
 
     def __call__(
-        self, paths: Sequence[str | os.PathLike], size: int
+        self, images: Sequence[Image.Image | np.ndarray | str | os.PathLike], size: int
     ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        """Yields uint8 pictures through the evaluation transform, in the order of `paths`, `size`
-        per batch; the last batch may be smaller.
+        """Yields uint8 images through the evaluation transform, in the order of `images`, `size`
+        per batch; the last batch may be smaller. An array is one uint8 image, [h, w] or
+        [h, w, 1|3|4].
 
-        Raises `DataError` for a file that is missing or not a picture.
+        Raises `DataError` for a file that is missing or not an image, and for any other array.
         """
         with concurrent.futures.ThreadPoolExecutor(min(cores(), 16)) as pool:
-            for start in range(0, len(paths), size):
-                yield np.stack(list(pool.map(self._one, paths[start : start + size])))
+            for start in range(0, len(images), size):
+                yield np.stack(list(pool.map(self._one, images[start : start + size])))
 
     def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
         """The (width, height) of each file before the transform."""
         return [self._checked(path, header)[:2] for path in paths]
 
-    def _one(self, path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-        return self._checked(path, lambda example: evaluation(example, self.image_size))
+    def _one(
+        self, image: Image.Image | np.ndarray | str | os.PathLike
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
+        if isinstance(image, Image.Image):
+            pixels = np.asarray(_rgb(image))
+            return evaluation(Example(pixels, (), 0, "image"), self.image_size)
+        return self._checked(image, lambda example: evaluation(example, self.image_size))
 
     def _checked(self, path: str | os.PathLike, function: Callable[[Example], _Result]) -> _Result:
         try:
@@ -184,6 +192,17 @@ class Pictures:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except BadSample as error:
             raise DataError(str(error)) from None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """A Pillow image of a uint8 array [h, w] or [h, w, 1|3|4]; `DataError` for any other."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise DataError(
+            f"an image array of {pixels.dtype} {list(pixels.shape)}, expected uint8 [h, w, 3] "
+            "with values from 0 to 255"
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

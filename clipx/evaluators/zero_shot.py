@@ -15,7 +15,7 @@ from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, label
 from clipx.evaluators.prompts import SETS, check, names, published
 from clipx.types import Encoded, Metric
 
-_TEMPLATES = ("a photo of a {}.",)
+TEMPLATES = ("a photo of a {}.",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ZeroShot(Evaluator):
 
     examples: Examples
     classes: tuple[str, ...] | str = ()
-    templates: tuple[str, ...] | str = _TEMPLATES
+    templates: tuple[str, ...] | str = TEMPLATES
     batch_size: int = 256
     per_class: bool = False
     preset: Literal[*SETS] | None = None  # pyright: ignore[reportInvalidTypeForm]
@@ -65,20 +65,13 @@ class ZeroShot(Evaluator):
             raise ConfigError(
                 "zero_shot.lists", repr(self.lists), "a preset that reads lists, or no lists"
             )
-        for template in self._templates():
-            if "{}" not in template:
-                raise ConfigError(
-                    "zero_shot.templates",
-                    repr(template),
-                    "a sentence with {} where the class name goes",
-                    f"for example {template.rstrip('. ') + ' {}.'!r}",
-                )
+        check_templates(self._templates(), "zero_shot.templates")
         self._classes()
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         classes = self._class_names()
         labels = self._labels(len(classes))
-        members = _ensemble(encode.text, classes, self._templates(), self.batch_size)
+        members = ensemble(encode.text, classes, self._templates(), self.batch_size)
         hits, start = [], 0
         for pictures in self.examples.batches(self.batch_size):
             batch_labels = labels[start : (start := start + len(pictures))]
@@ -99,7 +92,7 @@ class ZeroShot(Evaluator):
 
     def _templates(self) -> tuple[str, ...]:
         templates = ()
-        if self.preset and self.templates == _TEMPLATES:
+        if self.preset and self.templates == TEMPLATES:
             templates = published(self.preset, "templates", self.lists, "zero_shot")
         templates = templates or names(self.templates, "templates", "zero_shot")
         if not templates:
@@ -151,7 +144,19 @@ class ZeroShot(Evaluator):
         return labels
 
 
-def _ensemble(
+def check_templates(templates: Sequence[str], where: str) -> None:
+    """Raises `ConfigError` at `where` for a template without {}."""
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(
+                where,
+                repr(template),
+                "a sentence with {} where the class name goes",
+                f"for example {template.rstrip('. ') + ' {}.'!r}",
+            )
+
+
+def ensemble(
     encode: Callable[[Sequence[str]], Encoded],
     classes: Sequence[str],
     templates: Sequence[str],

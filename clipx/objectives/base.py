@@ -139,6 +139,12 @@ class Objective(nn.Module):
         rows = present(images.unit), present(texts.unit)
         return jnp.einsum("id,td->it", *rows, precision=jax.lax.Precision.HIGHEST)
 
+    def similarity_scale(self) -> Float[Array, ""]:
+        """The factor that makes logits of `similarity`: exp(logit_scale) as the loss multiplies by
+        it, or 1 for a method without one."""
+        scale = getattr(self, "logit_scale", None)
+        return jnp.ones(()) if scale is None else jnp.exp(scale)
+
     def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
         """`embed` and then `loss`. Initialisation traces it, so that every parameter is created."""
         return self.loss(self.embed(batch, keys, train=True), memory, train=True)

@@ -20,7 +20,7 @@ from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
-from clipx.types import TrainState
+from clipx.types import Device, TrainState
 
 _SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}
 
@@ -171,18 +171,33 @@ def evaluate_file(
     ignore: names of what may differ from clipx's evaluation, such as "preprocessing".
     out: the folder for one file per eval; default: `evaluation` beside the model's weights.
     """
+    run, state = open_foreign(path, evals, ignore)
+    file = pathlib.Path(path).expanduser().absolute()
+    into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
+    return _evaluate(run, state, file, None, into, path)
+
+
+def open_foreign(
+    path: str,
+    evals: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    *,
+    devices: Sequence[Device] | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> tuple[OpenRun, TrainState]:
+    """A run that can only evaluate, and its state, of the model that open_clip or transformers keep
+    at `path`. ignore: as `config.init_ignore`; devices, mesh: as for `restore`."""
     model, tokenizer = pretrained.open_model(path)
-    devices = len(jax.devices())
+    rows = len(jax.devices() if devices is None else devices)
     config = pretrained.sections(path, model, tokenizer) | {
         "data": {"source": "shapes"},  # never opened, because nothing is trained
-        "train": {"batch_size": devices, "total_steps": 1},
+        "train": {"batch_size": rows, "total_steps": 1},
         "optimizer": {"freeze": [""]},  # all parameters, so that the optimizer has no moments
         "evals": evals,
         "init_from": path,
         "init_ignore": list(ignore),
+        "mesh": dict(mesh or {}),
     }
     assert tokenizer is not None  # else `sections` has raised
-    run = with_data(assemble(config), devices, tokenizer)
-    file = pathlib.Path(path).expanduser().absolute()
-    into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
-    return _evaluate(run, init(run), file, None, into, path)
+    run = with_data(assemble(config, devices), rows, tokenizer)
+    return run, init(run)

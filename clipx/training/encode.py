@@ -34,7 +34,12 @@ class Encode:
         mesh: meshes.Mesh,
         tokenizer: Tokenizer,
         interrupted: Callable[[], bool] = lambda: False,
+        *,
+        rows: int | None = None,
     ):
+        """rows: pad every call to a multiple of so many rows, so that one program serves all sizes;
+        None: up to 256 rows are padded to the devices alone, and each size has its own program."""
+        self._rows = rows
         self._objective, self._variables, self._mesh = objective, variables, mesh
         self._tokenizer, self._interrupted = tokenizer, interrupted
 
@@ -64,7 +69,8 @@ class Encode:
 
     def _encode(self, method: str, rows: np.ndarray, fields: tuple[str, ...]) -> Encoded:
         fields = tuple(fields) or self._objective.compares
-        return self._by_chunks(functools.partial(_encode_rows, method, fields), self.chunk, rows)
+        function = functools.partial(_encode_rows, method, fields)
+        return self._by_chunks(function, self._rows or self.chunk, rows)
 
     def _by_chunks(
         self, function: Callable[..., PyTree], chunk: int, *arrays: np.ndarray
@@ -76,8 +82,10 @@ class Encode:
         for start in range(0, rows, chunk):
             if self._interrupted():
                 raise Interrupted
-            # several chunks share one compiled shape; a single one is padded to the devices only
-            size = chunk if rows > chunk else -(-rows // devices) * devices
+            # several chunks share one compiled shape; a single one is padded to the devices only,
+            # unless `rows` fixes the shape
+            fixed = self._rows is not None or rows > chunk
+            size = chunk if fixed else -(-rows // devices) * devices
             padded = [_padded(x[start : start + chunk], size) for x in arrays]
             with jax.set_mesh(self._mesh):
                 computed = function(

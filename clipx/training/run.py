@@ -163,12 +163,16 @@ class OpenRun(Run):
         return self.rows // self.batch_size
 
     def encode(
-        self, state: TrainState, *, interrupted: Callable[[], bool] = lambda: False
+        self,
+        state: TrainState,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        rows: int | None = None,
     ) -> Encode:
         """Both towers at the state's parameters, for evaluators. `Interrupted` is raised between
-        chunks once `interrupted()` is True."""
+        chunks once `interrupted()` is True. rows: as for `Encode`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted)
+        return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted, rows=rows)
 
 
 @functools.lru_cache(maxsize=4)  # `fit.fewest` asks for several numbers of micro-batches: all alike
@@ -263,19 +267,23 @@ def restore(
     *,
     config: Mapping[str, Any] | None = None,
     devices: Sequence[Device] | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
     """The run of a workdir and its state at a step: a number, `latest` or `best`.
 
     config: replaces the workdir's config, for example with other evals; the towers must match.
-    devices: data-parallel over these (default: all), whatever mesh the run was trained on. Raises
-    `ConfigError` for a folder that is no workdir or has no such checkpoint, and `CheckpointError`
-    for a checkpoint that cannot be read.
+    devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
+    differ from those of the training, since no step is taken. Raises `ConfigError` for a folder
+    that is no workdir or has no such checkpoint, and `CheckpointError` for a checkpoint that cannot
+    be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     saved_config = read_json(folder / "config.json")
     base = saved_config if config is None else config
-    train = {**base["train"], "microbatches": 1}  # no step is taken
-    run = assemble({**base, "mesh": {}, "train": train}, devices)
+    count = jax.device_count() if devices is None else len(devices)
+    batch = -(-base["train"]["batch_size"] // count) * count  # divides over any mesh
+    train = {**base["train"], "microbatches": 1, "batch_size": batch}
+    run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
     best = saved_config["train"]["best"]
     checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=best)
     chosen = checkpoints.step(step)
