@@ -122,7 +122,7 @@ def test_extras_of_hints_exist():
 def test_no_hint_names_the_other_project():
     """The name `clipx` on the index is not this project: installing it fetches a stranger's code.
     A folder of that name, or a place in a file, is fine."""
-    extra, alone = r"(?<![/\w])clip[x]\[", r"pip install (-\S+ )*[\"']?clipx(?![-\w/.])"
+    extra, alone = r"(?<![/\w])clip[x]\[\w", r"pip install (-\S+ )*[\"']?clipx(?![-\w/.])"
     wrong = re.compile(f"{extra}|{alone}")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
