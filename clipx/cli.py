@@ -53,7 +53,8 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The config of `path.py` or `path.py:variant` as a plain dict, with `overrides` applied."""
+    """The config of `spec` (`clip:small`, `path.py`, `path.py:variant`) as a plain dict, with
+    `overrides` applied."""
     config = files.load(spec)
     for path, text in overrides:
         files.override(config, path, text)

@@ -48,7 +48,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file whose variants are compared.")
+    flags.DEFINE_string("config", None, "Config whose variants are compared: a name, or path.py.")
     flags.DEFINE_list("variants", [], "Variants to compare, separated by commas; default: all.")
     flags.DEFINE_string("workdir", None, "Folder of the runs: a new one, or one to continue.")
 

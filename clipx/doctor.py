@@ -35,7 +35,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file whose data is checked too.")
+    flags.DEFINE_string("config", None, "Config whose data is checked too: a name, or path.py.")
     flags.DEFINE_string("workdir", "", "Folder of a run, which all hosts have to share.")
 
     cli.run(main, required=())

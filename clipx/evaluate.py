@@ -68,7 +68,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "out", "", "With --init_from: folder for the results; default: `evaluation` beside it."
     )
-    flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
+    flags.DEFINE_string("config", None, "Config whose evals replace the run's own.")
     flags.DEFINE_string("evals", "", "Evals to run: names in the config, or evaluators. Commas.")
     flags.DEFINE_string("data", "", "Data for these evals, as source=...,path=...")
     flags.DEFINE_string("train_data", "", "Data to train probes on, as source=...,path=...")

@@ -90,7 +90,7 @@ def _write(records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config files, path.py or path.py:variant, with commas.")
+    flags.DEFINE_string("config", None, "Configs, with commas: clip, path.py, clip:small.")
     flags.DEFINE_string("topology", None, "Topologies: v5e:16x16, 2xv5p:4x4x4, h100:8x8. Commas.")
     flags.DEFINE_string("price", "", "Price of a chip-hour, one for all topologies or one each.")
     flags.DEFINE_bool(

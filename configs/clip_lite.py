@@ -3,8 +3,9 @@ on COCO at batch 1,024. Variants: `bert_<n>layers` with a BERT from scratch, `pe
 pictures, `batch_<n>`, and `rn18` to `rn152`. `small` is for a CPU or a small GPU. `small_resnet`
 has the last convolution that the evaluator `grounding` needs."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 _BERT = {"bert_2layers": 2, "bert_4layers": 4, "bert_6layers": 6}
 _PERCENT = {  # share of the pictures, steps, warm-up steps

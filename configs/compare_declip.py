@@ -3,12 +3,7 @@
 of DeCLIP: DeCLIP with CLIP's augmentation (`declip_light`), and without one of its loss terms
 (`declip_no_<term>`). $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data."""
 
-import clip
-import common
-import declip
-import defilip
-import filip
-import slip
+from clipx.configs import clip, common, declip, defilip, filip, slip
 
 _METHODS = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip}
 _TERMS = ("contrastive", "neighbour", "simsiam", "masked_lm")

@@ -6,9 +6,7 @@ CLIP-Lite. The learning rates are those with the best mean recall after two epoc
 3e-4, 1e-3 and 3e-3 (not all four at batch 64 and 256); of equal ones, the smaller.
 """
 
-import clip
-import clip_lite
-import common
+from clipx.configs import clip, clip_lite, common
 
 _METHODS = {"clip": clip, "clip_lite": clip_lite, "clip_one": clip}
 _LEARNING_RATES = {

@@ -8,8 +8,9 @@ and head statistics, as on the 32 GPUs of the published runs. Augmenting caption
 run without it stops with an error that says where to get it.
 """
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("", "rn50", "88m", "88m_rn50", "small")
 

@@ -3,7 +3,7 @@ ViT-B/32, or `:rn50`, on YFCC15M, with padding among the tokens of a text. `:sma
 and is for a CPU or a small GPU. `objective.top_k=None` keeps all tokens, as the repository's
 published runs may have done."""
 
-import declip
+from clipx.configs import declip
 
 VARIANTS = ("", "rn50", "small")
 

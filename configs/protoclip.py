@@ -10,8 +10,9 @@ of 64 rows. With `objective.groups=8` this holds for the heads, but the image to
 statistics of the full batch. `python -m clipx.teacher` writes the file of the teacher.
 """
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 _CLIP = ("clip", "clip_1gpu", "clip_original", "clip_1gpu_original")
 VARIANTS = ("", "1gpu", *_CLIP, "small")

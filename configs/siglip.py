@@ -1,8 +1,9 @@
 """SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (no causal mask, features from the
 last token) with ViT-B/32, or `:rn50`. `:small` and `:medium` are for a CPU or a small GPU."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("", "rn50", "small", "medium")
 

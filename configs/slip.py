@@ -2,9 +2,9 @@
 list of YFCC15M at batch 4,096. `:declip` (ViT-B/32) and `:declip_rn50` are SLIP as DeCLIP's
 repository trains it, on DeCLIP's list. `:small` is for a CPU or a small GPU."""
 
-import common
-import declip
 from ml_collections import ConfigDict
+
+from clipx.configs import common, declip
 
 VARIANTS = ("", "declip", "declip_rn50", "small")
 _PAIRS = 14_689_580  # pairs of the list that could still be downloaded

@@ -14,25 +14,45 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from clipx import configs
 from clipx.config.binding import nearest, plain, to_lists
 from clipx.errors import ConfigError
 
 
-def variants(path: str | os.PathLike) -> tuple[str, ...]:
-    """The names in `VARIANTS` of a config file; ("",) for a file without variants."""
-    return tuple(getattr(_module(path), "VARIANTS", ("",)))
+def variants(name: str | os.PathLike) -> tuple[str, ...]:
+    """The names in `VARIANTS` of a config; ("",) for one without variants. `name` as for `find`."""
+    return tuple(getattr(_module(find(name)), "VARIANTS", ("",)))
 
 
-def _module(path: str | os.PathLike) -> types.ModuleType:
+def shipped() -> list[str]:
+    """The names of the configs that come with clipx."""
+    files = configs.FOLDER.glob("*.py")
+    return sorted(f.stem for f in files if "\ndef get_config(" in f.read_text(encoding="utf-8"))
+
+
+def find(name: str | os.PathLike) -> pathlib.Path:
+    """The file of a config. `name` is a path if it ends in .py or has a slash, and else the name of
+    a config that comes with clipx. Raises `ConfigError` with the nearest names for an unknown one.
+    """
+    text, file = os.fspath(name), pathlib.Path(name)
+    if file.suffix != ".py" and file.name == text:
+        if text in shipped():
+            return configs.FOLDER / f"{text}.py"
+        near = [*shipped(), *(path.name for path in pathlib.Path().glob("*.py"))]
+        expected = f"a file, path.py, or one of {', '.join(shipped())}"
+        raise ConfigError("--config", f"no config named {text!r}", expected, nearest(text, near))
+    if file.is_file() and file.suffix == ".py":
+        return file
+    near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    fix = nearest(str(file), near)
+    if not fix and file.stem in shipped():  # such as configs/clip.py, from another folder
+        fix = f"did you mean {file.stem!r}, which comes with clipx?"
+    kind = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
+    raise ConfigError("--config", kind.format(text), "a Python file with get_config()", fix)
+
+
+def _module(file: pathlib.Path) -> types.ModuleType:
     """The module of a config file, executed and checked for a `get_config`."""
-    file = pathlib.Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        kind = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
-        found = kind.format(str(path))
-        raise ConfigError(
-            "--config", found, "a Python file with get_config()", nearest(str(file), near)
-        )
     module = _execute(file)
     if not callable(getattr(module, "get_config", None)):
         expected = "a function get_config(variant='')"
@@ -41,12 +61,14 @@ def _module(path: str | os.PathLike) -> types.ModuleType:
 
 
 def load(spec: str) -> dict[str, Any]:
-    """The config of `path.py` or `path.py:variant`, as a plain dict.
+    """The config that `spec` names, `NAME` or `NAME:variant`, as a plain dict. NAME is as for
+    `find`.
 
     Raises `ConfigError` for a file that cannot be read or run, and for an unknown variant.
     """
-    path, _, variant = spec.partition(":")
-    module = _module(path)
+    name, _, variant = spec.partition(":")
+    file = find(name)
+    module = _module(file)
     variants = getattr(module, "VARIANTS", ("",))
     if variant not in variants:
         raise ConfigError(
@@ -54,14 +76,15 @@ def load(spec: str) -> dict[str, Any]:
             f"variant {variant!r}",
             "one of " + ", ".join(map(repr, variants)),
             nearest(variant, variants),
-            file=path,
+            file=str(file),
         )
-    with _code_errors(pathlib.Path(path)):
+    with _code_errors(file):
         config = module.get_config(variant)
     config = to_lists(plain(config))
     if not isinstance(config, dict):
         found = f"get_config returns {config!r}"
-        raise ConfigError("--config", found, "a ConfigDict or a dict from get_config", file=path)
+        expected = "a ConfigDict or a dict from get_config"
+        raise ConfigError("--config", found, expected, file=str(file))
     return config
 
 
@@ -79,7 +102,9 @@ def _code_errors(file: pathlib.Path) -> Iterator[None]:
 
 
 def _execute(file: pathlib.Path) -> types.ModuleType:
-    """The module of a config file. The file may import other files of its folder."""
+    """The module of a config file. The file may import other files of its folder, and
+    `clipx.configs`. What it imports of these is imported anew for the next config, because a config
+    may change shared values."""
     spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
     assert spec and spec.loader  # the file ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -90,9 +115,13 @@ def _execute(file: pathlib.Path) -> types.ModuleType:
             spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:  # the next config's folder may reuse the name
-            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
-                del sys.modules[name]
+        for name in set(sys.modules) - before:
+            package, _, last = name.rpartition(".")
+            if package == configs.__name__:
+                delattr(configs, last)
+            elif getattr(sys.modules[name], "__file__", None) != str(folder / f"{name}.py"):
+                continue
+            del sys.modules[name]
     return module
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from clipx.data.base import expand_user
-from clipx.errors import DataError
+from clipx.errors import DataError, optional
 
 THREADS = 32  # for remote files, where most of the time is waiting
 ABSENT = -1  # stands for the size of a member that does not exist
@@ -199,15 +199,12 @@ def _reading(path: str) -> Iterator[Callable[[int, int], bytes]]:
 
 def _filesystem(path: str) -> tuple[Any, str]:
     """fsspec's filesystem for a remote path, and the path inside it."""
+    need = f"{path}: reading it needs a package that is not installed"
     try:
-        import fsspec
+        with optional("remote", DataError, need):  # fsspec, or the package for this kind of path
+            import fsspec
 
-        return fsspec.core.url_to_fs(path)
-    except ImportError as error:  # of fsspec, or of its package for this kind of path
-        raise DataError(
-            f"{path}: reading it needs a package that is not installed ({error}); "
-            "pip install 'clipx[remote]'"
-        ) from None
+            return fsspec.core.url_to_fs(path)
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected gs://, s3://, https:// or a file") from None
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 from clipx.types import Encoded, Metric
 
 ACCURACIES = {  # the metrics of `accuracies`
@@ -228,5 +228,5 @@ def need_scikit_learn(where: str) -> None:
             where,
             "no scikit-learn in this environment",
             "scikit-learn, which the protocol is defined by",
-            "pip install 'clipx[eval]'",
+            install_hint("eval"),
         )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 
 
 class Chip(NamedTuple):
@@ -117,7 +117,7 @@ class Topology:
                 f"--topology={self.name}",
                 "no libtpu in this environment",
                 "libtpu, the TPU's compiler, which runs without a TPU",
-                "pip install 'clipx[tpu]'",
+                install_hint("tpu"),
             )
         # so that libtpu asks no metadata server, waits for no lock and looks for no other host
         for name, value in {

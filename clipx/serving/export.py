@@ -17,7 +17,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven, RunError
+from clipx.errors import (
+    ConfigError,
+    MissingLibrary,
+    NotExpressible,
+    NotProven,
+    RunError,
+    install_hint,
+)
 from clipx.interop import card, formats, libraries, tokenizer, verify
 from clipx.interop.base import Format
 from clipx.interop.model import Model
@@ -254,7 +261,7 @@ def _missing(error: Exception) -> ConfigError:
         "--format",
         str(error),
         "the library that verifies an export",
-        "pip install 'clipx[interop]'",
+        install_hint("interop"),
     )
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from clipx.errors import MetricsError
+from clipx.errors import MetricsError, optional
 from clipx.training.metric_table import HEADLINES, metric, short
 
 FILE = "metrics.jsonl"
@@ -227,11 +227,7 @@ def _strict(value: int | float) -> int | float | str:
 
 def _tensorboard_writer(folder: pathlib.Path, step: int) -> Any:
     """tensorboardX's SummaryWriter, without the points after `step`."""
-    try:
+    need = "config.train.tensorboard needs tensorboardX, which is not installed"
+    with optional("tensorboard", MetricsError, need):
         import tensorboardX
-    except ImportError:
-        raise MetricsError(
-            "config.train.tensorboard needs tensorboardX, which is not installed: "
-            "pip install 'clipx[tensorboard]'"
-        ) from None
     return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)

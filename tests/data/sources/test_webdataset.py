@@ -16,7 +16,7 @@ import pytest
 from clipx.data import storage as files
 from clipx.data.base import fingerprint
 from clipx.data.sources.webdataset import WebDataset, index_shards
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, install_hint
 
 NAMES = ("train-000.tar", "train-001.tar", "train-002.tar")
 
@@ -420,7 +420,7 @@ def test_a_missing_package_is_named(monkeypatch, missing, path):
     monkeypatch.setitem(sys.modules, missing, None)
     said = message(lambda: WebDataset(path))
     assert said.startswith(f"{path}: ") and missing in said
-    assert said.endswith("pip install 'clipx[remote]'")
+    assert said.endswith(install_hint("remote"))
 
 
 def test_an_unknown_protocol():
