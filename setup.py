@@ -60,6 +60,7 @@ setup(
             *("torch>=2.6", "torchvision>=0.21"),
         ],
         "teacher": ["torch>=2.6", "transformers>=5.0"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "test": TESTED,
         "dev": [
             *(*TESTED, "beartype>=0.18", "ruff>=0.12"),
