@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import pathlib
 import pkgutil
@@ -94,8 +95,8 @@ def commands(code: str) -> list[list[str]]:
         except ValueError:  # an open quote
             continue
         line = ""
-        if words:
-            found.append(words)
+        for chained, own in itertools.groupby(words, lambda word: word in ("&&", ";", "|")):
+            found += [] if chained else [list(own)]
     assert not line, line
     return found
 
@@ -181,24 +182,34 @@ def check_script(path: str, words: list[str], rest: list[str]) -> None:
         check_clipx("train", rest)
 
 
+def check_install(words: list[str]) -> None:
+    """clipx itself, from a checkout or by its distribution, with extras that it has."""
+    packages = [word for word in words if not word.startswith("-")]
+    (found,) = (re.fullmatch(r"(?:\.|clipx-jax)(?:\[(.+)\])?", package) for package in packages)
+    known = re.findall(r'^ +"(\w+)": ', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert found and set(filter(None, (found[1] or "").split(","))) <= {*known}, words
+
+
 def check(words: list[str]) -> None:
     """Fails for a command that would not be understood, and for one that nothing here knows."""
     while re.match(r"\w+=", words[0]):
         words = words[1:]
     split = words.index("--") if "--" in words else len(words)
-    words, rest = words[:split], words[split + 1 :]
+    words, rest = [words[0].removeprefix(".venv/bin/"), *words[1:split]], words[split + 1 :]
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.startswith("launch/"))
         check_script(words[script], [], [w for w in words[script + 1 :] if w != "--doctor"])
     elif words[0].startswith("launch/"):
         check_script(words[0], words[1:], rest)
-    elif words[0] == "python" and words[1] == "-m" and words[2].startswith("clipx."):
+    elif words[:2] == ["python", "-m"] and words[2].startswith("clipx."):
         check_clipx(words[2].removeprefix("clipx."), words[3:])
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / w).exists() for w in words[3:] if w.startswith("tests"))
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         check_script(words[1], words[2:], [])
-    else:
+    elif words[:2] == ["pip", "install"]:
+        check_install(words[2:])
+    elif words != ["python3", "-m", "venv", ".venv"] and words != [".", ".venv/bin/activate"]:
         raise AssertionError(f"{words}: what checks it? `<!-- needs: ... -->` where nothing can")
 
 
@@ -208,8 +219,6 @@ def test_commands(page):
     for block in blocks():
         if block.page == name and block.kind == "sh" and not block.needs:
             for words in commands(block.code):
-                if page.name == "README.md" and words[0] in ("python3", "pip"):
-                    continue  # .ci/run executes the README's test command
                 check(words)
     for words in inline(page):
         check(words)
@@ -224,6 +233,8 @@ def test_wrong_commands_are_seen():
         "python -m clipx.evaluate --workdir=a --evals=retrieval --data=source=nowhere",
         "launch/local.sh --process=4 -- --config=clip:small --workdir=a",
         "pip install something",
+        "pip install -e '.[none]'",
+        "rm -rf runs",
     ):
         with pytest.raises((AssertionError, ConfigError)):
             check(shlex.split(wrong))
