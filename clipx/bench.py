@@ -48,6 +48,6 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
+    flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_integer("steps", 10, "Steps to time.", lower_bound=1)
     cli.run(main, required=("config",))

@@ -53,7 +53,7 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The plain config of a file, `path.py` or `path.py:variant`, with overrides."""
+    """The plain config that `spec` names (`clip:small`, `path.py:variant`), with overrides."""
     config = files.load(spec)
     for path, text in overrides:
         files.override(config, path, text)

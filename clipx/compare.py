@@ -43,7 +43,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file whose variants are compared.")
+    flags.DEFINE_string("config", None, "Config whose variants are compared: a name, or path.py.")
     flags.DEFINE_list("variants", [], "Some of them, separated by commas; all by default.")
     flags.DEFINE_string("workdir", None, "Folder of the runs: new, or one to go on with.")
     cli.run(main, required=("config", "workdir"))

@@ -234,7 +234,7 @@ def main(command: str, overrides: Sequence[tuple[str, str]]) -> int | None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
+    flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_string("output", "", "preview, verify: the file to write. pack: the folder.")
     flags.DEFINE_integer("rows", 16, "preview: rows on the page.", lower_bound=1)
     flags.DEFINE_string("shard_size", "512MB", "pack: most of a shard; 2GB, or 10000rows.")

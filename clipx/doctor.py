@@ -33,6 +33,6 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file whose data is looked at too.")
+    flags.DEFINE_string("config", None, "Config whose data is looked at too.")
     flags.DEFINE_string("workdir", "", "Folder of a run, that all hosts have to share.")
     cli.run(main, required=())

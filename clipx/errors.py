@@ -3,6 +3,16 @@ for what has to be mended first, 1 for a run that could not go on, 134 for a los
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator
+
+DISTRIBUTION = "clipx-jax"  # what pip calls it: on the index `clipx` is another project
+
 
 class ConfigError(Exception):
     """A config, command line, workdir or file that cannot be right: where, what was found, what was
@@ -82,3 +92,58 @@ class MissingLibrary(Exception):
 
 class NotProven(Exception):
     """The library that loads an export says something else than clipx; one line that says what."""
+
+
+def install_hint(*extras: str, upgrade: bool = False) -> str:
+    """The shell command that adds `extras` to the clipx that is running, with this Python.
+
+    An editable checkout is installed from its folder again, anything else by the name of the
+    distribution.
+    """
+    folder = _checkout()
+    what = f"{folder or DISTRIBUTION}[{','.join(extras)}]"
+    options = [*(["--upgrade"] if upgrade else []), *(["-e"] if folder else [])]
+    return shlex.join([*_pip_install(), *options, what])
+
+
+@contextlib.contextmanager
+def optional(extra: str, error: type[Exception], need: str) -> Iterator[None]:
+    """Imports inside the block may fail: then raises `error` in one line, of what needs the package
+    and how to install the extra that brings it."""
+    try:
+        yield
+    except ImportError as missing:
+        raise error(f"{need} ({missing}); {install_hint(extra)}") from None
+
+
+def _checkout() -> pathlib.Path | None:
+    """The checkout that was installed with `pip install -e`, or that is run without being
+    installed; None for an installed wheel."""
+    import importlib.metadata
+    import urllib.parse
+    import urllib.request
+
+    installed = importlib.metadata.distributions(name=DISTRIBUTION)
+    # a checkout's own .egg-info, which has no WHEEL, does not say how it was installed
+    origins = [d.read_text("direct_url.json") for d in installed if d.read_text("WHEEL")]
+    if origins:
+        origin = json.loads(origins[0] or "{}")
+        if not origin.get("dir_info", {}).get("editable"):
+            return None
+        path = urllib.parse.urlsplit(origin["url"]).path
+        return pathlib.Path(urllib.request.url2pathname(path))
+    root = pathlib.Path(__file__).absolute().parents[1]
+    return root if (root / "setup.py").is_file() else None
+
+
+def _pip_install() -> list[str]:
+    """The command that installs packages for this Python."""
+    import importlib.util
+    import shutil
+
+    if importlib.util.find_spec("pip") is None:  # an environment that uv has made
+        return ["uv", "pip", "install", "--python", sys.executable]
+    found = shutil.which("pip")
+    if found and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return ["pip", "install"]
+    return [sys.executable, "-m", "pip", "install"]

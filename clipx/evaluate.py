@@ -52,7 +52,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("init_from", None, "Instead: a folder or file as config.init_from has it.")
     flags.DEFINE_list("init_ignore", [], "What of it may differ from clipx, with commas.")
     flags.DEFINE_string("out", "", "Folder of its results; default: `evaluation` beside it.")
-    flags.DEFINE_string("config", None, "Config file whose evals replace the run's own.")
+    flags.DEFINE_string("config", None, "Config whose evals replace the run's own.")
     flags.DEFINE_string("evals", "", "Those of the evals, or new ones by evaluator, with commas.")
     flags.DEFINE_string("data", "", "The evals' data instead of their own: source=...,path=...")
     flags.DEFINE_string("train_data", "", "The same for what probes are trained on.")

@@ -85,7 +85,7 @@ def _write(told: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config files, path.py or path.py:variant, with commas.")
+    flags.DEFINE_string("config", None, "Configs, with commas: clip, path.py, clip:small.")
     flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5p:4x4x4, h100:8x8; with commas.")
     flags.DEFINE_string("price", "", "Of a chip-hour, in any currency; or one for each topology.")
     flags.DEFINE_bool("search", False, "Compile for the fewest micro-batches or largest batch.")

@@ -60,7 +60,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
+    flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_string("out", None, "The .npy file to write; a .json stands beside it.")
     flags.DEFINE_string("model", "", "A Hugging Face text encoder, name or folder; or tfidf.")
     flags.DEFINE_string("features", "", "An array [rows, numbers] to use instead of a model.")

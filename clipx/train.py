@@ -50,6 +50,6 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "Config file, path.py or path.py:variant.")
+    flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_string("workdir", None, "Folder of the run: new, or one to go on with.")
     cli.run(main, required=("config", "workdir"))

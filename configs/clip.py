@@ -1,8 +1,9 @@
 """CLIP (arXiv 2103.00020, tables 18 to 20): ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU
 or a small GPU."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("", "rn50", "small", "medium")
 

@@ -3,8 +3,9 @@ on COCO at batch 1,024. Variants: `bert_<n>layers` from scratch, `percent_<p>` o
 `batch_<n>`, `rn18` to `rn152`; `small` for a CPU or a small GPU, and `small_resnet`, whose last
 convolution `grounding` can look at."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 _BERT = {"bert_2layers": 2, "bert_4layers": 4, "bert_6layers": 6}
 _PERCENT = {  # share of the pictures, steps, warm-up

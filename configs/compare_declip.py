@@ -3,12 +3,7 @@
 with CLIP's augmentation, and without each of its terms. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET name
 the folders of the data."""
 
-import clip
-import common
-import declip
-import defilip
-import filip
-import slip
+from clipx.configs import clip, common, declip, defilip, filip, slip
 
 _METHODS = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip}
 _TERMS = ("contrastive", "neighbour", "simsiam", "masked_lm")

@@ -6,9 +6,7 @@ learning rate of each method and batch is the one of 1e-4, 3e-4, 1e-3 and 3e-3 w
 recall after two epochs (at 64 and 256 not all four were tried; of equals the smaller).
 """
 
-import clip
-import clip_lite
-import common
+from clipx.configs import clip, clip_lite, common
 
 _METHODS = {"clip": clip, "clip_lite": clip_lite, "clip_one": clip}
 _LEARNING_RATES = {

@@ -3,9 +3,7 @@
 hard targets. $FLICKR8K, $CIFAR10 and $TINY_IMAGENET name the folders of the data, and
 $FLICKR8K_TEACHER the file that `python -m clipx.teacher` wrote."""
 
-import clip
-import common
-import protoclip
+from clipx.configs import clip, common, protoclip
 
 _CHANGES = {
     "clip": {},

@@ -7,8 +7,9 @@ left out. `objective.groups=32` gives each 128 rows a queue (128 MiB) and head s
 own, as those runs' 32 GPUs had. Captions are augmented with WordNet; without it a run says so.
 """
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("", "rn50", "88m", "88m_rn50", "small")
 

@@ -2,7 +2,7 @@
 0.2 (constants from Sense-GVT/DeCLIP's experiments): ViT-B/32 on YFCC15M; `:small` for a CPU or a
 small GPU. The weights sum to 1.2, as published."""
 
-import declip
+from clipx.configs import declip
 
 VARIANTS = ("", "small")
 

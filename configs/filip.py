@@ -2,7 +2,7 @@
 ViT-B/32, or `:rn50`, on YFCC15M, padding among the tokens; `:small`, without it, for a CPU or a
 small GPU. `objective.top_k=None` keeps all tokens, as its published runs may have done."""
 
-import declip
+from clipx.configs import declip
 
 VARIANTS = ("", "rn50", "small")
 

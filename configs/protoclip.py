@@ -10,8 +10,9 @@ of 64 rows: with `objective.groups=8` the heads' are; the image tower's are the 
 teacher's file is written by `python -m clipx.teacher`.
 """
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 _CLIP = ("clip", "clip_1gpu", "clip_original", "clip_1gpu_original")
 VARIANTS = ("", "1gpu", *_CLIP, "small")

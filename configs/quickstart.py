@@ -1,7 +1,8 @@
 """CLIP on drawn shapes: two minutes on two CPU cores, nothing to download."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("",)
 

@@ -1,8 +1,9 @@
 """SigLIP (arXiv 2303.15343): its loss, optimizer and text tower (every token sees every other, and
 the last is read out) at ViT-B/32, or `:rn50`; `:small` and `:medium` for a CPU or a small GPU."""
 
-import common
 from ml_collections import ConfigDict
+
+from clipx.configs import common
 
 VARIANTS = ("", "rn50", "small", "medium")
 

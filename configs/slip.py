@@ -2,9 +2,9 @@
 list of YFCC15M at batch 4,096. As DeCLIP's repository trains it, on its own list: `:declip`
 (ViT-B/32) and `:declip_rn50`. `:small` for a CPU or a small GPU."""
 
-import common
-import declip
 from ml_collections import ConfigDict
+
+from clipx.configs import common, declip
 
 VARIANTS = ("", "declip", "declip_rn50", "small")
 _PAIRS = 14_689_580  # of the list, those that were still to be had

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from clipx.data.base import fingerprint
 from clipx.data.order import chosen, order, share
 from clipx.data.pairs import paired
 from clipx.data.sources.table import Table
-from clipx.errors import ConfigError, DataError
+from clipx.errors import ConfigError, DataError, install_hint
 from clipx.models.heads import next_row
 from clipx.ops import pca
 from clipx.serving import teacher_features, teacher_rows
@@ -278,7 +279,7 @@ def test_missing_weights_are_not_drawn_at_random(roberta, tmp_path):
 
 def test_without_its_packages_a_model_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'clipx\[teacher\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install_hint("teacher"))):
         teacher_features.TextModel("roberta-large", "mask", 4, "")
 
 

@@ -13,25 +13,44 @@ import types
 import warnings
 from typing import Any
 
+from clipx import configs
 from clipx.config.binding import nearest, plain, to_lists
 from clipx.errors import ConfigError
 
 
-def variants(path: str | os.PathLike) -> tuple[str, ...]:
-    """The variants of a config file, "" for one without any."""
-    return tuple(getattr(_module(path), "VARIANTS", ("",)))
+def variants(name: str | os.PathLike) -> tuple[str, ...]:
+    """The variants of a config, "" for one without any. `name` as `find` takes it."""
+    return tuple(getattr(_module(find(name)), "VARIANTS", ("",)))
 
 
-def _module(path: str | os.PathLike) -> types.ModuleType:
+def shipped() -> list[str]:
+    """The names of the configs that come with clipx."""
+    files = configs.FOLDER.glob("*.py")
+    return sorted(f.stem for f in files if "\ndef get_config(" in f.read_text(encoding="utf-8"))
+
+
+def find(name: str | os.PathLike) -> pathlib.Path:
+    """The file of a config. `name` is a path if it ends in .py or has a slash, and else the name of
+    a config that comes with clipx."""
+    text, file = os.fspath(name), pathlib.Path(name)
+    if file.suffix != ".py" and file.name == text:
+        if text in shipped():
+            return configs.FOLDER / f"{text}.py"
+        near = [*shipped(), *(path.name for path in pathlib.Path().glob("*.py"))]
+        expected = f"a file, path.py, or one of {', '.join(shipped())}"
+        raise ConfigError("--config", f"no config named {text!r}", expected, nearest(text, near))
+    if file.is_file() and file.suffix == ".py":
+        return file
+    near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    fix = nearest(str(file), near)
+    if not fix and file.stem in shipped():  # such as configs/clip.py, from another folder
+        fix = f"did you mean {file.stem!r}, which comes with clipx?"
+    found = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
+    raise ConfigError("--config", found.format(text), "a Python file with get_config()", fix)
+
+
+def _module(file: pathlib.Path) -> types.ModuleType:
     """A config file's code, run."""
-    file = pathlib.Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        kind = "{!r}, which is no .py file" if file.is_file() else "no file {!r}"
-        found = kind.format(str(path))
-        raise ConfigError(
-            "--config", found, "a Python file with get_config()", nearest(str(file), near)
-        )
     module = _execute(file)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError("--config", "no get_config", "def get_config(variant='')", file=str(file))
@@ -39,10 +58,11 @@ def _module(path: str | os.PathLike) -> types.ModuleType:
 
 
 def load(spec: str) -> dict[str, Any]:
-    """The plain dict that `get_config` of a config file returns. `spec` is `path.py` or
-    `path.py:variant`."""
-    path, _, variant = spec.partition(":")
-    module = _module(path)
+    """The plain dict that `get_config` of a config returns. `spec` is `NAME` or `NAME:variant`,
+    with a NAME that `find` takes."""
+    name, _, variant = spec.partition(":")
+    file = find(name)
+    module = _module(file)
     variants = getattr(module, "VARIANTS", ("",))
     if variant not in variants:
         raise ConfigError(
@@ -50,14 +70,14 @@ def load(spec: str) -> dict[str, Any]:
             f"variant {variant!r}",
             "one of " + ", ".join(map(repr, variants)),
             nearest(variant, variants),
-            file=path,
+            file=str(file),
         )
-    with _told(pathlib.Path(path)):
+    with _told(file):
         config = module.get_config(variant)
     config = to_lists(plain(config))
     if not isinstance(config, dict):
         found = f"get_config returns {config!r}"
-        raise ConfigError("--config", found, "a ConfigDict or a dict", file=path)
+        raise ConfigError("--config", found, "a ConfigDict or a dict", file=str(file))
     return config
 
 
@@ -75,7 +95,8 @@ def _told(file: pathlib.Path):
 
 
 def _execute(file: pathlib.Path) -> types.ModuleType:
-    """The module of a config file, which may import its neighbours."""
+    """The module of a config file, which may import its neighbours, and `clipx.configs`. What it
+    imports of these is imported anew for the next config, as that may change shared values."""
     spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     before, folder = set(sys.modules), file.parent.absolute()
@@ -85,9 +106,13 @@ def _execute(file: pathlib.Path) -> types.ModuleType:
             spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:  # the next config may have another neighbour
-            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
-                del sys.modules[name]
+        for name in set(sys.modules) - before:
+            package, _, last = name.rpartition(".")
+            if package == configs.__name__:
+                delattr(configs, last)
+            elif getattr(sys.modules[name], "__file__", None) != str(folder / f"{name}.py"):
+                continue
+            del sys.modules[name]
     return module
 
 

@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from clipx.data.base import expand_user
-from clipx.errors import DataError
+from clipx.errors import DataError, optional
 
 THREADS = 32  # for remote files: their time is waiting
 ABSENT = -1  # the size of what is not there
@@ -192,15 +192,12 @@ def _reading(path: str) -> Iterator[Callable[[int, int], bytes]]:
 
 def _filesystem(path: str):
     """fsspec's filesystem for a remote path, and the path in it."""
+    need = f"{path}: reading it needs a package that is not installed"
     try:
-        import fsspec
+        with optional("remote", DataError, need):  # fsspec, or the package for this kind of path
+            import fsspec
 
-        return fsspec.core.url_to_fs(path)
-    except ImportError as error:  # fsspec's, or that of the package for this kind of path
-        raise DataError(
-            f"{path}: reading it needs a package that is not installed ({error}); "
-            "pip install 'clipx[remote]'"
-        ) from None
+            return fsspec.core.url_to_fs(path)
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected gs://, s3://, https:// or a file") from None
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 from clipx.types import Encoded, Metric
 
 ACCURACIES = {  # what `accuracies` finds
@@ -215,5 +215,5 @@ def need_scikit_learn(where: str) -> None:
             where,
             "no scikit-learn in this environment",
             "the library that the protocol is written in",
-            "pip install 'clipx[eval]'",
+            install_hint("eval"),
         )

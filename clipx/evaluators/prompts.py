@@ -15,7 +15,7 @@ import re
 import runpy
 from typing import NamedTuple
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 
 # Lists that are asked for by name, and what open_clip calls them.
 _OPEN_CLIP = {
@@ -130,7 +130,7 @@ def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
             where,
             "no open_clip in this environment",
             "the package that carries OpenAI's ImageNet names and templates",
-            "pip install open_clip_torch, or the extra clipx[interop]",
+            f"pip install open_clip_torch, or {install_hint('interop')}",
         )
     entries = runpy.run_path(str(found))[name]
     return tuple(entry if isinstance(entry, str) else entry("{}") for entry in entries)

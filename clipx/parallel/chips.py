@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 
 
 class Chip(NamedTuple):
@@ -114,7 +114,7 @@ class Topology:
                 f"--topology={self.name}",
                 "no libtpu here",
                 "the TPU's compiler, which needs no TPU",
-                "pip install 'clipx[tpu]'",
+                install_hint("tpu"),
             )
         # no metadata server to ask, no other process's lock to wait for, no host to look for
         for name, value in {

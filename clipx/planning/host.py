@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipx.data.base import Source
-from clipx.errors import BadSample, DataError, RunError
+from clipx.errors import BadSample, DataError, RunError, install_hint
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
 from clipx.parallel.environment import read_metadata
@@ -49,7 +49,7 @@ def check_versions() -> Iterator[Finding]:
         yield Finding(
             "jax",
             f"jax {found['jax']} with jaxlib {found['jaxlib']}",
-            "install both in one command: pip install --upgrade 'clipx[cuda]' (or [tpu])",
+            f"install both in one command: {install_hint('cuda', upgrade=True)} (or [tpu])",
             fatal=False,
         )
 
@@ -69,7 +69,7 @@ def check_drivers() -> Iterator[Finding]:
     gpus = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if gpus is not None:
         (line, count), *others = collections.Counter(gpus.splitlines()).most_common() or [("", 0)]
-        mend = "" if used == "gpu" or wanted == "cpu" else "pip install 'clipx[cuda]'"
+        mend = "" if used == "gpu" or wanted == "cpu" else install_hint("cuda")
         found = f"{count} x {line}" + ("; JAX sees none of them" if mend else "")
         yield Finding("gpu driver", found, mend)
         if others:
@@ -81,7 +81,7 @@ def check_drivers() -> Iterator[Finding]:
     if used == "tpu":
         yield Finding("tpu", f"{jax.local_device_count()} chip(s) on this host")
     elif on_tpu_vm and wanted != "cpu":
-        yield Finding("tpu", "this host has chips; JAX sees none", "pip install 'clipx[tpu]'")
+        yield Finding("tpu", "this host has chips; JAX sees none", install_hint("tpu"))
     if os.path.exists(TPU_LOCK) and used != "tpu" and on_tpu_vm:
         held = _said("fuser", TPU_LOCK)
         mend = f"end process {held}" if held else f"no process has it: sudo rm {TPU_LOCK}"

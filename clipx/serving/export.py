@@ -17,7 +17,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from clipx.errors import ConfigError, MissingLibrary, NotExpressible, NotProven, RunError
+from clipx.errors import (
+    ConfigError,
+    MissingLibrary,
+    NotExpressible,
+    NotProven,
+    RunError,
+    install_hint,
+)
 from clipx.interop import card, formats, libraries, tokenizer, verify
 from clipx.interop.base import Format
 from clipx.interop.model import Model
@@ -245,9 +252,7 @@ class _Job:
 
 
 def _missing(error: Exception) -> ConfigError:
-    return ConfigError(
-        "--format", str(error), "what judges an export", "pip install 'clipx[interop]'"
-    )
+    return ConfigError("--format", str(error), "what judges an export", install_hint("interop"))
 
 
 def _scores_by_cosine(run: Run, state: TrainState, model: Model) -> bool:

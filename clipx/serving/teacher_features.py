@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from clipx.data import row_arrays, verify
 from clipx.data.base import Source, expand_user
-from clipx.errors import BadSample, ConfigError, DataError
+from clipx.errors import BadSample, ConfigError, DataError, install_hint
 
 LENGTH = 77  # tokens of a caption, at most, its marks included
 WORDS = 2048  # the most frequent, which word counts are of
@@ -47,7 +47,7 @@ class TextModel:
         except ImportError:
             raise ConfigError(
                 "--model", f"{name!r}, without the packages transformers and torch", "both",
-                "pip install 'clipx[teacher]', or --model=tfidf",
+                f"{install_hint('teacher')}, or --model=tfidf",
             ) from None  # fmt: skip
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -180,7 +180,7 @@ def word_counts(source: Source, first: bool) -> Tiles:
     except ImportError:
         raise ConfigError(
             "--model", "'tfidf', without scikit-learn", "the library that counts words",
-            "pip install 'clipx[eval]'",
+            install_hint("eval"),
         ) from None  # fmt: skip
     counts: list[int] = []
 

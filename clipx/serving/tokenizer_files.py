@@ -10,7 +10,7 @@ from typing import Any
 
 from clipx.data.text import vocabulary
 from clipx.data.text.tokenizers import Tokenizer
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 from clipx.interop import tokenizer
 from clipx.interop.base import Format
 from clipx.interop.model import Model
@@ -47,7 +47,7 @@ def _merges(saved: Mapping[str, Any]) -> str:
             "config.tokenizer.path",
             "nothing, and instant_clip_tokenizer does not give its merges",
             "a file of CLIP's merges, to write a tokenizer for transformers",
-            "pip install 'clipx[interop]', whose open_clip carries it",
+            f"{install_hint('interop')}, whose open_clip carries it",
         )
     path = pathlib.Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
     return vocabulary.read_merges(str(path), 49408, 2)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from clipx.errors import MetricsError
+from clipx.errors import MetricsError, optional
 from clipx.training.metric_table import HEADLINES, metric, short
 
 FILE = "metrics.jsonl"
@@ -210,11 +210,7 @@ def _strict(value: int | float) -> int | float | str:
 
 
 def _tensorboard_writer(folder: pathlib.Path, step: int):
-    try:
+    need = "TensorBoard is asked for and tensorboardX is not installed"
+    with optional("tensorboard", MetricsError, need):
         import tensorboardX
-    except ImportError:
-        raise MetricsError(
-            "TensorBoard is asked for and tensorboardX is not installed: "
-            "pip install 'clipx[tensorboard]'"
-        ) from None
     return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)

@@ -122,16 +122,9 @@ def flags_of(name: str) -> tuple[dict[str, str], tuple[str, ...]]:
     return found, required
 
 
-def shipped(spec: str) -> str:
-    """`clip:small` as the loader takes it."""
-    name, _, variant = spec.partition(":")
-    path = ROOT / "configs" / f"{name}.py"
-    return f"{path}:{variant}".rstrip(":") if path.exists() else spec
-
-
 def bound(spec: str, overrides) -> None:
     """Raises `ConfigError` for a config that does not bind; nothing is traced or opened."""
-    config = binding.bind(schema.Config, cli.load_config(shipped(spec), overrides))
+    config = binding.bind(schema.Config, cli.load_config(spec, overrides))
     objective, sections = assemble.bind_objective(config)
     data, _ = schema.data_section(config.data)
     checks.check_episodes(config.train, data, objective, sections["objective"]["name"])
@@ -158,9 +151,9 @@ def check_clipx(name: str, words: list[str]) -> None:
     assert set(required) <= set(given) or not words, (required, words)
     for spec in filter(None, given.get("config", "").split(",")):
         if name == "compare":
-            variants = files.variants(shipped(spec))
+            variants = files.variants(spec)
             assert set(filter(None, given.get("variants", "").split(","))) <= {*variants}
-            spec = f"{shipped(spec)}:{variants[0]}"
+            spec = f"{spec}:{variants[0]}"
         bound(spec, overrides)
     for topology in filter(None, given.get("topology", "").split(",")):
         chips.parse(topology)
@@ -320,13 +313,6 @@ def test_the_readme_is_short():
 
 
 @pytest.fixture
-def by_name(monkeypatch):
-    """`files.load("clip:small")` from a checkout."""
-    load = files.load
-    monkeypatch.setattr(files, "load", lambda spec: load(shipped(spec)))
-
-
-@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder that has what the examples name: a run, and two images."""
     monkeypatch.chdir(tmp_path)
@@ -339,7 +325,7 @@ PYTHON = sorted({b.page for b in blocks() if b.kind == "python"})
 
 
 @pytest.mark.parametrize("page", PYTHON)
-def test_python(page, folder, by_name):
+def test_python(page, folder):
     """The blocks of a page, in one namespace. Those that open a run find one, not trained."""
     code = [
         b.code for b in blocks() if (b.page, b.kind, b.title, b.needs) == (page, "python", "", "")
@@ -419,7 +405,4 @@ def test_the_example_of_an_objective_is_the_same_on_a_mesh(written):
 
 
 def test_the_example_of_a_config(written):
-    path = written / "configs" / "max_hinge.py"
-    for name in ("clip.py", "common.py"):
-        (path.parent / name).write_text((ROOT / "configs" / name).read_text())
-    bound(str(path), [])
+    bound(str(written / "configs" / "max_hinge.py"), [])

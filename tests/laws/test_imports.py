@@ -18,7 +18,7 @@ def files_of(folder: str) -> list[str]:
 FILES, TESTS = files_of("clipx"), files_of("tests")
 SOURCES = FILES + TESTS + files_of("configs")
 FLOORS = (
-    ("types", "errors", "config"),
+    ("types", "errors", "config", "configs"),
     ("losses", "models", "ops", "parallel"),
     ("objectives", "data", "evaluators", "interop"),
     ("training",),

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from support.tpu import libtpu
 
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, install_hint
 from clipx.parallel import chips
 from clipx.parallel.chips import chip
 from clipx.parallel.mesh import MeshConfig, make_mesh
@@ -70,7 +70,7 @@ def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="no libtpu") as caught:
         chips.parse("v5e:4x4").devices()
-    assert "clipx[tpu]" in caught.value.fix
+    assert caught.value.fix == install_hint("tpu")
 
 
 @libtpu

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from clipx.errors import MissingLibrary
+from clipx.errors import MissingLibrary, install_hint
 from clipx.interop import libraries
 
 
@@ -16,7 +16,7 @@ def missing(*names) -> str:
             for name in names:
                 libraries.require(name)
         except MissingLibrary as error:
-            return f"{error}: pip install 'clipx[interop]'"
+            return f"{error}: {install_hint('interop')}"
     return ""
 
 

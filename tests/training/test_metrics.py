@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from clipx.config.binding import find
-from clipx.errors import MetricsError
+from clipx.errors import MetricsError, install_hint
 from clipx.evaluators.base import Evaluator
 from clipx.training.clock import Clock
 from clipx.training.metric_table import metric
@@ -181,7 +182,7 @@ def test_killed_in_mid_run_the_file_is_whole(tmp_path):
 
 def test_tensorboard_absent_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(MetricsError, match=r"pip install 'clipx\[tensorboard\]'"):
+    with pytest.raises(MetricsError, match=re.escape(install_hint("tensorboard"))):
         run(tmp_path, 0, 1, tensorboard=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clipx.data.base import Example, Source, expand_user
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, optional
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # best first
 _NO_CAPTION = re.compile(r"(^|[/_])(file|id|key|path|uri|url|license|locale|lang)", re.IGNORECASE)
@@ -84,13 +84,9 @@ class Tfds(Source):
     def _builder(self):
         """What reads the prepared files, built from them alone: the code that made them may need
         TensorFlow, or may not be there."""
-        try:
+        with optional("tfds", DataError, "data source tfds: a package is missing"):
             import tensorflow_datasets as tfds
             from tensorflow_datasets.core import read_only_builder
-        except ImportError as error:
-            raise DataError(
-                f"data source tfds: a package is missing ({error}); pip install 'clipx[tfds]'"
-            ) from None
         folder = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         folder = expand_user(folder)
         try:

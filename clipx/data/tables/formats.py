@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clipx.data.storage import expand, is_remote
-from clipx.errors import DataError
+from clipx.errors import DataError, optional
 
 SEPARATORS = (",", "\t", ";", "|")
 PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -147,13 +147,9 @@ class Parquet:
     unit = "row"
 
     def __init__(self, path: str):
-        try:
+        with optional("parquet", DataError, f"{path}: parquet needs pyarrow"):
             import pyarrow
             import pyarrow.parquet
-        except ImportError:
-            raise DataError(
-                f"{path}: parquet needs pyarrow; pip install 'clipx[parquet]'"
-            ) from None
         self.path, self._parquet, self._error = path, pyarrow.parquet, pyarrow.ArrowException
         with self._open() as file:
             self.columns = list(file.schema_arrow.names)

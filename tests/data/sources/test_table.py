@@ -16,7 +16,7 @@ import pytest
 from clipx.data.base import fingerprint
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, install_hint
 
 HOSTILE = {
     "quotes": 'a "quoted" dog, and a comma',
@@ -443,7 +443,8 @@ def test_damaged_parquet_and_one_without_pyarrow(folder, monkeypatch):
     os.truncate(path, 100)
     assert said(path).startswith("cannot be read as parquet (")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert said(path) == "parquet needs pyarrow; pip install 'clipx[parquet]'"
+    why = "import of pyarrow halted; None in sys.modules"
+    assert said(path) == f"parquet needs pyarrow ({why}); {install_hint('parquet')}"
 
 
 def test_pictures_inside_parquet_are_no_paths(folder):

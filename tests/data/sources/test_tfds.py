@@ -18,7 +18,7 @@ from support.tfds import build
 
 from clipx.data.base import Source, fingerprint
 from clipx.data.sources.tfds import Tfds, _roles
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, install_hint
 
 F = tfds.features
 ROWS = {"train": 9, "test": 2}
@@ -271,7 +271,7 @@ def test_a_package_that_is_not_there_is_named(captions, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     found = message(lambda: Tfds("captioned", "train", data_dir=captions))
     assert found.startswith("data source tfds: a package is missing")
-    assert found.endswith("pip install 'clipx[tfds]'")
+    assert found.endswith(install_hint("tfds"))
 
 
 def test_it_pickles_and_reads_from_many_threads(captions):

@@ -16,7 +16,7 @@ import pytest
 from clipx.data import storage as files
 from clipx.data.base import fingerprint
 from clipx.data.sources.webdataset import WebDataset, index_shards
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, install_hint
 
 NAMES = ("train-000.tar", "train-001.tar", "train-002.tar")
 
@@ -419,7 +419,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch, missing, path):
     monkeypatch.setitem(sys.modules, missing, None)
     found = message(lambda: WebDataset(path))
     assert found.startswith(f"{path}: ") and missing in found
-    assert found.endswith("pip install 'clipx[remote]'")
+    assert found.endswith(install_hint("remote"))
 
 
 def test_a_kind_of_path_that_nobody_knows():
