@@ -138,26 +138,34 @@ def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 
 class Pictures:
-    """Picture files as an evaluator sees them, for protocols that bring folders of their own."""
+    """Images as an evaluator sees them: files, Pillow images or uint8 arrays, without a source."""
 
     def __init__(self, image_size: int):
         self.image_size = image_size
 
     def __call__(
-        self, paths: Sequence[str | os.PathLike], size: int
+        self, images: Sequence[Image.Image | np.ndarray | str | os.PathLike], size: int
     ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        """uint8 pictures in the order of the paths, `size` at a time but for the last, each through
-        the evaluation transform. Raises `DataError` for a file that is not there or no picture."""
+        """uint8 images in the order given, `size` at a time but for the last batch, each through
+        the evaluation transform. An array is one uint8 image, [h, w] or [h, w, 1|3|4]. Raises
+        `DataError` for a file that is missing or holds no image, and for other arrays."""
         with concurrent.futures.ThreadPoolExecutor(min(cores(), 16)) as pool:
-            for start in range(0, len(paths), size):
-                yield np.stack(list(pool.map(self._one, paths[start : start + size])))
+            for start in range(0, len(images), size):
+                yield np.stack(list(pool.map(self._one, images[start : start + size])))
 
     def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
         """Width and height of each file, as it is on disk."""
         return [self._checked(path, header)[:2] for path in paths]
 
-    def _one(self, path) -> UInt8[np.ndarray, "h w 3"]:
-        return self._checked(path, lambda example: evaluation(example, self.image_size))
+    def _one(
+        self, image: Image.Image | np.ndarray | str | os.PathLike
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
+        if isinstance(image, Image.Image):
+            pixels = np.asarray(_rgb(image))
+            return evaluation(Example(pixels, (), 0, "image"), self.image_size)
+        return self._checked(image, lambda example: evaluation(example, self.image_size))
 
     def _checked(self, path, function):
         try:
@@ -167,6 +175,17 @@ class Pictures:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except BadSample as error:
             raise DataError(str(error)) from None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """A Pillow image of a uint8 array [h, w] or [h, w, 1|3|4]; `DataError` for any other."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise DataError(
+            f"an image array of {pixels.dtype} {list(pixels.shape)}, expected uint8 [h, w, 3] "
+            "with values from 0 to 255"
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, label
 from clipx.evaluators.prompts import SETS, check, names, published
 from clipx.types import Encoded, Metric
 
-_TEMPLATES = ("a photo of a {}.",)
+TEMPLATES = ("a photo of a {}.",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ZeroShot(Evaluator):
 
     examples: Examples
     classes: tuple[str, ...] | str = ()
-    templates: tuple[str, ...] | str = _TEMPLATES
+    templates: tuple[str, ...] | str = TEMPLATES
     batch_size: int = 256
     per_class: bool = False
     preset: Literal[*SETS] | None = None
@@ -62,20 +62,13 @@ class ZeroShot(Evaluator):
             raise ConfigError(
                 "zero_shot.lists", repr(self.lists), "a preset that is in that file, or no lists"
             )
-        for template in self._templates():
-            if "{}" not in template:
-                raise ConfigError(
-                    "zero_shot.templates",
-                    repr(template),
-                    "a sentence with {} where the class name goes",
-                    f"for example {template.rstrip('. ') + ' {}.'!r}",
-                )
+        check_templates(self._templates(), "zero_shot.templates")
         self._classes()
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         classes = self._class_names()
         labels = self._labels(len(classes))
-        members = _ensemble(encode.text, classes, self._templates(), self.batch_size)
+        members = ensemble(encode.text, classes, self._templates(), self.batch_size)
         hits, start = [], 0
         for pictures in self.examples.batches(self.batch_size):
             own = labels[start : (start := start + len(pictures))]
@@ -96,7 +89,7 @@ class ZeroShot(Evaluator):
 
     def _templates(self) -> tuple[str, ...]:
         found = ()
-        if self.preset and self.templates == _TEMPLATES:
+        if self.preset and self.templates == TEMPLATES:
             found = published(self.preset, "templates", self.lists, "zero_shot")
         found = found or names(self.templates, "templates", "zero_shot")
         if not found:
@@ -147,13 +140,26 @@ class ZeroShot(Evaluator):
         return labels
 
 
-def _ensemble(
+def check_templates(templates: Sequence[str], where: str) -> None:
+    """Raises `ConfigError` at `where` for a template without {}."""
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(
+                where,
+                repr(template),
+                "a sentence with {} where the class name goes",
+                f"for example {template.rstrip('. ') + ' {}.'!r}",
+            )
+
+
+def ensemble(
     encode: Callable[[Sequence[str]], Encoded],
     classes: Sequence[str],
     templates: Sequence[str],
     size: int,
 ) -> list[Encoded]:
-    """The classes as texts, one `Encoded` per member of the ensemble; scores are averaged."""
+    """The classes as texts, `size` at a time: one `Encoded` for each member of the ensemble, whose
+    scores the caller averages. The rows of an `Encoded` are the classes in their order."""
     members = []
     for template in templates:
         prompts = [template.replace("{}", name) for name in classes]

@@ -128,6 +128,12 @@ class Objective(nn.Module):
         """The score of every picture with every text: the product of unit rows."""
         return jnp.einsum("id,td->it", images.unit, texts.unit, precision=jax.lax.Precision.HIGHEST)
 
+    def similarity_scale(self) -> Float[Array, ""]:
+        """The factor that makes logits of `similarity`: exp(logit_scale) as the loss multiplies by
+        it, or 1 for a method without one."""
+        scale = getattr(self, "logit_scale", None)
+        return jnp.ones(()) if scale is None else jnp.exp(scale)
+
     def __call__(self, batch: Batch, keys: Key[Array, " b"], memory: PyTree) -> Loss:
         """`embed` and `loss` in one: what initialisation traces, so that every parameter exists."""
         return self.loss(self.embed(batch, keys, train=True), memory, train=True)

@@ -197,3 +197,10 @@ class CLIPLite(Objective):
         if isinstance(self.image_text, DotCritic):
             return super().similarity(images, texts)
         return self.image_text.pairs(images.raw, texts.raw)
+
+    def similarity_scale(self):
+        """A dot critic's scale. Other critics give logits: at the optimum of the bound they are the
+        logarithm of p(x, y) / p(x) p(y) (Goodfellow et al. 2014, Proposition 1)."""
+        if isinstance(self.image_text, DotCritic):
+            return jnp.exp(self.image_text.logit_scale)
+        return jnp.ones(())

@@ -242,6 +242,9 @@ class DeCLIP(Objective):
         p1, p2 = (self.predictor(z, train=train) for z in (z1, z2))
         return p1, z1, p2, z2
 
+    def similarity_scale(self):
+        return capped(super().similarity_scale(), self.logit_scale_cap)
+
 
 def capped(scale: Float[Array, ""], cap: float | None) -> Float[Array, ""]:
     """The smaller of both, with the gradient of `scale`."""

@@ -206,6 +206,11 @@ class FILIP(Objective):
             scores = (scores + reverse.T) / 2
         return scores
 
+    def similarity_scale(self):
+        if self.evaluation == "global":
+            return super().similarity_scale()
+        return jnp.exp(self.late_interaction.logit_scale)
+
 
 def hide_words(
     objective: Objective, batch: Batch, keys: Key[Array, " b"]

@@ -77,6 +77,22 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def active_axes() -> tuple[list, dict[str, int]] | None:
+    """Devices and axis sizes of the mesh that `jax.set_mesh` has set; None if none is set. Raises
+    `ConfigError` for axes that clipx does not know."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return None
+    if unknown := set(mesh.shape) - set(AXES):
+        raise ConfigError(
+            "jax.set_mesh",
+            f"axes {', '.join(sorted(unknown))}",
+            f"axes among {', '.join(AXES)}",
+            "set a mesh of these axes, or load outside of jax.set_mesh",
+        )
+    return list(mesh.devices.flat), {"data": 1, **mesh.shape}
+
+
 def _torus(shape: tuple[int, ...], devices: list) -> np.ndarray:
     """TPUs as a grid, slices outermost along `data`: between them is the slow network."""
     from jax.experimental import mesh_utils

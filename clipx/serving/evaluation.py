@@ -158,17 +158,32 @@ def evaluate_file(
     keep at `path`; also written to a file for each eval in `out`, by default `evaluation` beside
     its weights. What differs from clipx's evaluation, such as "preprocessing", must be in `ignore`.
     """
+    run, state = open_foreign(path, evals, ignore)
+    file = pathlib.Path(path).expanduser().absolute()
+    into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
+    return _evaluate(run, state, file, None, into, path)
+
+
+def open_foreign(
+    path: str,
+    evals: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    *,
+    devices: Sequence[Any] | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> tuple[OpenRun, TrainState]:
+    """A run that can only evaluate, and its state, of the model that open_clip or transformers keep
+    at `path`. ignore: as `config.init_ignore`; devices, mesh: as for `restore`."""
     model, tokenizer = pretrained.open_model(path)
-    devices = len(jax.devices())
+    rows = len(jax.devices() if devices is None else devices)
     config = pretrained.sections(path, model, tokenizer) | {
         "data": {"source": "shapes"},  # not opened: nothing is trained
-        "train": {"batch_size": devices, "total_steps": 1},
-        "optimizer": {"freeze": [""]},  # all of it, so that it has no moments
+        "train": {"batch_size": rows, "total_steps": 1},
+        "optimizer": {"freeze": [""]},  # a frozen optimizer keeps no moments
         "evals": evals,
         "init_from": path,
         "init_ignore": list(ignore),
+        "mesh": dict(mesh or {}),
     }
-    run = with_data(assemble(config), devices, tokenizer)
-    file = pathlib.Path(path).expanduser().absolute()
-    into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
-    return _evaluate(run, init(run), file, None, into, path)
+    run = with_data(assemble(config, devices), rows, tokenizer)
+    return run, init(run)

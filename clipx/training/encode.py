@@ -31,7 +31,12 @@ class Encode:
         mesh: meshes.Mesh,
         tokenizer: Tokenizer,
         interrupted: Callable[[], bool] = lambda: False,
+        *,
+        rows: int | None = None,
     ):
+        """rows: pad every call to a multiple of so many rows, so that one program serves all sizes;
+        None: up to 256 rows are padded to the devices alone, and each size has its own program."""
+        self._rows = rows
         self._objective, self._variables, self._mesh = objective, variables, mesh
         self._tokenizer, self._interrupted = tokenizer, interrupted
 
@@ -55,7 +60,8 @@ class Encode:
 
     def _encode(self, method: str, rows: np.ndarray, fields) -> Encoded:
         fields = tuple(fields) or self._objective.compares
-        return self._by_chunks(functools.partial(_encode_rows, method, fields), self.chunk, rows)
+        function = functools.partial(_encode_rows, method, fields)
+        return self._by_chunks(function, self._rows or self.chunk, rows)
 
     def _by_chunks(self, function: Callable, chunk: int, *arrays: np.ndarray) -> PyTree:
         """The rows that `function` makes of the arrays' rows, `chunk` at a time."""
@@ -65,8 +71,8 @@ class Encode:
         for start in range(0, rows, whole):
             if self._interrupted():
                 raise Interrupted
-            # Few rows are padded to the devices alone, many to the one shape that is compiled.
-            size = whole if rows > whole else -(-rows // devices) * devices
+            fixed = self._rows is not None or rows > whole
+            size = whole if fixed else -(-rows // devices) * devices
             parts = [_padded(x[start : start + whole], size) for x in arrays]
             with jax.set_mesh(self._mesh):
                 done = function(

@@ -152,11 +152,15 @@ class OpenRun(Run):
         return self.rows // self.batch_size
 
     def encode(
-        self, state: TrainState, *, interrupted: Callable[[], bool] = lambda: False
+        self,
+        state: TrainState,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        rows: int | None = None,
     ) -> Encode:
-        """Both towers at the state's parameters, for evaluators."""
+        """Both towers at the state's parameters, for evaluators. rows: as for `Encode`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted)
+        return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted, rows=rows)
 
 
 @functools.lru_cache(maxsize=4)  # alike for any number of micro-batches, which are tried in turn
@@ -248,17 +252,21 @@ def restore(
     *,
     config: Mapping | None = None,
     devices=None,
+    mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
     """The run of a workdir and its state at a step: a number, `latest` or `best`.
 
-    `config` stands in for the workdir's own, with other evals, say; the towers must be the same.
-    The mesh is one of all `devices`, whatever the run was trained on.
+    config: replaces the workdir's own config, for example with other evals; towers must be equal.
+    devices: default all. mesh: sizes of the mesh axes as in `config.mesh`; default: all devices
+    along `data`. Both may differ from what the run was trained on: no step is taken.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     own = read_json(folder / "config.json")
     base = own if config is None else config
-    train = {**base["train"], "microbatches": 1}  # no step is taken
-    run = assemble({**base, "mesh": {}, "train": train}, devices)
+    count = jax.device_count() if devices is None else len(devices)
+    batch = -(-base["train"]["batch_size"] // count) * count  # which any mesh divides
+    train = {**base["train"], "microbatches": 1, "batch_size": batch}
+    run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
     checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=own["train"]["best"])
     found = checkpoints.step(step)
     saved = checkpoints.restore_run(found)
