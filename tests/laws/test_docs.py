@@ -23,7 +23,6 @@ from PIL import Image
 from support import ROOT, exports, laws
 from support.runs import small
 
-import clipx
 from clipx import cli, dataset
 from clipx.config import binding, files
 from clipx.data.base import Source
@@ -330,8 +329,6 @@ def test_python(page, folder):
     code = [
         b.code for b in blocks() if (b.page, b.kind, b.title, b.needs) == (page, "python", "", "")
     ]
-    if not hasattr(clipx, "load"):
-        code = [part for part in code if "clipx.load" not in part]
     if any("runs/quickstart" in part for part in code):
         config = small(("train.best", ""))
         exports.save(folder / "runs" / "quickstart", config, devices=jax.devices()[:1])
