@@ -44,7 +44,8 @@ DEFAULT_RULES = (
 def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     """The index of the rule that claims each parameter, in the shape of `params`.
 
-    Raises `ConfigError` for a parameter that no rule claims and a rule that claims none.
+    Raises `ConfigError` for a parameter that no rule claims and a rule that claims none, but for
+    the default rules: an objective need not have a logit scale.
     """
     compiled = []
     for i, rule in enumerate(rules):
@@ -66,6 +67,8 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
         )
 
     claims = jax.tree_util.tree_map_with_path(first, params)
+    if rules == DEFAULT_RULES:
+        return claims
     unused = set(range(len(rules))) - set(jax.tree.leaves(claims))
     for i in sorted(unused):
         matched = [p for p in paths if compiled[i].search(p)]
