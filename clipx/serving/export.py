@@ -195,6 +195,7 @@ class _Job:
         saved = checkpoints.restore_run(step)
         checkpoints.close()
         image, text = run.complete["image"], run.complete["text"]
+        layers = f" of {text['depth']} layers" if "depth" in text else ""
         arrays = self.model.flat.items()
         count = sum(x.size for name, x in arrays if name.startswith("params/"))
         return card.Facts(
@@ -204,7 +205,7 @@ class _Job:
             method=run.complete["objective"]["name"],
             license=self.options.license,
             towers=f"{image.get('variant', image['name'])} at {image['image_size']} px and "
-            f"{text['name']} of {text['depth']} layers, {count:,} parameters",
+            f"{text['name']}{layers}, {count:,} parameters",
             data=f"{run.rows:,} rows of `{run.complete['data']['source']}`, fingerprint "
             f"`{saved['fingerprint']}`",
             seen=f"{step * run.batch_size:,} ({step:,} steps at batch {run.batch_size:,})",

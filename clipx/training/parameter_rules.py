@@ -49,7 +49,7 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     """The index of the first rule that matches each parameter, in the structure of `params`.
 
     Raises `ConfigError` for a parameter that no rule matches, and for a rule that is the first for
-    no parameter.
+    no parameter. The default rules may have such a rule: an objective need not have a logit scale.
     """
     compiled = []
     for i, rule in enumerate(rules):
@@ -74,6 +74,8 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
         )
 
     claims = jax.tree_util.tree_map_with_path(first, params)
+    if rules == DEFAULT_RULES:
+        return claims
     unused = set(range(len(rules))) - set(jax.tree.leaves(claims))
     for i in sorted(unused):
         matched = [p for p in paths if compiled[i].search(p)]

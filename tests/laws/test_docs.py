@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import json
 import pathlib
 import pkgutil
 import re
@@ -29,14 +28,14 @@ from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError
-from clipx.interop import formats, verify
+from clipx.interop import formats
 from clipx.models.layers import Tower
 from clipx.objectives.base import Objective
 from clipx.parallel import chips
 from clipx.parallel.mesh import MeshConfig
 from clipx.serving import evaluation
-from clipx.serving.tokenizer_files import tokenizer_files
-from clipx.training import assemble, checks, pretrained, schema
+from clipx.serving.export import Options, export
+from clipx.training import assemble, checks, schema
 from clipx.training.optimizer import OptimizerConfig
 from clipx.training.session import open_session
 
@@ -368,25 +367,16 @@ def test_the_examples_of_extend_work_together(written, monkeypatch):
         "data": source,
         "evals": {"alignment": {"data": source}},
     }
-    bias = {"pattern": "(^|/)(bias|scale|class_embedding)$", "weight_decay": 0.0}
-    config["optimizer"]["rules"] = [bias, {"pattern": ".*"}]
     config["tokenizer"] |= {"vocab_size": 40}
     session = open_session(config, str(written / "run"), jax.devices()[:1])
-    state, finished = session.train()
+    _, finished = session.train()
     assert finished
     last = (written / "run" / "metrics.jsonl").read_text()
     assert '"alignment/alignment"' in last and '"loss/chance": 0.6' in last
     flat = importlib.import_module("clipx.interop.flat").Flat()
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, flat))
-    assert formats.named("flat") is flat
-    model, _ = pretrained.split(session.run.objective, session.run.tokenizer, state)
-    out = written / "flat"
-    out.mkdir()
-    arrays = flat.write(model, out, str(out))
-    for name, text in tokenizer_files(flat, model, session.run.tokenizer).items():
-        (out / name).write_text(text)
-    assert flat.names(arrays) and flat.describes(json.loads((out / flat.config).read_text()))
-    verify.prove(flat, out, model, session.run.tokenizer)
+    done = export(written / "run", Options("flat", written / "flat", verify=True))
+    assert done.proof is not None and (written / "flat" / "README.md").exists()
 
 
 VARIANT = "max_hinge:margin=0.3"  # of an objective: on towers that compile in no time

@@ -375,6 +375,13 @@ def test_default_rules():
     assert kept == set(params) - decayed
 
 
+def test_default_rules_need_no_logit_scale():
+    params = {"kernel": np.ones(2, np.float32)}
+    assert claim(OptimizerConfig().rules, params) == {"kernel": 2}
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        claim((Rule("logit_scale"), Rule(".*")), params)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_mu_dtype(name):
     def dtypes(mu_dtype):
