@@ -1,6 +1,7 @@
 """`clipx.load`: one model for workdirs, checkpoints and other libraries' folders, from images and
 strings to arrays."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -210,6 +211,22 @@ def test_a_checkpoint_an_export_and_a_mesh_are_the_same_model(workdir, images, t
         np.testing.assert_allclose(same[-1].similarity(images, TEXTS), expected, atol=1e-5)
     for model in same:
         np.testing.assert_allclose(model.similarity(images, TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["workdir", "open_clip"])
+def test_the_lines_of_the_readme(kind, workdir, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = workdir("clip")
+    if kind == "open_clip":
+        export(path, Options("open_clip", tmp_path / "open_clip", verify=False))
+        path = tmp_path / "open_clip"
+    *lines, last = code.replace("runs/quickstart", str(path)).strip().splitlines()
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec("\n".join(lines), names)
+    chances = eval(last, names)
+    assert chances.shape == (1, 3) and str(path) in "\n".join(lines)
+    np.testing.assert_allclose(chances.sum(), 1, rtol=1e-5)
 
 
 def test_what_cannot_be_is_refused(workdir, images, tmp_path):
