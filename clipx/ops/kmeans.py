@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
@@ -61,13 +62,13 @@ class KMeans(NamedTuple):
 
 
 def fit(
-    x: Float[Array, "n d"],
+    x: Float[Array | np.ndarray, "n d"],
     k: int,
     *,
     key: Array,
     iterations: int = 20,
     restarts: int = 1,
-    init: Literal["random_rows", "kmeans++"] | Float[Array, "k d"] = "random_rows",
+    init: Literal["random_rows", "kmeans++"] | Float[Array | np.ndarray, "k d"] = "random_rows",
     spherical: bool = False,
     chunk: int | None = None,
     progress: Progress = False,
@@ -108,14 +109,14 @@ def fit(
 
 
 def _check(
-    x: Array,
+    x: Array | np.ndarray,
     k: int,
     iterations: int,
     restarts: int,
-    init: Literal["random_rows", "kmeans++"] | Array,
+    init: Literal["random_rows", "kmeans++"] | Array | np.ndarray,
     spherical: bool,
     chunk: int | None,
-) -> tuple[Plan, Init, Array | None]:
+) -> tuple[Plan, Init, Array | np.ndarray | None]:
     """(the plan, the kind of `init`, given centroids or None); `ConfigError` for bad arguments."""
 
     def wrong(what: str, found: object, expected: str, fix: str = "") -> ConfigError:
@@ -191,12 +192,11 @@ def start_centroids(
     if init == "given":
         assert given is not None
         return unit(given.astype(jnp.float32)) if plan.spherical else given.astype(jnp.float32)
+    specs = ("rows", "replicated"), ("replicated",)
     if init == "kmeans++":
-        return _spread(partial(_plus_plus, plan), ("rows", "replicated"), ("replicated",))(
-            rows, key
-        )[0]
+        return _spread(partial(_plus_plus, plan), *specs)(rows, key)[0]
     chosen = jax.random.choice(key, plan.n, (plan.k,), replace=False).astype(jnp.int32)
-    return _spread(_take, ("rows", "replicated"), ("replicated",))(rows, chosen)[0]
+    return _spread(_take, *specs)(rows, chosen)[0]
 
 
 def _take(axes: Axes, rows: Array, chosen: Array) -> tuple[Array]:
@@ -320,8 +320,8 @@ def _fit_from_host(
     init: Init,
     iterations: int,
     restarts: int,
-    x: Array,
-    given: Array | None,
+    x: Array | np.ndarray,
+    given: Array | np.ndarray | None,
     key: Array,
     progress: Progress,
 ) -> KMeans:
