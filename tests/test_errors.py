@@ -40,8 +40,9 @@ COPY = Installed({"url": "file:///home/me/clipx", "dir_info": {}})  # `pip insta
 
 @pytest.fixture
 def pip(monkeypatch):
-    """`pip` on the PATH is this Python's."""
+    """This Python has pip, which is the one on the PATH."""
     found = str(pathlib.Path(sys.executable).with_name("pip"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: found)
 
 
