@@ -75,7 +75,7 @@ setup(
         ],
         "teacher": ["torch>=2.6", "transformers>=5.0"],
         "test": TESTED,
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.12"],
         "dev": [
             *(*TESTED, "beartype>=0.18", "pytest-split>=0.10"),
             *("basedpyright>=1.29", "pre-commit>=4", "ruff>=0.12"),

@@ -44,13 +44,14 @@ class Model:
     shorter side is resized (bicubic), the centre is cut out. Texts are one string or a list of
     strings, cut to the tokenizer's context.
 
-    Every call is padded to `batch_size` rows a device program, so a loop over calls of different
-    sizes compiles each tower once. A model compiled for one device count is not reused for another.
+    Every call is padded to batches of `batch_size` rows, so a loop over calls of different sizes
+    compiles each tower once.
 
     Attributes:
         config: the run's complete config, as config.json has it.
         tokenizer: `tokenizer(strings)` gives int32 ids [n, context].
-        objective, variables: the Linen module and its {"params", "batch_stats"}, to look inside.
+        objective: the Linen module of the method.
+        variables: its {"params", "batch_stats"}.
         step: the training step of the weights; None for weights of another library.
         inner_product: whether `similarity` is the inner product of `encode_image` and
             `encode_text`. False for FILIP's tokens and for CLIP-Lite's critics other than "dot".
@@ -223,16 +224,19 @@ def load(
     """The trained model at `path`: a workdir, one of its checkpoints (`workdir/checkpoints/600`),
     or a folder or file of open_clip's or Hugging Face's CLIP or SigLIP.
 
-    step: of a workdir: a number, "latest" or "best"; default: the best if the run chose one by
-        `train.best`, else the latest.
-    init_ignore: differences between another library's model and clipx to accept, as in
-        `config.init_ignore`; the error that refuses a model lists them.
-    batch_size: rows that each device program takes; smaller calls are padded to it. 1 answers a
-        single query fastest; hundreds encode a collection fastest.
-    devices, mesh: default: all devices along `data`, or the mesh of an enclosing
-        `jax.set_mesh(...)`. mesh: axis sizes as in `config.mesh`; {"fsdp": 4} splits parameters.
-
     Raises `ConfigError` for a path that holds no model, or one that clipx cannot express.
+
+    Args:
+        path: the workdir, checkpoint, folder or file.
+        step: the checkpoint of a workdir: a number, "latest" or "best". Default: the best if the
+            run chose one by `train.best`, else the latest.
+        init_ignore: differences between another library's model and clipx to accept, as in
+            `config.init_ignore`. The error that refuses a model lists them.
+        batch_size: rows that each device program takes; smaller calls are padded to it. 1 answers
+            a single query fastest, hundreds encode a collection fastest.
+        devices: the devices to use. Default: those of an enclosing `jax.set_mesh(...)`, else all.
+        mesh: axis sizes as in `config.mesh`; `{"fsdp": 4}` splits parameters over 4 devices.
+            Default: those of an enclosing `jax.set_mesh(...)`, else data-parallel.
     """
     if devices is None and mesh is None and (active := meshes.active_axes()):
         devices, mesh = active
