@@ -248,6 +248,9 @@ ON_WORKERS = {
     "hostname": '#!/bin/bash\necho "t1v-n-abc-w-$WORKER"\n',
     "sudo": '#!/bin/bash\nexec "$@"\n',
     "fuser": '#!/bin/bash\ncat "$HOME/owner" 2>/dev/null\n',
+    # what the scripts wait for has happened: they look more often, and do not wait as long
+    "tail": f'#!/bin/bash\nexec {shutil.which("tail")} "${{@/interval=0.5/interval=0.05}}"\n',
+    "sleep": f'#!/bin/bash\nexec {shutil.which("sleep")} 0.05\n',
     "python3": "#!/bin/bash\nmkdir -p $HOME/clipx-env/bin\ncp $FAKE/python $HOME/clipx-env/bin/\n",
 }
 # each start ends with the next of the worker's codes; "134 PREEMPTED": and the TPU is that
