@@ -44,7 +44,7 @@ def execute(workdir: str = "") -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.interop  # CI runs it in the second step, because the last cell needs open_clip
+@pytest.mark.interop  # the last cell needs open_clip
 def test_its_cells_run_on_a_workdir(tmp_path):
     execute(str(save(tmp_path / "run", small(CLASS, ("train.best", "")))))
 

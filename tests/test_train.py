@@ -57,7 +57,7 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     assert again == same
 
 
-def test_sigterm_saves_and_half_the_devices_go_on(whole, tmp_path, capsys):
+def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
     """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
     process = start(tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
@@ -68,9 +68,9 @@ def test_sigterm_saves_and_half_the_devices_go_on(whole, tmp_path, capsys):
     assert 0 < saved < 12
     assert f"saved step {saved}" in out
     capsys.readouterr()
-    assert train(small(), str(tmp_path), jax.devices()[:4]) == 0
+    assert train(small(), str(tmp_path), jax.devices()[:1]) == 0
     out = capsys.readouterr().out
-    assert "on 4 x cpu" in out and f"continuing from step {saved}" in out
+    assert "on 1 x cpu" in out and f"continuing from step {saved}" in out
     for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
 

@@ -51,7 +51,7 @@ FIELDS = {  # fields that make a method tiny and turn all of its terms on
 # them. Without them a softplus in float64 is accurate only to 1e-9, and a value in two results is
 # rounded twice.
 EXACT = {"xla_cpu_use_fusion_emitters": True} if "emitters" in os.environ["XLA_FLAGS"] else {}
-LINEAR = {"declip", "filip", "protoclip", "slip"}  # methods with many passes through the towers
+TRANSFORMERS = {"clip"}  # tested with attention in the towers: the others call towers alike
 
 
 class Linear(Tower):
@@ -76,12 +76,13 @@ class Linear(Tower):
 
 @functools.cache
 def objective(name: str, dtype: str = "float32", dropout: float = 0.1) -> Objective:
-    """A method by the name of its file, or a variant such as `clip_lite:critic=concat`. Variants
-    have linear towers, because the method itself is tested with real ones."""
-    name, _, variant = name.partition(":")
+    """A method by the name of its file, or a variant such as `clip_lite:critic=concat`. The towers
+    are linear, except CLIP's own and those of names such as `siglip+towers`."""
+    base, _, variant = name.partition(":")
+    name, plus, _ = base.partition("+")
     cls, fields = find("objectives", name, Objective), dict(FIELDS.get(name, {}))
     towers = {"embed_dim": 8, "dtype": dtype, "dropout": dropout}
-    if variant or name in LINEAR:
+    if variant or not (plus or name in TRANSFORMERS):
         image, text = Linear(**towers), Linear(**towers)
         for part in filter(None, variant.split(",")):
             key, _, value = part.partition("=")
@@ -129,7 +130,7 @@ def variables(name: str):
     def init(batch):
         return module.init(jax.random.key(0), batch, keys, module.init_memory())
 
-    if ":" not in name:
+    if not isinstance(module.image, Linear):
         return jax.tree.map(np.asarray, jax.jit(init)(batch(module)))
     rng = np.random.default_rng(0)  # compiles nothing
     shapes = jax.eval_shape(init, batch(module))
@@ -164,6 +165,14 @@ def _step(name: str, dtype: str, microbatches: int, rows: int):
 
     options = EXACT if dtype == "float64" else None
     return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=options)
+
+
+def memory_after(name: str):
+    """The memory that a step leaves, as shapes and dtypes."""
+    state, data = variables(name), batch(objective(name))
+    step = _step(name, "float32", 1, len(data.row))
+    (_, loss), _ = jax.eval_shape(step, state["params"], state.get("batch_stats", {}), data)
+    return loss.memory
 
 
 def value_and_grads(
