@@ -7,14 +7,22 @@ the shared embedding, c the width of one tower.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 
 PyTree = Any
+if TYPE_CHECKING:
+    Array = jax.Array
+    Scalar = Float[Array, ""] | float
+else:  # functions of arrays take NumPy's too
+    Array = jax.Array | np.ndarray
+    Scalar = Float[Array, ""] | float | int | np.floating
+
 Device = Any  # jax.Device, which type checkers cannot resolve
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
 

@@ -91,7 +91,7 @@ def test_components_are_those_of_the_whole_and_have_one_sign():
     [
         (drawn(5), 5, "5 components of 5 rows"),
         (drawn(), 13, "13 components of 200 rows of 12 numbers"),
-        (np.ones((9, 3), np.float32), 2, "all the same"),
+        (np.ones((9, 3), np.float32), 2, "9 identical rows"),
     ],
 )
 def test_components_that_cannot_be(x, d, said):

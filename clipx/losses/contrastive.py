@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from clipx.losses import ring
 from clipx.losses.forms import Form, pick_form
@@ -40,7 +40,7 @@ from clipx.losses.pairwise import (
 )
 from clipx.losses.reductions import LARGEST, LOG_SUM_EXP, SUM_SOFTPLUS, Reduction
 from clipx.losses.tiles import Axes, gather, row_numbers, spread, tiles
-from clipx.types import PyTree
+from clipx.types import Array, PyTree, Scalar
 
 Scalars = tuple[Array, ...]  # (scale,) or (scale, bias)
 
@@ -49,7 +49,7 @@ def info_nce(
     a: Float[Array, "b d"],
     b: Float[Array, "b d"],
     *,
-    scale: Float[Array, ""] | float,
+    scale: Scalar,
     symmetric: bool = True,
     ids: Int[Array, " b"] | None = None,
     groups: int = 1,
@@ -88,8 +88,8 @@ def sigmoid(
     a: Float[Array, "b d"],
     b: Float[Array, "b d"],
     *,
-    scale: Float[Array, ""] | float,
-    bias: Float[Array, ""] | float,
+    scale: Scalar,
+    bias: Scalar,
     ids: Int[Array, " b"] | None = None,
     groups: int = 1,
     chunk: int | None = None,
@@ -121,7 +121,7 @@ def nt_xent(
     a: Float[Array, "b d"],
     b: Float[Array, "b d"],
     *,
-    temperature: float = 0.1,
+    temperature: Scalar = 0.1,
     groups: int = 1,
     chunk: int | None = None,
     form: Form | None = None,

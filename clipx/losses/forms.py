@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 
 from clipx.losses.tiles import size
-from clipx.types import batch_axes
+from clipx.types import Array, batch_axes
 
 Form = Literal["gather", "assembly", "ring"]
 
 
-def pick_form(form: Form | None, visitors: jax.Array | jax.ShapeDtypeStruct) -> Form:
+def pick_form(form: str | None, visitors: Array | jax.ShapeDtypeStruct) -> Form:
     """`form`, or for None the form that suits rows like `visitors` on the current mesh.
 
     Raises `ValueError` for an unknown form. The choice rests on these estimates of the TPU compiler
@@ -31,7 +31,7 @@ def pick_form(form: Form | None, visitors: jax.Array | jax.ShapeDtypeStruct) -> 
     if form is not None:
         if form not in get_args(Form):
             raise ValueError(f"form={form!r}: expected one of {get_args(Form)}, or None")
-        return form
+        return cast(Form, form)
     devices, elements = size(batch_axes()), visitors.size
     if elements < 2**23 or (devices == 1 and elements <= 2**24):
         return "gather"

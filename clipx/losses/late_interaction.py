@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from clipx.losses import ring
 from clipx.losses.forms import Form, pick_form
@@ -23,7 +23,7 @@ from clipx.losses.pairwise import (
 )
 from clipx.losses.reductions import LOG_SUM_EXP
 from clipx.losses.tiles import Axes, gather, row_numbers, spread, tiles
-from clipx.types import PyTree
+from clipx.types import Array, PyTree, Scalar
 
 
 def _scores(
@@ -101,7 +101,7 @@ def late_interaction(
     a: Float[Array, "b n d"],
     b: Float[Array, "b m d"],
     *,
-    scale: Float[Array, ""] | float,
+    scale: Scalar,
     top_k: int | None = 16,
     a_mask: Bool[Array, "b n"] | None = None,
     b_mask: Bool[Array, "b m"] | None = None,

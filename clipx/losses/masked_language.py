@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Int32, Key
+from jaxtyping import Bool, Float, Int, Int32, Key
 
 from clipx.losses.tiles import Axes, spread
-from clipx.types import PyTree
+from clipx.types import Array, PyTree
 
 _TILE = 2**24  # logits of one tile when `chunk` is None: 64 MiB of float32
 
 
 def mask_tokens(
     tokens: Int[Array, "*b n"],
-    key: Key[Array, "*b"],
+    key: Key[Array, "*b"] | Key[Array, ""],
     *,
     vocab_size: int,
     mask_id: int,

@@ -7,11 +7,11 @@ import math
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from clipx.losses.pairwise import product, wide
 from clipx.losses.tiles import Axes, first_row, spread, tiles
-from clipx.types import PyTree, batch_axes
+from clipx.types import Array, PyTree, batch_axes
 
 
 def nearest(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from clipx.types import PyTree
+from clipx.types import Array, PyTree
 
 NEVER = -1e30  # a masked logit: finite, so that no gradient is NaN
 
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     constants: PyTree = ()
 
 
-def group_size(a: Float[Array, "b d"], b: Float[Array, "b d"], groups: int) -> int | None:
+def group_size(a: Float[Array, "a d"], b: Float[Array, "b e"], groups: int) -> int | None:
     """The number of rows per group; None for one group.
 
     Raises `ValueError` if a and b differ in shape, or if `groups` does not divide the rows.

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from clipx.losses import ring
 from clipx.losses.forms import pick_form
 from clipx.losses.pairwise import NEVER, Rows, product, wide
 from clipx.losses.reductions import LOG_SUM_EXP
 from clipx.losses.tiles import size
-from clipx.types import batch_axes, constrain_rows
+from clipx.types import Array, Scalar, batch_axes, constrain_rows
 
 
 @partial(jax.jit, static_argnames="k")
@@ -68,7 +68,10 @@ def back_translate(
 
 
 def targets(
-    prototypes: Float[Array, "k e"], labels: Int[Array, " b"], *, temperature: float
+    prototypes: Float[Array, "k e"],
+    labels: Int[Array, " b"],
+    *,
+    temperature: Scalar,
 ) -> Float[Array, "b k"]:
     """The target distribution of each row over the prototypes, from its label alone.
 
@@ -92,7 +95,7 @@ def prototypical(
     prototypes: Float[Array, "k d"],
     targets: Float[Array, "b k"] | Int[Array, " b"],
     *,
-    scale: Float[Array, ""] | float,
+    scale: Scalar,
     form: Literal["gather", "ring"] | None = None,
 ) -> Float[Array, " b"]:
     """Cross-entropy of each row's choice among the prototypes, against its target, in nats.
@@ -124,7 +127,7 @@ def _ring(
     student: Array,
     table: Array,
     targets: Array,
-    scale: Float[Array, ""] | float,
+    scale: Scalar,
     hard: bool,
 ) -> Array:
     """-Σ t·(l - lse), computed as lse·Σ t - scale·student·(Σ t·prototype); the last sum is

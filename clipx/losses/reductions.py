@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from clipx.losses.pairwise import NEVER
 from clipx.losses.tiles import Axes
+from clipx.types import Array
 
 
 class Reduction(NamedTuple):

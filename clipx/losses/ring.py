@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from clipx.losses.pairwise import NEVER, Rows, narrow, narrow_product, wide
 from clipx.losses.reductions import LARGEST, Reduction
 from clipx.losses.tiles import Axes, check_spread, gather, scan, size, split
-from clipx.types import PyTree, batch_axes
+from clipx.types import Array, PyTree, batch_axes
 
 TILES = 2**18, 2**22  # elements of a tile when `chunk` is None, at least and at most
 

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
-from clipx.types import PyTree, batch_axes
+from clipx.types import Array, PyTree, batch_axes
 
 TILE = 2**22  # elements of one tile when `chunk` is None: 16 MiB of float32
 Axes = tuple[str, ...]  # mesh axes over which rows are sharded; () on one device

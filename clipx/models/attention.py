@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from clipx.types import batch_axes
+from clipx.types import Array, batch_axes
 
 _NEVER = -1e30  # a masked score: finite, so that no difference is NaN
 _ROOM = 12 * 2**20  # bytes of vector memory for blocks and scores; the default limit is 16 MiB

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Bool, Float, Int32, Key
 
 from clipx.errors import ConfigError
 from clipx.models.layers import (
@@ -24,7 +24,7 @@ from clipx.models.layers import (
     reduction_dtype,
     text_lengths,
 )
-from clipx.types import Encoded, PyTree, constrain_rows
+from clipx.types import Array, Encoded, PyTree, constrain_rows
 
 _EPS = 1e-12
 _normal = initializers.normal(0.02)

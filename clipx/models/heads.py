@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Float, Shaped
 
 from clipx.errors import ConfigError
 from clipx.models.layers import (
@@ -25,7 +25,7 @@ from clipx.models.layers import (
     unit,
     wide,
 )
-from clipx.types import constrain_rows
+from clipx.types import Array, constrain_rows
 
 _TILE = 2**22  # hidden units of one tile of pairs: 16 MiB of float32
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Int32, Key
+from jaxtyping import Bool, Float, Int, Int32, Key
 
 from clipx.errors import ConfigError
 from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
-from clipx.types import Encoded, PyTree
+from clipx.types import Array, Encoded, PyTree
 
 # "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
 # approximation, which big_vision's SigLIP and JAX's default use

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 
 from clipx.models.layers import (
     BatchNorm,
@@ -22,7 +22,7 @@ from clipx.models.layers import (
     torch_bias,
     torch_uniform,
 )
-from clipx.types import Encoded, constrain_rows
+from clipx.types import Array, Encoded, constrain_rows
 
 # Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4: blocks per stage, stem width
 MODIFIED = {

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Array, Int32, Key
+from jaxtyping import Int32, Key
 
 from clipx.models.layers import (
     Activation,
@@ -20,7 +20,7 @@ from clipx.models.layers import (
     text_lengths,
 )
 from clipx.models.transformer import Transformer
-from clipx.types import Encoded
+from clipx.types import Array, Encoded
 
 
 class TextTransformer(Tower):

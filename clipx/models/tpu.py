@@ -11,7 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from clipx.types import Array
 
 # Names for remat policies. STATISTICS: a norm's two numbers per token, which every policy saves.
 # ATTENDED: the output of the attention kernel, which a policy saves if it saves weight products.

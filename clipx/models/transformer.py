@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, drop, torch_uniform
 from clipx.models.tpu import ATTENDED, STATISTICS, on_tpu
-from clipx.types import PyTree, constrain_rows
+from clipx.types import Array, PyTree, constrain_rows
 
 
 class SelfAttention(nn.Module):

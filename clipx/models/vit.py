@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 
 from clipx.models.layers import (
     MLP,
@@ -25,7 +25,7 @@ from clipx.models.layers import (
     torch_uniform,
 )
 from clipx.models.transformer import Transformer
-from clipx.types import Encoded
+from clipx.types import Array, Encoded
 
 # Zhai et al. 2022 (arXiv:2106.04560), table 2: width, depth, heads, MLP width. "bigG" is
 # open_clip's name for G.

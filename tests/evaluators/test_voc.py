@@ -170,5 +170,5 @@ def test_config_errors_come_before_any_file_is_read(key, value):
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="clipx\\[eval\\]"):
+    with pytest.raises(ConfigError, match=r"\[eval\]"):
         bind(Voc, {"path": "no/such"}, pictures=None)

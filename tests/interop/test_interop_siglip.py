@@ -173,7 +173,9 @@ def test_an_export_is_such_a_folder(workdir, tmp_path):
         found = jax.tree.map(np.asarray, state.params[name])
         jax.tree.map(np.testing.assert_array_equal, found, model.params[name])
     for key, value in (("marks", "both"), ("cleaning", "clip")):
-        with pytest.raises(ConfigError, match=f"tokenizer.{key}: '(end|siglip)', and '{value}'"):
+        with pytest.raises(
+            ConfigError, match=f"tokenizer.{key}: '(end|siglip)' in the model, '{value}'"
+        ):
             begin((f"tokenizer.{key}", value))
 
     evals = json.loads((workdir / "config.json").read_text())["evals"]

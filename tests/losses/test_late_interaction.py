@@ -1,5 +1,7 @@
 """FILIP's loss equals the reference's numbers, and a dense twin on every mesh."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +153,8 @@ def test_finite_in_bfloat16_at_scale_100():
 
 def test_rows_must_belong_together():
     a, b = tokens(np.float32)
+    unchecked = inspect.unwrap(losses.late_interaction)  # else the tests' own check is first
     with pytest.raises(ValueError, match="differ in shape"):
-        losses.late_interaction(a[1:], b, scale=1.0)
+        unchecked(a[1:], b, scale=1.0)
     with pytest.raises(ValueError, match="groups=3"):
-        losses.late_interaction(a, b, scale=1.0, groups=3)
+        unchecked(a, b, scale=1.0, groups=3)
