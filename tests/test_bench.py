@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support.runs import small
 
 from clipx.parallel.mesh import MeshConfig, make_mesh
@@ -28,6 +29,7 @@ def test_the_losses_of_these_devices_are_right():
     assert measure.check_losses(make_mesh(MeshConfig()), rows=64, width=16) < 1e-5
 
 
+@pytest.mark.slow  # a training step is compiled to be timed
 def test_steps_are_timed():
     run = assemble(small(), jax.devices()[:1])
     assert all(second > 0 for second in measure.time_steps(run, 2))

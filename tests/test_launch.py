@@ -292,8 +292,7 @@ def cloud(tmp_path):
     def run(*options, verb="run", train=TRAIN):
         code, said = call(
             sys.executable, "-ISc", INIT, "bash", LAUNCH / "tpu_vm.sh", verb, "--name=n",
-            "--zone=us-central2-b",
-            "--type=v4-16", *options, "--", *train,
+            "--zone=us-central2-b", "--type=v4-16", *options, "--", *train,
             PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", FAKE=str(tmp_path),
             POLL_SECONDS="0.1", HOME=str(tmp_path),
         )  # fmt: skip

@@ -82,6 +82,7 @@ def test_traces(spec):
     assert all(x.shape == () for x in metrics.values())
 
 
+@pytest.mark.slow  # `test_traces` does without the layers that are alike
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_assembles_in_full(file):
     run = assemble(files.load(f"{file}:{files.variants(file)[0]}"), jax.devices()[:1])

@@ -66,11 +66,12 @@ def test_edge(name):
     laws.check_edge(name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", tiny.OBJECTIVES)
-def test_memory(name):
+def test_memory(name, dtype):
     """Law 6: the memory after a step has the structure and shapes of the memory before it."""
     before = jax.eval_shape(tiny.objective(name).init_memory)
-    after = tiny.memory_after(name) if before else {}
+    after = tiny.memory_after(name, dtype)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
