@@ -108,7 +108,9 @@ def test_a_config_leaves_shared_values_alone(elsewhere):
     assert set(sys.modules) == modules and not hasattr(configs, "common")
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "dataset"])
+@pytest.mark.parametrize(
+    "command", ["train", *(pytest.param(n, marks=pytest.mark.slow) for n in ("compare", "dataset"))]
+)
 def test_commands_take_names(elsewhere, command):
     """And refuse those that are none, in one block."""
     verb = ["verify"] if command == "dataset" else []

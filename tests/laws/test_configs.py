@@ -34,7 +34,9 @@ def closed(monkeypatch):
     monkeypatch.setattr(schema.SourceSpec, "open", refuse)
 
 
-TRACED = set()
+TRACED = set()  # kinds of runs that this process has traced
+FIRST = {f"{file.name}:{files.variants(file)[0]}".rstrip(":") for file in FILES}
+LATER = [pytest.param(spec, marks=() if spec in FIRST else pytest.mark.slow) for spec in SPECS]
 
 
 def shrunk(config):
@@ -56,6 +58,12 @@ def kind(run):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_assembles(spec):
+    run = assemble(shrunk(files.load(f"{FOLDER}/{spec}")), jax.devices()[:1])
+    assert run.state.params and run.complete["objective"]["name"]
+
+
+@pytest.mark.parametrize("spec", LATER)
 def test_traces(spec):
     config = shrunk(files.load(f"{FOLDER}/{spec}"))
     one = assemble(config, jax.devices()[:1])
