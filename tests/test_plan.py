@@ -218,6 +218,7 @@ def test_a_step_compiled_for_a_tpu(monkeypatch):
         assert part in report, report
 
 
+@pytest.mark.slow  # the command is run on a GPU topology
 def test_gpus_are_modelled():
     """Activations scale with a GPU's rows in one micro-batch; micro-batches are recomputed."""
     four, eight = (chips.parse(name) for name in ("h100:1x4", "h100:1x8"))

@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from support.runs import parameters, rows, small, start, wait_for
+from support.runs import NO_EVALS, parameters, rows, small, start, wait_for
 
 from clipx import cli
 from clipx.errors import ConfigError, RunError
@@ -45,12 +45,12 @@ def test_restores_on_fewer_devices(whole):
 
 def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     """Law 7 on one topology: SIGKILL, which no handler sees."""
-    process = start(tmp_path, ("train.total_steps", "12"))
+    process = start(tmp_path, *NO_EVALS)
     wait_for((tmp_path / "checkpoints" / "4").exists, process)
     process.kill()
     process.communicate()
     assert Checkpoints(tmp_path).latest < 12
-    assert train(small(), str(tmp_path)) == 0
+    assert train(small(*NO_EVALS), str(tmp_path)) == 0
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole))
     same = [{k: row[k] for k in ("step", "loss")} for row in rows(whole) if "loss" in row]
     again = [{k: row[k] for k in ("step", "loss")} for row in rows(tmp_path) if "loss" in row]
@@ -59,7 +59,7 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
 
 def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
     """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
-    process = start(tmp_path)
+    process = start(tmp_path, *NO_EVALS)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -68,7 +68,7 @@ def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
     assert 0 < saved < 12
     assert f"saved step {saved}" in out
     capsys.readouterr()
-    assert train(small(), str(tmp_path), jax.devices()[:1]) == 0
+    assert train(small(*NO_EVALS), str(tmp_path), jax.devices()[:1]) == 0
     out = capsys.readouterr().out
     assert "on 1 x cpu" in out and f"continuing from step {saved}" in out
     for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):

@@ -263,7 +263,7 @@ PAIRS = (
 )
 
 
-@pytest.mark.parametrize("variant", ["resnet18", "RN50"])
+@pytest.mark.parametrize("variant", ["resnet18", pytest.param("RN50", marks=pytest.mark.slow)])
 def test_heat_equals_grad_cam_of_the_score(variant, side=8):
     image = ResNet(
         variant=variant, width=4, blocks=(1,), image_size=32, embed_dim=4, dtype="float32"

@@ -97,6 +97,7 @@ def test_assembles_in_full(file):
     assert jax.tree.leaves(run.state.params)
 
 
+@pytest.mark.slow  # full-size towers
 @pytest.mark.parametrize(
     "spec, count",
     [

@@ -45,9 +45,9 @@ def distances(values, exact):
     "rows, tokens, heads, d, causal, masked, dtype",
     [
         (2, 197, 1, 64, False, False, "float32"),
-        (2, 197, 2, 64, False, False, "bfloat16"),
+        pytest.param(2, 197, 2, 64, False, False, "bfloat16", marks=pytest.mark.slow),
         (3, 77, 1, 64, True, True, "bfloat16"),
-        (2, 50, 1, 32, False, True, "float32"),
+        pytest.param(2, 50, 1, 32, False, True, "float32", marks=pytest.mark.slow),
         (4, 9, 2, 24, True, True, "float32"),
     ],
 )
@@ -162,6 +162,7 @@ def test_a_layer_norm_is_the_same_on_tpus(monkeypatch):
     )
 
 
+@pytest.mark.slow  # its kernel and its layers are tested alone
 def test_a_transformer_is_the_same_on_tpus(monkeypatch):
     """In values, gradients and dropout, although rows are flattened and padded for the kernel."""
     module = transformer.Transformer(

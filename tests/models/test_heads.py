@@ -210,7 +210,13 @@ def test_groups_normalise_alone_and_keep_the_first_groups_statistics():
     )
 
 
-@pytest.mark.parametrize("rows", [np.ones((1, 6)), np.ones((4, 6)), 1e4 * X])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.ones((1, 6)),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (np.ones((4, 6)), 1e4 * X)),
+    ],
+)
 def test_scores_are_finite_at_any_rows(rows):
     """For one row, equal rows (no variance) and huge rows, at a scale of 100."""
     variables = jax.tree.map(functools.partial(np.asarray, dtype=np.float32), dot_variables())

@@ -130,6 +130,7 @@ def value_and_grad(params, **options):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow  # compiles a tower six ways
 def test_scan_and_remat_change_nothing(params):
     value, grad = value_and_grad(params, dropout=0.2)
     stacked = stack_blocks(params)

@@ -31,6 +31,7 @@ FEATURES = CLIPLiteFeatures(
 )
 
 
+@pytest.mark.slow  # the laws hold the default
 def test_laws_of_another_critic_and_prior():
     name = f"clip_lite:augmentation=none,{VARIANTS[0]}"
     laws.check_rows(name)

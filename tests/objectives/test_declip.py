@@ -150,6 +150,7 @@ def test_the_schedule_is_declips(spec, key):
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15, err_msg=step)
 
 
+@pytest.mark.slow  # full-size towers
 def test_published_size_and_what_decays():
     """180.307 M parameters; the heads' numbers are counted in the authors' code. Everything decays
     except biases of layers, gains and the scale. The patch embedding neither learns nor decays."""
@@ -171,6 +172,7 @@ def test_published_size_and_what_decays():
         assert (rule.clamp == (3.0, 6.0)) == (name == "logit_scale"), name
 
 
+@pytest.mark.slow  # the laws hold the default
 @pytest.mark.parametrize(
     "variant, which",
     [

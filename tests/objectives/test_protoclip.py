@@ -359,6 +359,7 @@ def test_towers_of_two_widths():
         ProtoCLIP(image=tiny.Linear(embed_dim=16), text=tiny.Linear(embed_dim=8))
 
 
+@pytest.mark.slow  # full-size towers
 def test_the_published_recipe():
     """The sizes of the four groups of parameters, as the reference counts them, and each group's
     rule; the steps of an episode; the learning rates that were recorded from the reference."""

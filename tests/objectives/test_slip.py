@@ -29,6 +29,7 @@ def slip(**fields) -> SLIP:
     return SLIP(image=tiny.Linear(), text=tiny.Linear(), **FIELDS | fields)
 
 
+@pytest.mark.slow  # groups of CLIP and of BatchNorm are tested beside
 def test_laws_of_groups():
     laws.check_topology_and_slices("slip:groups=2,ssl_weight=0.5", "float64", 1e-11)
 

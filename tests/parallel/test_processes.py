@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 from support import ROOT
-from support.runs import SMALL, free_port, parameters, rows, small
+from support.runs import NO_EVALS, SMALL, free_port, parameters, rows, small
 
 from clipx.train import train
 
@@ -15,7 +15,7 @@ from clipx.train import train
 def test_two_processes_are_one(tmp_path):
     """Law 1 across processes, with dropout, through the command itself. The two processes shard the
     parameters over all devices; the single process shards rows alone."""
-    shorter = [*SMALL, ("train.total_steps", "4"), ("train.save_every_steps", "2")]
+    shorter = [*SMALL, ("train.total_steps", "4"), ("train.save_every_steps", "2"), *NO_EVALS]
     mesh = [("mesh.data", "1"), ("mesh.fsdp", "4"), ("mesh.tensor", "2")]
     arguments = [f"--config.{path}={text}" for path, text in [*shorter, *mesh]]
     environment = os.environ | {

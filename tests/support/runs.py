@@ -41,6 +41,9 @@ SMALL = [
 ]
 
 
+NO_EVALS = [("evals", "{}"), ("train.best", "")]  # for runs whose weights alone are compared
+
+
 def small(*overrides):
     return cli.load_config(str(ROOT / "configs" / "quickstart.py"), [*SMALL, *overrides])
 
