@@ -156,6 +156,7 @@ def test_no_number_fits(one):
     assert fit.fewest(one, plans.fits, estimate=lambda run: found(peak=20 * GIB)) is None
 
 
+@pytest.mark.slow  # trains twice; the choice itself is tested beside
 def test_a_run_takes_what_fits_and_goes_on_with_it(tmp_path, capsys, monkeypatch):
     """First on devices that hold a quarter of the temporaries, then on larger ones."""
     monkeypatch.setattr(

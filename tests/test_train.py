@@ -17,12 +17,14 @@ from clipx.training.checkpoint import Checkpoints
 from clipx.training.initial import init
 from clipx.training.run import assemble
 
+TWO = jax.devices()[:2]
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    assert train(small(), str(workdir)) == 0
+    assert train(small(), str(workdir), TWO) == 0
     return workdir
 
 
@@ -39,18 +41,18 @@ def test_a_run_writes_metrics_config_and_report(whole, capsys):
 
 
 def test_restores_on_fewer_devices(whole):
-    on_eight, on_two = parameters(whole), parameters(whole, jax.devices()[:2])
-    jax.tree.map(np.testing.assert_array_equal, on_eight, on_two)
+    on_two, on_one = parameters(whole, TWO), parameters(whole, TWO[:1])
+    jax.tree.map(np.testing.assert_array_equal, on_two, on_one)
 
 
 def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     """Law 7 on one topology: SIGKILL, which no handler sees."""
-    process = start(tmp_path, *NO_EVALS)
+    process = start(tmp_path, *NO_EVALS, devices=2)
     wait_for((tmp_path / "checkpoints" / "4").exists, process)
     process.kill()
     process.communicate()
     assert Checkpoints(tmp_path).latest < 12
-    assert train(small(*NO_EVALS), str(tmp_path)) == 0
+    assert train(small(*NO_EVALS), str(tmp_path), TWO) == 0
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole))
     same = [{k: row[k] for k in ("step", "loss")} for row in rows(whole) if "loss" in row]
     again = [{k: row[k] for k in ("step", "loss")} for row in rows(tmp_path) if "loss" in row]
@@ -59,7 +61,7 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
 
 def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
     """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
-    process = start(tmp_path, *NO_EVALS)
+    process = start(tmp_path, *NO_EVALS, devices=2)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -77,9 +79,9 @@ def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
 
 def test_another_config_is_refused_with_a_diff(whole):
     with pytest.raises(ConfigError) as error:
-        train(small(("optimizer.learning_rate", "0.01")), str(whole))
+        train(small(("optimizer.learning_rate", "0.01")), str(whole), TWO)
     assert "config.optimizer.learning_rate: 0.001 -> 0.01" in str(error.value)
-    assert train(small(("data.workers", "0"), ("train.log_every_steps", "5")), str(whole)) == 0
+    assert train(small(("data.workers", "0"), ("train.log_every_steps", "5")), str(whole), TWO) == 0
 
 
 def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):

@@ -117,7 +117,10 @@ def test_a_restart_at_any_step_continues_with_the_same_batches():
     assert list(loader().batches(6, 6)) == []
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (4, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("processes", "workers"),
+    [(1, 0), (2, 0), (4, 0), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
 def test_the_order_of_rows_is_the_same_for_any_processes_workers_and_restart(processes, workers):
     """The rows of all processes together are those of the epochs' permutations."""
     at, per_epoch = order(ROWS, 1), ROWS // BATCH

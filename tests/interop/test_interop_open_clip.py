@@ -81,6 +81,7 @@ def test_written_and_read_again(name, scan, tmp_path):
             np.testing.assert_array_equal(third.flat[path], x, err_msg=path)
 
 
+@pytest.mark.slow  # full-size names; smaller guests are tested beside
 def test_timms_resnet_and_bert_come_back(tmp_path):
     """CLIP-Lite's towers have different widths: zeros pad the output of the narrower one."""
     fields = {"vocab_size": 150, "width": 32, "depth": 2, "heads": 2, "positions": 20}

@@ -24,10 +24,9 @@ def test_topology_and_slices(name):
     laws.check_topology_and_slices(name, "float64", 1e-11)
 
 
-# float64 is the sharper form; CLIP's towers are those that have rounding of their own
-@pytest.mark.parametrize(
-    "name", ["clip", *(pytest.param(n, marks=SLOW) for n in tiny.OBJECTIVES if n != "clip")]
-)
+# float64 is the sharper form; two processes are held to 1e-5 in float32 in tests/parallel
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
 def test_topology_and_slices_in_float32(name):
     laws.check_topology_and_slices(name, "float32", 1e-5)
 
@@ -56,7 +55,9 @@ def test_topology_and_slices_of_policies(name):
     laws.assert_same(got, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", [*tiny.OBJECTIVES, *POLICIES])
+@pytest.mark.parametrize(
+    "name", [*tiny.OBJECTIVES, *(pytest.param(n, marks=SLOW) for n in POLICIES[1:]), POLICIES[0]]
+)
 def test_rows(name):
     laws.check_rows(name)
 

@@ -53,9 +53,10 @@ def parameters(workdir, devices=None):
     return jax.tree.map(np.asarray, state.params)
 
 
-def start(workdir, *overrides):
-    """Starts the training command in a new process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def start(workdir, *overrides, devices=8):
+    """Starts the training command in a new process with as many CPU devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     arguments = [f"--config.{path}={text}" for path, text in [*SMALL, *overrides]]
     return subprocess.Popen(
         [sys.executable, "-m", "clipx.train", "--config=configs/quickstart.py",

@@ -20,6 +20,7 @@ from clipx.training.run import assemble, restore, with_data
 from clipx.training.stop import Stop
 from clipx.training.survey import Survey
 
+TWO = jax.devices()[:2]
 ROWS, BATCH, EPISODE, STEPS = 160, 16, 4, 10
 TOWER = {"width": 16, "depth": 1, "heads": 2, "embed_dim": 8, "dtype": "float32"}
 
@@ -68,7 +69,7 @@ def write(config, **changes):
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    assert train(config, str(workdir)) == 0
+    assert train(config, str(workdir), TWO) == 0
     return workdir
 
 
@@ -77,7 +78,7 @@ def logged(workdir):
 
 
 def state(workdir):
-    return jax.tree.map(np.asarray, restore(workdir)[1])
+    return jax.tree.map(np.asarray, restore(workdir, devices=TWO)[1])
 
 
 def test_each_episode_is_refreshed_once_and_its_time_is_logged(whole):
@@ -143,7 +144,7 @@ def stopped(config, tmp_path_factory):
         patch.setattr(Survey, "batches", counted_survey)
         patch.setattr(loop, "feed", counted_feed)
         for step, episode in ((EPISODE, 0), (6, 1)):
-            assert train(config, str(workdir), stop=StopByCount()) == cli.EXIT_PREEMPTED
+            assert train(config, str(workdir), TWO, stop=StopByCount()) == cli.EXIT_PREEMPTED
             saved = state(workdir)
             assert (saved.step, saved.memory["episode"]) == (step, episode)
             surveyed.clear()
@@ -153,7 +154,7 @@ def stopped(config, tmp_path_factory):
 def test_stopped_in_episodes_it_ends_in_the_same_bits(config, whole, stopped, tmp_path):
     """Law 7 on one topology, memory included."""
     shutil.copytree(stopped, tmp_path / "run")
-    assert train(config, str(tmp_path / "run")) == 0
+    assert train(config, str(tmp_path / "run"), TWO) == 0
     steps = [row["step"] for row in logged(tmp_path / "run") if "episode/seconds" in row]
     assert steps == [0, EPISODE, 2 * EPISODE]
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path / "run"), state(whole))
@@ -163,7 +164,7 @@ def test_stopped_in_episodes_it_ends_in_the_same_bits(config, whole, stopped, tm
 def test_on_other_devices_it_ends_near(config, whole, stopped, tmp_path):
     """Law 7 on another topology."""
     shutil.copytree(stopped, tmp_path / "run")
-    assert train(config, str(tmp_path / "run"), jax.devices()[:2]) == 0
+    assert train(config, str(tmp_path / "run"), jax.devices()[:4]) == 0
     ended, expected = (jax.tree.leaves(state(x).params) for x in (tmp_path / "run", whole))
     for x, y in zip(ended, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)

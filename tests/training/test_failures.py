@@ -89,6 +89,7 @@ def fill(folder):
             return
 
 
+@pytest.mark.slow  # trains twice
 # Orbax's threads use an event loop that its own failure has closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_keeps_checkpoints_and_the_run_resumes_with_free_space(disk, monkeypatch):

@@ -86,6 +86,7 @@ def test_heads_are_new_and_a_tower_may_be(sources):
     assert len(jax.tree.leaves(heads)) > 4
 
 
+@pytest.mark.slow  # `test_a_run_starts_from` and the tests of the optimizer cover its parts
 def test_fine_tuning(sources, tmp_path):
     """A frozen image tower, the file's own tokenizer and longer texts. A resumed run does not read
     the file again."""

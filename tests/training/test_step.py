@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from support import tiny
 
 from clipx.models.resnet import ResNet
@@ -14,6 +15,7 @@ from clipx.objectives.clip import CLIP
 from clipx.training.step import init_state, make_train_step, row_keys
 
 
+@pytest.mark.slow  # compiles two steps of a ResNet
 def test_batch_norm_statistics_move_once_per_micro_batch():
     text = tiny.objective("clip", dropout=0.0).text
     image = ResNet(image_size=16, width=8, blocks=(1,), embed_dim=8, dtype="float32")
