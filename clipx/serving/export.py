@@ -33,7 +33,7 @@ from clipx.interop.verify import Proof
 from clipx.objectives.base import Objective
 from clipx.serving.tokenizer_files import tokenizer_files
 from clipx.training import metrics, pretrained
-from clipx.training.checkpoint import Checkpoints, read_json
+from clipx.training.checkpoint import Checkpoints
 from clipx.training.run import OpenRun, restore
 from clipx.types import TrainState
 
@@ -80,8 +80,7 @@ def export(workdir: str | os.PathLike, options: Options) -> Exported:
     if out.exists():
         raise ConfigError("--out", f"{out} is there already", "a folder that does not exist yet")
     folder = pathlib.Path(workdir).expanduser().absolute()
-    best = read_json(folder / "config.json")["train"]["best"]
-    run, state = restore(folder, options.step or ("best" if best else "latest"))
+    run, state = restore(folder, options.step)
     model, heads = pretrained.split(run.objective, run.tokenizer, state)
     job = _Job(run, state, model, heads, folder, format_, out, options)
     try:
@@ -189,9 +188,7 @@ class _Job:
     def _facts(self, proof: Proof | None, why: str) -> card.Facts:
         """The values that the model card needs."""
         run, step = self.run, int(self.state.step)
-        checkpoints = Checkpoints(
-            self.workdir, keep=run.config.train.keep, best=run.config.train.best
-        )
+        checkpoints = Checkpoints(self.workdir)
         saved = checkpoints.restore_run(step)
         checkpoints.close()
         image, text = run.complete["image"], run.complete["text"]

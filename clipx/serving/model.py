@@ -251,10 +251,9 @@ def load(
             return Model(run, state, batch_size=batch_size, step=None)
         folder, named = workdir
         own = read_json(folder / "config.json")
-        step = step or named or ("best" if own["train"]["best"] else "latest")
         # the evals' data may be gone, and is not needed
         bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        run, state = restore(folder, step, config=bare, devices=devices, mesh=mesh)
+        run, state = restore(folder, step or named, config=bare, devices=devices, mesh=mesh)
         return Model(run, state, batch_size=batch_size, step=int(state.step))
 
 

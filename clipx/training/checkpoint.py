@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clipx.config import binding as configs
 from clipx.errors import CheckpointError, ConfigError
-from clipx.types import TrainState
+from clipx.training import metric_table, metrics
+from clipx.types import Metric, TrainState
 
 # Keys that may change when a run is started again: where and how it computes, not what.
 _FREE = (
@@ -87,28 +91,85 @@ def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
         )
 
 
+class Scores:
+    """The values of one metric at the steps of a run.
+
+    A checkpoint stores the metrics of its state. Where it stores none, as those of clipx 0.1, the
+    line of metrics.jsonl with the same step tells.
+    """
+
+    def __init__(self, workdir: pathlib.Path, name: str, evals: Mapping[str, Any]):
+        self.name = name
+        self._metric = metric_table.metric(name, evals) if name else Metric()
+        rows = metrics.read(workdir) if name else []
+        self._logged = {row["step"]: row[name] for row in rows if _finite(row.get(name))}
+
+    def best(self, stored: Mapping[int, Mapping[str, float] | None]) -> tuple[int, float] | None:
+        """The best (step, value) of checkpoints; None if none has a finite value.
+
+        stored: the metrics that each checkpoint stores, by its step.
+        """
+        values = {step: (kept or {}).get(self.name) for step, kept in stored.items()}
+        points = [
+            (step, self._logged.get(step) if value is None else value)
+            for step, value in sorted(values.items())
+        ]
+        return self._best([(step, value) for step, value in points if _finite(value)])
+
+    def logged(self) -> tuple[int, float] | None:
+        """The best (step, value) of metrics.jsonl, with a checkpoint or without."""
+        return self._best(sorted(self._logged.items()))
+
+    def _best(self, points: Sequence[tuple[int, Any]]) -> tuple[int, float] | None:
+        return metric_table.best(self._metric, points) if points else None
+
+    def better(self, value: float, other: float) -> bool:
+        """Whether `value` is better than `other`."""
+        return value < other if self._metric.better == "less" else value > other
+
+
+class _KeepBest(policies.PreservationPolicy):
+    """Keeps the checkpoint with the best value of a metric."""
+
+    def __init__(self, scores: Scores):
+        self._scores = scores
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],  # `PolicyCheckpointInfo`, which Orbax does not export
+        *,
+        context: policies.PreservationContext,
+    ) -> Sequence[bool]:
+        best = self._scores.best({c.step: c.metrics for c in checkpoints})
+        return [best is not None and c.step == best[0] for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one workdir, written asynchronously.
 
-    keep: how many of the newest to keep. best: a metric; the checkpoint with its largest value is
-    kept too. "" keeps none beside the newest.
+    keep: how many of the newest to keep. best: a metric; the checkpoint with its best value is kept
+    too. "" keeps none beside the newest. evals: the config's section, whose evaluators declare
+    whether more or less of the metric is better.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int = 2, best: str = ""):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        keep: int = 2,
+        best: str = "",
+        evals: Mapping[str, Any] | None = None,
+    ):
         self.folder = workdir / "checkpoints"
+        self._scores = Scores(workdir, best, evals or {})
         keepers: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if best:
-            keepers.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._best = best
+            keepers.append(_KeepBest(self._scores))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
+                # Orbax stores metrics only if it has a `best_fn`. What is kept, the policy says.
+                best_fn=lambda metrics: metrics.get(best, math.nan),
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
@@ -127,28 +188,48 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def step(self, which: str | int = "latest") -> int:
-        """The step that `latest`, `best` or a number names. Raises `ConfigError` if that checkpoint
-        does not exist."""
+        """The step that `latest`, `best` or a number names. "" is the best if the run keeps one,
+        else the latest.
+
+        Prints a line if the best that is left is not the best that the run had. Raises
+        `ConfigError` if that checkpoint does not exist.
+        """
         steps = self.steps
         if not steps:
             raise ConfigError(
                 "--workdir", f"no checkpoint in {self.folder}", "a run that has saved a checkpoint"
             )
-        chosen: str | int | None = which
-        if which == "latest":
-            chosen = steps[-1]
-        elif which == "best":
-            chosen = self._manager.best_step() if self._best else None
-            if chosen is None:
-                raise ConfigError(
-                    "--step",
-                    "best",
-                    "a run whose config.train.best names a metric",
-                    "--step=latest",
-                )
-        if int(chosen) not in steps:
+        if which in ("", "best") and self._scores.name:
+            return self._best(steps, required=which == "best")
+        if which == "best":
+            raise ConfigError(
+                "--step", "best", "a run whose config.train.best names a metric", "--step=latest"
+            )
+        chosen = steps[-1] if which in ("", "latest") else which
+        if not str(chosen).isdecimal() or int(chosen) not in steps:
             raise ConfigError("--step", str(which), f"one of {steps}, latest or best")
         return int(chosen)
+
+    def _best(self, steps: Sequence[int], *, required: bool) -> int:
+        """The step of `steps` with the best value. Without any value: a `ConfigError` if it is
+        `required`, else the latest step."""
+        scores, listed = self._scores, ", ".join(map(str, steps))
+        best = scores.best({step: self._manager.metrics(step) for step in steps})
+        if best is None:
+            missing = f"no checkpoint with a value of {scores.name}, which config.train.best names"
+            if required:
+                expected = f"a checkpoint that was evaluated; the steps here are {listed}"
+                raise ConfigError("--step", f"best, but {missing}", expected, "--step=latest")
+            _say(f"{self.folder}: {missing}. The latest, step {steps[-1]}, is taken.")
+            return steps[-1]
+        step, value = best
+        logged = scores.logged()
+        if logged and logged[0] not in steps and scores.better(logged[1], value):
+            _say(
+                f"{self.folder}: {scores.name} was best at step {logged[0]} ({logged[1]:.4g}), "
+                f"which has no checkpoint. Step {step} ({value:.4g}) is the best of {listed}."
+            )
+        return step
 
     def save(
         self, step: int, state: TrainState, run: Mapping, metrics: Mapping[str, float]
@@ -156,7 +237,8 @@ class Checkpoints:
         """Starts to write the checkpoint of `step`; does nothing if it is written already.
 
         run: JSON to write beside the arrays: config, tokenizer, clock. metrics: those of this very
-        state. An error of this write, or of the one before it, raises `CheckpointError`.
+        state; {} for a state that was not evaluated. An error of this write, or of the one before
+        it, raises `CheckpointError`.
         """
         if step == self.latest:
             return
@@ -166,7 +248,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(run))
                 ),
-                metrics=dict(metrics) if self._best in metrics else None,
+                metrics=dict(metrics) or None,
             )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -207,6 +289,16 @@ class Checkpoints:
         last = max(_complete_steps(self.folder), default=None)
         safe = "no checkpoint was saved before" if last is None else f"step {last} is saved"
         return CheckpointError(f"cannot write {which} to {self.folder}: {_line(error)}; {safe}")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _say(line: str) -> None:
+    """Prints a line on process 0, beside what a command prints as its result."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _complete_steps(folder: pathlib.Path) -> list[int]:

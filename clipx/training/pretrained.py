@@ -187,7 +187,6 @@ def open_model(path: str) -> tuple[Model, Tokenizer | None]:
         bare = {**config, "evals": {}, "train": {**config["train"], "best": ""}}
         # a single process restores to the CPU: the devices hold the new run's state
         devices = jax.devices() if jax.process_count() > 1 else [cpu()]
-        step = step or ("best" if config["train"]["best"] else "latest")
         run, state = restore(folder, step, config=bare, devices=devices)
     except ConfigError as error:
         error.where = WHERE

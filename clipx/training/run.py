@@ -269,7 +269,8 @@ def restore(
     devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
-    """The run of a workdir and its state at a step: a number, `latest` or `best`.
+    """The run of a workdir and its state at a step: a number, `latest` or `best`; "" is the
+    best if the run keeps one, else the latest.
 
     config: replaces the workdir's config, for example with other evals; the towers must match.
     devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
@@ -284,8 +285,8 @@ def restore(
     batch = -(-base["train"]["batch_size"] // count) * count  # divides over any mesh
     train = {**base["train"], "microbatches": 1, "batch_size": batch}
     run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
-    best = saved_config["train"]["best"]
-    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=best)
+    best, evals = saved_config["train"]["best"], saved_config["evals"]
+    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=best, evals=evals)
     chosen = checkpoints.step(step)
     saved = checkpoints.restore_run(chosen)
     opened = with_data(run, saved["rows"], tokenizers.load(saved["tokenizer"]))

@@ -119,7 +119,8 @@ def open_session(
     """
     run = assemble(config, devices)
     folder = prepare_workdir(workdir)
-    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=run.config.train.best)
+    train, evals = run.config.train, run.complete["evals"]
+    checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
     start, saved = checkpoints.latest, None
     if start is not None:
         refuse_other_config(folder, run.complete)
