@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +34,51 @@ class Example(NamedTuple):
     row: int  # stable id: the row's index in the source
     key: str  # a name that a person can search for, such as the file's
     label: int | None = None  # index into the source's `classes`
+
+
+class Skipped(NamedTuple):
+    """Items of a data set's files that are part of no row, for one reason."""
+
+    reason: str  # such as "an ending that is not read"
+    count: int
+    examples: tuple[str, ...]  # the names of the first few
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of every item of a data set's files: it is part of a row, or it was skipped.
+
+    Raises `ValueError` if the numbers do not add up.
+    """
+
+    unit: str  # what is counted, in the plural: "members", "lines"
+    found: int  # all items of the files
+    used: int  # those that are part of a row
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.found != self.used + sum(s.count for s in self.skipped):
+            raise ValueError(f"the account does not add up: {self}")
+
+    def lines(self) -> list[str]:
+        """The account in words, if anything was skipped: a line, and one more for each reason."""
+        if not self.skipped:
+            return []
+        left_out = self.found - self.used
+        return [f"{left_out:,} of {self.found:,} {self.unit} left out:"] + [
+            f"  {s.count:,}: {s.reason}"
+            + (f" ({', '.join(s.examples)}{', ...' * (s.count > len(s.examples))})")
+            * bool(s.examples)
+            for s in self.skipped
+        ]
+
+
+class Guess(NamedTuple):
+    """A setting that the config leaves open, and that a source took from what its files hold."""
+
+    field: str  # the key of the source's section; "parts.a.image_column" in a mixture
+    value: Any  # what was taken, as config.json holds it
+    reason: str  # a few words, such as "the only column with paths"
 
 
 @runtime_checkable
@@ -62,6 +108,14 @@ class Source(Protocol):
                 yield self[row].key
             except BadSample as error:
                 yield error.key
+
+    def account(self) -> Account | None:
+        """What became of every item of the files; None if nothing can be left out."""
+        return None
+
+    def guesses(self) -> tuple[Guess, ...]:
+        """The settings that were guessed when the source was opened."""
+        return ()
 
 
 def fingerprint(source: Source) -> str:
