@@ -32,13 +32,14 @@ from clipx import cli
 from clipx.data import pack as packing
 from clipx.data import pictures, storage
 from clipx.data import verify as verifying
-from clipx.data.base import fingerprint
+from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.order import share
 from clipx.data.sources.webdataset import index_shards
 from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page
+from clipx.training import guesses
 from clipx.training.alone import open_alone
 from clipx.training.schema import EvalSpec, SourceSpec, data_section
 
@@ -74,8 +75,10 @@ def index(config: Mapping[str, Any]) -> None:
         start, shards = time.perf_counter(), ""
         if spec.name == "webdataset":
             shards = f" in {_index_shards(where, spec)} shards"
-        rows = len(spec.open())
-        print(f"{where}: {spec.name}, {rows:,} rows{shards}, {time.perf_counter() - start:.1f} s")
+        source = spec.open()
+        seconds = time.perf_counter() - start
+        print(f"{where}: {spec.name}, {len(source):,} rows{shards}, {seconds:.1f} s")
+        _print_lines(where, source)
     print(f"shard indexes are cached in {storage.cache_folder()}")
 
 
@@ -91,6 +94,12 @@ def _index_shards(where: str, spec: SourceSpec) -> int:
         return len(index_shards(spec.values["path"], keep=keep, progress=progress))
 
 
+def _print_lines(where: str, source: Source) -> None:
+    """Prints what a source guessed, and the account of its files if something was left out."""
+    for line in guesses.lines(where.removeprefix("config."), source):
+        print(line)
+
+
 def verify(config: Mapping[str, Any], output: str = "") -> int:
     """Decodes every row, prints a report of each source, and writes the reports to `output`.
 
@@ -104,6 +113,7 @@ def verify(config: Mapping[str, Any], output: str = "") -> int:
             report = verifying.verify(source, count_tokens=count, progress=bar.update)
         reports[where] = report
         print(f"{where}: {part.name}")
+        _print_lines(where, source)
         print("\n".join(verifying.table(report)))
     if output:
         text = json.dumps(reports, indent=1, ensure_ascii=False)
@@ -155,6 +165,7 @@ def pack(config: Mapping[str, Any], output: str, size: str = "512MB") -> None:
 def preview(config: Mapping[str, Any], output: str = "preview.html", rows: int = 16) -> None:
     """Writes a page of the first rows of the config's data, as the model will see them."""
     run, data = open_alone(config)
+    _print_lines("config.data", data.source)
     page, count = data_page.build(run, data, rows)
     print(f"{count} rows of {len(data):,}: {_write(output, page)}")
 

@@ -76,7 +76,9 @@ class Account:
 class Guess(NamedTuple):
     """A setting that the config leaves open, and that a source took from what its files hold."""
 
-    field: str  # the key of the source's section; "parts.a.image_column" in a mixture
+    # the key of the source's section, which holds None, "", () or "auto" where it is left open;
+    # "parts.a.image_column" in a mixture
+    field: str
     value: Any  # what was taken, as config.json holds it
     reason: str  # a few words, such as "the only column with paths"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int, Int32
 
-from clipx.data.base import Example, Source
+from clipx.data.base import Account, Example, Guess, Source
 from clipx.data.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -126,3 +126,9 @@ class Share:
     def keys(self) -> Iterator[str]:
         keys = list(self._source.keys())
         return (keys[row] for row in self._rows)
+
+    def account(self) -> Account | None:
+        return self._source.account()
+
+    def guesses(self) -> tuple[Guess, ...]:
+        return self._source.guesses()

@@ -6,9 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipx.config import binding
 from clipx.reporting import page
-from clipx.training import metrics
+from clipx.training import guesses, metrics
 from clipx.training.checkpoint import read_json, refuse_other_config
 from clipx.training.metric_table import metric
 from clipx.training.run import assemble
@@ -21,7 +20,8 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
         return False
     complete = assemble(config).complete
     refuse_other_config(folder, complete)
-    return read_json(folder / "config.json")["evals"] == binding.to_lists(complete["evals"])
+    evals = guesses.fill(complete, guesses.read(folder))["evals"]
+    return read_json(folder / "config.json")["evals"] == evals
 
 
 def cells(folder: pathlib.Path) -> dict[str, str]:

@@ -16,13 +16,14 @@ from clipx.evaluators.base import Encode
 from clipx.reporting import charts, episode_maps, gallery
 from clipx.reporting.gallery import Samples
 from clipx.reporting.templates import render
-from clipx.training import episodes, metrics
+from clipx.training import episodes, guesses, metrics
 from clipx.training.metric_table import best, metric, short, spelled
 
 FILE = "report.html"
 _FILES = {
     metrics.FILE: "metrics, one JSON object per logged step",
     "config.json": "the complete config, defaults included",
+    guesses.FILE: "the settings of the config that were taken from the data, and why",
     "checkpoints": "training states, to resume from or to evaluate",
     "episodes": "maps of the rows of each episode, and the rows nearest to its prototypes",
     "tensorboard": "the same metrics, for TensorBoard",

@@ -15,7 +15,7 @@ from clipx.config import binding, files
 from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, declared, evaluate_all
-from clipx.training import pretrained
+from clipx.training import guesses, pretrained
 from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
@@ -147,10 +147,15 @@ def _evaluate(
             "config.evals", "nothing", "at least one eval", "--evals, or --config=FILE with evals"
         )
     encode, metrics, first = run.encode(state), {}, jax.process_index() == 0
+    evaluators = run.evaluators()
+    sources = guesses.sources(None, evaluators)
+    run = dataclasses.replace(run, complete=guesses.put(run.complete, guesses.made(sources)))
     if first:
         prepare_workdir(into)
         print(title, flush=True)
-    for key, evaluator in run.evaluators().items():
+        for where, source in sources.items():
+            print("".join(f"{line}\n" for line in guesses.lines(where, source)), end="", flush=True)
+    for key, evaluator in evaluators.items():
         values = evaluate_all({key: evaluator}, encode)
         metrics |= values
         if first:

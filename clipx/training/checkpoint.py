@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from clipx.config import binding as configs
 from clipx.errors import CheckpointError, ConfigError
-from clipx.training import metric_table, metrics
+from clipx.training import guesses, metric_table, metrics
 from clipx.types import Metric, TrainState
 
 # Keys that may change when a run is started again: where and how it computes, not what.
@@ -74,12 +74,13 @@ def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
     """Raises `ConfigError` with a diff if the workdir's run has another config.
 
     The mesh, micro-batches, workers, logging and evals may differ, and keys that only the new
-    config has.
+    config has. A setting that is left open has the value that the run guessed.
     """
     old = read_json(workdir / "config.json")
+    complete = guesses.fill(complete, guesses.read(workdir))
     lines = [
         line
-        for line in configs.difference(old, configs.to_lists(complete))
+        for line in configs.difference(old, complete)
         if not line.startswith(_FREE) and ": '(absent)' -> " not in line
     ]
     if lines:

@@ -156,8 +156,8 @@ def data_section(section: Mapping[str, Any] | None) -> tuple[DataConfig, SourceS
 
 
 # fields of an evaluator that hold examples: {field: key of the eval's section}
-_EVAL_SOURCES = {"examples": "data", "train_examples": "train_data"}
-_EVAL_GIVEN = (*_EVAL_SOURCES, "pictures")
+EVAL_SOURCES = {"examples": "data", "train_examples": "train_data"}
+_EVAL_GIVEN = (*EVAL_SOURCES, "pictures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class EvalSpec:
     ) -> dict[str, SourceSpec]:
         """The checked sources of an eval, by the evaluator's field."""
         sources = {}
-        for field, key in _EVAL_SOURCES.items():
+        for field, key in EVAL_SOURCES.items():
             section, known = getattr(config, key), configs.fields(evaluator).get(field)
             if section is None:
                 if known is not None and known.default is dataclasses.MISSING:
@@ -218,7 +218,7 @@ class EvalSpec:
 
     def dump(self) -> dict[str, Any]:
         """The complete section, as config.json holds it."""
-        sources = {_EVAL_SOURCES[field]: spec.dump() for field, spec in self.sources.items()}
+        sources = {EVAL_SOURCES[field]: spec.dump() for field, spec in self.sources.items()}
         rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
         return configs.dump(self.config) | rest | sources
 

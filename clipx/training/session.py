@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clipx.data import manifests
+from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import fit
+from clipx.training import fit, guesses
 from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -113,9 +114,10 @@ def open_session(
 ) -> Session:
     """The session of `config` in `workdir`, on `devices` (default: all).
 
-    Opens the data, prints what the run will do, and writes config.json and tokenizer.json. Compiles
-    only what `train.microbatches=auto` tries. Raises `ConfigError` for a wrong config, and for a
-    workdir with a run of another config or other data.
+    Opens the data, prints what the run will do and what was guessed, and writes config.json,
+    guesses.json and tokenizer.json. Compiles only what `train.microbatches=auto` tries. Raises
+    `ConfigError` for a wrong config, and for a workdir with a run of another config, other data or
+    other guesses.
     """
     run = assemble(config, devices)
     folder = prepare_workdir(workdir)
@@ -126,13 +128,22 @@ def open_session(
         refuse_other_config(folder, run.complete)
         saved = checkpoints.restore_run(start)
     data, evaluators = open_data(run), run.evaluators()
+    sources = guesses.sources(data.source, evaluators)
+    run, guessed = _with_guesses(run, folder, sources, resuming=saved is not None)
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
     opened = with_data(run, len(data), _tokenizer(run, data, folder, resuming=saved is not None))
     loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
     tell("\n".join(describe(opened, data.fingerprint)))
+    for where, source in sources.items():
+        for line in guesses.lines(where, source):
+            tell(line)
     opened = resolve_microbatches(opened, saved)
     if jax.process_index() == 0:
+        if guessed:
+            write_json(folder / guesses.FILE, guesses.dump(guessed))
+        else:
+            (folder / guesses.FILE).unlink(missing_ok=True)  # of an earlier run without checkpoints
         write_json(folder / "config.json", opened.complete)
     return Session(opened, data, evaluators, folder, checkpoints, saved)
 
@@ -178,6 +189,21 @@ def _tokenizer(
     if jax.process_count() > 1:
         processes.barrier("tokenizer")
     return tokenizers.load(read_json(path))
+
+
+def _with_guesses(
+    run: Run, folder: pathlib.Path, sources: Mapping[str, Source], *, resuming: bool
+) -> tuple[Run, guesses.Guesses]:
+    """(the run with the guessed values in its config, these guesses and those of before). Raises
+    `ConfigError` if a run that goes on would guess another value."""
+    before = guesses.Guesses()
+    if resuming:
+        config = read_json(folder / "config.json")
+        before = guesses.still(guesses.read(folder), run.complete, config)
+    now = guesses.made(sources)
+    guesses.refuse_other(run.complete, before, now)
+    complete = guesses.put(guesses.fill(run.complete, before), now)
+    return dataclasses.replace(run, complete=complete), before | now
 
 
 def _refuse_other_data(saved: dict[str, Any], rows: int, fingerprint: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipx.config import binding
-from clipx.data.base import Example, Source
+from clipx.data.base import Account, Example, Guess, Source
 from clipx.errors import BadSample, ConfigError, DataError
 
 _MOST_ROWS = 2**31 - 1  # batches store row ids as int32
@@ -110,6 +110,30 @@ class Mixture(Source):
                 for _ in range(begin, end):
                     yield f"{name}/{key}"
                 begin = end
+
+    def account(self) -> Account | None:
+        """The accounts of all parts that have one, added up. Reasons start with the part's name."""
+        accounts = [(n, a) for n, s in zip(self._names, self._sources) if (a := s.account())]
+        if not accounts:
+            return None
+        units = {account.unit for _, account in accounts}
+        return Account(
+            unit=units.pop() if len(units) == 1 else "items",
+            found=sum(account.found for _, account in accounts),
+            used=sum(account.used for _, account in accounts),
+            skipped=tuple(
+                skipped._replace(reason=f"part {name}: {skipped.reason}")
+                for name, account in accounts
+                for skipped in account.skipped
+            ),
+        )
+
+    def guesses(self) -> tuple[Guess, ...]:
+        return tuple(
+            guess._replace(field=f"parts.{name}.{guess.field}")
+            for name, source in zip(self._names, self._sources)
+            for guess in source.guesses()
+        )
 
 
 def _check(
