@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["clipx", "clipx.*"]),
-    package_data={"clipx.reporting": ["*.css", "*.html"]},
+    package_data={"clipx.data": ["*.txt"], "clipx.reporting": ["*.css", "*.html"]},
     cmdclass={"build_py": BuildPy},
     install_requires=[
         "absl-py>=2.0",

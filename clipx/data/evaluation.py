@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 
-from clipx.data import pictures
+from clipx.data import class_ids, pictures
 from clipx.data.base import Example, Source
 from clipx.errors import BadSample, DataError
 
@@ -26,9 +27,10 @@ class EvaluationSet:
     image_size: int
     limit: int | None = None
 
-    @property
+    @functools.cached_property
     def classes(self) -> tuple[str, ...]:
-        return self.source.classes
+        """The source's, with names in place of WordNet ids."""
+        return class_ids.readable(tuple(self.source.classes))
 
     def __len__(self) -> int:
         return min(len(self.source), self.limit or len(self.source))

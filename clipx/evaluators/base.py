@@ -103,6 +103,10 @@ class Evaluator(Protocol):
 
     def __call__(self, encode: Encode) -> dict[str, float]: ...
 
+    def notes(self) -> list[str]:
+        """What to say before the first evaluation, in lines: how the data set was understood."""
+        return []
+
 
 def declared(metrics: Mapping[str, Metric], name: str) -> str | None:
     """The key of `metrics` for `name`: the name itself, or the first pattern that matches; None

@@ -1,8 +1,8 @@
-"""Class names and templates of known zero-shot data sets: reads them and checks them.
+"""Class names and templates of zero-shot data sets: reads them and checks them.
 
-The lists are OpenAI's (github.com/openai/CLIP), and clipx contains none of them. ImageNet's are
-read from an installed open_clip, the others from a copy of OpenAI's data/prompts.md. All are
-checked by their counts and hashes, which are those of ProtoCLIP's ten sets (its zero_shot.py).
+The lists of known sets are OpenAI's (github.com/openai/CLIP). ImageNet's are read from an installed
+open_clip, the others from a copy of OpenAI's data/prompts.md. All are checked by their counts and
+hashes, which are those of ProtoCLIP's ten sets (its zero_shot.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import runpy
 from typing import NamedTuple
 
 from clipx.errors import ConfigError, install_hint
+from clipx.evaluators.lists import entries, text_of
 
 # Names of lists in a config, and their names in open_clip.
 _OPEN_CLIP = {
@@ -50,14 +51,14 @@ SETS = {
 }
 
 
-def check(preset: str, kind: str, entries: tuple[str, ...], where: str) -> None:
-    """Raises `ConfigError` unless `entries` are the `classes` or `templates` of a known set."""
+def check(preset: str, kind: str, listed: tuple[str, ...], where: str) -> None:
+    """Raises `ConfigError` unless `listed` are the `classes` or `templates` of a known set."""
     count, expected = getattr(SETS[preset], kind)
-    digest = hashlib.sha1("\n".join(entries).encode()).hexdigest()[:12]
-    if (len(entries), digest) != (count, expected):
+    digest = hashlib.sha1("\n".join(listed).encode()).hexdigest()[:12]
+    if (len(listed), digest) != (count, expected):
         raise ConfigError(
             f"{where}.{kind}",
-            f"{len(entries)} {kind}, SHA-1 {digest}",
+            f"{len(listed)} {kind}, SHA-1 {digest}",
             f"the {count} of {preset}, SHA-1 {expected}",
             f"leave {kind} out to use open_clip's"
             if preset == "imagenet"
@@ -81,7 +82,7 @@ def _section(path: str, preset: str, where: str) -> dict[str, list[str]]:
     """Both lists of a set in prompts.md. The file has a heading for each set, and below it the
     lists as Python code in a fence."""
     wanted = f"OpenAI's prompts.md ({_SOURCE})"
-    text = _text(path, where, wanted)
+    text = text_of(path, where, wanted)
     for heading, code in re.findall(r"^## *(\S+)\s*^```\w*$(.*?)^```", text, re.M | re.S):
         if heading.lower() == preset.replace("_", ""):
             try:
@@ -97,26 +98,21 @@ def _section(path: str, preset: str, where: str) -> dict[str, list[str]]:
 
 def names(value: tuple[str, ...] | str, kind: str, where: str) -> tuple[str, ...]:
     """The `classes` or `templates` that `value` stands for: the tuple itself, a list of open_clip's
-    by name, or the lines of a text file."""
-    if not isinstance(value, str):
-        return tuple(value)
+    by name, or the entries of a text or JSON file. Templates have {} where the class name goes."""
     where, known = f"{where}.{kind}", _OPEN_CLIP[kind]
-    if value in known:
-        return _from_open_clip(where, known[value])
-    wanted = "a list, a text file with one entry a line, or one of " + ", ".join(known)
-    lines = (line.strip() for line in _text(value, where, wanted).splitlines())
-    entries = tuple(filter(None, lines))
-    if not entries:
-        raise ConfigError(where, f"no line in {value!r}", "one entry a line")
-    return entries
+    if not isinstance(value, str):
+        listed = tuple(value)
+    elif value in known:
+        listed = _from_open_clip(where, known[value])
+    else:
+        wanted = "a list, a file of one entry a line or of a JSON list, or one of "
+        listed = entries(value, where, wanted + ", ".join(known))
+    return tuple(map(braces, listed)) if kind == "templates" else listed
 
 
-def _text(path: str, where: str, wanted: str) -> str:
-    try:
-        return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(where, f"{path!r} ({reason})", wanted) from None
+def braces(template: str) -> str:
+    """A template with {} where the class name goes; CLIP_benchmark writes {c}."""
+    return template.replace("{c}", "{}")
 
 
 def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
@@ -132,5 +128,5 @@ def _from_open_clip(where: str, name: str) -> tuple[str, ...]:
             "the package that carries OpenAI's ImageNet names and templates",
             f"pip install open_clip_torch, or {install_hint('interop')}",
         )
-    entries = runpy.run_path(str(metadata))[name]
-    return tuple(entry if isinstance(entry, str) else entry("{}") for entry in entries)
+    listed = runpy.run_path(str(metadata))[name]
+    return tuple(entry if isinstance(entry, str) else entry("{}") for entry in listed)

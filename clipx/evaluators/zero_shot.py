@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,21 +13,28 @@ from jaxtyping import Float, Int
 
 from clipx.errors import ConfigError
 from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, labels_of, unit
-from clipx.evaluators.prompts import SETS, check, names, published
+from clipx.evaluators.class_names import by_label, check_names, refuse_ids
+from clipx.evaluators.prompts import SETS, braces, check, names, published
 from clipx.types import Encoded, Metric
 
 TEMPLATES = ("a photo of a {}.",)
+_UNKNOWN = (
+    "ids outside ImageNet's 1,000 classes need WordNet 3.0 (apt install wordnet-base), or set the "
+    "names: classes=FILE with one name a line, or data.names=FILE with {folder: name}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Evaluator):
     """Accuracies between 0 and 1: `top1`, `top5` (with more than five classes), `mean_per_class`.
 
-    classes: the class names, in the order of the labels; () uses the data set's own. A string is a
-    text file with one name a line, or "openai_imagenet".
-    templates: sentences with {} where the class name goes. A string is a text file with one
-    template a line, or "openai_imagenet" (80) or "simple" (7). Both named lists are read from an
+    classes: the class names, in the order of the labels; () uses the data set's own. The data set's
+    names in another order are put in its order. A string is a file, or "openai_imagenet".
+    templates: sentences with {} where the class name goes, or {c}, as CLIP_benchmark writes. A
+    string is a file, or "openai_imagenet" (80) or "simple" (7). These named lists are read from an
     installed open_clip.
+    A file has one entry a line, or is a JSON list. `FILE.json#cifar10` is the list of that key, in
+    a file of many lists such as CLIP_benchmark's.
     preset: one of CLIP's and ProtoCLIP's ten data sets. Names and templates must then be OpenAI's,
     which is checked by count and hash. Those that `classes` and `templates` leave at their defaults
     are read from an installed open_clip for "imagenet", and for other presets from `lists`; without
@@ -66,7 +74,10 @@ class ZeroShot(Evaluator):
                 "zero_shot.lists", repr(self.lists), "a preset that reads lists, or no lists"
             )
         check_templates(self._templates(), "zero_shot.templates")
-        self._classes()
+        if self.examples is None:
+            self._classes()
+        else:
+            self._class_names()
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         classes = self._class_names()
@@ -90,6 +101,17 @@ class ZeroShot(Evaluator):
             result |= {f"class/{classes[c]}": float(a) for c, a in zip(seen, accuracy)}
         return result
 
+    def notes(self) -> list[str]:
+        classes, templates = self._class_names(), self._templates()
+        places = dict.fromkeys((0, len(classes) // 2, len(classes) - 1))
+        prompts = [
+            templates[i % len(templates)].replace("{}", classes[c]) for i, c in enumerate(places)
+        ]
+        return [
+            f"prompts of {len(classes):,} classes x {len(templates)} template(s), such as "
+            + ", ".join(map(repr, prompts))
+        ]
+
     def _templates(self) -> tuple[str, ...]:
         templates = ()
         if self.preset and self.templates == TEMPLATES:
@@ -103,18 +125,27 @@ class ZeroShot(Evaluator):
 
     def _classes(self) -> tuple[str, ...]:
         """The class names; () if none are known, as before the data set is open."""
-        classes = names(self.classes, "classes", "zero_shot")
-        if self.preset and not classes:
-            classes = published(self.preset, "classes", self.lists, "zero_shot")
+        classes = self._given()
         if self.examples is not None:
             classes = classes or tuple(self.examples.classes)
         if self.preset and classes:
             check(self.preset, "classes", classes, "zero_shot")
         return classes
 
+    def _given(self) -> tuple[str, ...]:
+        """The class names of the config; () if it has none."""
+        classes = names(self.classes, "classes", "zero_shot")
+        if self.preset and not classes:
+            classes = published(self.preset, "classes", self.lists, "zero_shot")
+        check_names(classes, "zero_shot.classes")
+        fix = "leave classes out: folders and labels named by these ids get ImageNet's names"
+        refuse_ids(classes, "zero_shot.classes", fix)
+        return classes
+
     def _class_names(self) -> tuple[str, ...]:
-        """`_classes`. Raises `ConfigError` if there are none, or not as many as in the data set."""
-        classes, names_of_set = self._classes(), tuple(self.examples.classes)
+        """`_classes`, in the order of the labels. Raises `ConfigError` if there are none, and for
+        names that the data set cannot have."""
+        classes, own = self._classes(), tuple(self.examples.classes)
         if not classes:
             raise ConfigError(
                 "zero_shot.classes",
@@ -122,13 +153,10 @@ class ZeroShot(Evaluator):
                 "one name for each label",
                 "set classes to the names, or to a text file with one name a line",
             )
-        if names_of_set and len(names_of_set) != len(classes):
-            raise ConfigError(
-                "zero_shot.classes",
-                f"{len(classes)} names",
-                f"{len(names_of_set)}, as many as the data set has classes",
-            )
-        return classes
+        if not self._given():
+            check_names(classes, "zero_shot.classes")
+            refuse_ids(classes, "zero_shot.classes", _UNKNOWN)
+        return by_label(classes, own, "zero_shot.classes") if own else classes
 
     def _labels(self, n_classes: int) -> Int[np.ndarray, " n"]:
         labels = labels_of(
@@ -145,15 +173,23 @@ class ZeroShot(Evaluator):
 
 
 def check_templates(templates: Sequence[str], where: str) -> None:
-    """Raises `ConfigError` at `where` for a template without {}."""
+    """Raises `ConfigError` at `where` for a template without {} or {c}, and for one with other
+    braces, which would go to the model as they are."""
     for template in templates:
-        if "{}" not in template:
-            raise ConfigError(
-                where,
-                repr(template),
-                "a sentence with {} where the class name goes",
-                f"for example {template.rstrip('. ') + ' {}.'!r}",
-            )
+        plain = braces(template)
+        if "{}" in plain and not re.search(r"\{[^{}]+\}", plain):
+            continue
+        fixed = re.sub(r"\{[^{}]*\}", "{}", plain)
+        if "{}" not in fixed:
+            fixed = re.sub(r"%s|<[^<>]*>", "{}", fixed)
+        if "{}" not in fixed:
+            fixed = fixed.rstrip(". ") + " {}."
+        raise ConfigError(
+            where,
+            repr(template),
+            "a sentence with {} where the class name goes",
+            f"for example {fixed!r}",
+        )
 
 
 def ensemble(
@@ -166,7 +202,7 @@ def ensemble(
     member if the method compares unit embeddings alone, else one per template."""
     members = []
     for template in templates:
-        prompts = [template.replace("{}", name) for name in classes]
+        prompts = [braces(template).replace("{}", name) for name in classes]
         encoded = [encode(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         members.append(jax.tree.map(lambda *rows: np.concatenate(rows), *encoded))
     if any(m.unit is None or len(jax.tree.leaves(m)) > 1 for m in members):

@@ -156,6 +156,8 @@ def _evaluate(
         for where, source in sources.items():
             print("".join(f"{line}\n" for line in guesses.lines(where, source)), end="", flush=True)
     for key, evaluator in evaluators.items():
+        if first:
+            print("".join(f"{key}: {note}\n" for note in evaluator.notes()), end="", flush=True)
         values = evaluate_all({key: evaluator}, encode)
         metrics |= values
         if first:

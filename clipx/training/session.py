@@ -138,6 +138,9 @@ def open_session(
     for where, source in sources.items():
         for line in guesses.lines(where, source):
             tell(line)
+    for name, evaluator in evaluators.items():
+        for note in evaluator.notes():
+            tell(f"{name}: {note}")
     opened = resolve_microbatches(opened, saved)
     if jax.process_index() == 0:
         if guessed:

@@ -10,10 +10,11 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from clipx.data.base import Example, Source, expand_user
+from clipx.data.base import Example, Guess, Source, expand_user
 from clipx.data.storage import read
 from clipx.data.tables.formats import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
@@ -29,16 +30,24 @@ class Folder(Source):
     `<class>/images/<picture>` work like `<class>/<picture>`. Names that start with a dot are
     ignored. An uncompressed tar is read without unpacking it.
 
+    Where class folders are inside other folders, `classes_from` says what a class is: the last
+    "folder", or the "path". SUN397 and Places365 have a folder for each initial
+    (`a/apartment_building/outdoor`): there it is the path below the initial, unless said otherwise.
+
     The constructor raises `DataError` if there are no pictures, if the tar is truncated, if
     pictures are beside the class folders, if a class folder has no pictures, and if two class
     folders have the same name.
     """
 
     path: str  # a folder, or a tar of one
-    # a json file {folder: class name}; '': the class is named like its folder, with _ as a space
+    # a json file {folder: class name}; '': named like the folder, with blanks in place of _ and /
     names: str = ""
+    # "folder": the last folder is the class; "path": all folders are, as in church/indoor; '': the
+    # path if the outer folders are initials, else the last folder, which must then be unique
+    classes_from: Literal["", "folder", "path"] = ""
 
     def __post_init__(self) -> None:
+        self._initials: bool  # `classes_from` was guessed from folders of initials
         self._file: str
         self._tar: bool
         self._top: int  # length of the path components that all pictures share
@@ -51,14 +60,15 @@ class Folder(Source):
         pictures = [name for name in members if name.lower().endswith(PICTURE_ENDS)]
         top = _top(path, members, pictures)
         folders = sorted({posixpath.dirname(name) for name in pictures})
-        classes = _class_folders(path, top, folders)
-        order = sorted(classes.values())
+        classes, initials = _class_folders(path, top, folders, self.classes_from)
+        order = sorted({*classes.values()})
         indices = {name: i for i, name in enumerate(order)}
         labels = {folder: indices[name] for folder, name in classes.items()}
         rows = sorted((labels[posixpath.dirname(n)], posixpath.basename(n), n) for n in pictures)
         names = [os.fsencode(name) for _, _, name in rows]
         for name, value in (  # the dataclass is frozen
             ("classes", _readable(self.names, order)),
+            ("_initials", initials and not self.classes_from),
             ("_file", path),
             ("_tar", not os.path.isdir(path)),
             ("_top", len(top)),
@@ -90,6 +100,10 @@ class Folder(Source):
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
+
+    def guesses(self) -> tuple[Guess, ...]:
+        reason = "the outer folders are the initials of the classes"
+        return (Guess("classes_from", "path", reason),) * self._initials
 
     def _name(self, row: int) -> str:
         return os.fsdecode(self._names[self._ends[row - 1] if row else 0 : self._ends[row]])
@@ -197,29 +211,43 @@ def _top(path: str, members: dict[str, tuple[int, int]], pictures: list[str]) ->
     return f"{common}/" if common else ""
 
 
-def _class_folders(path: str, top: str, folders: list[str]) -> dict[str, str]:
-    """The class of each folder: its last path component that differs between the folders."""
+def _class_folders(
+    path: str, top: str, folders: list[str], classes_from: str
+) -> tuple[dict[str, str], bool]:
+    """(the class of each folder, whether the outer folders are the initials of the classes)."""
     components = {folder: folder[len(top) :].split("/") for folder in folders}
     while len({each[-1] for each in components.values()}) == 1:
         components = {folder: each[:-1] for folder, each in components.items()}
-    names = {folder: each[-1] for folder, each in components.items()}
+    initials = all(
+        len(each) > 1 and len(each[0]) == 1 and each[1][:1].lower() == each[0].lower()
+        for each in components.values()
+    )
+    if classes_from == "path" or (initials and not classes_from):
+        names = {folder: "/".join(each[initials:]) for folder, each in components.items()}
+    else:
+        names = {folder: each[-1] for folder, each in components.items()}
     repeated = [n for n, count in collections.Counter(names.values()).items() if count > 1]
-    if repeated:
+    if repeated and not classes_from:
         both = [folder for folder, name in names.items() if name == repeated[0]]
+        outer = sorted({f"{path}/{top}{components[folder][0]}" for folder in both})
+        parents = f"set the path to one of the parent folders, such as {outer[0]}"
         raise DataError(
             f"{path}: {len(repeated)} classes have several folders, such as {both[0]} and "
-            f"{both[1]}, expected one folder per class; set the path to one of the parent folders"
+            f"{both[1]}, expected one folder per class; "
+            + (f"{parents}; or " if os.path.isdir(path) and len(outer) > 1 else "")
+            + f"set classes_from=path if {'/'.join(components[both[0]])} is a class of its own, or "
+            f"classes_from=folder if both show {repeated[0]}"
         )
-    return names
+    return names, initials
 
 
 def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
     """The class name of each class folder, from the json file `names` if there is one."""
     if not names:
-        return tuple(folder.replace("_", " ") for folder in folders)
+        return tuple(folder.replace("_", " ").replace("/", " ") for folder in folders)
     path = expand_user(names)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             readable = json.load(file)
     except OSError as error:
         raise DataError(f"names={names}: cannot be read ({error.strerror}){_near(path)}") from None

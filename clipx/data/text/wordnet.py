@@ -103,6 +103,13 @@ class WordNet:
                     names |= dict.fromkeys(self._synset(offset, part))
         return list(names)
 
+    def noun(self, offset: int) -> list[str]:
+        """The lemma names of the noun synset at a byte offset; [] if none starts there."""
+        try:
+            return self._synset(offset, "noun")
+        except DataError:
+            return []
+
     def _base_forms(self, word: str, part: str) -> list[str]:
         """`word` and its possible base forms, which need not be in the index."""
         forms = self._irregular[part].get(word)

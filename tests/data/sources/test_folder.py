@@ -79,6 +79,39 @@ def test_class_folders_may_be_at_different_depths(tmp_path):
         assert [row.key for row in map(Folder(path).__getitem__, range(3))][0] == "car/1.jpg"
 
 
+def test_folders_of_initials_hold_classes_by_their_path(tmp_path):
+    places = ("a/abbey", "a/apartment_building/outdoor", "b/bar", "c/church/indoor")
+    places += ("c/church/outdoor",)
+    for path in kinds(tmp_path, [f"{place}/x.jpg" for place in places], "sun/images"):
+        data = Folder(path)
+        assert data.classes == (
+            *("abbey", "apartment building outdoor", "bar", "church indoor", "church outdoor"),
+        )
+        assert [data[i].label for i in range(5)] == list(range(5))
+        assert [guess[:2] for guess in data.guesses()] == [("classes_from", "path")]
+        saved = Folder(path, classes_from="path")
+        assert (saved.classes, list(saved.keys())) == (data.classes, list(data.keys()))
+        assert saved.guesses() == ()
+
+
+def test_folders_of_initials_without_deeper_ones_are_as_before(tmp_path):
+    for path in kinds(tmp_path, ("b/bar/1.jpg", "a/x_ray/1.jpg", "a/abbey/1.jpg")):
+        assert Folder(path).classes == Folder(path, classes_from="folder").classes
+        assert Folder(path).classes == ("abbey", "bar", "x ray")
+
+
+def test_what_a_class_is_can_be_said(tmp_path):
+    files = ("art/dog/1.jpg", "art/cat/1.jpg", "real/dog/2.jpg")
+    for path in kinds(tmp_path, files):
+        said = message(lambda path=path: Folder(path))
+        assert "set classes_from=path if art/dog is a class of its own" in said
+        assert said.endswith("or classes_from=folder if both show dog")
+        assert (f"such as {path}/art" in said) == os.path.isdir(path)
+        pooled, apart = (Folder(path, classes_from=kind) for kind in ("folder", "path"))
+        assert (pooled.classes, pooled[2].label) == (("cat", "dog"), 1)
+        assert apart.classes == ("art cat", "art dog", "real dog")
+
+
 def test_names_come_from_a_file(tmp_path, monkeypatch):
     path = write(tmp_path / "set")
     names = tmp_path / "names.json"
