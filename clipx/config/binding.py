@@ -1,4 +1,7 @@
-"""Binds config sections, once and strictly, to frozen dataclasses; finds classes by file name."""
+"""Binds config sections, once and strictly, to frozen dataclasses; finds classes by file name.
+
+A number's range is declared in the type of its field, as `ranges` describes.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import math
 import pkgutil
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from clipx.config import ranges
 from clipx.errors import ConfigError
 
 _MISSING = dataclasses.MISSING
+_UNIONS = (types.UnionType, typing.Union)
 T = TypeVar("T")
 
 
@@ -44,14 +48,38 @@ def plain(value: Any) -> Any:
     return value
 
 
+class _OutOfRange(ConfigError):
+    """A value of the right type outside the range of its field."""
+
+
 def _describe(hint: Any) -> str:
     """What a value of type `hint` looks like, for an error message."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return "a section with keys " + ", ".join(fields(hint))
-    if hint is bool:
-        return "true or false"
-    simple = isinstance(hint, type) and not typing.get_args(hint)
+    return "true or false" if hint is bool else _spelled(hint)
+
+
+def _spelled(hint: Any) -> str:
+    """The type `hint` as Python spells it, without ranges."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _spelled(args[0])
+    if origin in _UNIONS:
+        return " | ".join(map(_spelled, args))
+    if origin in (tuple, dict):
+        inner = ("..." if arg is Ellipsis else _spelled(arg) for arg in args)
+        return f"{origin.__name__}[{', '.join(inner)}]"
+    if hint is type(None):
+        return "None"
+    simple = isinstance(hint, type) and not args
     return hint.__name__ if simple else str(hint).replace("typing.", "")
+
+
+def _shown(value: Any) -> str:
+    """`value` as it is printed, except for numbers of more digits than anybody reads."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _respelled(value: Any, hint: Any, where: str) -> str:
@@ -66,14 +94,16 @@ def _respelled(value: Any, hint: Any, where: str) -> str:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as type `hint`: an int becomes a float, a list a tuple, a mapping a dataclass.
 
-    Raises `ConfigError` for any other value that is not of the type.
+    Raises `ConfigError` for any other value that is not of the type, or not in its range.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    shown = "None" if value is None else f"{value!r} ({type(value).__name__})"
+    if origin is Annotated:
+        return _in_range(_convert(value, args[0], where), hint, where)
+    shown = "None" if value is None else f"{_shown(value)} ({type(value).__name__})"
     wrong = ConfigError(where, shown, _describe(hint), _respelled(value, hint, where))
     if hint is Any:
         return value
-    if origin in (types.UnionType, typing.Union):
+    if origin in _UNIONS:
         errors = []
         for option in args:
             try:
@@ -81,7 +111,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             except ConfigError as error:
                 errors.append(error)
         for error in errors:
-            if error.where != where:  # an error inside the value says more
+            if error.where != where or isinstance(error, _OutOfRange):  # they say more
                 raise error
         wrong.fix = next((error.fix for error in errors if error.fix), "")
         raise wrong
@@ -99,7 +129,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         raise wrong
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
+        if isinstance(value, hint):  # a config file may build it
+            check(hint, {name: getattr(value, name) for name in fields(hint)}, where=where)
             return value
         if not isinstance(value, Mapping):
             raise wrong
@@ -117,11 +148,22 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise wrong
         return {k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise wrong from None
     if isinstance(hint, type) and not isinstance(value, hint):
         raise wrong
     if hint is int and isinstance(value, bool):
         raise wrong
+    return value
+
+
+def _in_range(value: Any, hint: Any, where: str) -> Any:
+    """`value`. Raises `ConfigError` if it is not in the ranges of the `Annotated` type `hint`."""
+    for rule in ranges.rules(hint):
+        if expected := rule.refuses(value):
+            raise _OutOfRange(where, _shown(value), expected)
     return value
 
 
@@ -138,8 +180,8 @@ def check(
     cls: a dataclass or a Linen module, whose annotated fields are the keys. where: the section's
     path, for messages. given: fields that the caller sets and a config may not. beside: keys of the
     section that the caller has taken out before; an unknown key may be one of them, misspelt.
-    Raises `ConfigError` for an unknown key (with the nearest name), a value of the wrong type, and
-    a missing key without a default.
+    Raises `ConfigError` for an unknown key (with the nearest name), a value of the wrong type or
+    outside its range, and a missing key without a default.
     """
     section = plain(section)
     if not isinstance(section, Mapping):
@@ -156,7 +198,7 @@ def check(
                 if key in given
                 else nearest(str(key), known),
             )
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
     for key, field in allowed.items():
         if key not in values and field.default is _MISSING and field.default_factory is _MISSING:
@@ -251,73 +293,6 @@ def find(package: str, name: str, base: type) -> type[Any]:
         "one of " + ", ".join(names),
         nearest(str(name), names),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A length of training in exactly one unit: "steps", "examples" or "epochs"."""
-
-    unit: str
-    amount: float
-    where: str  # the config key that sets it
-
-    def steps(self, *, batch_size: int, rows: int | None) -> int | None:
-        """The length in steps; None if the unit is epochs and `rows` is None.
-
-        An epoch is rows // batch_size steps: rows that do not fill a batch wait for another epoch.
-        Raises `ConfigError` for less than one batch.
-        """
-        if self.unit == "steps":
-            return int(self.amount)
-        if self.unit == "examples":
-            if 0 < self.amount < batch_size:
-                raise ConfigError(
-                    self.where,
-                    f"{self.amount} examples",
-                    f"at least one batch of {batch_size} examples, or 0",
-                )
-            return int(self.amount // batch_size)
-        if rows is None:
-            return None
-        if rows < batch_size:
-            raise ConfigError(
-                self.where,
-                f"{rows} rows of data",
-                f"at least one batch of {batch_size} rows",
-                "a smaller config.train.batch_size, or more data",
-            )
-        return int(round(self.amount * (rows // batch_size)))
-
-
-@typing.overload
-def duration(
-    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[False] = False
-) -> Duration: ...
-@typing.overload
-def duration(
-    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[True]
-) -> Duration | None: ...
-def duration(
-    values: Mapping[str, Any], name: str, *, where: str, optional: bool = False
-) -> Duration | None:
-    """The length that one of `<name>_steps`, `<name>_epochs`, `<name>_examples` of `values` sets.
-
-    Raises `ConfigError` unless exactly one is set. With `optional`, returns None if none is set.
-    """
-    units = ("steps", "epochs", "examples")
-    keys = [f"{name}_{unit}" for unit in units]
-    amounts = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
-    if optional and not amounts:
-        return None
-    if len(amounts) != 1:
-        shown = ", ".join(f"{name}_{u}={v}" for u, v in amounts.items()) or "none of them"
-        fix = "set the others to None" if amounts else f"set {where}.{keys[0]}"
-        raise ConfigError(f"{where}.{name}_*", shown, "exactly one of " + ", ".join(keys), fix)
-    ((unit, amount),) = amounts.items()
-    number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-    if not number or amount is None or not math.isfinite(amount) or amount < 0:
-        raise ConfigError(f"{where}.{name}_{unit}", repr(amount), "a number of at least 0")
-    return Duration(unit, amount, f"{where}.{name}_{unit}")
 
 
 def to_lists(value: Any) -> Any:

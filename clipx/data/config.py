@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from clipx.config.ranges import Fraction, Range, Share
 from clipx.data.manifests import MANIFESTS
 from clipx.data.text.augment import TextAugmentConfig
-from clipx.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,9 @@ class DataConfig:
     """The keys of `config.data` that every source shares."""
 
     source: str
-    fraction: float = 1.0  # share of the rows to train on; every run selects the same rows
-    workers: int = 0  # decoding processes; 0: threads of the main process
+    fraction: Share = 1.0  # share of the rows to train on; every run selects the same rows
+    # decoding processes; 0: threads of the main process
+    workers: Annotated[int, Range(0, 1024)] = 0
     # which of several captions to use; all: each in turn, one per epoch
     caption: Literal["random", "first", "all"] = "random"
     reject_cjk: bool = False  # count rows whose caption has Chinese characters as bad (DeCLIP)
@@ -26,8 +27,4 @@ class DataConfig:
     clusters: str | None = None
     # the published data set that this data is a copy of, in whole or in part
     manifest: Literal[*MANIFESTS] | None = None  # pyright: ignore[reportInvalidTypeForm]
-    max_bad_fraction: float = 0.01  # tolerated share of bad rows; a higher one stops the run
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigError("DataConfig.fraction", str(self.fraction), "above 0 and at most 1")
+    max_bad_fraction: Fraction = 0.01  # tolerated share of bad rows; a higher one stops the run

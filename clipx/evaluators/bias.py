@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Float
 
+from clipx.config.ranges import Count
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, read_entries, rows_of, unit
 from clipx.types import Metric
@@ -64,13 +65,10 @@ class Bias(Evaluator):
     words_b: tuple[str, ...] = (
         *("woman", "girl", "she", "mother", "daughter", "gal", "female", "her", "herself", "mary"),
     )
-    top: int = 10
-    batch_size: int = 256
+    top: Count = 10
+    batch_size: Count = 256
 
     def __post_init__(self):
-        for name in ("top", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"bias.{name}", str(getattr(self, name)), "at least 1")
         if not self.prompts:
             raise ConfigError("bias.prompts", "none", "at least one sentence")
         pairs = list(zip(self.words_a, self.words_b))

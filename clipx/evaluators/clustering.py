@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from clipx.config.ranges import Count, Range, Seed
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     Encode,
@@ -38,15 +40,12 @@ class Clustering(Evaluator):
     metrics = {"ari": Metric("more"), "ami": Metric("more", column="ami")}
 
     examples: Examples
-    iterations: int = 100
-    restarts: int = 5
-    seed: int = 0
-    batch_size: int = 256
+    iterations: Annotated[int, Range(1, 10_000)] = 100
+    restarts: Annotated[int, Range(1, 1000)] = 5
+    seed: Seed = 0
+    batch_size: Count = 256
 
     def __post_init__(self):
-        for name in ("iterations", "restarts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"clustering.{name}", str(getattr(self, name)), "at least 1")
         need_scikit_learn("clustering")
 
     def __call__(self, encode: Encode) -> dict[str, float]:

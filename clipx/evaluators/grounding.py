@@ -20,13 +20,14 @@ import pathlib
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from clipx.config.ranges import Count, CountOrZero, Range
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, Pictures, read_entries
 from clipx.types import Metric
@@ -84,16 +85,12 @@ class Grounding(Evaluator):
     annotations: str = ""
     detections: str = ""
     splits: tuple[str, ...] = ("val", "testA", "testB")
-    area_power: float = 0.5
-    overlays: int = 10
+    area_power: Annotated[float, Range(0, 10)] = 0.5
+    overlays: CountOrZero = 10
     overlay_folder: str = ""
-    batch_size: int = 64
+    batch_size: Count = 64
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("overlays", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"grounding.{name}", str(value), f"at least {least}")
         if not self.splits:
             raise ConfigError("grounding.splits", "none", "at least one, such as 'val'")
         if self.detections and not self.annotations:

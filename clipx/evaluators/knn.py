@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from clipx.config.ranges import Count, Temperature
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     ACCURACIES,
@@ -44,17 +45,13 @@ class Knn(Evaluator):
 
     examples: Examples
     train_examples: Examples
-    neighbours: tuple[int, ...] = (20, 200)
-    temperature: float = 0.07
-    batch_size: int = 256  # of encoding; also test pictures that are compared at once
+    neighbours: tuple[Count, ...] = (20, 200)
+    temperature: Temperature = 0.07
+    batch_size: Count = 256  # of encoding; also test pictures that are compared at once
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ConfigError("knn.batch_size", str(self.batch_size), "at least 1")
-        if min(self.neighbours, default=0) < 1:
-            raise ConfigError("knn.neighbours", str(self.neighbours), "counts of at least 1")
-        if not self.temperature > 0:
-            raise ConfigError("knn.temperature", str(self.temperature), "more than 0")
+        if not self.neighbours:
+            raise ConfigError("knn.neighbours", "none", "at least one count")
         if self.train_examples is not None and max(self.neighbours) > len(self.train_examples):
             raise ConfigError(
                 "knn.neighbours",

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from clipx.config.ranges import Count, Positive
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     ACCURACIES,
@@ -98,19 +99,13 @@ class LinearProbe(Evaluator):
     examples: Examples
     train_examples: Examples
     preset: Literal["logistic", "protoclip_logistic", "clip_lite", "slip", "protoclip"] = "logistic"
-    costs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of "logistic"
-    epochs: int | None = None
-    batch_size: int = 256  # of encoding
+    costs: tuple[Positive, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of "logistic"
+    epochs: Count | None = None
+    batch_size: Count = 256  # of encoding
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"linear_probe.{name}", str(value), "at least 1")
-        if min(self.costs, default=0) <= 0:
-            raise ConfigError(
-                "linear_probe.costs", str(self.costs), "at least one number, all above 0"
-            )
+        if not self.costs:
+            raise ConfigError("linear_probe.costs", "none", "at least one number")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         train, test = split_labels(self.train_examples, self.examples, "linear_probe")
@@ -152,7 +147,7 @@ def choose_cost(
     features: Float[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
     classes: int,
-    costs: tuple[float, ...],
+    costs: tuple[Positive, ...],
 ) -> float:
     """The C whose probe, trained on four fifths of the rows, has the best top-1 accuracy on the
     held-out fifth. Raises `ConfigError` if the four fifths have fewer than two classes."""

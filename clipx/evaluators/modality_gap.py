@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
+from clipx.config.ranges import Count
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of, rows_of
 from clipx.types import Metric
@@ -32,13 +33,8 @@ class ModalityGap(Evaluator):
     }
 
     examples: Examples
-    batch_size: int = 256
-    chunk: int = 256
-
-    def __post_init__(self):
-        for name in ("batch_size", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"modality_gap.{name}", str(getattr(self, name)), "at least 1")
+    batch_size: Count = 256
+    chunk: Count = 256
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         where, size = "modality_gap.examples", self.batch_size

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipx.errors import ConfigError
+from clipx.config.ranges import Count
 from clipx.evaluators.base import Encode, Evaluator, Examples, captions_of
 from clipx.types import Encoded, Metric
 
@@ -55,15 +55,9 @@ class Retrieval(Evaluator):
     task = "zeroshot_retrieval"
 
     examples: Examples
-    captions: int | None = None
-    batch_size: int = 256
-    chunk: int = 256
-
-    def __post_init__(self):
-        for name in ("captions", "batch_size", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"retrieval.{name}", str(value), "at least 1")
+    captions: Count | None = None
+    batch_size: Count = 256
+    chunk: Count = 256
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         texts, picture_of = captions_of(self.examples, "retrieval.examples", most=self.captions)
@@ -120,7 +114,7 @@ def _rank(
     queries: Encoded,
     answers: Encoded,
     right: Callable[[slice], Bool[np.ndarray, "q n"]],
-    chunk: int,
+    chunk: Count,
 ) -> Places:
     """The places of all queries among all answers. `right(rows)` is a mask of the right answers for
     those queries."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clipx.config.ranges import Count, Positive
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of, unit
 from clipx.types import Metric
@@ -50,15 +51,13 @@ class Voc(Evaluator):
 
     pictures: Pictures
     path: str
-    costs: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-    batch_size: int = 256
+    costs: tuple[Positive, ...] = (0.01, 0.1, 1.0, 10.0)
+    batch_size: Count = 256
     per_class: bool = False
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ConfigError("voc.batch_size", str(self.batch_size), "at least 1")
-        if min(self.costs, default=0) <= 0:
-            raise ConfigError("voc.costs", str(self.costs), "at least one number, all above 0")
+        if not self.costs:
+            raise ConfigError("voc.costs", "none", "at least one number")
         need_scikit_learn("voc")
         if self.pictures is not None:
             self._splits()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from clipx.config.ranges import Count
 from clipx.errors import ConfigError
 from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, labels_of, unit
 from clipx.evaluators.class_names import by_label, check_names, refuse_ids
@@ -61,14 +62,12 @@ class ZeroShot(Evaluator):
     examples: Examples
     classes: tuple[str, ...] | str = ()
     templates: tuple[str, ...] | str = TEMPLATES
-    batch_size: int = 256
+    batch_size: Count = 256
     per_class: bool = False
     preset: Literal[*SETS] | None = None  # pyright: ignore[reportInvalidTypeForm]
     lists: str = ""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ConfigError("zero_shot.batch_size", str(self.batch_size), "at least 1")
         if self.lists and self.preset in (None, "imagenet"):
             raise ConfigError(
                 "zero_shot.lists", repr(self.lists), "a preset that reads lists, or no lists"

@@ -14,6 +14,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int32, Key
 
+from clipx.config.ranges import Count, CountOrZero, Depth, Rate, Ratio, Width
 from clipx.errors import ConfigError
 from clipx.models.layers import (
     LayerNorm,
@@ -113,23 +114,21 @@ class BERT(Tower):
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
     needs_start_mark: ClassVar[bool] = True
 
-    vocab_size: int = 30522
-    context: int = 30  # tokens per text, as the tokenizer makes them
-    positions: int = 512  # rows of the position table
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    eot_id: int = 102
-    pad_id: int = 0
-    dropout: float = 0.1
+    vocab_size: Count = 30522
+    context: Count = 30  # tokens per text, as the tokenizer makes them
+    positions: Count = 512  # rows of the position table
+    width: Width = 768
+    depth: Depth = 12
+    heads: Width = 12
+    mlp_ratio: Ratio = 4.0
+    eot_id: CountOrZero = 102
+    pad_id: CountOrZero = 0
+    dropout: Rate = 0.1
     init_from: str = ""
 
     @nn.nowrap
     def check(self) -> None:
         super().check()
-        for field in ("vocab_size", "context", "width", "depth", "heads"):
-            check(getattr(self, field) > 0, self.at(field), getattr(self, field), "1 or more")
         check(
             self.width % self.heads == 0,
             self.at("heads"),
@@ -142,7 +141,6 @@ class BERT(Tower):
             f"{self.positions}, for texts of {self.context} tokens",
             f"at least {self.context}",
         )
-        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
 
     @property
     def backbone_width(self) -> int:

@@ -20,6 +20,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key
 
+from clipx.config.ranges import WidthOrZero
 from clipx.errors import ConfigError
 from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
@@ -117,7 +118,7 @@ class Tower(nn.Module):
     # whether the tower's output is read at the start mark, so that every text must have one
     needs_start_mark: ClassVar[bool] = False
 
-    embed_dim: int = 512  # width of the shared space; 0: no projection, `raw` is `backbone`
+    embed_dim: WidthOrZero = 512  # of the shared space; 0: no projection, `raw` is `backbone`
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
 
     def __post_init__(self):
@@ -127,7 +128,6 @@ class Tower(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raises `ConfigError` for impossible values of fields. Runs on every Linen clone."""
-        check(self.embed_dim >= 0, self.at("embed_dim"), self.embed_dim, "0 or more")
 
     @property
     def backbone_width(self) -> int:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
+from clipx.config.ranges import Depth, Pixels, Width
 from clipx.models.layers import (
     BatchNorm,
     PoolAttention,
@@ -138,9 +139,9 @@ class ResNet(Tower):
     """
 
     variant: str = "RN50"
-    image_size: int = 224  # pixels
-    width: int | None = None
-    blocks: tuple[int, ...] | None = None
+    image_size: Pixels = 224  # pixels
+    width: Width | None = None
+    blocks: tuple[Depth, ...] | None = None
     zero_gamma: bool = False  # plain blocks start as the identity; modified blocks always do
 
     @nn.nowrap
@@ -150,21 +151,21 @@ class ResNet(Tower):
         blocks, width = self.shape
         stride = 2 ** (len(blocks) + 1)
         check(
-            self.image_size > 0 and (not self.modified or self.image_size % stride == 0),
+            not self.modified or self.image_size % stride == 0,
             self.at("image_size"),
             f"{self.image_size} pixels",
             f"a multiple of {stride}",
             f"set image_size={max(round(self.image_size / stride), 1) * stride}",
         )
         check(
-            min(blocks, default=0) > 0,
+            0 < len(blocks) <= 8,
             self.at("blocks"),
             blocks,
-            "at least one block in each stage",
+            "from one to eight stages",
         )
         channels = width * 2 ** (len(blocks) + 1)
         check(
-            width > 0 and width % 2 == 0 and (not self.modified or channels % self.heads == 0),
+            width % 2 == 0 and (not self.modified or channels % self.heads == 0),
             self.at("width"),
             width,
             "an even number such that heads of about 64 channels divide the last feature map",

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Int32, Key
 
+from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Ratio, Width
 from clipx.models.layers import (
     Activation,
     LayerNorm,
@@ -37,36 +38,33 @@ class TextTransformer(Tower):
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
 
-    vocab_size: int = 49408
-    context: int = 77  # tokens
-    width: int = 512
-    depth: int = 12
-    heads: int = 8
-    mlp_ratio: float = 4.0
+    vocab_size: Count = 49408
+    context: Count = 77  # tokens
+    width: Width = 512
+    depth: Depth = 12
+    heads: Width = 8
+    mlp_ratio: Ratio = 4.0
     causal: bool = True
     pool: Literal["eot", "last", "mean"] = "eot"
-    eot_id: int = 49407
-    pad_id: int = 0
+    eot_id: CountOrZero = 49407
+    pad_id: CountOrZero = 0
     mask_padding: bool = False
     projection_bias: bool = False  # CLIP's projection has no bias, DeCLIP's has one
     activation: Activation = "gelu"
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    norm_eps: Epsilon = 1e-5
+    dropout: Rate = 0.0
     scan: bool = False
     remat: Literal["none", "dots", "full"] = "none"
 
     @nn.nowrap
     def check(self) -> None:
         super().check()
-        for field in ("vocab_size", "context", "width", "depth", "heads"):
-            check(getattr(self, field) > 0, self.at(field), getattr(self, field), "1 or more")
         check(
             self.width % self.heads == 0,
             self.at("heads"),
             f"{self.heads} heads for a width of {self.width}",
             "a number that divides the width",
         )
-        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
         if self.pool == "eot" or self.mask_padding:
             check(
                 0 <= self.eot_id < self.vocab_size,

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
+from clipx.config.ranges import Depth, Epsilon, Pixels, Rate, Ratio, Width
 from clipx.models.layers import (
     MLP,
     Activation,
@@ -86,30 +87,29 @@ class ViT(Tower):
     """
 
     variant: str = "ViT-B/32"
-    image_size: int = 224  # pixels
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    patch: int | None = None  # pixels
-    mlp_ratio: float | None = None
+    image_size: Pixels = 224  # pixels
+    width: Width | None = None
+    depth: Depth | None = None
+    heads: Width | None = None
+    patch: Pixels | None = None  # pixels
+    mlp_ratio: Ratio | None = None
     pool: Literal["class", "mean", "attention"] = "class"
     pre_norm: bool = True  # CLIP's LayerNorm before the first block
     block_init: Literal["torch", "clip"] = "torch"  # "clip": scaled by depth, as in the text tower
     freeze_patches: bool = False  # the patch embedding keeps its initial values
     activation: Activation = "gelu"
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    norm_eps: Epsilon = 1e-5
+    dropout: Rate = 0.0
     scan: bool = False
     remat: Literal["none", "dots", "full"] = "none"
 
     @nn.nowrap
     def check(self) -> None:
         super().check()
-        width, depth, heads, _, patch = self.shape
-        for field, size in zip(("width", "depth", "heads", "mlp_ratio", "patch"), self.shape):
-            check(size > 0, self.at(field), size, "1 or more")
+        width, _, heads, mlp_width, patch = self.shape
+        check(mlp_width > 0, self.at("mlp_ratio"), self.mlp_ratio, "an MLP of at least one channel")
         check(
-            self.image_size > 0 and self.image_size % patch == 0,
+            self.image_size % patch == 0,
             self.at("image_size"),
             f"{self.image_size} pixels with a patch of {patch}",
             "a multiple of the patch",
@@ -121,7 +121,6 @@ class ViT(Tower):
             f"{heads} heads for a width of {width}",
             "a number that divides the width",
         )
-        check(0 <= self.dropout < 1, self.at("dropout"), self.dropout, "a rate in [0, 1)")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
+from clipx.config.ranges import Crop, Rgb, RgbDeviation
 from clipx.models.layers import Tower, check
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
@@ -35,10 +36,10 @@ class Objective(nn.Module):
     image: Tower
     text: Tower
     augmentation: Augmentation = "none"  # of every image view
-    crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
+    crop_scale: Crop | None = None  # area share; None: the augmentation's
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are not negatives
-    mean: tuple[float, float, float] = photometry.OPENAI_MEAN  # of RGB in 0..1
-    std: tuple[float, float, float] = photometry.OPENAI_STD
+    mean: Rgb = photometry.OPENAI_MEAN  # of RGB in 0..1
+    std: RgbDeviation = photometry.OPENAI_STD
     locked: tuple[str, ...] = ()  # set by the run: towers that are frozen completely
 
     # Fields that other sections of the config fill: {field: "section.key"}. A config cannot set
@@ -61,6 +62,11 @@ class Objective(nn.Module):
         """Width e of the external teacher's rows, `batch.extra["teacher"]`, float32 [b, e]; None
         without a teacher."""
         return None
+
+    @property
+    def shares_space(self) -> bool:
+        """Whether the towers' outputs are compared, so that both must have one width."""
+        return True
 
     @property
     def views(self) -> Views:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from clipx import losses
+from clipx.config.ranges import Count, LogScale
 from clipx.objectives.base import Objective, present, scalar, tower_keys
 from clipx.types import Batch, Features, Loss, PyTree
 
@@ -25,8 +26,8 @@ class CLIP(Objective):
     the optimizer's rules. With `groups` = n, rows are negatives only within groups of B/n rows.
     """
 
-    logit_scale_init: float = math.log(1 / 0.07)
-    groups: int = 1
+    logit_scale_init: LogScale = math.log(1 / 0.07)
+    groups: Count = 1
 
     def setup(self):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clipx import losses
+from clipx.config.ranges import Count, Rate, Rgb, RgbDeviation, Width
 from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next_row
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Augmentation, Objective, check_groups, present, tower_keys
@@ -61,28 +62,25 @@ class CLIPLite(Objective):
     """
 
     augmentation: Augmentation = "clip_lite"
-    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
-    std: tuple[float, float, float] = photometry.IMAGENET_STD
+    mean: Rgb = photometry.IMAGENET_MEAN
+    std: RgbDeviation = photometry.IMAGENET_STD
     critic: Literal["dot", "concat", "condot", "dotcon"] = "dot"
     prior: Literal["cooperative", "adversarial", "off"] = "cooperative"
-    prior_weight: float = 0.1
-    width: int = 2048  # of a dot critic's projections
+    prior_weight: Rate = 0.1
+    width: Width = 2048  # of a dot critic's projections
     image_terms: bool = False  # two views of each image are a pair too
     text_terms: bool = False  # two captions of each image are a pair too
-    groups: int = 1
+    groups: Count = 1
 
     def __post_init__(self):
         where = type(self).__name__
-        weight, used = self.prior_weight, self.prior != "off"
         check(
-            0 <= weight < 1 and (weight > 0 or not used),
+            self.prior_weight > 0 or self.prior == "off",
             f"{where}.prior_weight",
-            weight,
-            "more than 0 and less than 1" if used else "at least 0 and less than 1",
-            "config.objective.prior='off'" if used and not weight else "",
+            self.prior_weight,
+            "more than 0 and less than 1",
+            "config.objective.prior='off'",
         )
-        check(self.width > 0, f"{where}.width", self.width, "1 or more")
-        check(self.groups > 0, f"{where}.groups", self.groups, "1 or more")
         super().__post_init__()
 
     def setup(self):
@@ -107,6 +105,10 @@ class CLIPLite(Objective):
             pictures=views.pictures * (1 + self.image_terms),
             texts=views.texts + ("other",) * self.text_terms,
         )
+
+    @property
+    def shares_space(self) -> bool:
+        return False  # the critics project both sides
 
     @property
     def compares(self) -> tuple[str, ...]:

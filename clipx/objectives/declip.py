@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from clipx import losses
+from clipx.config.ranges import (
+    Count,
+    CountOrZero,
+    LogScale,
+    MaskRate,
+    NonNegative,
+    Positive,
+    Range,
+    Rgb,
+    RgbDeviation,
+    Width,
+)
 from clipx.models.heads import BatchNormMLP, VocabularyHead
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import (
@@ -26,19 +38,11 @@ from clipx.objectives.filip import (
     LateInteraction,
     check_late_interaction,
     check_masking,
-    check_weights,
     hide_words,
 )
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, Views
 
-_WEIGHTS = (
-    "contrastive_weight",
-    "neighbour_weight",
-    "simsiam_weight",
-    "masked_lm_weight",
-    "late_interaction_weight",
-)
 # numbers of a row's independent keys; key 2 hides words
 _IMAGE, _TEXT, _, _OTHER_IMAGE, _OTHER_TEXT, _MASKED_TEXT = range(6)
 
@@ -88,39 +92,35 @@ class DeCLIP(Objective):
     """
 
     augmentation: Augmentation = "mocov2"
-    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
-    std: tuple[float, float, float] = photometry.IMAGENET_STD
-    contrastive_weight: float = 0.4
-    neighbour_weight: float = 0.2
-    simsiam_weight: float = 0.2
-    masked_lm_weight: float = 0.2
-    late_interaction_weight: float = 0.0
+    mean: Rgb = photometry.IMAGENET_MEAN
+    std: RgbDeviation = photometry.IMAGENET_STD
+    contrastive_weight: NonNegative = 0.4
+    neighbour_weight: NonNegative = 0.2
+    simsiam_weight: NonNegative = 0.2
+    masked_lm_weight: NonNegative = 0.2
+    late_interaction_weight: NonNegative = 0.0
     contrast_clean_caption: bool = False
-    mask_rate: float = 0.15
-    simsiam_width: int = 1024  # the predictor's hidden layer has half this width
-    queue_size: int = 65536
+    mask_rate: MaskRate = 0.15
+    # the predictor's hidden layer has half this width
+    simsiam_width: Annotated[int, Range(2, 2**16)] = 1024
+    queue_size: Count = 65536
     neighbour_direction: Literal["image_to_text", "both"] = "image_to_text"
-    top_k: int | None = 16
+    top_k: Count | None = 16
     mask_padding: bool = True
-    token_width: int = 256
-    logit_scale_init: float = math.log(1 / 0.07)
-    logit_scale_cap: float | None = 100.0
-    groups: int = 1
-    mask_id: int | None = None
-    special_ids: tuple[int, ...] = ()
+    token_width: Width = 256
+    logit_scale_init: LogScale = math.log(1 / 0.07)
+    logit_scale_cap: Positive | None = 100.0
+    groups: Count = 1
+    mask_id: CountOrZero | None = None
+    special_ids: tuple[CountOrZero, ...] = ()
 
     filled: ClassVar[Mapping[str, str]] = WORDS
 
     def __post_init__(self):
-        check_weights(self, *_WEIGHTS)
         used = self.contrastive_weight or self.neighbour_weight
         check(used > 0, "DeCLIP.contrastive_weight", 0, "more than 0, or a neighbour_weight > 0")
         check_masking(self, used=self.masked_lm_weight > 0 or not self.contrast_clean_caption)
         check_late_interaction(self)
-        check(self.queue_size > 0, "DeCLIP.queue_size", self.queue_size, "1 or more")
-        check(self.simsiam_width > 1, "DeCLIP.simsiam_width", self.simsiam_width, "2 or more")
-        cap = self.logit_scale_cap
-        check(cap is None or cap > 0, "DeCLIP.logit_scale_cap", cap, "more than 0, or None")
         check(
             self.text.embed_dim > 0,
             "config.text.embed_dim",

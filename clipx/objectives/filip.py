@@ -11,6 +11,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from clipx import losses
+from clipx.config.ranges import (
+    Count,
+    CountOrZero,
+    LogScale,
+    MaskRate,
+    NonNegative,
+    Rgb,
+    RgbDeviation,
+    Width,
+)
 from clipx.models.heads import TokenProjection
 from clipx.models.layers import check
 from clipx.objectives.base import Augmentation, Objective, present, scalar, tower_keys
@@ -35,7 +45,7 @@ class LateInteraction(nn.Module):
     top_k: int | None
     mask_padding: bool
     scale_init: float
-    groups: int = 1
+    groups: Count = 1
 
     def setup(self):
         self.image, self.text = TokenProjection(self.width), TokenProjection(self.width)
@@ -106,25 +116,24 @@ class FILIP(Objective):
     """
 
     augmentation: Augmentation = "mocov2"
-    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
-    std: tuple[float, float, float] = photometry.IMAGENET_STD
-    late_interaction_weight: float = 1.0
-    contrastive_weight: float = 0.0
-    top_k: int | None = 16
+    mean: Rgb = photometry.IMAGENET_MEAN
+    std: RgbDeviation = photometry.IMAGENET_STD
+    late_interaction_weight: NonNegative = 1.0
+    contrastive_weight: NonNegative = 0.0
+    top_k: Count | None = 16
     mask_padding: bool = True
-    token_width: int = 256
+    token_width: Width = 256
     contrast_clean_caption: bool = False
-    mask_rate: float = 0.15
+    mask_rate: MaskRate = 0.15
     evaluation: Literal["image_tokens", "both_tokens", "global"] = "image_tokens"
-    logit_scale_init: float = math.log(1 / 0.07)  # of both scales
-    groups: int = 1
-    mask_id: int | None = None
-    special_ids: tuple[int, ...] = ()
+    logit_scale_init: LogScale = math.log(1 / 0.07)  # of both scales
+    groups: Count = 1
+    mask_id: CountOrZero | None = None
+    special_ids: tuple[CountOrZero, ...] = ()
 
     filled: ClassVar[Mapping[str, str]] = WORDS
 
     def __post_init__(self):
-        check_weights(self, "late_interaction_weight", "contrastive_weight")
         check_masking(self, used=not self.contrast_clean_caption)
         check_late_interaction(self)
         check(
@@ -147,6 +156,10 @@ class FILIP(Objective):
         self.late_interaction = LateInteraction(
             self.token_width, self.top_k, self.mask_padding, self.logit_scale_init, self.groups
         )
+
+    @property
+    def shares_space(self) -> bool:
+        return self.contrastive_weight > 0  # tokens are projected to `token_width`
 
     @property
     def compares(self) -> tuple[str, ...]:
@@ -247,25 +260,8 @@ def hide_words(
     )
 
 
-def check_weights(objective: Objective, *fields: str) -> None:
-    """Raises `ConfigError` for a weight below 0."""
-    where = type(objective).__name__
-    for field in fields:
-        check(
-            getattr(objective, field) >= 0,
-            f"{where}.{field}",
-            getattr(objective, field),
-            "0 or more",
-        )
-
-
 def check_masking(objective: Objective, *, used: bool) -> None:
-    """Raises `ConfigError` for an impossible `mask_rate`, and for masking that is `used` without a
-    mask id from the tokenizer."""
-    where = type(objective).__name__
-    check(
-        0 < objective.mask_rate < 1, f"{where}.mask_rate", objective.mask_rate, "a share in (0, 1)"
-    )
+    """Raises `ConfigError` for masking that is `used` without a mask id from the tokenizer."""
     check(
         objective.mask_id is not None or not used,
         "config.tokenizer.mask",
@@ -276,14 +272,10 @@ def check_masking(objective: Objective, *, used: bool) -> None:
 
 
 def check_late_interaction(objective: Objective) -> None:
-    """Raises `ConfigError` for impossible fields of a token-wise loss."""
-    where = type(objective).__name__
-    for field in ("top_k", "token_width", "groups"):
-        value = getattr(objective, field)
-        check(value is None or value > 0, f"{where}.{field}", value, "1 or more")
+    """Raises `ConfigError` for a token-wise loss that shall leave out equal captions."""
     check(
         objective.false_negatives == "keep" or not objective.late_interaction_weight,
-        f"{where}.false_negatives",
+        f"{type(objective).__name__}.false_negatives",
         "'mask', with a token-wise loss, which uses all rows as negatives",
         "'keep'",
     )

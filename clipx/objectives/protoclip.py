@@ -6,13 +6,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from clipx import losses
+from clipx.config.ranges import (
+    INT,
+    BatchSize,
+    Count,
+    CountOrZero,
+    LogScale,
+    NonNegative,
+    Range,
+    Width,
+)
 from clipx.models.heads import PrototypeHeads
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import (
@@ -23,7 +33,6 @@ from clipx.objectives.base import (
     scalar,
     tower_keys,
 )
-from clipx.objectives.filip import check_weights
 from clipx.ops import kmeans
 from clipx.types import Batch, Features, Loss, PyTree
 
@@ -34,18 +43,6 @@ _PAIRS = (  # term, modality that picks, modality whose clusters give the labels
     ("external", "image", "external"),
     ("external", "text", "external"),
 )
-_LEAST = {  # smallest allowed values of fields
-    "target_temperature": 0,
-    "k": 2,
-    "iterations": 1,
-    "restarts": 1,
-    "projection_dim": 1,
-    "projection_hidden": 1,
-    "projection_layers": 0,
-    "teacher_width": 1,
-    "warmup_episodes": 0,
-    "groups": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,34 +98,30 @@ class ProtoCLIP(Objective):
     """
 
     augmentation: Augmentation = "protoclip_light"
-    contrastive_weight: float = 1.0
-    prototype_weight: float = 1.0
-    external_weight: float = 0.0
+    contrastive_weight: NonNegative = 1.0
+    prototype_weight: NonNegative = 1.0
+    external_weight: NonNegative = 0.0
     back_translation: bool = True
-    target_temperature: float = 0.01
-    k: int = 20_000
-    episode_size: int = 200_000  # rows
+    target_temperature: Annotated[float, Range(1e-4, 1000, also=(0,))] = 0.01
+    k: Annotated[int, Range(2, INT)] = 20_000
+    episode_size: Count = 200_000  # rows
     with_replacement: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
-    iterations: int = 20  # of k-means
-    restarts: int = 3
-    projection_dim: int = 128
-    projection_hidden: int = 2048
-    projection_layers: int = 1  # before the last: dense, BatchNorm, ReLU
-    teacher_width: int = 64
-    warmup_episodes: int = 1
-    lit_start: int | None = None
-    logit_scale_init: float = math.log(1 / 0.07)  # of both scales
-    groups: int = 1
+    iterations: Annotated[int, Range(1, 10_000)] = 20  # of k-means
+    restarts: Annotated[int, Range(1, 1000)] = 3
+    projection_dim: Width = 128
+    projection_hidden: Width = 2048
+    projection_layers: Annotated[int, Range(0, 100)] = 1  # before the last: dense, BatchNorm, ReLU
+    teacher_width: Width = 64
+    warmup_episodes: CountOrZero = 1
+    lit_start: CountOrZero | None = None
+    logit_scale_init: LogScale = math.log(1 / 0.07)  # of both scales
+    groups: Count = 1
     compat: Compat = Compat()
-    batch_size: int = 512  # of the run
+    batch_size: BatchSize = 512  # of the run
 
     filled: ClassVar[Mapping[str, str]] = {"batch_size": "train.batch_size"}
 
     def __post_init__(self):
-        check_weights(self, "contrastive_weight", "prototype_weight", "external_weight")
-        for field, least in _LEAST.items():
-            value = getattr(self, field)
-            check(value >= least, f"ProtoCLIP.{field}", value, f"{least} or more")
         used = self.prototype_weight + self.external_weight
         check(used > 0, "ProtoCLIP.prototype_weight", 0, "more than 0, or an external_weight > 0")
         check(
@@ -138,9 +131,6 @@ class ProtoCLIP(Objective):
             "0 without back_translation: a teacher's centroids are not in the heads' space",
             "config.objective.back_translation=true",
         )
-        image, text = self.image.embed_dim, self.text.embed_dim
-        widths = f"{text}, and {image} for the image tower"
-        check(image == text, "config.text.embed_dim", widths, "the same width for both towers")
         self._check_episode()
         super().__post_init__()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 
 from clipx import losses
+from clipx.config.ranges import LogScale, Range, Rgb, RgbDeviation
 from clipx.objectives.base import scalar
 from clipx.objectives.clip import CLIP, ClipFeatures
 from clipx.types import Loss, PyTree
@@ -20,10 +22,10 @@ class SigLIP(CLIP):
     n, rows are negatives only within groups of B/n rows.
     """
 
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    logit_scale_init: float = math.log(10.0)
-    logit_bias_init: float = -10.0
+    mean: Rgb = (0.5, 0.5, 0.5)
+    std: RgbDeviation = (0.5, 0.5, 0.5)
+    logit_scale_init: LogScale = math.log(10.0)
+    logit_bias_init: Annotated[float, Range(-1000, 1000)] = -10.0
 
     def setup(self):
         self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from clipx import losses
+from clipx.config.ranges import Crop, Positive, Rgb, RgbDeviation, Temperature, Width
 from clipx.models.heads import BatchNormMLP
-from clipx.models.layers import check, unit, wide
+from clipx.models.layers import unit, wide
 from clipx.objectives.base import Augmentation, picture_view, present, tower_keys
 from clipx.objectives.clip import CLIP, ClipFeatures
 from clipx.ops import photometry
@@ -50,20 +51,14 @@ class SLIP(CLIP):
 
     augmentation: Augmentation = "standard_slip"
     ssl_augmentation: Augmentation = "slip"
-    ssl_crop_scale: tuple[float, float] | None = None  # area share; None: the augmentation's
-    mean: tuple[float, float, float] = photometry.IMAGENET_MEAN
-    std: tuple[float, float, float] = photometry.IMAGENET_STD
-    ssl_weight: float = 1.0
-    temperature: float = 0.1  # of NT-Xent
-    head_width: int = 4096
-    head_dim: int = 256
+    ssl_crop_scale: Crop | None = None  # area share; None: the augmentation's
+    mean: Rgb = photometry.IMAGENET_MEAN
+    std: RgbDeviation = photometry.IMAGENET_STD
+    ssl_weight: Positive = 1.0
+    temperature: Temperature = 0.1  # of NT-Xent
+    head_width: Width = 4096
+    head_dim: Width = 256
     compat: Compat = Compat()
-
-    def __post_init__(self):
-        for field in ("ssl_weight", "temperature", "head_width", "head_dim", "groups"):
-            value = getattr(self, field)
-            check(value > 0, f"SLIP.{field}", value, "more than 0")
-        super().__post_init__()
 
     def setup(self):
         super().setup()

@@ -13,12 +13,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
+
+from clipx.config.ranges import Crop, Fraction, Ordered, Range
+from clipx.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip/clip.py
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,6 +32,9 @@ _GRID = 2**14  # sampled factors are multiples of 1/_GRID; times a level they ar
 _WEIGHT = 2**16  # a blur's weights are multiples of 1/_WEIGHT, for the same reason
 _OFF = 256  # a solarising threshold that no level reaches
 
+Strength = Annotated[float, Range(0, 10)]
+Sigma = Annotated[float, Range(0, 100)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -37,19 +43,24 @@ class Policy:
     Operations run in the order of the fields. A strength or probability of 0 turns one off.
     """
 
-    scale: tuple[float, float] = (0.9, 1.0)  # least and most share of the area that a crop covers
+    scale: Crop = (0.9, 1.0)  # least and most share of the area that a crop covers
     flip: bool = False  # mirror left to right with probability 1/2
     mirror_words: bool = False  # swap "left" and "right" in the captions of a mirrored picture
-    jitter: float = 0.0  # probability of the next four operations, which run in a random order
-    brightness: float = 0.0  # s: a factor from U(max(0, 1 - s), 1 + s)
-    contrast: float = 0.0  # likewise
-    saturation: float = 0.0  # likewise
-    hue: float = 0.0  # s: a shift from U(-s, s) of the colour circle
-    grey: float = 0.0  # probability
-    blur: float = 0.0  # probability
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    blur_kernel: int | None = None  # None: Pillow's GaussianBlur; odd: torchvision's of this width
-    solarise: float = 0.0  # probability; levels from 128 on are inverted
+    jitter: Fraction = 0.0  # probability of the next four operations, which run in a random order
+    brightness: Strength = 0.0  # s: a factor from U(max(0, 1 - s), 1 + s)
+    contrast: Strength = 0.0  # likewise
+    saturation: Strength = 0.0  # likewise
+    hue: Annotated[float, Range(0, 0.5)] = 0.0  # s: a shift from U(-s, s) of the colour circle
+    grey: Fraction = 0.0  # probability
+    blur: Fraction = 0.0  # probability
+    blur_sigma: Annotated[tuple[Sigma, Sigma], Ordered()] = (0.1, 2.0)  # pixels
+    # None: Pillow's GaussianBlur; odd: torchvision's of this width
+    blur_kernel: Annotated[int, Range(1, 255)] | None = None
+    solarise: Fraction = 0.0  # probability; levels from 128 on are inverted
+
+    def __post_init__(self):
+        if self.blur_kernel is not None and self.blur_kernel % 2 == 0:
+            raise ConfigError("Policy.blur_kernel", str(self.blur_kernel), "an odd number, or None")
 
 
 # SimCLR's distortions as in MoCo v2, without the crop.

@@ -7,12 +7,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from clipx.config.ranges import Fraction, Range
 from clipx.errors import ConfigError
 from clipx.types import BATCH_AXES, PyTree
 
@@ -27,29 +28,24 @@ _TENSOR = (
     (r"(^|/)mlp/proj/kernel$", -2),
 )
 
+AxisSize = Annotated[int, Range(1, 2**20, also=(-1,))]
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis. One may be -1: it takes the devices that are left."""
 
-    data: int = -1  # rows
-    fsdp: int = 1  # rows; also parameters and their optimizer state
-    tensor: int = 1  # attention heads and MLP width
-    max_replicated: float = 0.1  # share of the parameters' bytes that `fsdp` may leave replicated
-
-    def __post_init__(self):
-        if not 0 <= self.max_replicated <= 1:
-            share = str(self.max_replicated)
-            raise ConfigError("MeshConfig.max_replicated", share, "a share in [0, 1]")
+    data: AxisSize = -1  # rows
+    fsdp: AxisSize = 1  # rows; also parameters and their optimizer state
+    tensor: AxisSize = 1  # attention heads and MLP width
+    # share of the parameters' bytes that `fsdp` may leave replicated
+    max_replicated: Fraction = 0.1
 
     def sizes(self, devices: int) -> dict[str, int]:
         """The length of each axis over so many devices. Raises `ConfigError` if they do not fit."""
         sizes = {name: getattr(self, name) for name in AXES}
         free = [name for name, size in sizes.items() if size == -1]
         known = math.prod(size for size in sizes.values() if size != -1)
-        for name, size in sizes.items():
-            if size == 0 or size < -1:
-                raise ConfigError(f"config.mesh.{name}", str(size), "a positive number, or -1")
         if len(free) > 1:
             raise ConfigError(
                 "config.mesh", f"-1 for {' and '.join(free)}", "-1 for at most one axis"

@@ -6,9 +6,34 @@ import math
 
 from clipx.data.config import DataConfig
 from clipx.errors import ConfigError
+from clipx.objectives import base
 from clipx.objectives.base import Objective
 from clipx.parallel.mesh import Mesh
 from clipx.training.schema import EvalSpec, TrainConfig
+
+
+def check_towers(objective: Objective) -> None:
+    """Raises `ConfigError` for towers of two widths whose outputs are compared."""
+    image, text = objective.image.output_width, objective.text.output_width
+    if objective.shares_space and image != text:
+        raise ConfigError(
+            "config.text.embed_dim",
+            f"{text}, and {image} for the image tower",
+            "the same width for both towers",
+            f"config.text.embed_dim={image}",
+        )
+
+
+def check_groups(train: TrainConfig, groups: int) -> None:
+    """Raises `ConfigError` unless `groups` divides the batch into groups of at least two rows."""
+    base.check_groups(groups, train.batch_size)
+    if train.batch_size < 2 * groups:
+        raise ConfigError(
+            "config.train.batch_size",
+            f"{train.batch_size} row(s) in {groups} group(s)",
+            "at least two rows in each group: a loss compares each row with others",
+            f"config.train.batch_size={2 * groups}",
+        )
 
 
 def check_clusters(data: DataConfig, batch: int, groups: int, with_replacement: bool) -> None:
@@ -61,21 +86,9 @@ def check_episodes(train: TrainConfig, data: DataConfig, objective: Objective, n
 
 
 def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> None:
-    """Raises `ConfigError` for a count below 1, a batch that devices and micro-batches do not
-    divide, and a `best` that names no eval."""
+    """Raises `ConfigError` for a batch that devices and micro-batches do not divide, and a `best`
+    that names no eval."""
     where = "config.train"
-    for name in (
-        "batch_size",
-        "microbatches",
-        "log_every_steps",
-        "save_every_steps",
-        "eval_every_steps",
-        "keep",
-        "max_skipped_steps",
-    ):
-        value = getattr(train, name)
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"{where}.{name}", str(value), "at least 1")
     devices, slices = _divisors(train, mesh)
     unit = devices * slices
     if train.batch_size % unit:

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipx.config.binding import duration
+from clipx.config.durations import duration
+from clipx.config.ranges import (
+    Count,
+    CountOrZero,
+    LearningRate,
+    LongCount,
+    NonNegative,
+    Positive,
+    Rate,
+    Share,
+)
 from clipx.errors import ConfigError
 from clipx.training.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree
@@ -23,14 +33,8 @@ class LookaheadConfig:
     """Lookahead (Zhang et al. 2019, arXiv 1907.08610): every `k` updates the slow weights move by
     `alpha` towards the fast ones, which continue from there."""
 
-    k: int = 5
-    alpha: float = 0.5
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ConfigError("LookaheadConfig.k", str(self.k), "1 or more")
-        if not 0 < self.alpha <= 1:
-            raise ConfigError("LookaheadConfig.alpha", str(self.alpha), "a number in (0, 1]")
+    k: Count = 5
+    alpha: Share = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +42,25 @@ class OptimizerConfig:
     """`config.optimizer`."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 5e-4  # at the end of the warm-up
+    learning_rate: LearningRate = 5e-4  # at the end of the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_learning_rate: float = 0.0  # at the run's last step
-    warmup_from: float = 0.0  # the learning rate that a warm-up starts from
-    warmup_steps: int | None = None
-    warmup_epochs: float | None = None
-    warmup_examples: int | None = None
-    hold_steps: int = 0  # updates at the peak, between the warm-up and the decay
-    weight_decay: float = 0.2
+    final_learning_rate: LearningRate = 0.0  # at the run's last step
+    warmup_from: LearningRate = 0.0  # the learning rate that a warm-up starts from
+    warmup_steps: CountOrZero | None = None
+    warmup_epochs: NonNegative | None = None
+    warmup_examples: LongCount | None = None
+    hold_steps: CountOrZero = 0  # updates at the peak, between the warm-up and the decay
+    weight_decay: NonNegative = 0.2
     # decoupled: subtracted from the parameter, times the learning rate; coupled: L2, added to the
     # clipped gradient, so that it enters the moments
     decay: Literal["decoupled", "coupled"] = "decoupled"
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
+    b1: Rate = 0.9
+    b2: Rate = 0.98
+    eps: Positive = 1e-6
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment or SGD's trace
-    momentum: float = 0.9  # of SGD
+    momentum: Rate = 0.9  # of SGD
     nesterov: bool = False  # of SGD
-    clip_norm: float | None = None  # the largest global norm of the gradient
+    clip_norm: Positive | None = None  # the largest global norm of the gradient
     lookahead: LookaheadConfig | None = None
     # regexes searched in a parameter's path: matching parameters never change and have no moments.
     # A tower that is frozen completely, as by ("^image/",), runs in evaluation mode without a
@@ -64,18 +68,10 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
     # layer-wise learning rate decay for fine-tuning (Bao et al. 2022, arXiv 2106.08254): the factor
     # of the learning rate from one block of a tower to the block below; embeddings are the lowest
-    layer_decay: float = 1.0
+    layer_decay: Share = 1.0
     rules: tuple[Rule, ...] = DEFAULT_RULES  # each parameter follows the first rule that matches it
 
     def __post_init__(self):
-        for field in ("learning_rate", "final_learning_rate", "warmup_from", "weight_decay"):
-            self._check(field, getattr(self, field) >= 0, "0 or more")
-        for field in ("b1", "b2", "momentum"):
-            self._check(field, 0 <= getattr(self, field) < 1, "a number in [0, 1)")
-        self._check("eps", self.eps > 0, "more than 0")
-        self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0")
-        self._check("hold_steps", self.hold_steps >= 0, "0 or more")
-        self._check("layer_decay", 0 < self.layer_decay <= 1, "a number in (0, 1]")
         for i, rule in enumerate(self.rules):
             if rule.horizon < 1 and self.schedule == "constant":
                 where = f"OptimizerConfig.rules[{i}].horizon"
@@ -85,12 +81,6 @@ class OptimizerConfig:
                     "1.0",
                     "schedule='cosine' or 'linear'; or learning_rate=0.0 in the rule",
                 )
-
-    def _check(self, field: str, ok: bool, expected: str) -> None:
-        """Raises `ConfigError` about `field` unless `ok`."""
-        if not ok:
-            found = str(getattr(self, field))
-            raise ConfigError(f"OptimizerConfig.{field}", found, expected)
 
 
 def make_schedule(

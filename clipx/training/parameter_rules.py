@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.tree_util import KeyPath
 
+from clipx.config.ranges import NonNegative, Number, Ordered, Share
 from clipx.errors import ConfigError
 from clipx.parallel.mesh import path_name
 from clipx.types import PyTree
@@ -24,16 +25,11 @@ class Rule:
     """Settings of the parameters in whose path the regex `pattern` is found."""
 
     pattern: str
-    learning_rate: float = 1.0  # factor of the schedule
-    weight_decay: float = 1.0  # factor of the optimizer's weight decay
-    clamp: tuple[float, float] | None = None  # (least, most): the parameter stays within
-    horizon: float = 1.0  # share of the run's steps after which the learning rate's decay ends
-
-    def __post_init__(self):
-        if not 0 < self.horizon <= 1:
-            raise ConfigError("Rule.horizon", str(self.horizon), "a share in (0, 1]")
-        if self.clamp and not self.clamp[0] <= self.clamp[1]:
-            raise ConfigError("Rule.clamp", str(self.clamp), "(least, most)")
+    learning_rate: NonNegative = 1.0  # factor of the schedule
+    weight_decay: NonNegative = 1.0  # factor of the optimizer's weight decay
+    # (least, most): the parameter stays within
+    clamp: Annotated[tuple[Number, Number], Ordered()] | None = None
+    horizon: Share = 1.0  # share of the run's steps after which the learning rate's decay ends
 
 
 # Weight decay is for matrices. Gains, biases, embeddings of a single token and the logit scalars

@@ -8,7 +8,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from clipx.config import binding
-from clipx.config.binding import bind, duration
+from clipx.config.binding import bind
+from clipx.config.durations import duration
 from clipx.data.config import DataConfig
 from clipx.data.text import tokenizers
 from clipx.evaluators.base import Evaluator
@@ -192,21 +193,34 @@ def total_steps(config: Config, rows: int | None) -> int | None:
     )
 
 
-def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Run:
-    """The run that `config` describes, on `devices` (default: all). Nothing is executed, and no
-    data is opened.
+class Checked(NamedTuple):
+    """The sections of a config, bound and checked against one another. Nothing is traced."""
 
-    Raises `ConfigError` for an unknown key, a wrong type, a missing field and settings that exclude
-    each other. For a length in epochs, `steps` is None until `with_data`.
+    config: Config
+    mesh: Mesh
+    objective: Objective
+    sections: dict[str, dict[str, Any]]  # as `bind_objective` returns them
+    data: DataConfig
+    source: SourceSpec
+    evals: tuple[EvalSpec, ...]
+    schedule: Callable[..., Any]
+
+
+def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Checked:
+    """The sections of `config`, for `devices` (default: all).
+
+    Raises `ConfigError` for an unknown key, a wrong type, a number outside its range, a missing
+    field and settings that exclude each other.
     """
     bound = bind(Config, config)
     mesh = meshes.make_mesh(bound.mesh, devices)
     train = bound.train
     objective, sections = bind_objective(bound)
+    checks.check_towers(objective)
+    groups = getattr(objective, "groups", 1)
+    checks.check_groups(train, groups)
     data, source = data_section(bound.data)
-    checks.check_clusters(
-        data, train.batch_size, getattr(objective, "groups", 1), objective.with_replacement
-    )
+    checks.check_clusters(data, train.batch_size, groups, objective.with_replacement)
     checks.check_episodes(train, data, objective, sections["objective"]["name"])
     evals = tuple(EvalSpec.check(name, section) for name, section in bound.evals.items())
     checks.check_train(train, mesh, evals)
@@ -216,7 +230,18 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
         batch_size=train.batch_size,
         rows=None,
     )
-    batch = abstract_batch(objective, train.batch_size, mesh)
+    return Checked(bound, mesh, objective, sections, data, source, evals, schedule)
+
+
+def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Run:
+    """The run that `config` describes, on `devices` (default: all). Nothing is executed, and no
+    data is opened.
+
+    Raises `ConfigError` as `checked` does, and for a mesh or rules that do not fit the parameters.
+    For a length in epochs, `steps` is None until `with_data`.
+    """
+    bound, mesh, objective, sections, data, source, evals, schedule = checked(config, devices)
+    batch = abstract_batch(objective, bound.train.batch_size, mesh)
     optimizer, state = abstract_state(objective, bound, schedule, batch, mesh)
     meshes.refuse_whole(bound.mesh, mesh, state.params)
     return Run(

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from clipx.config import binding as configs
 from clipx.config.binding import bind, find
+from clipx.config.ranges import BatchSize, Count, CountOrZero, LongCount, NonNegative, Seed
 from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.evaluation import EvaluationSet
@@ -26,17 +27,17 @@ T = TypeVar("T")
 class TrainConfig:
     """`config.train`. Exactly one of the `total_*` keys sets the length of the run."""
 
-    batch_size: int  # global: over all devices and micro-batches
-    total_steps: int | None = None
-    total_epochs: float | None = None
-    total_examples: int | None = None
-    microbatches: int | Literal["auto"] = 1  # auto: the fewest that fit the devices' memory
-    log_every_steps: int = 10
-    save_every_steps: int = 1000
-    eval_every_steps: int | None = None  # None: only after the last step
-    keep: int = 2  # number of newest checkpoints to keep
+    batch_size: BatchSize  # global: over all devices and micro-batches
+    total_steps: CountOrZero | None = None
+    total_epochs: NonNegative | None = None
+    total_examples: LongCount | None = None
+    microbatches: Count | Literal["auto"] = 1  # auto: the fewest that fit the devices' memory
+    log_every_steps: Count = 10
+    save_every_steps: Count = 1000
+    eval_every_steps: Count | None = None  # None: only after the last step
+    keep: Count = 2  # number of newest checkpoints to keep
     best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
-    max_skipped_steps: int = 5  # stop after this many steps in a row that are not finite
+    max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite
     tensorboard: bool = False
     episode_pictures: bool = False  # show each episode's map and some prototypes in report.html
 
@@ -48,7 +49,7 @@ class EvalConfig:
     data: dict[str, Any] | None = None  # a source; None for evaluators that read their own folders
     train_data: dict[str, Any] | None = None  # a source, for evaluators that train a probe
     evaluator: str | None = None  # None: the name of the section
-    limit: int | None = None  # use only the first examples of `data`, this many
+    limit: Count | None = None  # use only the first examples of `data`, this many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    seed: int = 0
+    seed: Seed = 0
     # weights to start from: a workdir, one of its checkpoints, or a folder or file of open_clip or
     # transformers. A difference from the config is an error, unless `init_ignore` names it.
     init_from: str = ""

@@ -1,16 +1,21 @@
 """A line `::keys clipx.training.schema.TrainConfig` becomes a table of the class's fields.
 
-A field's meaning is the comment beside it or above it. The code is read as text, not imported.
+A field's meaning is the comment beside it or above it. The code is read as text, not imported,
+except for clipx/config/ranges.py, which needs Python alone.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import io
 import pathlib
 import re
+import sys
 import tokenize
+import typing
+from typing import Annotated, Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 # fields that the caller of a class gives, and a config does not, by package
@@ -20,6 +25,18 @@ GIVEN = {
 }
 # the same, where the class declares them: names, or a mapping from names to other sections
 DECLARED = ("from_tokenizer", "filled")
+
+
+def _ranges() -> dict[str, Any]:
+    """The names of clipx/config/ranges.py."""
+    file = ROOT / "clipx" / "config" / "ranges.py"
+    spec = importlib.util.spec_from_file_location("clipx_config_ranges", file)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    return vars(sys.modules[spec.name])
+
+
+RANGES = _ranges()
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -69,10 +86,54 @@ def table(name: str) -> str:
             continue
         default = "" if field.value is None else f"`{ast.unparse(field.value)}`"
         meaning = comment(comments, field.lineno, field.end_lineno)
-        rows.append(f"| `{field.target.id}` | `{kind}` | {default} | {meaning} |")
+        kind, allowed = declared(where, field.annotation)
+        rows.append(f"| `{field.target.id}` | `{kind}` | {allowed} | {default} | {meaning} |")
     if not rows:
         raise LookupError(f"{name} has no keys of its own")
-    return "\n".join(["| Key | Type | Default | Meaning |", "|---|---|---|---|", *rows])
+    return "\n".join(["| Key | Type | Range | Default | Meaning |", "|---|---|---|---|---|", *rows])
+
+
+def declared(module_name: str, annotation: ast.expr) -> tuple[str, str]:
+    """(a field's type without its ranges, the ranges in words)."""
+    words: list[str] = []
+
+    class Plain(ast.NodeTransformer):
+        """Replaces the names of ranges by types, and collects what they say."""
+
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            if node.id in RANGES and node.id not in vars(typing):
+                return self.visit(spelled(RANGES[node.id], words))
+            own = [n.value for n in module(module_name)[0].body if assigns(n, node.id)]
+            return self.visit(own[0]) if own and "Annotated" in ast.unparse(own[0]) else node
+
+        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+            if ast.unparse(node.value) != "Annotated":
+                return self.generic_visit(node)
+            base, *rules = node.slice.elts
+            base = self.visit(base)
+            words.extend(str(eval(ast.unparse(rule), dict(RANGES))) for rule in rules)
+            return base
+
+    kind = ast.unparse(Plain().visit(ast.parse(ast.unparse(annotation), mode="eval").body))
+    return kind, "; ".join(dict.fromkeys(words))
+
+
+def assigns(node: ast.stmt, name: str) -> bool:
+    """Whether `node` is `name = ...`."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [t.id for t in targets if isinstance(t, ast.Name)] == [name]
+
+
+def spelled(hint: Any, words: list[str]) -> ast.expr:
+    """The type `hint` of clipx/config/ranges.py as an expression. Adds its ranges to `words`."""
+    if typing.get_origin(hint) is Annotated:
+        base = spelled(hint.__origin__, words)
+        words.extend(map(str, hint.__metadata__))
+        return base
+    if args := typing.get_args(hint):
+        inner = ", ".join(ast.unparse(spelled(arg, words)) for arg in args)
+        return ast.parse(f"{hint.__origin__.__name__}[{inner}]", mode="eval").body
+    return ast.parse(hint.__name__, mode="eval").body
 
 
 def comment(comments: dict[int, tuple[str, bool]], first: int, last: int) -> str:

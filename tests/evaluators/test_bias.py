@@ -121,7 +121,8 @@ def test_a_missing_folder_or_picture_is_named(section, tmp_path):
 )
 def test_config_errors_come_before_any_file_is_read(section, key, value, where):
     with pytest.raises(ConfigError, match=f"bias.{where}"):
-        bind(Bias, section | {"path": "no/such", key: value}, pictures=None)
+        section |= {"path": "no/such", key: value}
+        bind(Bias, section, where="bias", pictures=None)
 
 
 def test_the_default_words_are_pairs():

@@ -63,7 +63,7 @@ def test_errors_of_the_set(labels, said):
 def test_config_errors_come_before_any_example_is_read(monkeypatch):
     for name in ("iterations", "restarts", "batch_size"):
         with pytest.raises(ConfigError, match=f"clustering.{name}"):
-            bind(Clustering, {name: 0}, examples=None)
+            bind(Clustering, {name: 0}, where="clustering", examples=None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"\[eval\]"):
         bind(Clustering, {}, examples=None)

@@ -230,7 +230,7 @@ def test_data_and_annotations_exclude_each_other(section):
 @pytest.mark.parametrize("key, value", [("batch_size", 0), ("overlays", -1), ("splits", [])])
 def test_config_errors_come_before_any_file_is_read(key, value):
     with pytest.raises(ConfigError, match=f"grounding.{key}"):
-        bind(Grounding, {key: value}, pictures=None)
+        bind(Grounding, {key: value}, where="grounding", pictures=None)
     with pytest.raises(ConfigError, match="detections alone"):
         bind(Grounding, {"detections": "a"}, pictures=None)
 

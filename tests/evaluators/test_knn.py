@@ -50,8 +50,8 @@ def test_rows_that_are_not_finite_vote_for_nothing_better_than_chance():
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("neighbours", [], "()"),
-        ("neighbours", [0], "(0,)"),
+        ("neighbours", [], "none"),
+        ("neighbours", [0], "0"),
         ("neighbours", [3, 5], "5 of 4 training examples"),
         ("temperature", 0.0, "0.0"),
         ("batch_size", 0, "0"),
@@ -59,5 +59,6 @@ def test_rows_that_are_not_finite_vote_for_nothing_better_than_chance():
 )
 def test_config_errors(key, value, said):
     with pytest.raises(ConfigError) as error:
-        bind(Knn, {"neighbours": [2], key: value}, examples=None, train_examples=Examples([0] * 4))
+        section, given = {"neighbours": [2], key: value}, Examples([0] * 4)
+        bind(Knn, section, where="knn", examples=None, train_examples=given)
     assert f"knn.{key}" in str(error.value) and said in str(error.value)

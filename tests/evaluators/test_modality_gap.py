@@ -54,4 +54,4 @@ def test_errors_of_the_set(examples, said):
 @pytest.mark.parametrize("name", ["batch_size", "chunk"])
 def test_a_count_below_one_is_a_config_error(name):
     with pytest.raises(ConfigError, match=f"modality_gap.{name}"):
-        bind(ModalityGap, {name: 0}, examples=None)
+        bind(ModalityGap, {name: 0}, where="modality_gap", examples=None)

@@ -153,4 +153,4 @@ def test_errors_of_the_set(owner, rows, said):
 @pytest.mark.parametrize("name", ["captions", "batch_size", "chunk"])
 def test_a_count_below_one_is_a_config_error(name):
     with pytest.raises(ConfigError, match=f"retrieval.{name}"):
-        bind(Retrieval, {name: 0}, examples=None)
+        bind(Retrieval, {name: 0}, where="retrieval", examples=None)

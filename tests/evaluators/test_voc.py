@@ -165,7 +165,7 @@ def test_wrong_lists(tmp_path, file, text, said):
 @pytest.mark.parametrize("key, value", [("costs", []), ("costs", [0, 1]), ("batch_size", 0)])
 def test_config_errors_come_before_any_file_is_read(key, value):
     with pytest.raises(ConfigError, match=f"voc.{key}"):
-        bind(Voc, {"path": "no/such", key: value}, pictures=None)
+        bind(Voc, {"path": "no/such", key: value}, where="voc", pictures=None)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.bert import BERT
 
@@ -213,5 +214,5 @@ def test_wrong_checkpoints_are_config_errors(tmp_path):
 )
 def test_impossible_fields_are_config_errors(fields, where):
     with pytest.raises(ConfigError) as error:
-        BERT(**TINY | fields)
+        bind(BERT, TINY | fields, where="BERT")
     assert error.value.where == f"BERT.{where}"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import load_oracle, tiny
 
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.text import TextTransformer
 
@@ -219,7 +220,7 @@ def test_initialisation_is_clips():
 )
 def test_impossible_fields_are_config_errors(fields, where):
     with pytest.raises(ConfigError) as error:
-        TextTransformer(**fields)
+        bind(TextTransformer, fields, where="TextTransformer")
     assert f"TextTransformer.{where}" in str(error.value)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import load_oracle
 
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.layers import drop, dropout_keys, unit
 from clipx.models.transformer import stack_blocks, unstack_blocks
@@ -242,7 +243,7 @@ def test_names_decode():
 )
 def test_impossible_fields_are_config_errors(fields, words):
     with pytest.raises(ConfigError) as error:
-        ViT(**fields)
+        bind(ViT, fields, where="ViT")
     assert words in str(error.value)
 
 

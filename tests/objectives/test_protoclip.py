@@ -18,6 +18,7 @@ from clipx.models.heads import BatchNormMLP, PrototypeHeads
 from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, ProtoCLIPFeatures
 from clipx.ops import kmeans
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
+from clipx.training.checks import check_towers
 from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import claim
 from clipx.training.run import assemble
@@ -356,7 +357,7 @@ def test_impossible_fields_are_config_errors(fields, where, found):
 
 def test_towers_of_two_widths():
     with pytest.raises(ConfigError, match=r"(?s)config.text.embed_dim.*8, and 16"):
-        ProtoCLIP(image=tiny.Linear(embed_dim=16), text=tiny.Linear(embed_dim=8))
+        check_towers(ProtoCLIP(image=tiny.Linear(embed_dim=16), text=tiny.Linear(embed_dim=8)))
 
 
 @pytest.mark.slow  # full-size towers

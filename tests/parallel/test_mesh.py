@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support import tiny
 
+from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -56,15 +57,20 @@ def test_sizes(config, sizes):
         (MeshConfig(data=2), "", "8 device(s)"),
         (MeshConfig(data=16), "", "8 device(s)"),
         (MeshConfig(fsdp=-1), "", "-1 for data and fsdp"),
-        (MeshConfig(tensor=0), ".tensor", "0"),
-        (MeshConfig(data=-2), ".data", "-2"),
     ],
 )
-def test_wrong_sizes(config, where, found):
+def test_sizes_that_do_not_fit(config, where, found):
     with pytest.raises(ConfigError) as error:
         make_mesh(config)
     assert error.value.where == f"config.mesh{where}"
     assert found in error.value.found
+
+
+@pytest.mark.parametrize("key, value", [("tensor", 0), ("data", -2), ("fsdp", 2**31)])
+def test_wrong_sizes(key, value):
+    with pytest.raises(ConfigError) as error:
+        bind(MeshConfig, {key: value}, where="config.mesh")
+    assert error.value.where == f"config.mesh.{key}"
 
 
 def test_rows():
@@ -234,7 +240,7 @@ def test_too_much_replication_is_refused():
     assert describe_whole(make_mesh(MeshConfig()), params) == []
     for share in (-0.1, 1.1):
         with pytest.raises(ConfigError, match="max_replicated"):
-            MeshConfig(max_replicated=share)
+            bind(MeshConfig, {"max_replicated": share})
 
 
 def test_fsdp_splits_the_largest_dimension():

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
+from clipx.config.ranges import Count, Range
 from clipx.data.base import Example, Source
-from clipx.errors import ConfigError
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -94,16 +94,10 @@ class Shapes(Source):
     """
 
     split: Literal["train", "test"] = "train"
-    size: int | None = None  # rows; None: 16,384 in `train`, 600 in `test`
-    image_size: int = 64  # pixels per side
+    size: Count | None = None  # rows; None: 16,384 in `train`, 600 in `test`
+    image_size: Annotated[int, Range(16, 2**14)] = 64  # pixels per side
 
     classes = CLASSES
-
-    def __post_init__(self) -> None:
-        for field, least in (("size", 1), ("image_size", 16)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ConfigError(f"{field} of shapes", str(value), f"at least {least}")
 
     def __len__(self) -> int:
         return self.size or (600 if self.split == "test" else 16384)

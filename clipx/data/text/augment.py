@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from clipx.config.ranges import Fraction, Range
 from clipx.data.text.wordnet import WordNet
 from clipx.errors import ConfigError
 
@@ -40,19 +41,15 @@ class TextAugmentConfig:
     operations: tuple[Literal["synonym", "swap", "delete", "insert"], ...] = (
         *("synonym", "swap", "delete"),
     )
-    probability: float = 0.1  # of deleting each word
-    count: int = 1  # number of synonyms, swaps or insertions per caption
+    probability: Fraction = 0.1  # of deleting each word
+    count: Annotated[int, Range(1, 1000)] = 1  # number of synonyms, swaps or insertions per caption
     wordnet: str = ""  # folder or zip file of WordNet; '': searches the usual places
 
     def __post_init__(self) -> None:
-        for field, valid, expected in (
-            ("operations", len(self.operations) > 0, "at least one operation"),
-            ("probability", 0 <= self.probability <= 1, "from 0 to 1"),
-            ("count", self.count >= 1, "at least 1"),
-        ):
-            if not valid:
-                value = str(getattr(self, field))
-                raise ConfigError(f"config.data.text_augment.{field}", value, expected)
+        if not self.operations:
+            raise ConfigError(
+                "config.data.text_augment.operations", "none", "at least one operation"
+            )
 
 
 class TextAugment:

@@ -15,11 +15,12 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
 
+from clipx.config.ranges import Count, Range, Tokens
 from clipx.data.text import cleaning, vocabulary
 from clipx.errors import ConfigError
 
@@ -34,12 +35,12 @@ class TokenizerConfig:
 
     name: Literal["clip_bpe", "sentencepiece", "wordpiece"]
     # rows of the embedding table; None: the usual size, which the constructor fills in
-    vocab_size: int | None = None
-    context: int = 77  # ids per text, marks included
+    vocab_size: Annotated[int, Range(5, 10_000_000)] | None = None
+    context: Tokens = 77  # ids per text, marks included
     # a merges file (.txt, .txt.gz), a SentencePiece model or a vocab.txt; '': see `build`
     path: str = ""
     model: Literal["unigram", "bpe"] = "unigram"  # kind of a SentencePiece model to train
-    sample: int = 200_000  # maximal number of captions to train a SentencePiece model on
+    sample: Count = 200_000  # maximal number of captions to train a SentencePiece model on
     mask: bool = False  # add an id for masked words; word pieces always have one
     cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none"] = "clip"  # see cleaning.py
     marks: Literal["both", "end"] = "both"  # end: no start mark, padded with the end mark (SigLIP)
@@ -48,11 +49,9 @@ class TokenizerConfig:
         bpe = self.name == "clip_bpe"
         if self.vocab_size is None:
             object.__setattr__(self, "vocab_size", _VOCAB[self.name] + (bpe and self.mask))
-        ids = max(vocabulary.WORDPIECE_MARKS.values()) + 1 if self.name == "wordpiece" else 5
-        for field, least in (("vocab_size", ids), ("context", 3), ("sample", 1)):
-            if getattr(self, field) < least:
-                value = str(getattr(self, field))
-                raise ConfigError(f"config.tokenizer.{field}", value, f"at least {least}")
+        least = max(vocabulary.WORDPIECE_MARKS.values()) + 1
+        if self.name == "wordpiece" and self.size < least:
+            raise ConfigError("config.tokenizer.vocab_size", str(self.size), f"at least {least}")
         if self.marks == "end" and self.name != "sentencepiece":
             raise ConfigError(
                 "config.tokenizer.marks",

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from clipx.config.binding import bind
 from clipx.data.sources.shapes import CLASSES, COLOURS, HELD_OUT, SHAPES, Shapes
 from clipx.errors import ConfigError
 
@@ -110,5 +111,5 @@ def test_pictures_have_the_configured_size_and_a_light_background(rows):
 
 @pytest.mark.parametrize("values", [{"size": 0}, {"image_size": 8}])
 def test_impossible_sizes(values):
-    with pytest.raises(ConfigError, match="expected: at least"):
-        Shapes(**values)
+    with pytest.raises(ConfigError, match="expected: (at least|from) 1"):
+        bind(Shapes, values)

@@ -336,7 +336,7 @@ def test_ids_are_known_without_opening_a_file():
 )
 def test_impossible_configs(values, where):
     with pytest.raises(ConfigError) as error:
-        TokenizerConfig(**values)
+        configs.bind(TokenizerConfig, values, where="config.tokenizer")
     assert error.value.where == where
 
 

@@ -1,0 +1,83 @@
+"""Lengths of training, in steps, examples or epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from clipx.config.ranges import INT
+from clipx.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training in exactly one unit: "steps", "examples" or "epochs"."""
+
+    unit: str
+    amount: float
+    where: str  # the config key that sets it
+
+    def steps(self, *, batch_size: int, rows: int | None) -> int | None:
+        """The length in steps; None if the unit is epochs and `rows` is None.
+
+        An epoch is rows // batch_size steps: rows that do not fill a batch wait for another epoch.
+        Raises `ConfigError` for less than one batch, and for more steps than an int32 counts.
+        """
+        steps = self._steps(batch_size, rows)
+        if steps is not None and steps > INT:
+            raise ConfigError(self.where, f"{steps:,} steps", f"at most {INT:,} steps")
+        return steps
+
+    def _steps(self, batch_size: int, rows: int | None) -> int | None:
+        """`steps`, however many there are."""
+        if self.unit == "steps":
+            return int(self.amount)
+        if self.unit == "examples":
+            if 0 < self.amount < batch_size:
+                raise ConfigError(
+                    self.where,
+                    f"{self.amount} examples",
+                    f"at least one batch of {batch_size} examples, or 0",
+                )
+            return int(self.amount // batch_size)
+        if rows is None:
+            return None
+        if rows < batch_size:
+            raise ConfigError(
+                self.where,
+                f"{rows} rows of data",
+                f"at least one batch of {batch_size} rows",
+                "a smaller config.train.batch_size, or more data",
+            )
+        return int(round(self.amount * (rows // batch_size)))
+
+
+@typing.overload
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[False] = False
+) -> Duration: ...
+@typing.overload
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: Literal[True]
+) -> Duration | None: ...
+def duration(
+    values: Mapping[str, Any], name: str, *, where: str, optional: bool = False
+) -> Duration | None:
+    """The length that one of `<name>_steps`, `<name>_epochs`, `<name>_examples` of `values` sets.
+
+    Raises `ConfigError` unless exactly one is set. With `optional`, returns None if none is set.
+    """
+    units = ("steps", "epochs", "examples")
+    keys = [f"{name}_{unit}" for unit in units]
+    amounts = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
+    if optional and not amounts:
+        return None
+    if len(amounts) != 1:
+        shown = ", ".join(f"{name}_{u}={v}" for u, v in amounts.items()) or "none of them"
+        fix = "set the others to None" if amounts else f"set {where}.{keys[0]}"
+        raise ConfigError(f"{where}.{name}_*", shown, "exactly one of " + ", ".join(keys), fix)
+    ((unit, amount),) = amounts.items()
+    assert amount is not None  # those are left out above
+    return Duration(unit, amount, f"{where}.{name}_{unit}")
