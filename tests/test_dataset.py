@@ -200,6 +200,11 @@ def test_index_opens_every_source(folder, capsys):
     capsys.readouterr()
     dataset.index(config)
     lines = capsys.readouterr().out.splitlines()
+    guessed = [line for line in lines if line.startswith("data.parts.b.")]
+    assert [line.split(" = ")[0] for line in guessed] == [
+        f"data.parts.b.{key}" for key in ("image", "captions", "separator")
+    ]
+    lines = [line for line in lines if line not in guessed]
     assert lines[0].startswith("config.data.parts.a: webdataset, 8 rows in 3 shards")
     assert lines[1].startswith("config.data.parts.b: table, 9 rows")
     assert lines[2].startswith("config.evals.retrieval.data: webdataset, 8 rows in 3 shards")

@@ -45,9 +45,12 @@ def is_remote(path: str) -> bool:
 def expand(pattern: str) -> list[Shard]:
     """The files that a path with globs and braces names: braces in their order, globs sorted.
 
-    Raises `DataError` if no file matches, and if some alternatives of a brace have no file.
+    A path that exists is that file, whatever characters it has. Raises `DataError` if no file
+    matches, and if some alternatives of a brace have no file.
     """
     full = expand_user(pattern)
+    if not is_remote(full) and os.path.exists(full):
+        return [_of_file(full)]
     alternatives = _braces(full)
     if is_remote(full):
         with concurrent.futures.ThreadPoolExecutor(min(len(alternatives), THREADS)) as pool:
@@ -68,11 +71,16 @@ def expand(pattern: str) -> list[Shard]:
 
 
 def _match_local(pattern: str) -> list[Shard]:
+    names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    return [_of_file(name) for name in names]
+
+
+def _of_file(path: str) -> Shard:
     try:
-        stats = [(file, os.stat(file)) for file in sorted(glob.glob(pattern))]
+        stat = os.stat(path)
     except OSError as error:  # such as a dangling link
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return [Shard(file, stat.st_size, str(stat.st_mtime_ns)) for file, stat in stats]
+    return Shard(path, stat.st_size, str(stat.st_mtime_ns))
 
 
 def _match_remote(pattern: str) -> list[Shard]:

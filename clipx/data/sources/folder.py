@@ -16,7 +16,7 @@ import numpy as np
 
 from clipx.data.base import Example, Guess, Source, expand_user
 from clipx.data.storage import read
-from clipx.data.tables.formats import PICTURE_ENDS
+from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
 
 _SHOWN = 5  # names listed in an error

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import array
+import collections
 import dataclasses
-import difflib
-import hashlib
 import itertools
 import os
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 
-from clipx.data.base import Example, Source
-from clipx.data.tables import inference
-from clipx.data.tables.formats import File, strings, tables
+from clipx.data.base import Account, Example, Guess, Skipped, Source
+from clipx.data.storage import ABSENT, read
+from clipx.data.tables import inference, paths
+from clipx.data.tables.cells import strings
+from clipx.data.tables.columnar import Columnar, Pictures
+from clipx.data.tables.delimited import Csv
+from clipx.data.tables.formats import File, tables
+from clipx.data.tables.rows import Rows, cut
 from clipx.errors import BadSample, DataError
 
 _LOOKED_AT = 200  # rows from which to infer the folder of the pictures
@@ -26,19 +28,26 @@ _MARK = "\0"  # stored in place of an empty path, before the row's file name and
 
 @dataclasses.dataclass(frozen=True)
 class Table(Source):
-    """Rows of csv, tsv, jsonl or parquet files that each name a picture file.
+    """Rows of csv, tsv, json, jsonl, parquet or arrow files that each name or hold a picture.
 
     Rows with the same picture are one example with several captions. Examples are in the order in
     which their pictures first appear. A cell may be a list of captions. Empty captions are dropped.
 
+    A json file is one object per line, a list of objects, COCO's captions, Karpathy's splits, or
+    {picture: captions}. Columns of parquet and arrow files may hold the pictures, alone or as
+    {bytes, path}.
+
     Reading an example raises `BadSample` if its picture file is missing or empty, or if no caption
-    is left. The constructor raises `DataError` if a table itself is wrong.
+    is left. The constructor raises `DataError` if a table itself is wrong, or if it cannot say
+    which columns are meant.
     """
 
     path: str | tuple[str, ...]  # a file, a glob or a brace range, or several
-    image: str = ""  # column with the picture's path; '': inferred
+    image: str = ""  # column with the pictures or their paths; '': inferred
     captions: str | tuple[str, ...] = ()  # column or columns; () or '': inferred
     separator: str = ""  # of csv and tsv: one character, or tab; '': inferred
+    # cells: quotes in csv and tsv enclose cells; letters: they are text; '': inferred
+    quotes: Literal["", "cells", "letters"] = ""
     root: str = ""  # folder to which the paths are relative; '': inferred
     where: str = ""  # column=value: reads only these rows
     label: str = ""  # column of labels: numbers, or names of classes
@@ -48,60 +57,40 @@ class Table(Source):
         self._labels: np.ndarray | None  # of each example; None without a column of labels
         self._captioned: bool  # the table has columns of captions
         self._roots: tuple[str, ...]  # the folder of the pictures, by table
+        self._containers: tuple[str, ...]  # the file that holds the pictures, by table
         self._folder: str  # prefix of absolute paths that keys leave out
-        # the arrays of `_Rows.arrays`
+        # the arrays of `Rows.arrays`
         self._entries: np.ndarray
         self._root_ends: np.ndarray
         self._paths: np.ndarray
         self._path_ends: np.ndarray
+        self._places: np.ndarray
         self._words: np.ndarray
         self._word_ends: np.ndarray
         self._caption_order: np.ndarray
         self._caption_ends: np.ndarray
-        column, _, wanted = (part.strip() for part in self.where.partition("="))
-        if self.where and not (column and wanted):
-            raise DataError(f"where={self.where!r}: expected column=value")
-        image = self.image
-        captions = (self.captions,) if isinstance(self.captions, str) else self.captions
-        captions = tuple(filter(None, captions))
-        rows, values = _Rows(), dict[str, None]()
-        for file in tables(self.path, self.separator):
-            image, captions = inference.layout(
-                file, image=image, captions=captions, label=self.label, where=column
-            )
-            names = [image, *captions, *filter(None, (self.label, column))]
-            cells_of_rows = file.rows(names)
-            if column:
-                cells_of_rows = _only(cells_of_rows, wanted, values)
-            start = list(itertools.islice(cells_of_rows, _LOOKED_AT))
-            paths = [_path(file, number, image, cells[0]) for number, cells in start]
-            paths = [path for path in paths if not path.startswith(_MARK)]
-            rows.start_file(inference.root(file.path, self.root, paths))
-            for number, cells in itertools.chain(start, cells_of_rows):
-                rows.add(
-                    _path(file, number, image, cells[0]),
-                    _words(file, number, captions, cells[1:]),
-                    _one(cells[1 + len(captions)]) if self.label else "",
-                )
+        self._account: Account
+        self._guesses: tuple[Guess, ...]
+        reader = _Reader(self)
+        for file in tables(self.path, self.separator, self.quotes):
+            reader.read(file)
+        rows = reader.rows
         if not rows.labels:
-            name = self.path if isinstance(self.path, str) else self.path[0]
-            if not values:
-                raise DataError(f"{name}: no rows")
-            listed = ", ".join(map(repr, itertools.islice(values, _SHOWN)))
-            more = " and more" if len(values) > _SHOWN else ""
-            raise DataError(
-                f"{name}: no row has {self.where}; the values of {column} are {listed}{more}"
-            )
+            raise reader.nothing()
         classes, labels = self.classes, None
         arrays = rows.arrays()
+        examples = arrays.pop("examples")
         if self.label:
-            classes, labels = rows.label(arrays.pop("examples"), self.classes, self.label)
+            classes, labels = rows.label(examples, self.classes, self.label)
         for name, value in (  # the dataclass is frozen
             ("classes", classes),
             ("_labels", labels),
-            ("_captioned", bool(captions)),
+            ("_captioned", bool(reader.captions)),
             ("_roots", tuple(rows.roots)),
+            ("_containers", tuple(rows.containers)),
             ("_folder", rows.folder()),
+            ("_account", reader.account()),
+            ("_guesses", tuple(reader.guesses.values())),
             *((f"_{name}", value) for name, value in arrays.items()),
         ):
             object.__setattr__(self, name, value)
@@ -112,170 +101,187 @@ class Table(Source):
     def __getitem__(self, row: int) -> Example:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        path, key = self._path(row), self._key(row)
-        if path.startswith(_MARK):
-            raise BadSample(key, "the path of the picture is empty")
-        root = self._roots[np.searchsorted(self._root_ends, self._entries[row], side="right")]
-        try:
-            with open(os.path.join(root, path), "rb") as file:
-                image = file.read()
-        except OSError as error:
-            full = os.path.join(root, path)
-            raise BadSample(key, f"{full} cannot be read ({error.strerror})") from None
+        key, image = self._key(row), self._image(row)
         if not image:
             raise BadSample(key, "the picture has no bytes")
         start = self._caption_ends[row - 1] if row else 0
         captions = self._caption_order[start : self._caption_ends[row]].tolist()
         if self._captioned and not captions:
             raise BadSample(key, "empty caption")
-        texts = tuple(_cut(self._words, self._word_ends, i) for i in captions)
+        texts = tuple(cut(self._words, self._word_ends, i) for i in captions)
         label = None if self._labels is None else int(self._labels[row])
         return Example(image, texts, row, key, None if label == -1 else label)
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
 
+    def account(self) -> Account:
+        return self._account
+
+    def guesses(self) -> tuple[Guess, ...]:
+        return self._guesses
+
+    def _image(self, row: int) -> bytes:
+        """The encoded picture of an example."""
+        entry, key = self._entries[row], self._key(row)
+        table = np.searchsorted(self._root_ends, entry, side="right")
+        path = self._path(row)
+        file = os.path.join(self._roots[table], path)
+        try:
+            if len(self._places) and self._places[entry][1] >= 0:
+                file = self._containers[table]
+                (image,) = read(file, [tuple(self._places[entry].tolist())])
+                return image or b""
+            if path.startswith(_MARK):
+                raise BadSample(key, "the path of the picture is empty")
+            with open(file, "rb") as opened:
+                return opened.read()
+        except OSError as error:
+            raise BadSample(key, f"{file} cannot be read ({error.strerror})") from None
+
     def _path(self, row: int) -> str:
-        return _cut(self._paths, self._path_ends, self._entries[row])
+        return cut(self._paths, self._path_ends, self._entries[row])
 
     def _key(self, row: int) -> str:
         return self._path(row).removeprefix(_MARK).removeprefix(self._folder)
 
 
-class _Rows:
-    """Collects the rows of tables in a few flat arrays.
+class _Reader:
+    """Reads tables into rows, with the layout that their first rows have."""
 
-    An entry is a run of consecutive rows with the same picture and label. `arrays` merges the
-    entries with the same picture into one example at the end. So reading a table of millions of
-    rows needs only a hash per entry to identify pictures.
-    """
+    def __init__(self, table: Table):
+        column, _, wanted = (part.strip() for part in table.where.partition("="))
+        if table.where and not (column and wanted):
+            raise DataError(f"where={table.where!r}: expected column=value")
+        captions = (table.captions,) if isinstance(table.captions, str) else table.captions
+        self._table, self._column, self._wanted = table, column, wanted
+        self.image, self.captions = table.image, tuple(filter(None, captions))
+        self.rows, self.guesses = Rows(), dict[str, Guess]()
+        self._values: dict[str, None] = {}  # of the column of `where`
+        self._counts = collections.Counter[str]()  # rows by unit; those that `where` leaves out: ""
+        self._skipped: dict[str, Skipped] = {}  # by reason
 
-    def __init__(self) -> None:
-        self.roots: list[str] = []
-        self._root_starts: list[int] = []  # the first entry of each root
-        self._paths, self._path_ends = bytearray(), array.array("q")
-        self._hashes = bytearray()  # eight bytes per entry
-        self._words, self._word_ends = bytearray(), array.array("q")
-        self._owners = array.array("i")  # the entry of each caption
-        self.labels = array.array("i")  # of each entry, an index into `_names`; -1 for none
-        self._names: dict[str, int] = {}
-        self._last: tuple[str, str] | None = None
-        self._common = ""  # common prefix of the absolute paths
+    def read(self, file: File) -> None:
+        """Adds the rows of one table."""
+        table = self._table
+        layout = inference.layout(
+            file,
+            image=self.image,
+            captions=self.captions,
+            label=table.label,
+            where=self._column,
+            root=table.root,
+        )
+        self.image, self.captions = layout.image, layout.captions
+        self._note(file, layout)
+        held = None
+        if layout.inside and isinstance(file, Columnar):
+            held = file.pictures(self.image)
+        names = [*self.captions, *filter(None, (table.label, self._column))]
+        image = [] if held else [self.image]
+        rows = file.rows([*image, *names]) if image or names else _numbered(held)
+        rows = self._kept(file, rows)
+        start = list(itertools.islice(rows, _LOOKED_AT))
+        written = [self._written(file, held, number, cells) for number, cells in start]
+        spelling = paths.find(file.path, table.root, [path for path in written if path])
+        self._note_spelling(spelling, written)
+        self.rows.start_file(spelling.root, held.file if held else "")
+        for number, cells in itertools.chain(start, rows):
+            path = self._written(file, held, number, cells)
+            self._add(file, held, number, spelling.path(path) if path else "", cells)
 
-    def start_file(self, root: str) -> None:
-        self.roots.append(root)
-        self._root_starts.append(len(self.labels))
-        self._last = None
+    def _add(
+        self, file: File, held: Pictures | None, number: int, path: str, cells: list[Any]
+    ) -> None:
+        cells = cells if held else cells[1:]
+        texts = _words(file, number, self.captions, cells)
+        label = _one(cells[len(self.captions)]) if self._table.label else ""
+        empty = f"{_MARK}{os.path.basename(file.path)} {file.unit} {number}"
+        if held is None or held.places[number - 1][1] == ABSENT:
+            self.rows.add(_normal(path) if path else empty, texts, label)
+            return
+        (offset, size), check = held.places[number - 1].tolist(), held.checks[number - 1]
+        name = held.paths[number - 1]
+        self.rows.add(name or empty, texts, label, (offset, size), f"{check} {size}\0{name}")
 
-    def add(self, path: str, texts: list[str], label: str) -> None:
-        if (path, label) != self._last:
-            self._last = path, label
-            name = f"{self.roots[-1]}\0{path}".encode("utf-8", "replace")
-            self._hashes += hashlib.blake2b(name, digest_size=8).digest()
-            self._paths += path.encode("utf-8", "replace")
-            self._path_ends.append(len(self._paths))
-            self.labels.append(self._names.setdefault(label, len(self._names)) if label else -1)
-            if os.path.isabs(path) and not (self._common and path.startswith(self._common)):
-                first = os.path.join(os.path.dirname(path), "")
-                self._common = os.path.commonprefix([self._common or first, path])
-        for text in texts:
-            self._words += text.encode("utf-8", "replace")
-            self._word_ends.append(len(self._words))
-            self._owners.append(len(self.labels) - 1)
+    def _written(self, file: File, held: Pictures | None, number: int, cells: list[Any]) -> str:
+        """The path of a row's picture as the table has it; '' for none, and for one that is held
+        in the table."""
+        if held is None:
+            return _path(file, number, self.image, cells[0])
+        return held.paths[number - 1] if held.places[number - 1][1] == ABSENT else ""
 
-    def folder(self) -> str:
-        """The common folder of all absolute paths, with its slash; '' if all are relative."""
-        return self._common[: self._common.rfind("/") + 1]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The examples as flat arrays:
-
-        examples                     the example of each entry
-        entries                      the first entry of each example
-        root_ends                    the end of each root's entries
-        paths, path_ends             the bytes of all paths, and the end of each entry's path
-        words, word_ends             the bytes of all captions, and the end of each caption
-        caption_order, caption_ends  captions sorted by example, and the end of each example's
-        """
-        hashes = np.frombuffer(self._hashes, np.uint64)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # examples in the order of their first entries
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        examples = rank[inverse]
-        example_of_caption = examples[np.frombuffer(self._owners, np.int32)]
-        counts = np.bincount(example_of_caption, minlength=len(order))
-        return {
-            "examples": examples,
-            "entries": first[order].astype(np.int32),
-            "root_ends": np.array([*self._root_starts[1:], len(examples)], np.int32),
-            "paths": np.frombuffer(self._paths, np.uint8),
-            "path_ends": np.frombuffer(self._path_ends, np.int64),
-            "words": np.frombuffer(self._words, np.uint8),
-            "word_ends": np.frombuffer(self._word_ends, np.int64),
-            "caption_order": np.argsort(example_of_caption, kind="stable").astype(np.int32),
-            "caption_ends": np.cumsum(counts).astype(np.int32),
-        }
-
-    def label(
-        self, examples: np.ndarray, classes: tuple[str, ...], column: str
-    ) -> tuple[tuple[str, ...], np.ndarray]:
-        """Returns (names of the classes, label of each example with -1 for none)."""
-        if not self._names:
-            raise DataError(f"label={column!r}: every cell of the column is empty")
-        codes = np.frombuffer(self.labels, np.int32)
-        merged = np.full(examples.max() + 1, -1, np.int32)
-        np.maximum.at(merged, examples, codes)
-        (conflicts,) = np.nonzero((codes >= 0) & (codes != merged[examples]))
-        names = list(self._names)
-        if len(conflicts):
-            entry = conflicts[0]
-            both = names[codes[entry]], names[merged[examples[entry]]]
-            path = _cut(np.frombuffer(self._paths, np.uint8), self._path_ends, entry)
-            raise DataError(
-                f"{path}: the labels {both[0]!r} and {both[1]!r}, expected one label per picture"
-            )
-        classes, numbers = _numbers(names, classes, column)
-        return classes, np.append(numbers, -1).astype(np.int32)[merged]
-
-
-def _numbers(
-    names: list[str], classes: tuple[str, ...], column: str
-) -> tuple[tuple[str, ...], list[int]]:
-    """Returns (classes, index of each name in the column).
-
-    A name is that of a class, or else the index of a class in digits. Without `classes`, they are
-    the sorted names, or none at all if every name is a number.
-    """
-    digits = [re.fullmatch(r"\d+", name) for name in names]
-    if not classes:
-        if all(digits):
-            return (), list(map(int, names))
-        classes = tuple(sorted(names))
-    indices = {name: i for i, name in enumerate(classes)}
-    numbers = []
-    for name, is_number in zip(names, digits):
-        number = indices.get(name, int(name) if is_number else -1)
-        if not 0 <= number < len(classes):
-            near = difflib.get_close_matches(name, classes, n=1)
-            raise DataError(
-                f"label={column!r}: {name!r} is not one of the {len(classes)} classes"
-                + (f"; nearest: {near[0]!r}" if near else "")
-            )
-        numbers.append(number)
-    return classes, numbers
-
-
-def _only(
-    rows: Iterator[tuple[int, list[Any]]], wanted: str, values: dict[str, None]
-) -> Iterator[tuple[int, list[Any]]]:
-    """Yields the rows whose last cell is `wanted`. Adds the values of these cells to `values`."""
-    for number, cells in rows:
-        value = _one(cells[-1])
-        if len(values) < 1000:
-            values.setdefault(value)
-        if value == wanted:
+    def _kept(
+        self, file: File, rows: Iterator[tuple[int, list[Any]]]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """The rows that `where` keeps. Counts all of them."""
+        for number, cells in rows:
+            self._counts[file.unit] += 1
+            if self._column:
+                value = _one(cells[-1])
+                if len(self._values) < 1000:
+                    self._values.setdefault(value)
+                if value != self._wanted:
+                    self._counts[""] += 1
+                    continue
             yield number, cells
+
+    def _note(self, file: File, layout: inference.Layout) -> None:
+        """Keeps what is inferred about a table, and what it leaves out."""
+        guesses = list(layout.guesses)
+        if isinstance(file, Csv):
+            if not self._table.separator:
+                value = {"\t": "tab"}.get(file.separator, file.separator)
+                guesses.append(Guess("separator", value, "it gives every row the same cells"))
+            if not self._table.quotes and file.quotes == "letters":
+                reason = "as quotes around cells they would swallow rows or be damaged"
+                guesses.append(Guess("quotes", "letters", reason))
+        for guess in guesses:
+            self.guesses.setdefault(guess.field, guess)
+        for skipped in file.skipped():
+            before = self._skipped.get(skipped.reason, Skipped(skipped.reason, 0, ()))
+            self._skipped[skipped.reason] = Skipped(
+                skipped.reason,
+                before.count + skipped.count,
+                (before.examples + skipped.examples)[:3],
+            )
+
+    def _note_spelling(self, spelling: paths.Spelling, written: list[str]) -> None:
+        """Keeps that paths are found under another spelling than the table's."""
+        changed = [path for path in written if path and spelling.changes(path)]
+        if changed:
+            guess = self.guesses.get("image", Guess("image", self.image, "as it is set"))
+            reason = f"{changed[0]} is found as {spelling.path(changed[0])}"
+            where = f" in {spelling.root}" if spelling.root else ""
+            self.guesses["image"] = guess._replace(reason=f"{guess.reason}; {reason}{where}")
+
+    def account(self) -> Account:
+        """What became of every row of the tables."""
+        skipped = list(self._skipped.values())
+        if others := self._counts.pop("", 0):
+            skipped.append(Skipped(f"other rows than where={self._table.where}", others, ()))
+        read_ = self._counts.total()
+        unit = "lines" if set(self._counts) == {"line"} else "rows"
+        found = read_ + sum(s.count for s in self._skipped.values())
+        return Account(unit, found, read_ - others, tuple(skipped))
+
+    def nothing(self) -> DataError:
+        """The error for tables without a row to read."""
+        name = self._table.path if isinstance(self._table.path, str) else self._table.path[0]
+        if not self._values:
+            return DataError(f"{name}: no rows")
+        listed = ", ".join(map(repr, itertools.islice(self._values, _SHOWN)))
+        more = " and more" if len(self._values) > _SHOWN else ""
+        return DataError(
+            f"{name}: no row has {self._table.where}; the values of {self._column} are "
+            f"{listed}{more}"
+        )
+
+
+def _numbered(held: Pictures | None) -> Iterator[tuple[int, list[Any]]]:
+    """Rows without cells, for a table of which only the pictures are read."""
+    count = len(held.places) if held else 0
+    return ((number, []) for number in range(1, count + 1))
 
 
 def _one(cell: Any) -> str:
@@ -284,17 +290,18 @@ def _one(cell: Any) -> str:
 
 
 def _path(file: File, number: int, column: str, cell: Any) -> str:
-    """The path in a cell; `_MARK` and the number of the row if the cell is empty."""
+    """The path in a cell; '' if the cell is empty."""
     values = strings(cell)
     if values is None or len(values) > 1:
         kind = type(cell).__name__
         raise DataError(
             f"{file.path}: {file.unit} {number}: column {column} holds a {kind}, expected a path"
         )
-    if not values or not values[0]:
-        return f"{_MARK}{os.path.basename(file.path)} {file.unit} {number}"
-    path = values[0]
-    # normalised, so that all rows of one picture have the same path
+    return values[0] if values else ""
+
+
+def _normal(path: str) -> str:
+    """A path with one spelling, so that all rows of one picture have the same."""
     longer = "./" in path or ("//" in path and "://" not in path)
     return os.path.normpath(path) if longer else path
 
@@ -311,8 +318,3 @@ def _words(file: File, number: int, columns: tuple[str, ...], cells: list[Any]) 
             )
         texts += filter(None, captions)
     return texts
-
-
-def _cut(data: np.ndarray, ends: Sequence[int] | np.ndarray, i: int) -> str:
-    """The i-th string of the concatenated bytes `data`."""
-    return data[ends[i - 1] if i else 0 : ends[i]].tobytes().decode()

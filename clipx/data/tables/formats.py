@@ -1,204 +1,32 @@
-"""Readers of csv, tsv, jsonl and parquet files, with named columns, row by row."""
+"""Opens tables: csv, tsv, json, jsonl, parquet and arrow files with named columns, row by row."""
 
 from __future__ import annotations
 
-import ast
-import codecs
-import csv
 import itertools
-import json
 import os
-import shlex
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
-from clipx.data.storage import expand, is_remote
-from clipx.errors import DataError, optional
+from clipx.data.storage import Shard, expand, is_remote
+from clipx.data.tables.columnar import Arrow, Parquet
+from clipx.data.tables.delimited import Csv
+from clipx.data.tables.documents import Json, JsonLines, open_json
+from clipx.errors import DataError
 
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
-
-SEPARATORS = (",", "\t", ";", "|")
-PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_LOOKED_AT = 100  # rows from which to infer the separator or the keys of json lines
-_BATCH = 1024  # rows of a parquet file to convert to Python objects at a time
-
-# Every class of files has `path`, `columns`, `unit` (what an error calls a row) and `rows(names)`,
-# which yields the number of each row in the file and its cells in the columns `names`.
-
-
-class Csv:
-    """A file of cells with separators. A quoted cell may contain separators, line breaks and
-    doubled quotes.
-
-    A row with more or fewer cells than the header raises `DataError`, because it means that the
-    file is truncated or has unbalanced quotes. In a tab-separated file that cannot be read with
-    quoted cells, quotes are ordinary characters.
-    """
-
-    unit = "line"
-
-    def __init__(self, path: str, separator: str):
-        """`separator`: one character, or '' to infer it."""
-        self.path, self._quoted_cells = path, True
-        start = list(itertools.islice(_lines(path), _LOOKED_AT))
-        if not "".join(start).strip():
-            raise DataError(f"{path}: an empty file, expected a first line with column names")
-        widths = {s: _width(start, s) for s in SEPARATORS}
-        best = max(SEPARATORS, key=lambda s: widths[s])
-        self.separator = separator or best
-        self.columns = _header(start, self.separator)
-        if len(self.columns) < 2:
-            problem = f"{path}: one column, {self.columns[0]!r}"
-            if widths[best] > (0, 1):
-                names = ", ".join(_header(start, best))
-                raise DataError(
-                    f"{problem}, with separator {_spelt(self.separator)!r}; separator "
-                    f"{_spelt(best)!r} gives the columns {names}; "
-                    f"set --config.data.separator={shlex.quote(_spelt(best))}"
-                )
-            raise DataError(
-                f"{problem}, expected a column of pictures and one of captions; if the file has "
-                "both, set the character between them: --config.data.separator=..."
-            )
-        if any(name.lower().endswith(PICTURE_ENDS) for name in self.columns):
-            raise DataError(
-                f"{path}: the first line ({', '.join(self.columns)}) is a row, expected column "
-                f"names; add a first line such as filepath{self.separator}caption"
-            )
-        if self.separator == "\t" and not self._regular():
-            self._quoted_cells = False
-            if not self._regular():  # quotes are not the fault, so that `rows` reports the real one
-                self._quoted_cells = True
-
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        indices = [self.columns.index(name) for name in names]
-        for line, cells in self._records():
-            yield line, [cells[index] for index in indices]
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        width, line = len(self.columns), 1
-        reader = csv.reader(
-            _lines(self.path),
-            delimiter=self.separator,
-            quoting=csv.QUOTE_MINIMAL if self._quoted_cells else csv.QUOTE_NONE,
-            skipinitialspace=True,
-            strict=True,
-        )
-        try:
-            for number, cells in enumerate(reader):
-                if len(cells) != width and "".join(cells).strip():
-                    raise DataError(
-                        f"{self.path}: line {line} has {len(cells)} cells, expected {width} "
-                        f"({', '.join(self.columns)}); the line is damaged, or a "
-                        f"{_spelt(self.separator)!r} inside a cell is not quoted"
-                    )
-                if number and len(cells) == width:
-                    yield line, cells
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{self.path}: line {line}: {error}; the file is truncated, or a quote in this "
-                "line is not closed or not doubled"
-            ) from None
-
-    def _regular(self) -> bool:
-        """Whether all rows can be read."""
-        try:
-            for _ in self._records():
-                pass
-        except DataError:
-            return False
-        return True
+# Every class of files has `path`, `columns`, `unit` (what an error calls a row), `rows(names)`,
+# which yields the number of each row in the file and its cells in the columns `names`, and
+# `skipped()`, what is part of no row.
+File = Csv | JsonLines | Json | Parquet | Arrow
+_DELIMITED = (".csv", ".tsv", ".txt", ".token")
+_JSON = (".jsonl", ".ndjson", ".json")
+_PARQUET, _ARROW = (".parquet", ".pq"), (".arrow",)
+ENDS = (*_DELIMITED, *_JSON, *_PARQUET, *_ARROW)
 
 
-class JsonLines:
-    """A file with one JSON object per line. `columns` are the keys of the first hundred."""
-
-    unit = "line"
-
-    def __init__(self, path: str):
-        self.path = path
-        start = [value for _, value in itertools.islice(self._objects(), _LOOKED_AT)]
-        self.columns = list(dict.fromkeys(itertools.chain.from_iterable(start)))
-        if not start:
-            raise DataError(f"{path}: an empty file, expected one JSON object per line")
-
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
-        for line, value in self._objects():
-            yield line, [value.get(name) for name in names]
-
-    def _objects(self) -> Iterator[tuple[int, dict]]:
-        for line, text in enumerate(_lines(self.path), 1):
-            if not text.strip():
-                continue
-            if line == 1 and text.lstrip().startswith("["):
-                raise DataError(
-                    f"{self.path}: a JSON list, expected one object per line; "
-                    f"convert it with jq -c '.[]' {shlex.quote(self.path)}"
-                )
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.path}: line {line} is not JSON ({error})") from None
-            if not isinstance(value, dict):
-                kind = type(value).__name__
-                raise DataError(f"{self.path}: line {line} is a {kind}, expected a JSON object")
-            yield line, value
-
-
-class Parquet:
-    """A parquet file, read through pyarrow."""
-
-    unit = "row"
-
-    def __init__(self, path: str):
-        with optional("parquet", DataError, f"{path}: parquet needs pyarrow"):
-            import pyarrow
-            import pyarrow.parquet
-        self.path, self._parquet, self._error = path, pyarrow.parquet, pyarrow.ArrowException
-        with self._open() as file:
-            self.columns = list(file.schema_arrow.names)
-
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
-        number = 0
-        with self._open() as file:
-            batches = file.iter_batches(_BATCH, columns=list(names))
-            while True:
-                try:
-                    batch = next(batches, None)
-                except (self._error, OSError) as error:
-                    raise self._damaged(error) from None
-                if batch is None:
-                    return
-                for cells in zip(*(batch.column(name).to_pylist() for name in names)):
-                    number += 1
-                    yield number, list(cells)
-
-    def _open(self) -> ParquetFile:
-        try:
-            return self._parquet.ParquetFile(self.path)
-        except (self._error, OSError) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> DataError:
-        reason = str(error).replace("\n", " ")
-        return DataError(f"{self.path}: cannot be read as parquet ({reason})")
-
-
-File = Csv | JsonLines | Parquet
-_KINDS = {
-    (".csv", ".tsv", ".txt"): Csv,
-    (".jsonl", ".ndjson", ".json"): JsonLines,
-    (".parquet", ".pq"): Parquet,
-}
-
-
-def tables(paths: str | Sequence[str], separator: str) -> Iterator[File]:
+def tables(paths: str | Sequence[str], separator: str = "", quotes: str = "") -> Iterator[File]:
     """Opens the tables that the patterns name, in order.
 
-    `separator` is one character or "tab"; '' infers it. Raises `DataError` for a table that cannot
-    be read.
+    `separator` is one character or "tab", `quotes` "cells" or "letters"; '' infers them. Raises
+    `DataError` for a table that cannot be read.
     """
     separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
     if len(separator) > 1:
@@ -206,91 +34,27 @@ def tables(paths: str | Sequence[str], separator: str) -> Iterator[File]:
             f"separator={separator!r}: expected one character or tab, or '' to infer it"
         )
     patterns = (paths,) if isinstance(paths, str) else paths
-    files = list(itertools.chain.from_iterable(map(expand, patterns)))
+    files: list[Shard] = list(itertools.chain.from_iterable(map(expand, patterns)))
     if not files:
         raise DataError("data path: nothing given, expected a table, a glob or several")
     for path, *_ in files:
-        if is_remote(path) or os.path.isdir(path):
-            kind = "a remote path" if is_remote(path) else "a folder"
-            raise DataError(f"{path}: {kind}, expected a table that is a local file")
-        for ends, kind in _KINDS.items():
-            if path.lower().endswith(ends):
-                yield kind(path, separator) if kind is Csv else kind(path)
-                break
-        else:
-            fix = "; decompress it" if path.endswith((".gz", ".zip", ".zst", ".bz2")) else ""
-            ends = ", ".join(itertools.chain.from_iterable(_KINDS))
-            raise DataError(f"{path}: expected a file name that ends in one of {ends}{fix}")
+        yield open_table(path, separator, quotes)
 
 
-def strings(cell: Any) -> list[str] | None:
-    """The strings in one cell, stripped and without NULs.
-
-    A cell is a string or number, a list of them, or the text of a list, as in csv. A missing value
-    gives []. None for any other type, such as the bytes of a picture.
-    """
-    if isinstance(cell, str):
-        cell = cell.replace("\0", "").strip()
-        if cell[:2] in ('["', "['") and cell[-1] == "]":
-            for parse in (json.loads, ast.literal_eval):
-                try:
-                    value = parse(cell)
-                except (ValueError, SyntaxError, MemoryError, RecursionError):
-                    continue
-                if isinstance(value, list) and all(isinstance(text, str) for text in value):
-                    return [text.replace("\0", "").strip() for text in value]
-        return [cell]
-    if cell is None or cell != cell:  # pandas writes NaN for a missing value
-        return []
-    if isinstance(cell, (int, float)):
-        return [str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)]
-    if isinstance(cell, list):
-        texts: list[str] = []
-        for item in cell:
-            inner = strings(item)
-            if inner is None:
-                return None
-            texts += inner
-        return texts
-    return None
-
-
-def _lines(path: str) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, with or without a byte order mark."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    wide = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                    kind = "utf-16" if wide and number == 1 else "latin1"
-                    name = shlex.quote(os.path.basename(path))
-                    raise DataError(
-                        f"{path}: line {number} is not UTF-8 (byte {line[error.start]:#04x}); "
-                        f"if it is {kind}, run iconv -f {kind} -t utf-8 {name} > new-{name}"
-                    ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _header(lines: list[str], separator: str) -> list[str]:
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    return [name.strip() for name in next(filter(None, reader))]
-
-
-def _width(lines: list[str], separator: str) -> tuple[float, int]:
-    """How well a separator fits: (share of rows with as many cells as the first, that number).
-
-    (0, 1) if it does not split the first row.
-    """
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    try:
-        widths = [len(cells) for cells in reader if cells]
-    except csv.Error:
-        return 0, 1
-    return (widths.count(widths[0]) / len(widths), widths[0]) if widths[0] > 1 else (0, 1)
-
-
-def _spelt(separator: str) -> str:
-    return "tab" if separator == "\t" else separator
+def open_table(path: str, separator: str = "", quotes: str = "") -> File:
+    """The reader for one file, by the ending of its name."""
+    if is_remote(path) or os.path.isdir(path):
+        kind = "a remote path" if is_remote(path) else "a folder"
+        fix = "" if is_remote(path) else "; data.source=auto looks for one in it"
+        raise DataError(f"{path}: {kind}, expected a table that is a local file{fix}")
+    name = path.lower()
+    if name.endswith(_DELIMITED):
+        return Csv(path, separator, quotes)
+    if name.endswith(_JSON):
+        return open_json(path)
+    if name.endswith(_PARQUET):
+        return Parquet(path)
+    if name.endswith(_ARROW):
+        return Arrow(path)
+    fix = "; decompress it" if path.endswith((".gz", ".zip", ".zst", ".bz2")) else ""
+    raise DataError(f"{path}: expected a file name that ends in one of {', '.join(ENDS)}{fix}")

@@ -329,37 +329,37 @@ def test_the_error_for_a_missing_column_names_the_nearest(folder):
     path = write(folder / "t.csv", "filepath,title,n\n0.jpg,a dog,1\n")
     found = "columns found: filepath (0.jpg), title (a dog), n (1)"
     assert said(path, image="filpath") == (
-        f"image='filpath', but no column has that name; {found}; best guesses for image: filepath "
-        "or n, for captions: title or n; "
-        "set --config.data.image=filepath --config.data.captions=title"
+        f"image='filpath', but no column has that name; {found}; best guesses for image: filepath, "
+        "for captions: title; set --config.data.image=filepath --config.data.captions=title"
     )
-    assert "for captions: title or n; set" in said(path, captions=("title", "caption"))
+    assert "for captions: title; set" in said(path, captions=("title", "caption"))
     assert said(path, label="titel").endswith("for label: title; set --config.data.label=title")
     path = write(folder / "t.csv", "image,text,text\n0.jpg,a dog,b\n")
     assert said(path, captions="text").startswith("captions='text', but 2 columns have that name")
 
 
-def test_the_error_for_unclear_columns_lists_the_two_best_guesses(folder):
-    path = write(folder / "t.csv", "code,img id,words here\n7,12,a dog\n8,13,a cat\n")
+def test_the_error_for_unclear_columns_lists_those_that_fit(folder):
+    path = write(folder / "t.csv", "code,img id,words here\n77,12,a dog\n88,13,a cat\n")
     assert said(path) == (
-        "no column that looks like paths of pictures; columns found: code (7), img id (12), words "
-        "here (a dog); best guesses for image: img id or code, for captions: words here or code; "
-        "set --config.data.image='img id' --config.data.captions='words here'"
+        "no column that looks like paths of pictures; columns found: code (77), img id (12), words "
+        "here (a dog)"
     )
     path = write(folder / "t.csv", "image,code,word\n0.jpg,7,dog\n")
     assert said(path) == (
         "no column that looks like captions; columns found: image (0.jpg), code (7), word (dog); "
-        "best guesses for image: image, for captions: word or code; "
+        "best guesses for image: image, for captions: word; "
         "set --config.data.image=image --config.data.captions=word"
     )
 
 
 def test_the_error_for_missing_pictures_lists_the_folders_tried(tmp_path):
-    (tmp_path / "far").mkdir()
+    tmp_path = tmp_path / "only"
+    (tmp_path / "far").mkdir(parents=True)
     path = write(tmp_path / "t.csv", "image,caption\nno/0.jpg,a\nno/1.jpg,b\n")
     assert said(path) == (
         "none of the first 2 pictures exists; the first path tried is no/0.jpg; roots tried: "
-        f"as written, {tmp_path}, {tmp_path}/far; set --config.data.root=FOLDER"
+        f"as written, {tmp_path}, {tmp_path}/far, {tmp_path.parent}; name the folder that holds "
+        "them: --config.data.root=FOLDER"
     )
     pictures(tmp_path / "far" / "no", 1)
     assert said(path, root=f"{tmp_path}/near") == (
@@ -387,20 +387,18 @@ def test_the_error_for_missing_pictures_lists_the_folders_tried(tmp_path):
             "line 3 has 3 cells, expected 2 (image, caption); ",
         ),
         ('image,caption\n0.jpg,"a\nb"\n\n1.jpg\n', "line 5 has 1 cells, expected 2 (image"),
-        ('image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n', "line 3: unexpected end of data; the file"),
-        ('image,caption\n0.jpg,a\n1.jpg,"b" c\n', "line 3: ',' expected after '\"'; the file is t"),
-        (b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n", "line 3 is not UTF-8 (byte 0xe9); if it is l"),
         (
-            "image,caption\n0.jpg,a\n".encode("utf-16"),
-            "line 1 is not UTF-8 (byte 0xff); if it is u",
+            'image,caption\n0.jpg,"a, b"\n1.jpg,"b\n2.jpg,c\n',
+            "line 3: unexpected end of data; the file",
         ),
+        (
+            'image,caption\n0.jpg,"a, b"\n1.jpg,"b" c\n',
+            "line 3: ',' expected after '\"'; the file is t",
+        ),
+        (b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n", "line 3 is not UTF-8 (byte 0xe9); if it is l"),
         ("", "an empty file, expected a first line with column names"),
         ("\n\n", "an empty file, expected a first line with column names"),
         ("image,caption\n", "no column that looks like paths of pictures; columns found: image (e"),
-        (
-            "0.jpg,a dog\n1.jpg,a cat\n",
-            "the first line (0.jpg, a dog) is a row, expected column names",
-        ),
         ("caption\na dog\n", "one column, 'caption', expected a column of pictures and one of cap"),
     ],
 )
@@ -418,7 +416,8 @@ def test_a_header_and_no_rows(folder):
     [
         ('{"image": "0.jpg", "text": "a"}\n{"image": \n', "line 2 is not JSON (Expecting value"),
         ('{"image": "0.jpg", "text": "a"}\n[1]\n', "line 2 is a list, expected a JSON object"),
-        ('[{"image": "0.jpg"}]', "a JSON list, expected one object per line; convert it with jq "),
+        ('[{"image": "0.jpg", "text": "a"}, 7]', "entry 2 is a int, expected an object"),
+        ('[{"image": "0.jpg", "text": "a"}', "line 1 is not JSON (Expecting ',' delimiter"),
         ("", "an empty file, expected one JSON object per line"),
         (
             '{"image": "0.jpg", "text": "a"}\n{"image": "0.jpg", "text": {"en": "b"}}\n',
@@ -452,15 +451,8 @@ def test_damaged_parquet_and_parquet_without_pyarrow(folder, monkeypatch):
     assert said(path) == f"parquet needs pyarrow ({why}); {install_hint('parquet')}"
 
 
-def test_pictures_inside_parquet_are_refused(folder):
-    rows = [{"image": {"bytes": b"x", "path": "0.jpg"}, "text": "a dog"}]
-    path = table(folder / "t.parquet", rows)
-    assert "columns found: image (dict), text (a dog)" in said(path)
-    assert said(path, image="image") == "row 1: column image holds a dict, expected a path"
-
-
 def test_other_files_are_refused(folder):
-    assert said(str(folder)) == "a folder, expected a table that is a local file"
+    assert said(str(folder)).startswith("a folder, expected a table that is a local file")
     ends = "expected a file name that ends in one of .csv, .tsv"
     assert said(str(folder / "0.jpg")).startswith(ends)
     packed = said(write(folder / "t.csv.gz", b"x"))
