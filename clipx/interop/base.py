@@ -116,10 +116,11 @@ class Format(abc.ABC):
         the JSON files. Its `where` is "" if the weights file itself is at fault.
         """
 
-    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | None:
-        """Fields of the `TokenizerConfig` that gives the same ids as the folder's tokenizer; None
-        if clipx has no such tokenizer. Raises `ConfigError` at `where` for tokenizer settings that
-        clipx cannot reproduce."""
+    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | str | None:
+        """Fields of the `TokenizerConfig` that gives the same ids as the folder's tokenizer. A
+        sentence about the tokenizer if clipx has none like it. None for CLIP's own vocabulary.
+        Raises `ConfigError` at `where` for settings of a SigLIP tokenizer that clipx cannot
+        reproduce."""
         return None
 
     @abc.abstractmethod
@@ -135,11 +136,14 @@ class Format(abc.ABC):
 
 
 def read_json(path: pathlib.Path, where: str) -> Any:
-    """The content of a JSON file; None without the file. Raises `ConfigError` at `where` for a file
-    that is not JSON."""
+    """The object in a JSON file; None without the file. Raises `ConfigError` at `where` for a file
+    that is not JSON, or that holds something else."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"{path} ({error})", "a JSON file") from None
+    if not isinstance(value, dict):
+        raise ConfigError(where, f"{path}, with {type(value).__name__}", "a JSON object")
+    return value

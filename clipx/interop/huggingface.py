@@ -3,6 +3,7 @@ of `CLIPModel` (transformers 5)."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,20 +13,29 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
+from clipx.interop import foreign_tokenizer, libraries, preprocessing, rules
 from clipx.interop import huggingface_layout as layout
-from clipx.interop import libraries, rules, tokenizer
 from clipx.interop.base import Format, Said, read_json
 from clipx.interop.huggingface_layout import ACTIVATIONS, CONFIG
-from clipx.interop.model import Model, Words, check_padding, check_widths, checked, make_model
+from clipx.interop.model import (
+    Model,
+    Words,
+    array_shapes,
+    check_padding,
+    check_widths,
+    checked,
+    make_model,
+    scalar,
+)
+from clipx.interop.preprocessing import Preprocessing
 from clipx.interop.rules import Arrays
+from clipx.interop.settings import Section
 from clipx.models.layers import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
-from clipx.ops import photometry
 
 WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # transformers 5 may save the preprocessor in it
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 _ELSE = "; use --format=open_clip"
 
 
@@ -38,7 +48,10 @@ class HuggingFace(Format):
     config = CONFIG
     weights = WEIGHTS
     torch_weights = "pytorch_model.bin"
-    weights_read = (WEIGHTS, WEIGHTS + ".index.json", torch_weights)
+    weights_read = (
+        *(WEIGHTS, WEIGHTS + ".index.json"),
+        *(torch_weights, torch_weights + ".index.json"),
+    )
     expected = f"{CONFIG} of CLIP or SigLIP and {WEIGHTS}"
     loading = """import torch
 from PIL import Image
@@ -87,36 +100,31 @@ with torch.no_grad():
         return "model_type" in config
 
     def names(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        return "text_model.final_layer_norm.weight" in arrays
+        return any(name.startswith("vision_model.") for name in arrays)
 
     def read(
         self, arrays: Mapping[str, np.ndarray], config: Callable[[str], Any], file: str = "a file"
     ) -> Model:
-        preprocessor = config(PREPROCESSOR)
-        if preprocessor is None:
-            preprocessor = (config(PROCESSOR) or {}).get("image_processor")
-        return _read(arrays, config(CONFIG) or {}, preprocessor or {})
-
-    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | None:
-        """Fields for a SigLIP folder with the files of a `SiglipTokenizer`; None for others."""
-        pieces = folder / tokenizer.PIECES
-        if not pieces.is_file():
-            return None
-        config = read_json(folder / CONFIG, where) or {}
-        settings = read_json(folder / tokenizer.SETTINGS, where) or {}
-        class_name = settings.get("tokenizer_class", tokenizer.SIGLIP)
-        if config.get("model_type") != "siglip" or class_name != tokenizer.SIGLIP:
-            return None
-        size, context = layout.words_size(config.get("text_config") or {}, siglip=True)
-        tokenizer.check_siglip(settings, where)
-        return {
-            "name": "sentencepiece",
-            "vocab_size": size,
-            "context": context,
-            "path": str(pieces),
-            "cleaning": "siglip",
-            "marks": "end",
+        given = config(CONFIG)
+        if given is None:
+            folder = pathlib.Path(file).parent
+            found, expected = f"{file}, and no {CONFIG} beside it", f"the model's {CONFIG}"
+            raise ConfigError("", found, expected, f"put the model's own {CONFIG} into {folder}")
+        preprocessors = {
+            PROCESSOR: (config(PROCESSOR) or {}).get("image_processor"),
+            PREPROCESSOR: config(PREPROCESSOR),
         }
+        return _read(arrays, given, {k: v for k, v in preprocessors.items() if v})
+
+    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | str | None:
+        """Fields for the files of a `SiglipTokenizer` or a `CLIPTokenizer`."""
+        given = read_json(folder / CONFIG, where) or {}
+        siglip = given.get("model_type") == "siglip"
+        config = Section(given, f"{where}: {CONFIG}")
+        _, words = layout.sections(config, siglip)
+        size, context = layout.words_size(words, siglip=siglip)
+        find = foreign_tokenizer.siglip if siglip else foreign_tokenizer.clip
+        return find(folder, size, context, where)
 
     def says(
         self,
@@ -263,7 +271,7 @@ def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size} if centre else square,
-        "resample": _RESAMPLE[model.interpolation],
+        "resample": preprocessing.RESAMPLE[model.interpolation],
         "do_center_crop": centre,
         **({"crop_size": square} if centre else {}),
         "do_rescale": True,
@@ -275,45 +283,43 @@ def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
 
 
 def _read(
-    arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray], given: Mapping[str, Any], preprocessors: Mapping[str, Any]
 ) -> Model:
     """The model of a CLIP or SigLIP folder, from its arrays and the contents of its configs.
+
+    preprocessors: by file, the one that transformers takes first.
 
     Raises `ConfigError` for another architecture, for a setting that no clipx tower has, and for
     arrays that do not fit the config.
     """
-    kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
-        raise ConfigError(f"{CONFIG}: model_type", repr(kind), "'clip' or 'siglip'")
-    siglip = kind == "siglip"
-    vision, words = config.get("vision_config") or {}, config.get("text_config") or {}
+    config = Section(given, CONFIG, harmless=layout.HARMLESS)
+    siglip = config.one_of("model_type", ("clip", "siglip"), None) == "siglip"
+    vision, words = layout.sections(config, siglip)
     image, text = layout.towers(vision, words, config, siglip)
+    pictures = _pictures(preprocessors, image.image_size, siglip)
     arrays = {
         # some files repeat the prefix
         name.replace("text_model.text_model.", "text_model."): x
         for name, x in arrays.items()
     }
-    scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
-    mean, std = ((0.5,) * 3,) * 2 if siglip else (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
-    resample = {number: name for name, number in _RESAMPLE.items()}
-    preprocessing = {
-        "mean": tuple(preprocessor.get("image_mean", mean)),
-        "std": tuple(preprocessor.get("image_std", std)),
-        # by default SigLIP's processor resizes both sides, and CLIP's crops the centre
-        "resize": "shortest" if preprocessor.get("do_center_crop", not siglip) else "squash",
-        "interpolation": resample.get(preprocessor.get("resample", 3), "bicubic"),
-    }
-    logit_scale = np.float32(scalars.get("logit_scale", 0)).reshape(())
-    logit_bias = np.float32(scalars["logit_bias"]).reshape(()) if siglip else None
+    logit_scale = scalar(arrays, "logit_scale", "")
+    logit_bias = scalar(arrays, "logit_bias", "") if siglip else None
     width = max(image.output_width, text.output_width)
-    variables = rules.read(layout.tower_rules(image, text, width, None, siglip), arrays, WEIGHTS)
+    variables = rules.read(
+        layout.tower_rules(image, text, width, None, siglip),
+        arrays,
+        array_shapes(image, text),
+        "",
+    )
+    unknown = (line for section in (config, vision, words) for line in section.unread())
     read = make_model(
         image,
         text,
         variables,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
-        **preprocessing,
+        **pictures.fields,
+        differences=(*pictures.differences, *unknown),
         words=Words(
             kind="sentencepiece" if siglip else "clip_bpe",
             vocab_size=text.vocab_size,
@@ -324,4 +330,16 @@ def _read(
             plain=not siglip and text.vocab_size == 49408,
         ),
     )
-    return checked(read, WEIGHTS)
+    return checked(read, "")
+
+
+def _pictures(given: Mapping[str, Any], image_size: int, siglip: bool) -> Preprocessing:
+    """What the folder's preprocessors describe; its class's defaults without one."""
+    read = [
+        preprocessing.huggingface(values or {}, image_size, siglip, file)
+        for file, values in (given or {PREPROCESSOR: {}}).items()
+    ]
+    if len(read) > 1 and read[0] != read[1]:
+        line = "preprocessing.files: " + " and ".join(given) + " of the model are not the same"
+        return dataclasses.replace(read[0], differences=(*read[0].differences, line))
+    return read[0]

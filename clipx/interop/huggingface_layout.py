@@ -3,7 +3,6 @@ how their configs are read (transformers 5, `modeling_clip.py`, `modeling_siglip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,30 @@ from clipx.errors import ConfigError
 from clipx.interop import rules
 from clipx.interop.model import vit_shape
 from clipx.interop.rules import Rule
+from clipx.interop.settings import Section, keys
 from clipx.models.layers import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
 CONFIG = "config.json"
+# keys of transformers' configs that change no feature and no logit
+HARMLESS = keys(
+    "model_type architectures transformers_version torch_dtype dtype _name_or_path _commit_hash "
+    "_attn_implementation_autoset _attn_implementation attn_implementation name_or_path "
+    "initializer_range initializer_factor logit_scale_init_value projection_dim "
+    "attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob "
+    "gradient_checkpointing use_cache return_dict output_hidden_states output_attentions "
+    "torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward tie_word_embeddings "
+    "pad_token_id bos_token_id sep_token_id decoder_start_token_id tokenizer_class prefix "
+    "is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size "
+    "tie_encoder_decoder finetuning_task id2label label2id num_labels problem_type "
+    "task_specific_params max_length min_length do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
+    "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
+    "suppress_tokens begin_suppress_tokens classifier_dropout"
+)
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -111,68 +129,106 @@ def _text_rules(text: TextTransformer, width: int, dropped: int | None, siglip: 
     return [*layout, *_projection(text, f"{a}/projection", f"{b}.head", width), no_bias]
 
 
-def words_size(words: Mapping[str, Any], *, siglip: bool) -> tuple[int, int]:
+def words_size(words: Section, *, siglip: bool) -> tuple[int, int]:
     """(vocabulary size, tokens per text) of a `text_config`. A missing key is the default of
     transformers' class."""
     size, context = (32000, 64) if siglip else (49408, 77)
-    return words.get("vocab_size") or size, words.get("max_position_embeddings", context)
+    return words.size("vocab_size", size), words.size("max_position_embeddings", context)
+
+
+def sections(config: Section, siglip: bool) -> tuple[Section, Section]:
+    """(`vision_config`, `text_config`) as transformers reads them. In CLIP's configs the old
+    `vision_config_dict` and `text_config_dict` replace them whole, defaults included."""
+
+    def section(key: str) -> Section:
+        old = config.get(f"{key}_dict") if not siglip else None
+        return config.section(f"{key}_dict" if old is not None else key, HARMLESS)
+
+    found = section("vision_config"), section("text_config")
+    for key in ("vision_config", "text_config"):
+        config.get(key)  # which the old form has replaced
+    return found
 
 
 def towers(
-    vision: Mapping[str, Any], words: Mapping[str, Any], config: Mapping[str, Any], siglip: bool
+    vision: Section, words: Section, config: Section, siglip: bool
 ) -> tuple[ViT, TextTransformer]:
     """The towers of a `vision_config` and a `text_config` (`words`), inside of `config`. A missing
-    key is the default of transformers' class. Raises `ConfigError` for an activation that clipx
-    does not have."""
-    act, eps = ("gelu_pytorch_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    for name, section in (("vision_config", vision), ("text_config", words)):
-        activation = section.get("hidden_act", act)
-        if activation not in known:
-            raise ConfigError(f"{CONFIG}: {name}.hidden_act", repr(activation), ", ".join(known))
-
-    def common(section: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "activation": known[section.get("hidden_act", act)],
-            "norm_eps": section.get("layer_norm_eps", eps),
-        }
-
-    width = vision.get("hidden_size", 768)
+    key is the default of transformers' class. Raises `ConfigError` for a setting that no clipx
+    tower has."""
+    width = vision.size("hidden_size", 768)
+    patch = vision.size("patch_size", 16 if siglip else 32)
+    image_size = vision.size("image_size", 224)
+    if image_size % patch:
+        found = f"{image_size} pixels with a patch of {patch}"
+        raise ConfigError(vision.at("image_size"), found, "a multiple of the patch")
+    vision.one_of("num_channels", (3,), 3)
+    vision.one_of("vision_use_head", (True,), True)
     shape = (
         width,
-        vision.get("num_hidden_layers", 12),
-        vision.get("num_attention_heads", 12),
-        vision.get("intermediate_size", 3072),
+        vision.size("num_hidden_layers", 12),
+        _heads(vision, width, 12),
+        vision.size("intermediate_size", 3072),
     )
+    embed_dim = 0 if siglip else config.size("projection_dim", 512)
     image = ViT(
-        **vit_shape(shape, vision.get("patch_size", 16 if siglip else 32)),
-        image_size=vision.get("image_size", 224),
-        embed_dim=0 if siglip else config.get("projection_dim", 512),
+        **vit_shape(shape, patch),
+        image_size=image_size,
+        embed_dim=embed_dim,
         pool="attention" if siglip else "class",
         pre_norm=not siglip,
-        **common(vision),
+        **_common(vision, siglip),
     )
-    text_width = words.get("hidden_size", 768 if siglip else 512)
+    text_width = words.size("hidden_size", 768 if siglip else 512)
     vocabulary, context = words_size(words, siglip=siglip)
-    end = words.get("eos_token_id", 49407)
-    # CLIP's configs once gave 2, and SigLIP's give CLIP's 49407, whatever the tokenizer's id is
-    if end == 2 or end >= vocabulary or (siglip and end == 49407):
-        end = 1 if siglip else vocabulary - 1
     text = TextTransformer(
         vocab_size=vocabulary,
         context=context,
         width=text_width,
-        depth=words.get("num_hidden_layers", 12),
-        heads=words.get("num_attention_heads", 12 if siglip else 8),
-        mlp_ratio=words.get("intermediate_size", 3072 if siglip else 2048) / text_width,
+        depth=words.size("num_hidden_layers", 12),
+        heads=_heads(words, text_width, 12 if siglip else 8),
+        mlp_ratio=words.size("intermediate_size", 3072 if siglip else 2048) / text_width,
         causal=not siglip,
         pool="last" if siglip else "eot",
-        eot_id=end,
+        eot_id=_end(words, vocabulary, siglip),
         pad_id=words.get("pad_token_id", 1) if siglip else 0,
         projection_bias=siglip,
-        embed_dim=(words.get("projection_size") or text_width)
-        if siglip
-        else config.get("projection_dim", 512),
-        **common(words),
+        embed_dim=words.size("projection_size", text_width) if siglip else embed_dim,
+        **_common(words, siglip),
     )
     return image, text
+
+
+def _common(section: Section, siglip: bool) -> dict[str, Any]:
+    """The fields that both towers have."""
+    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    default = "gelu_pytorch_tanh" if siglip else "quick_gelu"
+    return {
+        "activation": known[section.one_of("hidden_act", known, default)],
+        "norm_eps": section.number("layer_norm_eps", 1e-6 if siglip else 1e-5),
+    }
+
+
+def _heads(section: Section, width: int, default: int) -> int:
+    heads = section.size("num_attention_heads", default)
+    if width % heads:
+        found = f"{heads} heads for a width of {width}"
+        raise ConfigError(section.at("num_attention_heads"), found, "a divisor of the width")
+    return heads
+
+
+def _end(words: Section, vocabulary: int, siglip: bool) -> int:
+    """The id of the token at which a text is pooled. SigLIP's tower pools at the last token,
+    whatever its config says, and its tokenizer's end mark is 1."""
+    if siglip:
+        end = words.get("eos_token_id", 1)
+        known = isinstance(end, int) and 0 <= end < vocabulary and end not in (2, 49407)
+        return end if known else 1
+    end = words.whole("eos_token_id", 49407)
+    if end == 2:  # of CLIP's first configs, with which transformers pools at the highest id
+        return vocabulary - 1
+    if end >= vocabulary:
+        found = f"{end} with a vocabulary of {vocabulary}"
+        fix = f"the id of the tokenizer's end mark, such as {vocabulary - 1}"
+        raise ConfigError(words.at("eos_token_id"), found, "an id of the vocabulary", fix)
+    return end

@@ -7,31 +7,30 @@ import fnmatch
 import functools
 import os
 import pathlib
-import zipfile
+import re
 from collections.abc import Collection
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from clipx.errors import ConfigError, MissingLibrary
-from clipx.interop import libraries
+from clipx.errors import ConfigError
+from clipx.interop import weights
 from clipx.interop.base import read_json
 from clipx.interop.formats import FORMATS
-from clipx.interop.model import Model, cpu, shapes
-from clipx.interop.rules import Arrays
+from clipx.interop.model import Model, shapes
 from clipx.models.layers import Tower
 from clipx.models.transformer import stack_blocks
 from clipx.types import PyTree
 
-_TORCH = (".pt", ".pth", ".bin")
+_HUB = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")  # how people write a Hub's name
 
 
 def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     """The model at `path`: a folder as open_clip or transformers writes it, or a weights file.
 
-    A weights file needs its config in the same folder, except OpenAI's files with open_clip's
-    names. Weights are safetensors files, or torch files if torch is installed.
+    A weights file needs its config in the same folder, except those that OpenAI published. Weights
+    are safetensors files, or torch files if torch is installed.
 
     Raises `ConfigError` at `where` for a missing path, an incomplete file or an architecture that
     clipx does not have.
@@ -39,16 +38,16 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     file = pathlib.Path(path).expanduser()
     folder = file if file.is_dir() else file.parent
     if not file.exists():
-        raise ConfigError(where, f"nothing at {file}", "a folder or a weights file")
+        expected = "a folder or a weights file"
+        raise ConfigError(where, f"nothing at {file}", expected, _download(os.fspath(path)))
     config = functools.cache(lambda name: read_json(folder / name, where))
-    described = [f for f in FORMATS if f.describes(config(f.config) or {})]
     if file.is_dir():
+        described = [f for f in FORMATS if f.describes(config(f.config) or {})]
         names = described[0].weights_read if described else ()
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None:
-            expected = ", or ".join(f.expected for f in FORMATS)
-            raise ConfigError(where, f"{folder} with {_listed(folder)}", expected)
-    arrays = _arrays(file, where)
+            raise _no_weights(folder, bool(described), where)
+    arrays = weights.read(file, where)
     format_ = next((f for f in FORMATS if f.names(arrays)), FORMATS[0])
     try:
         return format_.read(arrays, config, str(file))
@@ -58,62 +57,30 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         raise
 
 
-def _listed(folder: pathlib.Path) -> str:
+def _no_weights(folder: pathlib.Path, described: bool, where: str) -> ConfigError:
+    """The error for a folder without the files of a format. It names what to do, if that is
+    plain."""
     names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "nothing in it"
+    listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "nothing in it"
+    known = ", or ".join(f.expected for f in FORMATS)
+    files = [folder / n for n in names if n.endswith(weights.SUFFIXES) and described]
+    other = next((n for n in names if pathlib.Path(n).suffix in weights.UNREADABLE), "")
+    fix = f"name the file: {files[0]}" if files else ""
+    if other and not files:
+        listed += f": {other} is {weights.UNREADABLE[pathlib.Path(other).suffix]}"
+    if "snapshots" in names:  # a folder of the Hub's cache
+        found = sorted(p for p in (folder / "snapshots").iterdir() if p.is_dir())
+        fix = f"name the snapshot: {found[-1]}" if found else ""
+    return ConfigError(where, f"{folder} with {listed}", known, fix)
 
 
-def _arrays(file: pathlib.Path, where: str) -> Arrays:
-    """Every array of a weights file, or of the files that an index (.json) lists."""
-    if file.suffix in _TORCH:
-        return _torch_arrays(file, where)
-    if file.suffix == ".json":
-        index = (read_json(file, where) or {}).get("weight_map", {})
-        shards = [_arrays(file.parent / name, where) for name in sorted(set(index.values()))]
-        return {name: x for shard in shards for name, x in shard.items()}
-    import safetensors
-    from safetensors.flax import load_file  # reads bfloat16; safetensors.numpy does not
-
-    try:
-        with jax.default_device(cpu()):
-            return {name: np.asarray(x) for name, x in load_file(file).items()}
-    except (OSError, safetensors.SafetensorError) as error:
-        found = f"{file} ({' '.join(str(error).split())})"
-        raise ConfigError(where, found, "a complete safetensors file") from None
-
-
-def _torch_arrays(file: pathlib.Path, where: str) -> Arrays:
-    """Every array of a torch file: a state dict, a checkpoint of open_clip's training, or a
-    TorchScript model such as OpenAI's. A state dict or checkpoint runs no pickled code
-    (`weights_only`)."""
-    try:
-        torch = libraries.require("torch")
-    except MissingLibrary as error:
-        expected = "a safetensors file, or torch installed to read this one"
-        raise ConfigError(where, f"{file}, but {error}", expected, "pip install torch") from None
-    try:
-        with libraries.quiet():
-            if _is_script(file):
-                state = torch.jit.load(file, map_location="cpu").state_dict()
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {
-            name.removeprefix("module."): x.float().numpy()
-            for name, x in state.items()
-            if torch.is_tensor(x)
-        }
-    except Exception as error:
-        found = f"{file} ({libraries.one_line(error)})"
-        raise ConfigError(where, found, "a complete torch file that holds only arrays") from None
-
-
-def _is_script(file: pathlib.Path) -> bool:
-    """Whether the file is a TorchScript model, which contains code, as OpenAI's files do."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any("/code/" in name for name in archive.namelist())
+def _download(name: str) -> str:
+    """The command that downloads a model, if `name` is written like one of the Hub."""
+    match = _HUB.fullmatch(name)
+    if not match or name.endswith(weights.SUFFIXES) or name.startswith((".", "~")):
+        return ""
+    into = match[1].split("/")[1]
+    return f"for a model of the Hub: hf download {match[1]} --local-dir {into}, then name {into}"
 
 
 def fit(
@@ -169,12 +136,14 @@ def fit(
     names = [fault.split(":")[0] for fault in faults]
     left = [fault for name, fault in zip(names, faults) if not ignored(name, ignore)]
     if left:
-        wanted = ", ".join(dict.fromkeys(repr(fault.split(":")[0]) for fault in left))
+        differing = dict.fromkeys(fault.split(":")[0] for fault in left)
+        wanted, flags = ", ".join(map(repr, differing)), ",".join(differing)
         raise ConfigError(
             where,
             "another model than the config's:\n    " + "\n    ".join(left),
             "the model that the config describes",
-            f"change the config, or accept the differences: config.init_ignore=({wanted},)",
+            f"change the config, or accept the differences: config.init_ignore=({wanted},), or, of "
+            f"clipx.evaluate, --init_ignore={flags}",
         )
     return {"params": params_by_tower} | ({"batch_stats": batch_stats} if batch_stats else {})
 

@@ -14,6 +14,7 @@ from flax import traverse_util
 from jaxtyping import Float
 
 from clipx.errors import ConfigError, NotExpressible
+from clipx.interop.preprocessing import Interpolation, Resize
 from clipx.interop.rules import Arrays
 from clipx.models.layers import Tower
 from clipx.models.transformer import unstack_blocks
@@ -73,13 +74,15 @@ class Model:
     text: Tower
     params: PyTree  # {"image": ..., "text": ...}, one entry per block (`scan=False`)
     batch_stats: PyTree
-    logit_scale: Float[np.ndarray, ""]  # its logarithm
+    logit_scale: Float[np.ndarray, ""] | None  # its logarithm; None if the file has none
     logit_bias: Float[np.ndarray, ""] | None
     mean: tuple[float, float, float]  # RGB mean for normalisation, of values in 0..1
     std: tuple[float, float, float]
     words: Words
-    resize: Literal["shortest", "squash"] = "shortest"  # how an image becomes a square
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Resize = "shortest"  # how an image becomes a square
+    interpolation: Interpolation = "bicubic"
+    # what else the model's own library does and clipx does not, as "name: description"
+    differences: tuple[str, ...] = ()
 
     @property
     def flat(self) -> Arrays:
@@ -174,23 +177,37 @@ def shapes(tower: Tower) -> dict[str, Any]:
     return {k: v for k, v in variables.items() if k in ("params", "batch_stats")}
 
 
+def array_shapes(image: Tower, text: Tower) -> dict[str, tuple[int, ...]]:
+    """Shapes of both towers' arrays, by the paths of `Model.flat`."""
+    found = {}
+    for name, tower in (("image", image), ("text", text)):
+        variables = shapes(tower)  # pyright: ignore[reportArgumentType]  # modules hash
+        for kind, tree in variables.items():
+            found |= {f"{kind}/{name}/{path}": x.shape for path, x in _flatten(tree).items()}
+    return found
+
+
 def checked(model: Model, where: str) -> Model:
     """Returns `model` unchanged. Raises `ConfigError` at `where` for the first array that is
     missing or has another shape than its tower expects."""
-    for name in ("image", "text"):
-        expected = _flatten(shapes(getattr(model, name)))
-        for path, x in expected.items():
-            kind, _, rest = path.partition("/")
-            array = model.flat.get(f"{kind}/{name}/{rest}")
-            if array is None or array.shape != x.shape:
-                raise ConfigError(
-                    where,
-                    f"no {name}/{rest}"
-                    if array is None
-                    else f"{name}/{rest} of shape {array.shape}",
-                    f"shape {x.shape}, as the model's config describes",
-                )
+    for path, shape in array_shapes(model.image, model.text).items():
+        rest = path.partition("/")[2]
+        array = model.flat.get(path)
+        if array is None or array.shape != shape:
+            found = f"no {rest}" if array is None else f"{rest} of shape {array.shape}"
+            raise ConfigError(where, found, f"shape {shape}, as the model's config describes")
     return model
+
+
+def scalar(arrays: Arrays, name: str, where: str) -> np.float32 | None:
+    """Takes the array `name` of one value out of `arrays`; None if there is none. Raises
+    `ConfigError` at `where` for an array of several values."""
+    if name not in arrays:
+        return None
+    x = arrays.pop(name)
+    if x.size != 1:
+        raise ConfigError(where, f"{name} of shape {x.shape}", "one value")
+    return np.float32(x.reshape(()))
 
 
 def cpu() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs

@@ -11,18 +11,26 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import guests, libraries, rules
+from clipx.interop import bare, foreign_tokenizer, guests, libraries, preprocessing, rules
 from clipx.interop import open_clip_layout as native
-from clipx.interop.base import Format, Said
-from clipx.interop.model import Model, Words, check_widths, checked, make_model
+from clipx.interop.base import Format, Said, read_json
+from clipx.interop.model import (
+    Model,
+    Words,
+    array_shapes,
+    check_widths,
+    checked,
+    make_model,
+    scalar,
+)
 from clipx.interop.open_clip_layout import CONFIG, Layout
 from clipx.interop.rules import Arrays, Rule
+from clipx.interop.settings import Section, keys
 from clipx.models.bert import BERT
 from clipx.models.layers import Tower
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
-from clipx.ops import photometry
 
 WEIGHTS = "open_clip_model.safetensors"
 _GUEST_CONFIG = "config.json"  # for towers that open_clip builds through timm or transformers
@@ -34,18 +42,10 @@ _IMAGES: dict[type, Callable[[Any], Layout]] = {
 _TEXTS: dict[type, Callable[[Any], Layout]] = {
     TextTransformer: lambda text: native.TEXT,
     BERT: lambda text: guests.BERT_LAYOUT,
-}
-# Keys of open_clip's sections that change a tower, with the only value that clipx's towers support.
-_ONLY = {
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "pos_embed_type": "learnable",
-    "final_ln_after_pool": False,
-    "block_type": None,
-    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), False),
-    **dict.fromkeys(("scale_attn", "scale_fc", "embed_cls"), False),
-    "proj_type": "linear",
-}
+}  # keys of a `model_cfg` that only say how to start training
+_HARMLESS = keys(
+    "custom_text init_logit_bias init_logit_scale nonscalar_logit_scale cast_dtype output_dict"
+)
 
 
 class OpenClip(Format):
@@ -131,8 +131,23 @@ print(image @ text.T)"""
     def read(
         self, arrays: Mapping[str, np.ndarray], config: Callable[[str], Any], file: str = "a file"
     ) -> Model:
-        own = config(CONFIG) or native.config_of(arrays, file)
+        own = config(CONFIG)
+        if own is None:
+            arrays = _without_text_prefix(arrays)
+            own = bare.config_of(arrays, file)
+            if not bare.is_openai(arrays):
+                try:  # is the config all that is missing?
+                    _read(arrays, bare.config_of(arrays, file, heads=1), {})
+                except ConfigError as error:
+                    found = f"{file} with {error.found}"
+                    raise ConfigError("", found, "arrays of open_clip's own towers alone") from None
+                raise bare.no_config(own, file)
         return _read(arrays, own, config(_GUEST_CONFIG) or {})
+
+    def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | str | None:
+        """Fields for a SigLIP folder with a `spiece.model`; None for CLIP's own vocabulary."""
+        own = read_json(folder / CONFIG, where) or {}
+        return foreign_tokenizer.open_clip(folder, own.get("model_cfg", own), where)
 
     def says(
         self,
@@ -191,83 +206,74 @@ def _activation(model: Model) -> dict[str, bool]:
     return {"quick_gelu": True} if quick == {True} else {}
 
 
-def _read(
-    arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], guest: Mapping[str, Any]
-) -> Model:
+def _read(arrays: Mapping[str, np.ndarray], own: Mapping[str, Any], guest: Any) -> Model:
     """The model of an open_clip folder.
 
-    config: content of `open_clip_config.json`.
+    own: content of `open_clip_config.json`, a `model_cfg` or a dict that has one.
     guest: content of the folder's `config.json`, for towers that other libraries build.
 
     Raises `ConfigError` for a setting that no clipx tower has, and for arrays that do not fit the
     config.
     """
-    model, preprocess = config.get("model_cfg", config), config.get("preprocess_cfg", {})
-    _check_keys(model)
-    try:
-        image, text = _image_tower(model, guest), _text_tower(model, guest)
-        width = model["embed_dim"]
-    except KeyError as error:
-        raise ConfigError(CONFIG, f"no {error}", "a config as open_clip writes it") from None
-    arrays = dict(arrays)
-    borrowed = bool(model["text_cfg"].get("hf_model_name"))
-    if not borrowed:  # open_clip's CustomTextCLIP prefixes the names of its text tower
-        arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
-    layout = _rules(image, text, width, None)
-    if model["vision_cfg"].get("timm_proj") == "none":
+    config = Section(own.get("model_cfg", own), CONFIG, harmless=_HARMLESS)
+    if "multimodal_cfg" in config:
+        raise ConfigError(f"{CONFIG}: multimodal_cfg", "a CoCa model", "a model of two towers")
+    sections = [config.section(key, native.HARMLESS) for key in ("vision_cfg", "text_cfg")]
+    for section in sections:
+        native.check_only(section)
+    vision, words = sections
+    image, text = _image_tower(config, vision, guest), _text_tower(config, words, guest)
+    borrowed = bool(words.get("hf_model_name"))
+    arrays = dict(arrays) if borrowed else _without_text_prefix(arrays)
+    layout = _rules(image, text, config.size("embed_dim"), None)
+    if vision.get("timm_proj") == "none":
         layout = [rule for rule in layout if rule.theirs != ("visual.head.proj.weight",)]
-    scalars = {k: arrays.pop(k) for k in ("logit_scale", "logit_bias") if k in arrays}
-    variables = rules.read(layout, arrays, WEIGHTS)
-    plain = not model["text_cfg"].get("hf_tokenizer_name")
-    words = Words(
-        kind="wordpiece" if borrowed else "clip_bpe" if plain else "sentencepiece",
-        vocab_size=text.vocab_size,
-        context=text.context,
-        pad_id=text.pad_id,
-        sot_id=text.eot_id - 1,
-        eot_id=text.eot_id,
-        plain=plain,
-    )
-    bias = scalars.get("logit_bias")
+    logit_scale, logit_bias = (scalar(arrays, f"logit_{n}", "") for n in ("scale", "bias"))
+    variables = rules.read(layout, arrays, array_shapes(image, text), "")
+    pictures = preprocessing.open_clip(own.get("preprocess_cfg") or {}, f"{CONFIG}: preprocess_cfg")
+    unknown = (line for section in (config, *sections) for line in section.unread())
+    plain = not words.get("hf_tokenizer_name")
     read = make_model(
         image,
         text,
         variables,
-        logit_scale=np.float32(scalars["logit_scale"]).reshape(()),
-        logit_bias=None if bias is None else np.float32(bias).reshape(()),
-        mean=tuple(preprocess.get("mean", photometry.OPENAI_MEAN)),
-        std=tuple(preprocess.get("std", photometry.OPENAI_STD)),
-        words=words,
-        resize=preprocess.get("resize_mode", "shortest"),
-        interpolation=preprocess.get("interpolation", "bicubic"),
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        words=Words(
+            kind="wordpiece" if borrowed else "clip_bpe" if plain else "sentencepiece",
+            vocab_size=text.vocab_size,
+            context=text.context,
+            pad_id=text.pad_id,
+            sot_id=text.eot_id - 1,
+            eot_id=text.eot_id,
+            plain=plain,
+        ),
+        **pictures.fields,
+        differences=(*pictures.differences, *unknown),
     )
-    return checked(read, WEIGHTS)
+    return checked(read, "")
 
 
-def _check_keys(model: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for an open_clip option that clipx's towers do not have."""
-    for section in ("vision_cfg", "text_cfg"):
-        for key, value in _ONLY.items():
-            given = model.get(section, {}).get(key, value)
-            if given not in (value, None, "default"):
-                raise ConfigError(
-                    f"{CONFIG}: {section}.{key}", repr(given), f"{value!r}: clipx has no other"
-                )
-    if "multimodal_cfg" in model:
-        raise ConfigError(f"{CONFIG}: multimodal_cfg", "a CoCa model", "a model of two towers")
+def _without_text_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The same arrays, those of the text tower under the names of open_clip's `CLIP`. Its
+    `CustomTextCLIP` prefixes them, as DeCLIP's code does."""
+    return {
+        name.removeprefix("text.").removeprefix("encode_text."): x for name, x in arrays.items()
+    }
 
 
-def _image_tower(model: Mapping[str, Any], guest: Mapping[str, Any]) -> ViT | ResNet:
-    section = model["vision_cfg"]
+def _image_tower(config: Section, section: Section, guest: Any) -> ViT | ResNet:
     size = section.get("image_size", 224)
-    size = size if isinstance(size, int) else size[0]
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    else:
+        size = section.size("image_size", 224)
     if section.get("timm_model_name"):
-        return guests.image_tower(section, model["embed_dim"], size, guest, CONFIG)
-    return native.image_tower(model, size)
+        return guests.image_tower(section, config.size("embed_dim"), size, guest)
+    return native.image_tower(config, section, size)
 
 
-def _text_tower(model: Mapping[str, Any], guest: Mapping[str, Any]) -> TextTransformer | BERT:
-    section = model["text_cfg"]
+def _text_tower(config: Section, section: Section, guest: Any) -> TextTransformer | BERT:
     if section.get("hf_model_name"):
-        return guests.text_tower(section, model["embed_dim"], guest, CONFIG)
-    return native.text_tower(model)
+        return guests.text_tower(section, config.size("embed_dim"), guest)
+    return native.text_tower(config, section)

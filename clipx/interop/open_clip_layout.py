@@ -3,7 +3,7 @@ their arrays (open_clip 3, `model.py`, `transformer.py`, `modified_resnet.py`)."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import rules
 from clipx.interop.model import Model, check_padding, ratio, vit_shape
 from clipx.interop.rules import Rule
+from clipx.interop.settings import Section, keys
 from clipx.models.layers import Tower
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
@@ -198,107 +199,109 @@ RESNET = Layout(_resnet_section, _resnet_rules)
 TEXT = Layout(_text_section, _text_rules, quick_gelu=True)
 
 
-def _common(model: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+# keys of a `vision_cfg` or `text_cfg` that change no feature: of training, of the tokenizer (read
+# with it), and of shapes that an array tells
+HARMLESS = keys(
+    "patch_dropout output_tokens timm_model_pretrained timm_drop timm_drop_path "
+    "hf_model_pretrained hf_tokenizer_name tokenizer_mode tokenizer_kwargs "
+    "attn_pooler_queries attn_pooler_heads"
+)
+# keys of both sections that change a tower, with the only value that clipx's towers support
+_ONLY = {
+    "ls_init_value": None,
+    "attentional_pool": False,
+    "pos_embed_type": "learnable",
+    "final_ln_after_pool": False,
+    "block_type": "default",
+    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), False),
+    **dict.fromkeys(("scale_attn", "scale_fc", "embed_cls"), False),
+    "proj_type": "linear",
+}
+
+
+def check_only(section: Section) -> None:
+    """Raises `ConfigError` for an open_clip option that clipx's towers do not have."""
+    for key, value in _ONLY.items():
+        section.one_of(key, (value,), value)
+
+
+def _common(model: Section, section: Section) -> dict[str, Any]:
     """Fields that `ViT` and `TextTransformer` share. model: a `model_cfg`; section: the tower's."""
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    activation = "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
     if kwargs := section.get("act_kwargs"):
-        if kwargs != {"approximate": "tanh"} or model.get("quick_gelu"):
-            raise ConfigError(f"{CONFIG}: act_kwargs", repr(kwargs), "{'approximate': 'tanh'}")
+        if kwargs != {"approximate": "tanh"} or activation == "quick_gelu":
+            raise ConfigError(section.at("act_kwargs"), repr(kwargs), "{'approximate': 'tanh'}")
         activation = "gelu_tanh"
-    return {
-        "embed_dim": model["embed_dim"],
-        "activation": activation,
-        "norm_eps": (section.get("norm_kwargs") or {}).get("eps", 1e-5),
-    }
+    norm = section.section("norm_kwargs")
+    eps = norm.number("eps", 1e-5)
+    if unknown := norm.unread():
+        raise ConfigError(section.at("norm_kwargs"), unknown[0].split(" in the")[0], "eps alone")
+    return {"embed_dim": model.size("embed_dim"), "activation": activation, "norm_eps": eps}
 
 
-def image_tower(model: Mapping[str, Any], size: int) -> ViT | ResNet:
-    """The image tower of a `model_cfg`, for images of `size` pixels. Raises `ConfigError` for a
-    tower that clipx does not have."""
-    section = model["vision_cfg"]
-    layers, width = section.get("layers", 12), section.get("width", 768)
-    if not isinstance(layers, int):
-        known = {v: k for k, v in MODIFIED.items()}
-        variant = known.get((tuple(layers), width))
-        sizes = {} if variant else {"blocks": tuple(layers), "width": width}
-        return ResNet(
-            embed_dim=model["embed_dim"], image_size=size, variant=variant or "RN50", **sizes
+def image_tower(model: Section, section: Section, size: int) -> ViT | ResNet:
+    """The image tower of a `model_cfg` and its `vision_cfg`, for images of `size` pixels. Raises
+    `ConfigError` for a tower that clipx does not have."""
+    width = section.size("width", 768)
+    if isinstance(layers := section.get("layers", 12), list):
+        blocks = tuple(layers)
+        if len(blocks) != 4 or not all(isinstance(n, int) and n > 0 for n in blocks):
+            raise ConfigError(section.at("layers"), repr(layers), "four numbers of blocks")
+        heads = width * 32 // section.size("head_width", 64)
+        for key in ("patch_size", "mlp_ratio"):
+            section.get(key)  # which a ResNet does not have
+        variant = {v: k for k, v in MODIFIED.items()}.get((blocks, width))
+        sizes = {} if variant else {"blocks": blocks, "width": width}
+        tower = ResNet(
+            embed_dim=model.size("embed_dim"), image_size=size, variant=variant or "RN50", **sizes
         )
-    pool = section.get("pool_type", "tok")
-    if pool != "tok":
-        raise ConfigError(f"{CONFIG}: vision_cfg.pool_type", repr(pool), "'tok'")
-    heads = width // section.get("head_width", 64)
-    shape = (width, layers, heads, int(width * section.get("mlp_ratio", 4.0)))
+        if tower.heads != heads:
+            raise ConfigError(section.at("head_width"), f"{heads} heads", f"{tower.heads} heads")
+        return tower
+    section.one_of("pool_type", ("tok",), "tok")
+    patch, head = section.size("patch_size", 16), section.size("head_width", 64)
+    if size % patch:
+        found = f"{size} pixels with a patch of {patch}"
+        raise ConfigError(section.at("image_size"), found, "a multiple of the patch")
+    if width % head:
+        found = f"{head} with a width of {width}"
+        raise ConfigError(section.at("head_width"), found, "a divisor of the width")
+    shape = (
+        width,
+        section.size("layers", 12),
+        width // head,
+        int(width * section.number("mlp_ratio", 4.0)),
+    )
     return ViT(
-        **vit_shape(shape, section.get("patch_size", 16)),
+        **vit_shape(shape, patch),
         image_size=size,
-        pre_norm=not section.get("no_ln_pre", False),
+        pre_norm=not section.flag("no_ln_pre", False),
         **_common(model, section),
     )
 
 
-def text_tower(model: Mapping[str, Any]) -> TextTransformer:
-    """The text tower of a `model_cfg`. Raises `ConfigError` for a `pool_type` or `act_kwargs` that
+def text_tower(model: Section, section: Section) -> TextTransformer:
+    """The text tower of a `model_cfg` and its `text_cfg`. Raises `ConfigError` for a setting that
     clipx does not have."""
-    section = model["text_cfg"]
-    vocab_size, pool = section.get("vocab_size", 49408), section.get("pool_type", "argmax")
-    if pool not in ("argmax", "eos", "last"):
-        raise ConfigError(f"{CONFIG}: text_cfg.pool_type", repr(pool), "'argmax', 'eos' or 'last'")
+    vocab_size = section.size("vocab_size", 49408)
+    pool = section.one_of("pool_type", ("argmax", "eos", "last"), "argmax")
+    width, heads = section.size("width", 512), section.size("heads", 8)
+    if width % heads:
+        found = f"{heads} heads for a width of {width}"
+        raise ConfigError(section.at("heads"), found, "a divisor of the width")
+    # a tower that pools at the last token reads neither id; its tokenizer is SigLIP's
+    pad, end = section.whole("pad_id", 0), section.whole("eos_id", 1 if pool == "last" else 2)
     return TextTransformer(
         vocab_size=vocab_size,
-        context=section.get("context_length", 77),
-        width=section.get("width", 512),
-        depth=section.get("layers", 12),
-        heads=section.get("heads", 8),
-        mlp_ratio=section.get("mlp_ratio", 4.0),
-        causal=not section.get("no_causal_mask", False),
+        context=section.size("context_length", 77),
+        width=width,
+        depth=section.size("layers", 12),
+        heads=heads,
+        mlp_ratio=int(width * section.number("mlp_ratio", 4.0)) / width,
+        causal=not section.flag("no_causal_mask", False),
         pool="last" if pool == "last" else "eot",
-        eot_id=vocab_size - 1 if pool == "argmax" else section.get("eos_id", 2),
-        pad_id=section.get("pad_id", 0),
-        projection_bias=bool(section.get("proj_bias", False)),
+        eot_id=vocab_size - 1 if pool == "argmax" else end,
+        pad_id=pad,
+        projection_bias=section.flag("proj_bias", False),
         **_common(model, section),
     )
-
-
-def config_of(arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
-    """A `model_cfg` for arrays without a config. Sizes follow from the arrays' shapes; attention
-    heads have 64 channels and the activation is QuickGELU, as in OpenAI's models (open_clip,
-    build_model_from_openai_state_dict).
-
-    file: name of the weights file, for error messages. Raises `ConfigError`, with an empty `where`,
-    for arrays of another model.
-    """
-    arrays = {name.removeprefix("text."): x for name, x in arrays.items()}
-    if not {"visual.conv1.weight", "ln_final.weight", "text_projection"} <= arrays.keys():
-        example = f"an array {min(arrays)}" if arrays else "no arrays"
-        raise ConfigError(
-            "", f"{file} with {example}", "arrays of a CLIP model with open_clip's names"
-        )
-
-    def count(start: str, part: int) -> int:
-        return len({name.split(".")[part] for name in arrays if name.startswith(start)})
-
-    if "visual.proj" in arrays:
-        width, _, patch, _ = arrays["visual.conv1.weight"].shape
-        side = round((len(arrays["visual.positional_embedding"]) - 1) ** 0.5)
-        layers = count("visual.transformer.resblocks.", 3)
-        vision = {"layers": layers, "width": width, "patch_size": patch, "image_size": patch * side}
-    else:
-        stages = [count(f"visual.layer{i}.", 2) for i in (1, 2, 3, 4)]
-        side = round((len(arrays["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
-        width = len(arrays["visual.layer1.0.conv1.weight"])
-        vision = {"layers": stages, "width": width, "image_size": 32 * side}
-    vocab_size, width = arrays["token_embedding.weight"].shape
-    text = {
-        "context_length": len(arrays["positional_embedding"]),
-        "vocab_size": vocab_size,
-        "width": width,
-        "heads": max(width // 64, 1),
-        "layers": count("transformer.resblocks.", 2),
-    }
-    return {
-        "embed_dim": arrays["text_projection"].shape[1],
-        "quick_gelu": True,
-        "vision_cfg": vision,
-        "text_cfg": text,
-    }

@@ -46,10 +46,18 @@ _NOT_LEARNED = ("num_batches_tracked", "position_ids", "attn_mask")
 _NOT_LEARNED += ("input_resolution", "context_length", "vocab_size")  # in OpenAI's scripts
 
 
-def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) -> PyTree:
-    """{"params": ..., "batch_stats": ...} in float32, from a library's arrays by name. Raises
-    `ConfigError` at `where` for the first array that is missing or that no rule reads."""
-    left, ours = dict(arrays), {}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read(
+    rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], shapes: Shapes, where: str
+) -> PyTree:
+    """{"params": ..., "batch_stats": ...} in float32, from a library's arrays by name.
+
+    shapes: of clipx's arrays, by path. Raises `ConfigError` at `where` for the first array that is
+    missing or that no rule reads, and for arrays of other shapes.
+    """
+    left, ours, wrong = dict(arrays), {}, []
     for rule in rules:
         missing = [name for name in rule.theirs if name not in left and not _computed(name)]
         if missing:
@@ -61,7 +69,24 @@ def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) ->
             )
         theirs = [left.pop(name, None) for name in rule.theirs]
         theirs = [x if x is None else np.asarray(x).astype(np.float32) for x in theirs]
-        ours |= dict(zip(rule.ours, rule.back(*theirs), strict=True))
+        try:
+            made = rule.back(*theirs)
+        except (ValueError, IndexError):  # numpy's, of a shape that cannot be converted
+            made = None
+        if made is None or any(
+            x.shape != shapes[p] for p, x in zip(rule.ours, made) if p in shapes
+        ):
+            wrong += _other_shapes(rule, theirs, shapes)
+        else:
+            ours |= dict(zip(rule.ours, made, strict=True))
+    if wrong:
+        more = f"\n    and {len(wrong) - 4} more" * (len(wrong) > 4)
+        raise ConfigError(
+            where,
+            "arrays of other shapes:\n    " + "\n    ".join(wrong[:4]) + more,
+            "arrays of the model that its config describes",
+            "use the config that belongs to this weights file",
+        )
     unread = [name for name in left if not _computed(name)]
     if unread:
         raise ConfigError(
@@ -71,6 +96,17 @@ def read(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], where: str) ->
             "use the config that belongs to this weights file",
         )
     return traverse_util.unflatten_dict(ours, sep="/")
+
+
+def _other_shapes(rule: Rule, theirs: list[np.ndarray | None], shapes: Shapes) -> list[str]:
+    """A line for each of a rule's arrays whose shape is not the one that the config describes."""
+    zero = np.float32(0)
+    expected = rule.out(*(np.broadcast_to(zero, shapes[path]) for path in rule.ours))
+    return [
+        f"{name}: {x.shape} in the file, {other.shape} by the config"
+        for name, x, other in zip(rule.theirs, theirs, expected, strict=True)
+        if x is not None and x.shape != other.shape
+    ]
 
 
 def _computed(name: str) -> bool:

@@ -93,9 +93,9 @@ def siglip_files(model: bytes, context: int) -> dict[str, str | bytes]:
     return {PIECES: model, SETTINGS: _dump(settings)}
 
 
-def check_siglip(settings: Mapping[str, Any], where: str) -> None:
+def check_siglip(settings: Mapping[str, Any], where: str, context: int) -> None:
     """Raises `ConfigError` at `where` for settings with which a `SiglipTokenizer` gives other ids
-    than Google's."""
+    than Google's. context: tokens of the text tower."""
     wanted = {"do_lower_case": True, "sp_model_kwargs": {}}
     wanted |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     for name, value in wanted.items():
@@ -105,6 +105,13 @@ def check_siglip(settings: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}: {SETTINGS}: {name}", repr(setting), f"{value!r}, as Google's SigLIP has"
             )
+    length = settings.get("model_max_length")
+    if isinstance(length, int) and length < context:
+        raise ConfigError(
+            f"{where}: {SETTINGS}: model_max_length",
+            f"{length}, with a text tower of {context} tokens, which reads padding",
+            f"{context}",
+        )
 
 
 def files(

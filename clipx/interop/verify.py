@@ -66,7 +66,8 @@ def pictures(size: int) -> list[UInt8[np.ndarray, "h w 3"]]:
 def ours(
     model: Model, images: Sequence[UInt8[np.ndarray, "h w 3"]], ids: Int[np.ndarray, "t n"]
 ) -> Said:
-    """The model's outputs under clipx, in float32 on the CPU."""
+    """The model's outputs under clipx, in float32 on the CPU. Without a logit scale the logits are
+    cosines."""
 
     def rows(name: str, x: np.ndarray | jax.Array) -> np.ndarray:
         variables = {"params": model.params[name]}
@@ -81,7 +82,8 @@ def ours(
         inputs = photometry.normalize(pixels, model.mean, model.std)  # pyright: ignore[reportArgumentType]
         image = rows("image", inputs)
         text = rows("text", np.asarray(ids, np.int32))
-    return Said(image, text, logits(image, text, model.logit_scale, model.logit_bias))
+    scale = 0.0 if model.logit_scale is None else model.logit_scale
+    return Said(image, text, logits(image, text, scale, model.logit_bias))
 
 
 def logits(

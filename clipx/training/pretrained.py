@@ -18,6 +18,7 @@ from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError
 from clipx.interop import load, verify
 from clipx.interop import tokenizer as files
+from clipx.interop.base import read_json as load_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, Words, cpu, make_model
 from clipx.models.layers import Tower
@@ -104,6 +105,12 @@ def open_tokenizer(path: str) -> Tokenizer | None:
 
     Raises `ConfigError` for a broken file.
     """
+    given = _find_tokenizer(path)
+    return given if isinstance(given, Tokenizer) else None
+
+
+def _find_tokenizer(path: str) -> Tokenizer | str | None:
+    """The tokenizer of the model at `path`, or what `_library_tokenizer` says in its place."""
     file = pathlib.Path(path).expanduser()
     if run := workdir(path):
         saved = run[0] / "tokenizer.json"
@@ -121,17 +128,22 @@ def open_tokenizer(path: str) -> Tokenizer | None:
         raise ConfigError(WHERE, f"{saved} ({error})", "a tokenizer that clipx wrote") from None
 
 
-def _library_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-    """clipx's counterpart of the folder's own tokenizer, such as transformers' `SiglipTokenizer`;
-    None if there is none. Raises `ConfigError` for files for which the two would differ."""
-    fields = next(filter(None, (f.tokenizer_fields(folder, WHERE) for f in FORMATS)), None)
-    if fields is None:
-        return None
+def _library_tokenizer(folder: pathlib.Path) -> Tokenizer | str | None:
+    """clipx's counterpart of the folder's own tokenizer, such as transformers' `SiglipTokenizer`; a
+    sentence about a tokenizer that clipx does not have; None for CLIP's own vocabulary. Raises
+    `ConfigError` for files for which the two would differ."""
+    described = (f for f in FORMATS if f.describes(load_json(folder / f.config, WHERE) or {}))
+    format_ = next(described, None)
+    fields = None if format_ is None else format_.tokenizer_fields(folder, WHERE)
+    if fields is None or isinstance(fields, str):
+        return fields
     try:
         tokenizer = tokenizers.build(TokenizerConfig(**fields))
     except ConfigError as error:
         error.where = f"{WHERE}: {error.where}"
         raise
+    if fields["name"] != "sentencepiece":
+        return tokenizer
     # transformers puts U+2581 before every text; Google's models drop it again
     if tokenizer.body("\u2581 a a") != 2 * tokenizer.body("a"):
         found = "a SentencePiece model that keeps leading white space, or adds no dummy prefix"
@@ -177,7 +189,10 @@ def open_model(path: str) -> tuple[Model, Tokenizer | None]:
     """
     checkpoint = workdir(path)
     if checkpoint is None:
-        model, given = load.load(path), open_tokenizer(path)
+        model, given = load.load(path), _find_tokenizer(path)
+        if isinstance(given, str):
+            differences = (*model.differences, f"tokenizer: the model's cannot be read: {given}")
+            return dataclasses.replace(model, differences=differences), None
         if given is None:
             return model, openai_tokenizer(model)
         return dataclasses.replace(model, words=words(given)), given
@@ -236,7 +251,7 @@ def fit(
     params: the run's, abstract. tokenizer, given: the run's and the model's; None if not known.
     Raises `ConfigError` that lists all differences that `ignore` does not name (see `load.fit`).
     """
-    faults = []
+    faults = [x for x in model.differences if not x.startswith("tokenizer:")]
     for name in ("mean", "std"):
         a, b = getattr(model, name), getattr(objective, name)
         if not np.allclose(a, b, rtol=0, atol=1e-6):
@@ -250,6 +265,7 @@ def fit(
             there = {True: "present", False: "absent"}
             faults.append(f"{name}: {there[a]} in the model, {there[b]} in the config's objective")
     if not load.ignored("text", ignore):
+        faults += [x for x in model.differences if x.startswith("tokenizer:")]
         faults += _token_faults(model, config, tokenizer, given)
     mask_id = config.mask_id if config.name != "wordpiece" else None
     parts = load.fit(
@@ -280,7 +296,11 @@ def _token_faults(
         a, b = getattr(given.config, name), getattr(config, name)
         faults.append(f"tokenizer.{name}: {a!r} in the model, {b!r} in the config")
     if not differ and any(given.body(text) != tokenizer.body(text) for text in verify.CAPTIONS):
-        faults.append("tokenizer: the model and the run split the same captions into other tokens")
+        where = f" (the model's: config.tokenizer.path={given.config.path})"
+        faults.append(
+            "tokenizer: the model and the run split the same captions into other tokens"
+            + where * bool(given.config.path)
+        )
     return faults
 
 
@@ -290,11 +310,13 @@ def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, 
     path: of the model, for messages. Raises `ConfigError` if `tokenizer` is None.
     """
     if tokenizer is None:
+        said = [x.partition(": ")[2] for x in model.differences if x.startswith("tokenizer:")]
+        siglip = f"{files.PIECES} of a {files.SIGLIP} in the folder; "
+        siglip *= not said or files.PIECES in said[0]  # others have no use for it
         raise ConfigError(
             "--init_from",
-            f"{path}, with a tokenizer that clipx does not have",
-            f"CLIP's own vocabulary; {files.PIECES} of a {files.SIGLIP} in the folder; or "
-            f"{files.CLIPX}, which clipx.export writes",
+            f"{path}, with a tokenizer that clipx does not have" + "".join(f" ({x})" for x in said),
+            f"CLIP's own vocabulary; {siglip}or {files.CLIPX}, which clipx.export writes",
         )
     config = dataclasses.replace(tokenizer.config, context=model.text.context)
     for name in ("vocab_size", "eot_id"):
@@ -314,5 +336,11 @@ def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, 
         },
         "image": tower(model.image),
         "text": tower(model.text),
-        "tokenizer": dataclasses.asdict(config) | {"path": ""},
+        "tokenizer": dataclasses.asdict(config) | ({} if _needs_path(config) else {"path": ""}),
     }
+
+
+def _needs_path(config: TokenizerConfig) -> bool:
+    """Whether the config describes a vocabulary that only a file has."""
+    own = config.name == "clip_bpe" and bool(config.path)
+    return own or config.name == "wordpiece"
