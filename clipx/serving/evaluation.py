@@ -195,7 +195,7 @@ def open_foreign(
     """A run that can only evaluate, and its state, of the model that open_clip or transformers keep
     at `path`. ignore: as `config.init_ignore`; devices, mesh: as for `restore`."""
     model, tokenizer = pretrained.open_model(path)
-    rows = len(jax.devices() if devices is None else devices)
+    rows = 2 * len(jax.devices() if devices is None else devices)  # the least that trains
     config = pretrained.sections(path, model, tokenizer) | {
         "data": {"source": "shapes"},  # never opened, because nothing is trained
         "train": {"batch_size": rows, "total_steps": 1},
