@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import pkgutil
 import types
@@ -35,6 +36,12 @@ def fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     if "parent" in keys:  # Linen adds these two to every module
         del keys["parent"], keys["name"]
     return keys
+
+
+@functools.cache
+def types_of(cls: type[Any]) -> dict[str, Any]:
+    """The type of each field of `cls`, with its range."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def plain(value: Any) -> Any:
@@ -154,6 +161,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise wrong from None
     if isinstance(hint, type) and not isinstance(value, hint):
         raise wrong
+    if isinstance(value, str) and "\0" in value:  # no path, name or text has one
+        raise ConfigError(where, repr(value), "a text without null characters")
     if hint is int and isinstance(value, bool):
         raise wrong
     return value
@@ -198,7 +207,7 @@ def check(
                 if key in given
                 else nearest(str(key), known),
             )
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = types_of(cls)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
     for key, field in allowed.items():
         if key not in values and field.default is _MISSING and field.default_factory is _MISSING:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import jax
+
 from clipx.data.config import DataConfig
 from clipx.errors import ConfigError
 from clipx.objectives import base
@@ -13,7 +15,16 @@ from clipx.training.schema import EvalSpec, TrainConfig
 
 
 def check_towers(objective: Objective) -> None:
-    """Raises `ConfigError` for towers of two widths whose outputs are compared."""
+    """Raises `ConfigError` for towers of two widths whose outputs are compared, and for float64
+    where JAX would replace it by float32."""
+    for name in ("image", "text"):
+        if getattr(objective, name).dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ConfigError(
+                f"config.{name}.dtype",
+                "'float64', which JAX has not enabled",
+                "'float32' or 'bfloat16'",
+                "set the environment variable JAX_ENABLE_X64=1",
+            )
     image, text = objective.image.output_width, objective.text.output_width
     if objective.shares_space and image != text:
         raise ConfigError(

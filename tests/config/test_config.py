@@ -368,6 +368,8 @@ def test_overrides_reach_every_field(closed):
         ("text.vocab_size=3", "text.vocab_size", "other sections"),
         ("text.heads=3", "text.heads", "divides the width"),
         ("image.embed_dim=64", "text.embed_dim", "config.text.embed_dim=64"),
+        ("image.dtype=float64", "image.dtype", "JAX_ENABLE_X64=1"),
+        ("data.source=sha\0pes", "data.source", "without null characters"),
         ("train.batch_size=1", "train.batch_size", "at least two rows"),
         ("objective.groups=3", "objective.groups", "divides the batch size"),
         ("objective.groups=128", "train.batch_size", "at least two rows"),

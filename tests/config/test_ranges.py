@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from clipx.config import ranges
-from clipx.config.binding import bind, check, fields, find
+from clipx.config.binding import bind, check, fields, find, types_of
 from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.text.tokenizers import TokenizerConfig
@@ -41,7 +41,7 @@ GIVEN = {"examples", "train_examples", "pictures", "image", "text", "locked"}
 
 def hints(cls: type) -> dict[str, Any]:
     """The types of the keys of a section, with their ranges."""
-    declared = typing.get_type_hints(cls, include_extras=True)
+    declared = types_of(cls)
     given = GIVEN if {Objective, Evaluator} & set(cls.__mro__) else ()
     return {name: declared[name] for name in fields(cls) if name not in given}
 
