@@ -15,6 +15,7 @@ from clipx.planning.host import examine
 
 
 def main(overrides: list[tuple[str, str]]) -> int:
+    """Prints the findings of `planning.host.examine`; returns the exit code."""
     config = cli.load_config(flags.FLAGS.config, overrides) if flags.FLAGS.config else None
     if config is None and overrides:
         raise ConfigError(

@@ -14,6 +14,7 @@ from clipx.serving.export import Options, export
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
+    """Exports the run, and prints what `serving.export.export` reports. Refuses overrides."""
     if overrides:
         flag = f"--config.{overrides[0][0]}"
         raise ConfigError(

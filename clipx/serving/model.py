@@ -21,7 +21,7 @@ from clipx.evaluators.zero_shot import TEMPLATES, check_templates, ensemble
 from clipx.parallel import mesh as meshes
 from clipx.serving.evaluation import open_foreign
 from clipx.training import pretrained
-from clipx.training.checkpoint import read_json
+from clipx.training.encode import padded
 from clipx.training.run import OpenRun, restore
 from clipx.types import Device, Encoded, TrainState
 
@@ -67,10 +67,10 @@ class Model:
         self.step = step
         self.inner_product = self.objective.compares == ("unit",)
         self._encode = run.encode(state, rows=batch_size)
-        devices = run.mesh.devices.size
-        self._rows = -(-batch_size // devices) * devices
+        assert self._encode.rows is not None
+        self._rows = self._encode.rows
         self._pictures = Pictures(run.objective.image.image_size)
-        self._devices = f"{devices} {run.mesh.devices.flat[0].platform} device(s)"
+        self._devices = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} device(s)"
         with jax.set_mesh(run.mesh):
             scale = self.objective.apply(self.variables, method="similarity_scale")
         self._scale = float(np.asarray(scale))
@@ -164,35 +164,29 @@ class Model:
             return np.asarray(images.unit, np.float32) @ np.asarray(texts.unit, np.float32).T
         n, m = (len(jax.tree.leaves(x)[0]) for x in (images, texts))
         scores, size = np.empty((n, m), np.float32), self._rows
+
+        def part(encoded: Encoded, start: int) -> Encoded:
+            return jax.tree.map(lambda x: padded(x[start : start + size], size), encoded)
+
         for i in range(0, n, size):
             for j in range(0, m, size):
                 tile = scores[i : i + size, j : j + size]
-                full = self._encode.similarity(_rows(images, i, size), _rows(texts, j, size))
+                full = self._encode.similarity(part(images, i), part(texts, j))
                 tile[...] = full[: tile.shape[0], : tile.shape[1]]
         return scores
 
 
-def _rows(encoded: Encoded, start: int, size: int) -> Encoded:
-    """`size` rows from `start`, the last one repeated where there are fewer."""
-
-    def leaf(x: np.ndarray) -> np.ndarray:
-        x = x[start : start + size]
-        return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-
-    return jax.tree.map(leaf, encoded)
+_SINGLE = (str, os.PathLike, Image.Image, np.ndarray)
 
 
 def _images(images: Images) -> list[OneImage]:
     """A list of single images."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return [images]
-    if hasattr(images, "__array__") and not isinstance(images, (list, tuple)):
+    if hasattr(images, "__array__"):
         array = np.asarray(images)
         return list(array) if array.ndim == 4 else [array]
     return [x if isinstance(x, _SINGLE) else _checked(x) for x in images]
-
-
-_SINGLE = (str, os.PathLike, Image.Image, np.ndarray)
 
 
 def _checked(image: Any) -> np.ndarray:
@@ -245,15 +239,10 @@ def load(
         if workdir is None:
             if step:
                 raise ConfigError("--step", str(step), "none: this is no workdir of clipx")
-            run, state = open_foreign(
-                os.fspath(path), {}, init_ignore, devices=devices, mesh=mesh or {}
-            )
+            run, state = open_foreign(os.fspath(path), {}, init_ignore, devices=devices, mesh=mesh)
             return Model(run, state, batch_size=batch_size, step=None)
         folder, named = workdir
-        own = read_json(folder / "config.json")
-        # the evals' data may be gone, and is not needed
-        bare = {**own, "evals": {}, "train": {**own["train"], "best": ""}}
-        run, state = restore(folder, step or named, config=bare, devices=devices, mesh=mesh)
+        run, state = restore(folder, step or named, evals=False, devices=devices, mesh=mesh)
         return Model(run, state, batch_size=batch_size, step=int(state.step))
 
 

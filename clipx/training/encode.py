@@ -22,6 +22,9 @@ class Encode:
     """Both towers of an objective at some variables. Every process gets all rows back.
 
     interrupted: asked before each chunk; `Interrupted` is raised once it returns True.
+
+    Attributes:
+        rows: the rows of every program, a multiple of the devices; None if calls differ.
     """
 
     chunk = 256  # rows computed at a time, rounded up to a multiple of the devices
@@ -39,7 +42,7 @@ class Encode:
     ):
         """rows: pad every call to a multiple of so many rows, so that one program serves all sizes;
         None: up to 256 rows are padded to the devices alone, and each size has its own program."""
-        self._rows = rows
+        self.rows = None if rows is None else _rounded(rows, mesh.devices.size)
         self._objective, self._variables, self._mesh = objective, variables, mesh
         self._tokenizer, self._interrupted = tokenizer, interrupted
 
@@ -70,7 +73,7 @@ class Encode:
     def _encode(self, method: str, rows: np.ndarray, fields: tuple[str, ...]) -> Encoded:
         fields = tuple(fields) or self._objective.compares
         function = functools.partial(_encode_rows, method, fields)
-        return self._by_chunks(function, self._rows or self.chunk, rows)
+        return self._by_chunks(function, self.rows or self.chunk, rows)
 
     def _by_chunks(
         self, function: Callable[..., PyTree], chunk: int, *arrays: np.ndarray
@@ -78,27 +81,32 @@ class Encode:
         """`function` of the rows of `arrays`, computed `chunk` rows at a time, as NumPy arrays."""
         sharding, out = meshes.batch_sharding(self._mesh), []
         devices, rows = self._mesh.devices.size, len(arrays[0])
-        chunk = -(-chunk // devices) * devices
+        chunk = _rounded(chunk, devices)
         for start in range(0, rows, chunk):
             if self._interrupted():
                 raise Interrupted
             # several chunks share one compiled shape; a single one is padded to the devices only,
             # unless `rows` fixes the shape
-            fixed = self._rows is not None or rows > chunk
-            size = chunk if fixed else -(-rows // devices) * devices
-            padded = [_padded(x[start : start + chunk], size) for x in arrays]
+            fixed = self.rows is not None or rows > chunk
+            size = chunk if fixed else _rounded(rows, devices)
+            full = [padded(x[start : start + chunk], size) for x in arrays]
             with jax.set_mesh(self._mesh):
                 computed = function(
                     self._objective,
                     meshes.replicated(self._mesh),
                     self._variables,
-                    *(meshes.put(x, sharding) for x in padded),
+                    *(meshes.put(x, sharding) for x in full),
                 )
             out.append(jax.tree.map(np.asarray, computed))
         return jax.tree.map(lambda *chunks: np.concatenate(chunks)[:rows], *out)
 
 
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+def _rounded(rows: int, devices: int) -> int:
+    """`rows`, rounded up to a multiple of the devices."""
+    return -(-rows // devices) * devices
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """`rows` with the last one repeated, so that there are `size` rows."""
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 

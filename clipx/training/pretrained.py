@@ -198,11 +198,9 @@ def open_model(path: str) -> tuple[Model, Tokenizer | None]:
         return dataclasses.replace(model, words=words(given)), given
     folder, step = checkpoint
     try:
-        config = read_json(folder / "config.json")
-        bare = {**config, "evals": {}, "train": {**config["train"], "best": ""}}
         # a single process restores to the CPU: the devices hold the new run's state
         devices = jax.devices() if jax.process_count() > 1 else [cpu()]
-        run, state = restore(folder, step, config=bare, devices=devices)
+        run, state = restore(folder, step, evals=False, devices=devices)
     except ConfigError as error:
         error.where = WHERE
         raise

@@ -291,6 +291,7 @@ def restore(
     step: str | int = "latest",
     *,
     config: Mapping[str, Any] | None = None,
+    evals: bool = True,
     devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> tuple[OpenRun, TrainState]:
@@ -298,20 +299,26 @@ def restore(
     best if the run keeps one, else the latest.
 
     config: replaces the workdir's config, for example with other evals; the towers must match.
-    devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
+    evals: False for a run without its evals, whose data may be gone. devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
     differ from those of the training, since no step is taken. Raises `ConfigError` for a folder
     that is no workdir or has no such checkpoint, and `CheckpointError` for a checkpoint that cannot
     be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     saved_config = read_json(folder / "config.json")
-    base = saved_config if config is None else config
+    base = dict(saved_config if config is None else config)
+    if not evals:
+        base |= {"evals": {}, "train": {**base["train"], "best": ""}}
     count = jax.device_count() if devices is None else len(devices)
     batch = -(-base["train"]["batch_size"] // count) * count  # divides over any mesh
     train = {**base["train"], "microbatches": 1, "batch_size": batch}
     run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
-    best, evals = saved_config["train"]["best"], saved_config["evals"]
-    checkpoints = Checkpoints(folder, keep=run.config.train.keep, best=best, evals=evals)
+    checkpoints = Checkpoints(
+        folder,
+        keep=run.config.train.keep,
+        best=saved_config["train"]["best"],
+        evals=saved_config["evals"],
+    )
     chosen = checkpoints.step(step)
     saved = checkpoints.restore_run(chosen)
     opened = with_data(run, saved["rows"], tokenizers.load(saved["tokenizer"]))

@@ -36,7 +36,7 @@ def closed(monkeypatch):
 
 TRACED = set()  # kinds of runs that this process has traced
 FIRST = {f"{file.name}:{files.variants(file)[0]}".rstrip(":") for file in FILES}
-LATER = [pytest.param(spec, marks=() if spec in FIRST else pytest.mark.slow) for spec in SPECS]
+MARKED_SPECS = [pytest.param(spec, marks=() if spec in FIRST else pytest.mark.slow) for spec in SPECS]
 
 
 def shrunk(config):
@@ -63,7 +63,7 @@ def test_assembles(spec):
     assert run.state.params and run.complete["objective"]["name"]
 
 
-@pytest.mark.parametrize("spec", LATER)
+@pytest.mark.parametrize("spec", MARKED_SPECS)
 def test_traces(spec):
     config = shrunk(files.load(f"{FOLDER}/{spec}"))
     one = assemble(config, jax.devices()[:1])
