@@ -2,18 +2,21 @@
 
 import json
 import math
+import os
 import signal
 
 import jax
 import numpy as np
 import pytest
-from support.runs import NO_EVALS, parameters, rows, small, start, wait_for
+from support.runs import NO_EVALS, finish, parameters, rows, small, start, wait_for
 
 from clipx import cli
 from clipx.errors import ConfigError, RunError
 from clipx.serving.evaluation import evaluate
 from clipx.train import train
+from clipx.training import loop
 from clipx.training.checkpoint import Checkpoints
+from clipx.training.feed import feed
 from clipx.training.initial import init
 from clipx.training.run import assemble
 
@@ -52,25 +55,31 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     process.kill()
     process.communicate()
     assert Checkpoints(tmp_path).latest < 12
-    assert train(small(*NO_EVALS), str(tmp_path), TWO) == 0
+    finish(small(*NO_EVALS), tmp_path, TWO)
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole))
     same = [{k: row[k] for k in ("step", "loss")} for row in rows(whole) if "loss" in row]
     again = [{k: row[k] for k in ("step", "loss")} for row in rows(tmp_path) if "loss" in row]
     assert again == same
 
 
-def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys):
+def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys, monkeypatch):
     """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
-    process = start(tmp_path, *NO_EVALS, devices=2)
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and rows(tmp_path), process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == cli.EXIT_PREEMPTED, err
+
+    def signalled(run, data, *, start):
+        for batch, host in feed(run, data, start=start):
+            if len(asked) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            asked.append(start)
+            yield batch, host
+
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "feed", signalled)
+        assert train(small(*NO_EVALS), str(tmp_path), TWO) == cli.EXIT_PREEMPTED
     saved = Checkpoints(tmp_path).latest
-    assert 0 < saved < 12
-    assert f"saved step {saved}" in out
-    capsys.readouterr()
-    assert train(small(*NO_EVALS), str(tmp_path), jax.devices()[:1]) == 0
+    assert 4 < saved < 12
+    assert f"saved step {saved}" in capsys.readouterr().out
+    finish(small(*NO_EVALS), tmp_path, jax.devices()[:1])
     out = capsys.readouterr().out
     assert "on 1 x cpu" in out and f"continuing from step {saved}" in out
     for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):
@@ -81,11 +90,12 @@ def test_another_config_is_refused_with_a_diff(whole):
     with pytest.raises(ConfigError) as error:
         train(small(("optimizer.learning_rate", "0.01")), str(whole), TWO)
     assert "config.optimizer.learning_rate: 0.001 -> 0.01" in str(error.value)
-    assert train(small(("data.workers", "0"), ("train.log_every_steps", "5")), str(whole), TWO) == 0
+    finish(small(("data.workers", "0"), ("train.log_every_steps", "5")), whole, TWO)
 
 
 def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):
-    config = small(("optimizer.learning_rate", "1e30"), ("train.max_skipped_steps", "2"))
+    growing = [("optimizer.learning_rate", "1000.0"), ("optimizer.weight_decay", "1e6")]
+    config = small(*growing, ("train.max_skipped_steps", "2"))
     with pytest.raises(RunError) as error:
         train(config, str(tmp_path))
     assert "2 steps in a row" in str(error.value)

@@ -77,6 +77,10 @@ def abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:
     )
 
 
+# JAX keeps what it has traced: a process that assembles an objective again traces nothing
+_init = jax.jit(init_variables, static_argnames=("objective", "seed"))
+
+
 def abstract_state(
     objective: Objective,
     config: Config,
@@ -95,8 +99,7 @@ def abstract_state(
 
     with jax.set_mesh(mesh):
         if variables is None:
-            init = functools.partial(init_variables, objective, seed=config.seed)
-            variables = jax.eval_shape(init, unsharded(batch))
+            variables = _init.eval_shape(objective, unsharded(batch), seed=config.seed)
         optimizer = make_optimizer(config.optimizer, schedule, variables["params"])
         new = functools.partial(new_state, objective, optimizer)
         state = jax.eval_shape(new, unsharded(variables))

@@ -299,10 +299,10 @@ def restore(
     best if the run keeps one, else the latest.
 
     config: replaces the workdir's config, for example with other evals; the towers must match.
-    evals: False for a run without its evals, whose data may be gone. devices: default all. mesh: axis sizes as in `config.mesh`; default: data-parallel. Both may
-    differ from those of the training, since no step is taken. Raises `ConfigError` for a folder
-    that is no workdir or has no such checkpoint, and `CheckpointError` for a checkpoint that cannot
-    be read.
+    evals: False for a run without its evals, whose data may be gone. devices: default all. mesh:
+    axis sizes as in `config.mesh`; default: data-parallel. Both may differ from those of the
+    training, since no step is taken. Raises `ConfigError` for a folder that is no workdir or has no
+    such checkpoint, and `CheckpointError` for a checkpoint that cannot be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     saved_config = read_json(folder / "config.json")

@@ -36,7 +36,9 @@ def closed(monkeypatch):
 
 TRACED = set()  # kinds of runs that this process has traced
 FIRST = {f"{file.name}:{files.variants(file)[0]}".rstrip(":") for file in FILES}
-MARKED_SPECS = [pytest.param(spec, marks=() if spec in FIRST else pytest.mark.slow) for spec in SPECS]
+MARKED_SPECS = [
+    pytest.param(spec, marks=() if spec in FIRST else pytest.mark.slow) for spec in SPECS
+]
 
 
 def shrunk(config):

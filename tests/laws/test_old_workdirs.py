@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from support import TESTS
+from support.runs import finish
 
 from clipx.serving.evaluation import evaluate
-from clipx.train import train
 from clipx.training.run import restore
 
 FIXTURE = TESTS / "fixtures" / "workdirs_0.1.0.tar.xz"
@@ -39,7 +39,7 @@ def test_goes_on_as_it_began(workdirs, name):
     run, state = restore(workdir, devices=jax.devices()[:1])
     assert (int(state.step), run.rows) == (2, 64)
     assert set(run.config.evals) == {"retrieval"}
-    assert train(config, str(workdir), devices=jax.devices()[:1]) == 0
+    finish(config, workdir, jax.devices()[:1])
     found = [row for row in rows(workdir) if len(row) > 3]
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for before, after in zip(expected, found):

@@ -7,9 +7,7 @@ import sys
 import jax
 import numpy as np
 from support import ROOT
-from support.runs import NO_EVALS, SMALL, free_port, parameters, rows, small
-
-from clipx.train import train
+from support.runs import NO_EVALS, SMALL, finish, free_port, parameters, rows, small
 
 
 def test_two_processes_are_one(tmp_path):
@@ -37,7 +35,7 @@ def test_two_processes_are_one(tmp_path):
     assert [process.returncode for process in started] == [0, 0], output
     assert "fsdp 4 splits" in output[0] and "tensor 2 splits" in output[0]
     assert "2 process(es)" in output[0] and "2 process(es)" not in output[1]
-    assert train(small(*shorter[len(SMALL) :]), str(tmp_path / "one")) == 0
+    finish(small(*shorter[len(SMALL) :]), tmp_path / "one")
     for x, y in zip(
         jax.tree.leaves(parameters(tmp_path / "two")), jax.tree.leaves(parameters(tmp_path / "one"))
     ):

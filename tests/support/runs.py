@@ -12,6 +12,7 @@ import numpy as np
 
 from clipx import cli
 from clipx.training.run import restore
+from clipx.training.session import open_session
 from support import ROOT
 
 SMALL = [
@@ -46,6 +47,11 @@ NO_EVALS = [("evals", "{}"), ("train.best", "")]  # for runs whose weights alone
 
 def small(*overrides):
     return cli.load_config(str(ROOT / "configs" / "quickstart.py"), [*SMALL, *overrides])
+
+
+def finish(config, workdir, devices=None):
+    """Trains to the end as the command does, without its report."""
+    assert open_session(config, str(workdir), devices).train()[1]
 
 
 def parameters(workdir, devices=None):

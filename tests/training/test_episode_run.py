@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support import ROOT
+from support.runs import finish
 
 from clipx import cli
 from clipx.data import row_arrays
@@ -154,7 +155,7 @@ def stopped(config, tmp_path_factory):
 def test_stopped_in_episodes_it_ends_in_the_same_bits(config, whole, stopped, tmp_path):
     """Law 7 on one topology, memory included."""
     shutil.copytree(stopped, tmp_path / "run")
-    assert train(config, str(tmp_path / "run"), TWO) == 0
+    finish(config, tmp_path / "run", TWO)
     steps = [row["step"] for row in logged(tmp_path / "run") if "episode/seconds" in row]
     assert steps == [0, EPISODE, 2 * EPISODE]
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path / "run"), state(whole))
@@ -164,7 +165,7 @@ def test_stopped_in_episodes_it_ends_in_the_same_bits(config, whole, stopped, tm
 def test_on_other_devices_it_ends_near(config, whole, stopped, tmp_path):
     """Law 7 on another topology."""
     shutil.copytree(stopped, tmp_path / "run")
-    assert train(config, str(tmp_path / "run"), jax.devices()[:4]) == 0
+    finish(config, tmp_path / "run", jax.devices()[:4])
     ended, expected = (jax.tree.leaves(state(x).params) for x in (tmp_path / "run", whole))
     for x, y in zip(ended, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
@@ -229,7 +230,8 @@ def test_a_runs_batches_are_pairs_of_its_clusters(config, tmp_path, fraction):
     # a cluster of odd size leaves one row over, which is paired with a row of another cluster
     assert np.mean(pairs[:, 0] == pairs[:, 1]) > 0.85
     with pytest.raises(ConfigError, match="whole pairs"):
-        assemble(clip_lite | {"objective": {**clip_lite["objective"], "groups": 16}})
+        groups = {"objective": {**clip_lite["objective"], "groups": 8}}
+        assemble(clip_lite | groups | {"train": {"batch_size": 24, "total_steps": 4}})
     with_replacement = config | {"data": config["data"] | {"clusters": path}}
     with pytest.raises(ConfigError, match="with replacement, every row is sampled on its own"):
         assemble(with_replacement)

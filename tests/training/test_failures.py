@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from support.runs import small
+from support.runs import finish, small
 from support.shards import pairs, shard
 
 from clipx.errors import CheckpointError, ConfigError, DataError, MetricsError, RunError
@@ -22,7 +22,7 @@ def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, c
     good = shard(tmp_path / "good.tar")
     config = pairs(path)
     config["evals"]["retrieval"]["data"]["path"] = str(good)
-    assert train(config, str(tmp_path / "run")) == 0
+    finish(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "0003: the picture (13 bytes) cannot be decoded" in said or "0005" in said
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.exports import CLASS, save
-from support.runs import small
+from support.runs import finish, small
 
 from clipx.errors import ConfigError, MissingLibrary
 from clipx.interop import huggingface, libraries, load, open_clip, tokenizer
 from clipx.models.transformer import unstack_blocks
 from clipx.serving.evaluation import evaluate, evaluate_file
 from clipx.serving.export import Options, export
-from clipx.train import train
 from clipx.training import pretrained
 from clipx.training.initial import init
 from clipx.training.run import assemble, restore, with_data
@@ -95,7 +94,7 @@ def test_fine_tuning(sources, tmp_path):
     more += [("train.total_steps", "2"), ("optimizer.warmup_steps", "0"), ("train.best", "")]
     config = small(CLASS, *more, ("init_from", str(folder)), ("tokenizer.context", "24"))
     config["evals"] = {}
-    assert train(config, str(tmp_path / "run")) == 0
+    finish(config, tmp_path / "run")
     run, state = restore(tmp_path / "run")
     given = load.load(folder)
     kept = unstack_blocks(jax.tree.map(np.asarray, state.params["image"]))
@@ -107,7 +106,7 @@ def test_fine_tuning(sources, tmp_path):
         run.tokenizer.save()["payload"] == pretrained.open_tokenizer(str(folder)).save()["payload"]
     )
     shutil.rmtree(folder)
-    assert train(config, str(tmp_path / "run")) == 0
+    finish(config, tmp_path / "run")
 
 
 def listed(path, *overrides, tokenizer=None, ignore=()):
