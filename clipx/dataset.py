@@ -35,7 +35,7 @@ from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.order import share
-from clipx.data.sources.webdataset import index_shards
+from clipx.data.shard_index import index_shards
 from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page

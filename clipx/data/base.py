@@ -40,7 +40,7 @@ class Skipped(NamedTuple):
     """Items of a data set's files that are part of no row, for one reason."""
 
     reason: str  # such as "an ending that is not read"
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides the method of tuples
     examples: tuple[str, ...]  # the names of the first few
 
 
@@ -110,6 +110,12 @@ class Source(Protocol):
                 yield self[row].key
             except BadSample as error:
                 yield error.key
+
+    def glance(self, row: int) -> Example:
+        """The example of a row, for a look at many rows: a source that can read captions and
+        labels without the picture leaves its bytes out (b""). Raises `BadSample` as indexing does.
+        """
+        return self[row]
 
     def account(self) -> Account | None:
         """What became of every item of the files; None if nothing can be left out."""

@@ -16,6 +16,7 @@ from clipx.data.pairs import Pairs
 if TYPE_CHECKING:
     from grain import MapDataset
 
+_NONE = np.zeros(0, np.int64)
 _ROW = 3  # random stream that selects rows; 0 to 2: a row's image and texts, 4: the survey's crops
 
 
@@ -97,6 +98,11 @@ class Schedule:
         return epoch, step_of_epoch * self.batch_size + position
 
 
+def spread(rows: int, most: int) -> Int[np.ndarray, " n"]:
+    """At most `most` of `rows` rows, spread evenly over them, the first and the last among them."""
+    return np.unique(np.linspace(0, rows - 1, most).round().astype(np.int64)) if rows else _NONE
+
+
 def share(source: Source, fraction: float) -> Source:
     """A fixed random share of the rows of `source`; `source` itself for a fraction of 1."""
     return source if fraction == 1 else Share(source, fraction)
@@ -122,6 +128,9 @@ class Share:
 
     def __getitem__(self, row: int) -> Example:
         return self._source[int(self._rows[row])]
+
+    def glance(self, row: int) -> Example:
+        return self._source.glance(int(self._rows[row]))
 
     def keys(self) -> Iterator[str]:
         keys = list(self._source.keys())

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.data.base import Example, Guess, Source, expand_user
+from clipx.data import tars
+from clipx.data.base import Account, Example, Guess, Source, expand_user
 from clipx.data.storage import read
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
@@ -50,13 +51,17 @@ class Folder(Source):
         self._initials: bool  # `classes_from` was guessed from folders of initials
         self._file: str
         self._tar: bool
+        self._account: Account | None
         self._top: int  # length of the path components that all pictures share
         self._names: bytes  # the names of all rows, concatenated
         self._ends: np.ndarray  # the end of each name in `_names`
         self._labels: np.ndarray
         self._places: np.ndarray  # offset and size of each picture in the tar
         path = expand_user(self.path)
-        members = _in_folder(path) if os.path.isdir(path) else _in_tar(path)
+        if os.path.isdir(path):
+            members, account = _in_folder(path), None
+        else:
+            members, account = _in_tar(path)
         pictures = [name for name in members if name.lower().endswith(PICTURE_ENDS)]
         top = _top(path, members, pictures)
         folders = sorted({posixpath.dirname(name) for name in pictures})
@@ -71,6 +76,7 @@ class Folder(Source):
             ("_initials", initials and not self.classes_from),
             ("_file", path),
             ("_tar", not os.path.isdir(path)),
+            ("_account", account),
             ("_top", len(top)),
             ("_names", b"".join(names)),
             ("_ends", np.cumsum([len(name) for name in names], dtype=np.int64)),
@@ -105,6 +111,10 @@ class Folder(Source):
         reason = "the outer folders are the initials of the classes"
         return (Guess("classes_from", "path", reason),) * self._initials
 
+    def account(self) -> Account | None:
+        """What became of every member of a tar; None for a folder."""
+        return self._account
+
     def _name(self, row: int) -> str:
         return os.fsdecode(self._names[self._ends[row - 1] if row else 0 : self._ends[row]])
 
@@ -114,7 +124,7 @@ class Folder(Source):
 
 
 def _in_folder(path: str) -> dict[str, tuple[int, int]]:
-    """The relative names of everything inside a folder, in the format of `_in_tar`."""
+    """The relative names of everything inside a folder, in the format of `_in_tar`'s members."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -130,43 +140,47 @@ def _in_folder(path: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-def _in_tar(path: str) -> dict[str, tuple[int, int]]:
-    """(offset, size) of every member of a tar, by name; the name of a folder ends with a slash."""
-    members, last, complete = {}, "none", True
+def _in_tar(path: str) -> tuple[dict[str, tuple[int, int]], Account]:
+    """((offset, size) of every member of a tar by name, what became of the members). The name of a
+    folder ends with a slash."""
+    size = 0
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                while (member := tar.next()) is not None:
-                    # else tarfile keeps every member in memory
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                    name = posixpath.normpath(member.name) + "/" * member.isdir()
-                    if any(part.startswith(".") for part in name.split("/")):
-                        continue
-                    if member.isfile() or member.isdir():
-                        members[name] = (member.offset_data, member.size)
-                    elif name.lower().endswith(PICTURE_ENDS):
-                        raise DataError(
-                            f"{path}: {name} is a link, expected a picture; pack the folder again "
-                            "with tar --dereference --hard-dereference"
-                        )
-                    if member.offset_data + member.size <= size:
-                        last = name
-            except tarfile.ReadError:
-                complete = False
-            # tarfile takes a truncated header for the end; the real end is a block of zeros
-            file.seek(tar.offset)
-            complete = complete and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.ReadError:
-        reason = "an empty file" if not os.path.getsize(path) else "not an uncompressed tar"
-        raise DataError(f"{path}: {reason}, expected a folder or an uncompressed tar") from None
+        size = os.stat(path).st_size
+        contents = tars.scan(path, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}){_near(path)}") from None
-    if not complete:
+    except tarfile.ReadError:
+        reason = "not an uncompressed tar" if size else "an empty file"
+        raise DataError(f"{path}: {reason}, expected a folder or an uncompressed tar") from None
+    if contents.cut:
+        last = tars.shown(contents.last) or "none"
         raise DataError(
             f"{path}: truncated or damaged; the last complete member is {last}; copy it again"
         )
-    return members
+    if contents.tail:
+        raise DataError(f"{path}: {contents.describe_tail()}; copy it again")
+    for name in contents.unusable:
+        if name.lower().endswith(PICTURE_ENDS):
+            raise DataError(
+                f"{path}: {tars.shown(name)} is a link to no file of the archive, or a sparse "
+                "file, expected a picture; pack the folder again with tar --dereference, and "
+                "without --sparse"
+            )
+    tally, members = tars.Tally(contents.skipped), {}
+    for name, member in contents.files.items():
+        if any(part.startswith(".") for part in name.split("/")):
+            tally.add(tars.HIDDEN, member.name)
+            continue
+        members[name] = member.offset, member.size
+        if not name.lower().endswith(PICTURE_ENDS):
+            ending = tars.shown(os.path.splitext(name)[1])
+            tally.add(f"{tars.UNREAD}: {ending}" if ending else tars.NO_ENDING, member.name)
+    for folder in contents.folders:
+        if not any(part.startswith(".") for part in folder.split("/")):
+            members[f"{folder}/"] = (0, 0)
+    skipped = tally.skipped()
+    used = contents.found - sum(one.count for one in skipped)
+    return members, Account("members", contents.found, used, skipped)
 
 
 def _near(path: str) -> str:

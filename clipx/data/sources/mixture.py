@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -86,6 +87,13 @@ class Mixture(Source):
         return int(self._starts[-1])
 
     def __getitem__(self, row: int) -> Example:
+        return self._example(row, operator.getitem)
+
+    def glance(self, row: int) -> Example:
+        return self._example(row, lambda source, inner: source.glance(inner))
+
+    def _example(self, row: int, read: Callable[[Source, int], Example]) -> Example:
+        """The example of a row, read from its part by a function of the source and its row."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -93,7 +101,7 @@ class Mixture(Source):
         # spread the extra repetitions evenly: else all of them would go to the part's first rows
         index, count = row - int(self._starts[part]), int(np.diff(self._starts)[part])
         try:
-            example = source[index * len(source) // count]
+            example = read(source, index * len(source) // count)
         except BadSample as error:
             raise BadSample(f"{name}/{error.key}", error.reason) from None
         return example._replace(

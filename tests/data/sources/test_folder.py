@@ -6,6 +6,7 @@ import concurrent.futures
 import io
 import json
 import os
+import pathlib
 import pickle
 import tarfile
 
@@ -187,7 +188,7 @@ def test_a_file_that_is_not_a_tar(tmp_path, data, reason):
     assert message(lambda: Folder(path)).startswith(f"{path}: {reason}")
 
 
-def test_a_picture_that_is_a_link_in_a_tar_is_refused(tmp_path):
+def test_a_link_in_a_tar_leads_to_its_picture_or_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name in ("dog/1.jpg", "cat/1.jpg"):
             info = tarfile.TarInfo(name)
@@ -196,8 +197,35 @@ def test_a_picture_that_is_a_link_in_a_tar_is_refused(tmp_path):
         link = tarfile.TarInfo("cat/2.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "cat/1.jpg"
         tar.addfile(link)
+    assert [row.image for row in Folder(str(tmp_path / "x.tar"))] == [b"x"] * 3
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        link = tarfile.TarInfo("cat/3.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/data/3.jpg"
+        tar.addfile(link)
     said = message(lambda: Folder(str(tmp_path / "x.tar")))
-    assert said.startswith(f"{tmp_path}/x.tar: cat/2.jpg is a link, expected a picture")
+    assert said.startswith(f"{tmp_path}/x.tar: cat/3.jpg is a link to no file of the archive")
+
+
+def test_tars_one_behind_the_other_are_read_whole_and_their_members_counted(tmp_path):
+    packed = [
+        pathlib.Path(pack(tmp_path / f"{i}.tar", write(tmp_path / str(i), files))).read_bytes()
+        for i, files in enumerate(
+            [FILES, ("cow/1.jpg", "dog/3.jpg", "dog/2.jpg", "cow/notes.txt", "cow/.DS_Store")]
+        )
+    ]
+    both = tmp_path / "both.tar"
+    both.write_bytes(b"".join(packed))
+    data = Folder(str(both))
+    assert data.classes == ("ant", "cow", "dog", "wild cat") and len(data) == 7
+    assert data.account().lines() == [
+        "3 of 10 members left out:",
+        "  1: a later member has the same name, and counts in its place (./dog/2.jpg)",
+        "  1: a name that starts with a dot (./cow/.DS_Store)",
+        "  1: an ending that is not read: .txt (./cow/notes.txt)",
+    ]
+    both.write_bytes(both.read_bytes() + b"and more")
+    said = message(lambda: Folder(str(both)))
+    assert "8 bytes after the end of the archive, from byte" in said
 
 
 def test_a_bad_picture_is_named_and_its_neighbours_are_fine(tmp_path):
