@@ -29,12 +29,11 @@ from absl import flags
 from tqdm import tqdm
 
 from clipx import cli
+from clipx.data import holdout, pictures, storage
 from clipx.data import pack as packing
-from clipx.data import pictures, storage
 from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
-from clipx.data.order import share
 from clipx.data.shard_index import index_shards
 from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
@@ -132,7 +131,9 @@ def verify(config: Mapping[str, Any], output: str = "") -> int:
 def show_fingerprint(config: Mapping[str, Any]) -> None:
     """Prints the number of rows that a run trains on, and the digest of their keys."""
     data, spec = data_section(config.get("data"))
-    source = share(spec.open(), data.fraction)
+    evals = {name: EvalSpec.check(name, values) for name, values in config.get("evals", {}).items()}
+    held_out = [name for name, eval_spec in evals.items() if eval_spec.held_out]
+    source = holdout.split(spec.open(), data, held_out).train
     print(describe(len(source), fingerprint(source), spec.name, data.manifest))
 
 

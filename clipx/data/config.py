@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from clipx.config.ranges import Fraction, Range, Share
+from clipx.config.ranges import CountOrZero, Fraction, Range, Share
 from clipx.data.manifests import MANIFESTS
 from clipx.data.text.augment import TextAugmentConfig
 
@@ -16,6 +16,9 @@ class DataConfig:
 
     source: str
     fraction: Share = 1.0  # share of the rows to train on; every run selects the same rows
+    # rows to keep apart and evaluate on; auto: the smaller of 10 % and 1,000 if the data of an eval
+    # has an empty path, else none. They are chosen by a hash of the picture
+    holdout: CountOrZero | Literal["auto"] = "auto"
     # decoding processes; 0: threads of the main process
     workers: Annotated[int, Range(0, 1024)] = 0
     # which of several captions to use; all: each in turn, one per epoch

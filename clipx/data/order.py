@@ -113,14 +113,17 @@ def chosen(rows: int, fraction: float) -> Int[np.ndarray, " n"]:
     return np.random.default_rng(0).permutation(rows)[: int(rows * fraction)]
 
 
-class Share:
-    """A source with floor(rows * fraction) rows of another source, selected by a fixed shuffle.
+class Subset:
+    """Some rows of another source, in the order given.
 
     Examples keep their row ids. Not a subclass of `Source`, because no config selects it by name.
     """
 
-    def __init__(self, source: Source, fraction: float):
-        self._source, self._rows = source, chosen(len(source), fraction)
+    def __init__(
+        self, source: Source, rows: Int[np.ndarray, " n"], guesses: tuple[Guess, ...] = ()
+    ):
+        """guesses: what was guessed to choose the rows."""
+        self._source, self._rows, self._guesses = source, rows, guesses
         self.classes = source.classes
 
     def __len__(self) -> int:
@@ -140,4 +143,11 @@ class Share:
         return self._source.account()
 
     def guesses(self) -> tuple[Guess, ...]:
-        return self._source.guesses()
+        return (*self._source.guesses(), *self._guesses)
+
+
+class Share(Subset):
+    """floor(rows * fraction) rows of another source, selected by a fixed shuffle."""
+
+    def __init__(self, source: Source, fraction: float):
+        super().__init__(source, chosen(len(source), fraction))

@@ -21,7 +21,7 @@ from PIL import Image
 from clipx.data import pictures
 from clipx.data.base import Source, fingerprint
 from clipx.data.sources.webdataset import WebDataset
-from clipx.data.verify import in_order
+from clipx.data.threads import in_order
 from clipx.errors import BadSample, DataError
 
 FILE = "pack.json"  # describes the source of the shards and the rows left out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -11,8 +10,8 @@ import io
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,35 +20,14 @@ from clipx.config.binding import bind
 from clipx.data import pictures
 from clipx.data.base import Source
 from clipx.data.text import tokenizers
+from clipx.data.threads import in_order
 from clipx.errors import BadSample
 
-_CHUNK = 32  # rows per work item of a thread
-_AHEAD = 8  # work items per thread that may be finished ahead of their turn
 _QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 _SHOWN = 20  # bad rows listed on the terminal; the report has all
 _GROUPS = 5  # largest groups of duplicates to list
 _LETTER = re.compile("[A-Za-z]")
 _ORIENTATION = 0x0112  # EXIF tag; 1 means upright
-_Result = TypeVar("_Result")
-
-
-def in_order(
-    function: Callable[[int], _Result], rows: int, progress: Callable[[int], Any] | None = None
-) -> Iterator[_Result]:
-    """Yields `function(row)` of every row, in order, computed by threads some hundred rows ahead.
-
-    `progress(n)` is called after every n rows.
-    """
-    threads = min(pictures.cores(), 16)
-    span = threads * _AHEAD * _CHUNK
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for start in range(0, rows, span):
-            stop = min(start + span, rows)
-            chunks = [range(i, min(i + _CHUNK, stop)) for i in range(start, stop, _CHUNK)]
-            for results in pool.map(lambda chunk: [function(row) for row in chunk], chunks):
-                yield from results
-                if progress:
-                    progress(len(results))
 
 
 def verify(

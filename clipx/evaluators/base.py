@@ -96,10 +96,13 @@ class Evaluator(Protocol):
     metrics: what each returned number means, by name. A name may be an `fnmatch` pattern for a
     family of numbers, such as "class/*". An exact name wins over patterns, then the first pattern.
     task: the protocol's name in CLIP_benchmark; "" if it has none there.
+    pairs: whether `examples` are pictures with captions, as training data is. Where the path of
+    their source is empty, the run holds rows of its training data out for them.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     task: ClassVar[str] = ""
+    pairs: ClassVar[bool] = False
 
     def __call__(self, encode: Encode) -> dict[str, float]: ...
 

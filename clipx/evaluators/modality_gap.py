@@ -31,6 +31,7 @@ class ModalityGap(Evaluator):
         "*_std": Metric(),
         "*_self_similarity": Metric(),
     }
+    pairs = True
 
     examples: Examples
     batch_size: Count = 256

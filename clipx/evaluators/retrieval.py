@@ -53,6 +53,7 @@ class Retrieval(Evaluator):
         "*_median_rank": Metric("less"),
     }
     task = "zeroshot_retrieval"
+    pairs = True
 
     examples: Examples
     captions: Count | None = None

@@ -60,6 +60,8 @@ def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, An
             field = binding.fields(evaluator).get(_SOURCE_FLAGS[key])
             if field and text:
                 values[key] = section(text, f"--{key}")
+            elif key == "data" and evaluator.pairs and name in evals:
+                continue  # rows that the run holds out, if the section names no data
             elif field and field.default is dataclasses.MISSING and not values.get(key):
                 fix = f"--{key}=source=folder,path=DIR"
                 raise ConfigError(f"--{key}", "nothing", f"the source that {name} reads", fix)
@@ -69,6 +71,8 @@ def chosen(evals: Mapping[str, Any], names: str, **sources: str) -> dict[str, An
 
 def dataset(spec: EvalSpec) -> str:
     """A short name for the data of an eval, made from its path or its name, and its split."""
+    if spec.held_out:
+        return "held_out"
     source = spec.config.data or spec.values
     path = source.get("path") or source.get("name") or source.get("source") or spec.name
     first = path if isinstance(path, str) else path[0]
@@ -207,4 +211,9 @@ def open_foreign(
     }
     assert tokenizer is not None  # else `sections` has raised
     run = with_data(assemble(config, devices), rows, tokenizer)
+    for name in run.held_out_evals:
+        where = f"config.evals.{name}.data"
+        raise ConfigError(
+            where, "nothing", "a source", f"--evals={name} --data=source=...,path=..."
+        )
     return run, init(run)

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
-from clipx.data import row_arrays, verify
+from clipx.data import row_arrays
 from clipx.data.base import Source, expand_user
+from clipx.data.threads import in_order
 from clipx.errors import BadSample, ConfigError, DataError, install_hint
 
 LENGTH = 77  # most tokens of a caption, start and end marks included
@@ -133,7 +134,7 @@ def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str
 
     with bar(len(source), "captions") as shown:
         shown.update(start)
-        yield from verify.in_order(read, len(source) - start, shown.update)
+        yield from in_order(read, len(source) - start, shown.update)
 
 
 def bar(rows: int, what: str) -> tqdm:

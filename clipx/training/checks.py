@@ -121,6 +121,18 @@ def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> 
             )
 
 
+def check_holdout(data: DataConfig, evals: tuple[EvalSpec, ...]) -> None:
+    """Raises `ConfigError` for an eval that names no data while nothing is held out."""
+    for spec in evals:
+        if spec.held_out and data.holdout == 0:
+            raise ConfigError(
+                f"config.evals.{spec.name}.data",
+                "nothing, with config.data.holdout=0",
+                "a source, or rows of the training data to hold out",
+                f"set config.evals.{spec.name}.data.source, or config.data.holdout=auto",
+            )
+
+
 def check_rows(train: TrainConfig, mesh: Mesh, rows: int) -> None:
     """Raises `ConfigError` for data of less than one batch."""
     if rows < train.batch_size:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data import row_arrays
+from clipx.data import holdout, row_arrays
 from clipx.data.base import Source, fingerprint
 from clipx.data.loader import Loader
-from clipx.data.order import Sampling, chosen, share
+from clipx.data.order import Sampling
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.run import OpenRun, Run
@@ -24,10 +24,12 @@ _HOST_ONLY = ("key", "bad")  # what a loader reports that does not go to the dev
 class TrainingData:
     """The training data of a run, open."""
 
-    source: Source  # the share of the data that the run trains on
+    source: Source  # what the run trains on: a share of the data, without what is held out
     fingerprint: str  # of the source's rows
     teacher: np.ndarray | None = None  # the external teacher's rows by row id, memory-mapped
     clusters: np.ndarray | None = None  # the cluster of each row of the source, in its order
+    held_out: Source | None = None  # what the run holds out of the data
+    notes: tuple[str, ...] = ()  # what to say of it when the run starts
 
     def __len__(self) -> int:
         return len(self.source)
@@ -36,14 +38,20 @@ class TrainingData:
 def open_data(run: Run) -> TrainingData:
     """Opens the run's training data. Raises `DataError` for a teacher or clusters of other data."""
     data, complete = run.data, run.source.open()
-    source = share(complete, data.fraction)
-    digest = fingerprint(source)
+    parts = holdout.split(complete, data, run.held_out_evals)
+    digest = fingerprint(parts.train)
+    opened = TrainingData(
+        parts.train,
+        digest,
+        held_out=parts.held_out,
+        notes=tuple(parts.describe(complete, run.held_out_evals)),
+    )
     if data.teacher is None and data.clusters is None:
-        return TrainingData(source, digest)
-    # the files of a teacher and of clusters cover all rows, whatever data.fraction is
+        return opened
+    # the files of a teacher and of clusters cover all rows, whatever the run trains on
     made_for: dict[str, Any] = {
         "rows": len(complete),
-        "fingerprint": digest if source is complete else fingerprint(complete),
+        "fingerprint": digest if parts.rows is None else fingerprint(complete),
     }
     teacher = clusters = None
     if data.teacher is not None:
@@ -51,9 +59,9 @@ def open_data(run: Run) -> TrainingData:
         teacher = row_arrays.open_teacher(data.teacher, width=width, **made_for)
     if data.clusters is not None:
         clusters = row_arrays.open_clusters(data.clusters, **made_for)
-        if source is not complete:
-            clusters = clusters[chosen(len(clusters), data.fraction)]
-    return TrainingData(source, digest, teacher, clusters)
+        if parts.rows is not None:
+            clusters = clusters[parts.rows]
+    return dataclasses.replace(opened, teacher=teacher, clusters=clusters)
 
 
 def loader(

@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from clipx.config import binding
 from clipx.config.binding import bind
 from clipx.config.durations import duration
+from clipx.data import holdout
+from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.text import tokenizers
 from clipx.evaluators.base import Evaluator
@@ -30,11 +32,10 @@ from clipx.training.checkpoint import Checkpoints, read_json
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import locked
+from clipx.training.samples import held_out_pairs
 from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.training.step import batch_loss, make_train_step
 from clipx.types import Batch, Device, TrainState
-
-_SAMPLES = 32  # pictures in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +124,30 @@ class Run:
         # Linen modules are hashable, which the checker cannot know
         return 3 * _forward_flops(self.objective, self.config.seed, tuple(leaves), tree)  # pyright: ignore[reportArgumentType]
 
-    def evaluators(self) -> dict[str, Evaluator]:
-        """The config's evals by name, with their data open."""
+    @property
+    def held_out_evals(self) -> tuple[str, ...]:
+        """The names of the evals that read rows which the run holds out."""
+        return tuple(spec.name for spec in self.evals if spec.held_out)
+
+    def open_parts(self) -> holdout.Parts:
+        """The training data, open, without the rows that are held out, and these rows."""
+        return holdout.split(self.source.open(), self.data, self.held_out_evals)
+
+    def held_out(self) -> Source:
+        """The rows that the run holds out of its training data, open."""
+        return self.open_parts().checked(0, "", self.held_out_evals[0])
+
+    def evaluators(self, held_out: Source | None = None) -> dict[str, Evaluator]:
+        """The config's evals by name, with their data open. held_out: the rows that are held out,
+        if they are open already."""
         size = self.objective.image.image_size
-        return {spec.name: spec.open(size) for spec in self.evals}
+        opened = functools.cache(self.held_out if held_out is None else lambda: held_out)
+        return {spec.name: spec.open(size, opened) for spec in self.evals}
 
     def samples(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
         """Held-out pairs for the report: (pictures uint8 [n, h, w, 3], captions, the index of each
         caption's picture). None if no eval has examples with captions."""
-        for spec in self.evals:
-            examples = spec.examples(self.objective.image.image_size)
-            if examples is None:
-                continue
-            count = min(_SAMPLES, len(examples))
-            rows = [row for row in range(count) if examples.texts(row)]
-            if rows:
-                pictures = next(examples.batches(_SAMPLES))[rows]
-                captions = [(text, i) for i, row in enumerate(rows) for text in examples.texts(row)]
-                return pictures, [text for text, _ in captions], np.array([i for _, i in captions])
-        return None
+        return held_out_pairs(self.evals, self.objective.image.image_size, self.held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +156,13 @@ class OpenRun(Run):
 
     rows: int  # of the training data
     tokenizer: tokenizers.Tokenizer
+    # of the rows that the run trains on; "": not known, as for a model of another library
+    fingerprint: str = ""
+
+    def held_out(self) -> Source:
+        """The rows that the run holds out. Raises `ConfigError` if it has trained on them, or if
+        the data has changed."""
+        return self.open_parts().checked(self.rows, self.fingerprint, self.held_out_evals[0])
 
     @functools.cached_property  # the loop reads it at every step
     def steps(self) -> int:
@@ -224,6 +237,7 @@ def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) 
     checks.check_episodes(train, data, objective, sections["objective"]["name"])
     evals = tuple(EvalSpec.check(name, section) for name, section in bound.evals.items())
     checks.check_train(train, mesh, evals)
+    checks.check_holdout(data, evals)
     schedule = make_schedule(
         bound.optimizer,
         steps=total_steps(bound, None),
@@ -264,7 +278,9 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
     )
 
 
-def with_data(run: Run, rows: int, tokenizer: tokenizers.Tokenizer) -> OpenRun:
+def with_data(
+    run: Run, rows: int, tokenizer: tokenizers.Tokenizer, fingerprint: str = ""
+) -> OpenRun:
     """The run over training data of `rows` rows, with lengths in steps and its final schedule.
 
     Raises `ConfigError` for less than one batch of rows, and for a warm-up longer than the run.
@@ -283,7 +299,7 @@ def with_data(run: Run, rows: int, tokenizer: tokenizers.Tokenizer) -> OpenRun:
     )
     kept = {field.name: getattr(run, field.name) for field in dataclasses.fields(Run)}
     changed = {"schedule": schedule, "optimizer": optimizer, "state": state}
-    return OpenRun(**{**kept, **changed}, rows=rows, tokenizer=tokenizer)
+    return OpenRun(**{**kept, **changed}, rows=rows, tokenizer=tokenizer, fingerprint=fingerprint)
 
 
 def restore(
@@ -321,7 +337,8 @@ def restore(
     )
     chosen = checkpoints.step(step)
     saved = checkpoints.restore_run(chosen)
-    opened = with_data(run, saved["rows"], tokenizers.load(saved["tokenizer"]))
+    tokenizer = tokenizers.load(saved["tokenizer"])
+    opened = with_data(run, saved["rows"], tokenizer, saved.get("fingerprint", ""))
     state = checkpoints.restore(chosen, opened.state)
     checkpoints.close()
     return opened, state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from clipx.config import binding as configs
@@ -199,10 +199,16 @@ class EvalSpec:
         sources = {}
         for field, key in EVAL_SOURCES.items():
             section, known = getattr(config, key), configs.fields(evaluator).get(field)
+            if field == "examples" and evaluator.pairs and _is_held_out(section):
+                continue
             if section is None:
                 if known is not None and known.default is dataclasses.MISSING:
                     raise ConfigError(
-                        f"{where}.{key}", "nothing", "a source", f"set {where}.{key}.source"
+                        f"{where}.{key}",
+                        "nothing",
+                        "a source",
+                        f"set {where}.{key}.source"
+                        + f", or {where}.{key}.path='' to hold out rows" * evaluator.pairs,
                     )
             elif known is None:
                 raise ConfigError(
@@ -217,25 +223,50 @@ class EvalSpec:
                 sources[field] = SourceSpec.check(section, source, f"{where}.{key}")
         return sources
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the path of its data is empty, so that it reads rows that the run holds out."""
+        return self.evaluator.pairs and "examples" not in self.sources
+
     def dump(self) -> dict[str, Any]:
         """The complete section, as config.json holds it."""
         sources = {EVAL_SOURCES[field]: spec.dump() for field, spec in self.sources.items()}
         rest = configs.dump_values(self.evaluator, self.values, given=_EVAL_GIVEN)
         return configs.dump(self.config) | rest | sources
 
-    def examples(self, image_size: int, field: str = "examples") -> EvaluationSet | None:
-        """The open examples of the evaluator's field `field`; None without such a source."""
+    def examples(
+        self, image_size: int, held_out: Callable[[], Source], field: str = "examples"
+    ) -> EvaluationSet | None:
+        """The open examples of the evaluator's field `field`; None without such a source.
+
+        held_out: opens the rows that the run holds out.
+        """
+        limit = self.config.limit if field == "examples" else None
+        if field == "examples" and self.held_out:
+            return EvaluationSet(held_out(), image_size, limit=limit)
         if field not in self.sources:
             return None
-        limit = self.config.limit if field == "examples" else None
         return EvaluationSet(self.sources[field].open(), image_size, limit=limit)
 
-    def open(self, image_size: int) -> Evaluator:
-        """The evaluator, with its data open."""
-        given: dict[str, Any] = {field: self.examples(image_size, field) for field in self.sources}
+    def open(self, image_size: int, held_out: Callable[[], Source]) -> Evaluator:
+        """The evaluator, with its data open. held_out: as for `examples`."""
+        fields = [*self.sources, *["examples"] * self.held_out]
+        given: dict[str, Any] = {f: self.examples(image_size, held_out, f) for f in fields}
         if "pictures" in configs.fields(self.evaluator):
             given["pictures"] = Pictures(image_size)
         return self.evaluator(**given, **self.values)
+
+
+def _is_held_out(section: Mapping[str, Any] | None) -> bool:
+    """Whether the section of an eval's source stands for rows that the run holds out: its path is
+    empty. A command line may fill it."""
+    if section is None or section.get("path") != "":
+        return False
+    try:
+        source = configs.find("data.sources", section.get("source", "webdataset"), Source)
+    except ConfigError:
+        return False  # `SourceSpec.check` says what is wrong with it
+    return "path" in configs.fields(source)
 
 
 def check_marks(tokenizer: tokenizers.TokenizerConfig, text: Tower) -> None:

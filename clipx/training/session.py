@@ -127,14 +127,16 @@ def open_session(
     if start is not None:
         refuse_other_config(folder, run.complete)
         saved = checkpoints.restore_run(start)
-    data, evaluators = open_data(run), run.evaluators()
+    data = open_data(run)
+    evaluators = run.evaluators(data.held_out)
     sources = guesses.sources(data.source, evaluators)
     run, guessed = _with_guesses(run, folder, sources, resuming=saved is not None)
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
-    opened = with_data(run, len(data), _tokenizer(run, data, folder, resuming=saved is not None))
+    tokenizer = _tokenizer(run, data, folder, resuming=saved is not None)
+    opened = with_data(run, len(data), tokenizer, data.fingerprint)
     loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
-    tell("\n".join(describe(opened, data.fingerprint)))
+    tell("\n".join([*describe(opened, data.fingerprint), *data.notes]))
     for where, source in sources.items():
         for line in guesses.lines(where, source):
             tell(line)
