@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT
+from support import ROOT, commands
 from support.runs import SMALL
 
 from clipx import cli, dataset
@@ -259,6 +256,7 @@ def test_the_verdict(wanted, said):
     assert feed_speed.verdict(100, wanted, 2).startswith(said)
 
 
+@pytest.mark.slow  # times passes over the data
 def test_another_loader_is_compared(folder):
     script = folder / "other.py"
     script.write_text(
@@ -297,10 +295,9 @@ def test_the_error_for_an_unknown_command_lists_all_commands(capsys):
 
 
 def test_the_command_line(folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "clipx.dataset", "verify", "--config=configs/quickstart.py",
-         f"--config.data={section(folder)['data']}", f"--output={folder / 'v.json'}"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    done = commands.run(
+        "dataset", "verify", "--config=configs/quickstart.py",
+        f"--config.data={section(folder)['data']}", f"--output={folder / 'v.json'}",
     )  # fmt: skip
     assert done.returncode == cli.EXIT_CONFIG, done.stderr
     assert "9 rows, 1 of them bad (11.11%)" in done.stdout

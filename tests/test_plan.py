@@ -232,6 +232,7 @@ def test_gpus_are_modelled():
     assert cut.step_flops > more.step_flops
 
 
+@pytest.mark.slow  # compiles in a process of its own; plans and their tables are tested beside
 def test_the_command(tmp_path):
     """Two topologies make a table and a JSON file; one that does not fit makes exit code 1."""
     sizes = [*SMALL, ("train.batch_size", str(2**23))]

@@ -6,12 +6,11 @@ import concurrent.futures
 import json
 import pickle
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import commands
 from support.loaders import build_loader
 from support.pictures import TOKENIZER, Pictures, encode, photo
 
@@ -488,12 +487,11 @@ def test_a_share_of_the_rows_has_pairs_of_its_own():
 
 def test_the_command_line(config, tmp_path):
     np.save(tmp_path / "own.npy", drawn(ROWS))
-    command = [
-        sys.executable, "-m", "clipx.teacher", "--config=configs/quickstart.py", "--dim=3",
+    done = commands.run(
+        "teacher", "--config=configs/quickstart.py", "--dim=3",
         f"--config.data={config['data']}", f"--features={tmp_path / 'own.npy'}",
         f"--out={tmp_path / 'teacher.npy'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"30 rows, fingerprint {digest(config)}" in done.stdout
     assert files.describe(str(tmp_path / "teacher.npy"))["width"] == 3

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import jax
@@ -48,6 +49,17 @@ def test_restores_on_fewer_devices(whole):
     jax.tree.map(np.testing.assert_array_equal, on_two, on_one)
 
 
+def assert_same_run(workdir, other):
+    """Both ended in the same bits, after the same losses."""
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(other))
+    losses = [
+        [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
+        for folder in (workdir, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow  # `test_sigterm_saves` resumes too, without a process of its own
 def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     """Law 7 on one topology: SIGKILL, which no handler sees."""
     process = start(tmp_path, *NO_EVALS, devices=2)
@@ -56,14 +68,12 @@ def test_killed_and_started_again_ends_in_the_same_bits(whole, tmp_path):
     process.communicate()
     assert Checkpoints(tmp_path).latest < 12
     finish(small(*NO_EVALS), tmp_path, TWO)
-    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole))
-    same = [{k: row[k] for k in ("step", "loss")} for row in rows(whole) if "loss" in row]
-    again = [{k: row[k] for k in ("step", "loss")} for row in rows(tmp_path) if "loss" in row]
-    assert again == same
+    assert_same_run(tmp_path, whole)
 
 
 def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys, monkeypatch):
-    """Law 7 on another topology. After SIGTERM the command saves, says so and exits with 42."""
+    """Law 7. After SIGTERM the command saves, says so and exits with 42. Started again it ends in
+    the same bits, and on another number of devices near them."""
 
     def signalled(run, data, *, start):
         for batch, host in feed(run, data, start=start):
@@ -72,17 +82,20 @@ def test_sigterm_saves_and_one_of_the_devices_goes_on(whole, tmp_path, capsys, m
             asked.append(start)
             yield batch, host
 
-    asked = []
+    asked, run = [], tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "feed", signalled)
-        assert train(small(*NO_EVALS), str(tmp_path), TWO) == cli.EXIT_PREEMPTED
-    saved = Checkpoints(tmp_path).latest
+        assert train(small(*NO_EVALS), str(run), TWO) == cli.EXIT_PREEMPTED
+    saved = Checkpoints(run).latest
     assert 4 < saved < 12
     assert f"saved step {saved}" in capsys.readouterr().out
-    finish(small(*NO_EVALS), tmp_path, jax.devices()[:1])
+    same, other = (shutil.copytree(run, tmp_path / name) for name in ("same", "other"))
+    finish(small(*NO_EVALS), same, TWO)
+    assert_same_run(same, whole)
+    finish(small(*NO_EVALS), other, jax.devices()[:1])
     out = capsys.readouterr().out
     assert "on 1 x cpu" in out and f"continuing from step {saved}" in out
-    for x, y in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(whole))):
+    for x, y in zip(jax.tree.leaves(parameters(other)), jax.tree.leaves(parameters(whole))):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
 
 

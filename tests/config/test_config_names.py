@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, commands
 
 from clipx import configs
 from clipx.config import files
@@ -108,19 +108,12 @@ def test_a_config_leaves_shared_values_alone(elsewhere):
     assert set(sys.modules) == modules and not hasattr(configs, "common")
 
 
-@pytest.mark.parametrize(
-    "command", ["train", *(pytest.param(n, marks=pytest.mark.slow) for n in ("compare", "dataset"))]
-)
+@pytest.mark.parametrize("command", ["train", "compare", "dataset"])
 def test_commands_take_names(elsewhere, command):
     """And refuse those that are none, in one block."""
     verb = ["verify"] if command == "dataset" else []
-    done = subprocess.run(
-        [sys.executable, "-m", f"clipx.{command}", *verb, "--config=compare_delcip"]
-        + (["--workdir=run"] if command != "dataset" else []),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    workdir = ["--workdir=run"] if command != "dataset" else []
+    done = commands.run(command, *verb, "--config=compare_delcip", *workdir, folder=elsewhere)
     assert done.returncode == 2
     assert "  found:    no config named 'compare_delcip'\n" in done.stderr
     assert "  fix:      did you mean 'compare_declip'?" in done.stderr

@@ -12,10 +12,12 @@ from support import ROOT
 from support.pixels import Examples
 
 from clipx.config import files
-from clipx.config.binding import find
+from clipx.config.binding import bind, find
 from clipx.evaluators.base import Evaluator
 from clipx.training import schema
+from clipx.training.assemble import bind_objective
 from clipx.training.run import assemble
+from clipx.training.schema import Config
 from clipx.training.step import make_train_step
 from clipx.types import Encoded
 
@@ -59,6 +61,15 @@ def kind(run):
     return text, run.config.train.microbatches
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_binds(spec):
+    bound = bind(Config, files.load(f"{FOLDER}/{spec}"))
+    objective, sections = bind_objective(bound)
+    assert objective.image and sections["objective"]["name"]
+    assert all(schema.EvalSpec.check(name, section) for name, section in bound.evals.items())
+
+
+@pytest.mark.slow  # `test_traces` assembles the first variant of each file
 @pytest.mark.parametrize("spec", SPECS)
 def test_assembles(spec):
     run = assemble(shrunk(files.load(f"{FOLDER}/{spec}")), jax.devices()[:1])

@@ -30,7 +30,8 @@ def rows(workdir):
     return [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in lines]
 
 
-@pytest.mark.parametrize("name", [pytest.param("declip", marks=pytest.mark.slow), "protoclip"])
+@pytest.mark.slow  # that they are restored and give the same features is tested beside
+@pytest.mark.parametrize("name", ["declip", "protoclip"])
 def test_goes_on_as_it_began(workdirs, name):
     """The checkpoint is of step 2 of 4. metrics.jsonl holds all 4 steps of the original run."""
     workdir = workdirs / name
