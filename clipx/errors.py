@@ -17,6 +17,22 @@ from collections.abc import Iterator
 DISTRIBUTION = "clipx-jax"  # what pip calls it: on the index `clipx` is another project
 
 
+_LONGEST = 2000  # characters of a line of an error
+
+
+def readable(text: str) -> str:
+    """`text` without what a damaged file may bring into it: the middle of very long lines, and
+    characters that a terminal does not print."""
+    cut = _LONGEST // 2
+    lines = (
+        line if len(line) <= _LONGEST else f"{line[:cut]} [...] {line[-cut:]}"
+        for line in text.split("\n")
+    )
+    return "\n".join(
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
+    )
+
+
 class ConfigError(Exception):
     """A config, command line, workdir or file is wrong. Exit code 2.
 
@@ -37,11 +53,14 @@ class ConfigError(Exception):
         lines += [f"  found:    {self.found}", f"  expected: {self.expected}"]
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
-        return "\n".join(lines)
+        return readable("\n".join(lines))
 
 
 class DataError(Exception):
     """The data does not match the config. One line, exit code 2."""
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class BadSample(Exception):
@@ -52,7 +71,7 @@ class BadSample(Exception):
         self.key, self.reason = key, reason
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
+        return readable(f"{self.key}: {self.reason}")
 
 
 class RunError(Exception):

@@ -16,7 +16,7 @@ from clipx.config import files
 from clipx.errors import ConfigError
 from clipx.serving.evaluation import chosen, evaluate, evaluate_file
 from clipx.training import pretrained
-from clipx.training.checkpoint import read_json
+from clipx.training.checkpoint import read_config
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
@@ -33,7 +33,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
     if path and (run := pretrained.workdir(path)):
         path, workdir, step = "", str(run[0]), run[1] or step
     if workdir:
-        config = read_json(pathlib.Path(workdir).expanduser() / "config.json")
+        config = read_config(pathlib.Path(workdir).expanduser())
     if flags.FLAGS.config:
         config["evals"] = files.load(flags.FLAGS.config).get("evals", {})
     for key, text in overrides:

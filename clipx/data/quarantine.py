@@ -17,11 +17,11 @@ class Quarantine:
         self._path = pathlib.Path(path)
         self._rows: set[int] = set()
         if self._path.exists():
-            for line in self._path.read_text("utf-8").splitlines():
+            for line in self._path.read_text("utf-8", "replace").splitlines():
                 try:
                     self._rows.add(json.loads(line)["row"])
-                except ValueError:  # a run that was killed may leave an incomplete last line
-                    continue
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # a run that was killed may leave an incomplete last line
 
     def add(self, step: int, bad: str) -> list[str]:
         """Records one entry of a batch's `bad` (see `Loader.batches`). Returns "key: reason" of

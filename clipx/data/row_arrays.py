@@ -74,7 +74,7 @@ def describe(path: str) -> dict[str, Any]:
             f"{file}: no such file, but only it says for which data {file.stem}.npy was written; "
             f"{_AGAIN} (for an array of your own: --features={file.stem}.npy --out=...)"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({error}); {_AGAIN}") from None
     if not isinstance(about, dict) or not {"fingerprint", "rows"} <= about.keys():
         raise DataError(f"{file}: no fingerprint and rows, expected an object with both; {_AGAIN}")
@@ -88,8 +88,8 @@ def load(path: str) -> np.ndarray:
         array = np.load(file, mmap_mode="r")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # NumPy parses a header as Python code, which fails in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{file}: not a complete .npy file ({reason})") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{file}: an archive of arrays, expected a .npy file with one array")

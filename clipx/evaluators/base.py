@@ -214,7 +214,7 @@ def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str,
     wanted = f"a JSON file: a list of {{{layout}}}"
     try:
         entries = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not JSON or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON or not UTF-8
         reason = getattr(error, "strerror", None) or f"not JSON: {error}"
         raise ConfigError(where, f"{path!r} ({reason})", wanted) from None
     if not isinstance(entries, list) or not entries:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from clipx.config.ranges import Count, Temperature
+from clipx.config.ranges import Count, Range
 from clipx.errors import ConfigError
 from clipx.evaluators.base import (
     ACCURACIES,
@@ -46,7 +47,7 @@ class Knn(Evaluator):
     examples: Examples
     train_examples: Examples
     neighbours: tuple[Count, ...] = (20, 200)
-    temperature: Temperature = 0.07
+    temperature: Annotated[float, Range(0.002, 1000)] = 0.07  # less overflows a vote
     batch_size: Count = 256  # of encoding; also test pictures that are compared at once
 
     def __post_init__(self):

@@ -137,6 +137,8 @@ class ZeroShot(Evaluator):
         if self.preset and not classes:
             classes = published(self.preset, "classes", self.lists, "zero_shot")
         check_names(classes, "zero_shot.classes")
+        if classes:
+            _check_count(len(classes))
         fix = "leave classes out: folders and labels named by these ids get ImageNet's names"
         refuse_ids(classes, "zero_shot.classes", fix)
         return classes
@@ -161,6 +163,7 @@ class ZeroShot(Evaluator):
         labels = labels_of(
             self.examples, "zero_shot.examples", "for a set of captions use the eval `retrieval`"
         )
+        _check_count(n_classes)
         for row, label in enumerate(labels):
             if not 0 <= label < n_classes:
                 raise ConfigError(
@@ -169,6 +172,13 @@ class ZeroShot(Evaluator):
                     f"a label from 0 to {n_classes - 1}",
                 )
         return labels
+
+
+def _check_count(classes: int) -> None:
+    """Raises `ConfigError` for a single class."""
+    if classes < 2:
+        expected = "at least two: every picture is of the only class"
+        raise ConfigError("zero_shot.classes", "one class", expected)
 
 
 def check_templates(templates: Sequence[str], where: str) -> None:

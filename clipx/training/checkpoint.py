@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from clipx.config import binding as configs
 from clipx.errors import CheckpointError, ConfigError
 from clipx.training import guesses, metric_table, metrics
+from clipx.training.schema import Config
 from clipx.types import Metric, TrainState
 
 # Keys that may change when a run is started again: where and how it computes, not what.
@@ -61,13 +62,28 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The JSON in a file of a workdir. Raises `ConfigError` if the file does not exist."""
+    """The JSON in a file of a workdir. Raises `ConfigError` if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
             "--workdir", f"no {path.name} in {path.parent}", "the workdir of a clipx run"
         ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"{path}, which is damaged ({error})"
+        raise ConfigError("--workdir", found, "the file as the run wrote it") from None
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a workdir. Raises `ConfigError` for a file that is missing or damaged."""
+    path = workdir / "config.json"
+    config = read_json(path)
+    try:
+        configs.check(Config, config)
+    except ConfigError as error:
+        error.file = str(path)
+        raise
+    return config
 
 
 def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:

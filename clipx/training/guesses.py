@@ -56,12 +56,19 @@ def lines(where: str, source: Source) -> list[str]:
 
 
 def read(workdir: pathlib.Path) -> Guesses:
-    """The guesses of the run in a workdir; none if its file does not exist."""
+    """The guesses of the run in a workdir; none if its file does not exist.
+
+    Raises `ConfigError` for a damaged file.
+    """
+    file = workdir / FILE
     try:
-        saved = json.loads((workdir / FILE).read_text("utf-8"))
+        saved = json.loads(file.read_text("utf-8"))
+        return {path: Guess(path, one["value"], one["reason"]) for path, one in saved.items()}
     except FileNotFoundError:
         return {}
-    return {path: Guess(path, one["value"], one["reason"]) for path, one in saved.items()}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        found = f"{file}, which is damaged ({error})"
+        raise ConfigError("--workdir", found, "the file as the run wrote it") from None
 
 
 def dump(guesses: Guesses) -> dict[str, Any]:

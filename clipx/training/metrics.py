@@ -179,11 +179,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """One line as a dict; None if it is not a line that `Metrics` wrote."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+    try:
+        return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+    except ValueError:
+        return None
 
 
 def _rewind(path: pathlib.Path, step: int) -> set[str]:

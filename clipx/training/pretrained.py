@@ -15,7 +15,7 @@ from flax import traverse_util
 from clipx.config import binding as configs
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, DataError
 from clipx.interop import load, verify
 from clipx.interop import tokenizer as files
 from clipx.interop.base import read_json as load_json
@@ -124,7 +124,7 @@ def _find_tokenizer(path: str) -> Tokenizer | str | None:
     except ConfigError as error:
         error.where = WHERE
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except DataError as error:
         raise ConfigError(WHERE, f"{saved} ({error})", "a tokenizer that clipx wrote") from None
 
 

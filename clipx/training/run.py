@@ -28,7 +28,7 @@ from clipx.ops import flops
 from clipx.parallel import mesh as meshes
 from clipx.training import checks
 from clipx.training.assemble import abstract_batch, abstract_state, bind_objective
-from clipx.training.checkpoint import Checkpoints, read_json
+from clipx.training.checkpoint import Checkpoints, read_config
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import locked
@@ -321,7 +321,7 @@ def restore(
     such checkpoint, and `CheckpointError` for a checkpoint that cannot be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
-    saved_config = read_json(folder / "config.json")
+    saved_config = read_config(folder)
     base = dict(saved_config if config is None else config)
     if not evals:
         base |= {"evals": {}, "train": {**base["train"], "best": ""}}

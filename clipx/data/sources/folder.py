@@ -265,7 +265,7 @@ def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
             readable = json.load(file)
     except OSError as error:
         raise DataError(f"names={names}: cannot be read ({error.strerror}){_near(path)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"names={names}: not a json file ({error})") from None
     if not isinstance(readable, dict) or not all(isinstance(n, str) for n in readable.values()):
         raise DataError(f"names={names}: expected a JSON object {{folder: class name}}")

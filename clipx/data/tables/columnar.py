@@ -41,12 +41,12 @@ class Columnar:
             import pyarrow
             import pyarrow.parquet
         self.path, self._arrow = path, pyarrow
-        self._errors = (pyarrow.ArrowException, OSError)
+        self._errors = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
         try:
             self._schema = self._read_schema()
+            self.columns: list[str] = list(self._schema.names)
         except self._errors as error:
             raise self._damaged(error) from None
-        self.columns: list[str] = list(self._schema.names)
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         number = 0
@@ -148,7 +148,7 @@ class Parquet(Columnar):
 
     def _batches(self, names: list[str], size: int) -> Iterator[Any]:
         with self._arrow.parquet.ParquetFile(self.path) as file:
-            yield from file.iter_batches(size, columns=names)
+            yield from map(_valid, file.iter_batches(size, columns=names))
 
 
 class Arrow(Columnar):
@@ -168,11 +168,14 @@ class Arrow(Columnar):
 
     def _extract(self, column: str, copy: str) -> dict[str, np.ndarray]:
         """As for other files, but pictures that lie in the file uncompressed are not copied."""
-        with self._arrow.memory_map(self.path) as file:
-            whole = file.read_buffer(file.size())
-            file.seek(0)
-            with self._open(file) as reader:
-                parts = [_in_place(batch.column(column), whole) for batch in _all(reader)]
+        try:
+            with self._arrow.memory_map(self.path) as file:
+                whole = file.read_buffer(file.size())
+                file.seek(0)
+                with self._open(file) as reader:
+                    parts = [_in_place(batch.column(column), whole) for batch in _all(reader)]
+        except self._errors as error:
+            raise self._damaged(error) from None
         if not all(part is not None for part in parts):
             return super()._extract(column, copy)
         places, checks, paths = (sum(x, []) for x in zip(*filter(None, parts)))
@@ -190,8 +193,14 @@ class Arrow(Columnar):
 def _all(reader: Any) -> Iterator[Any]:
     """The record batches of a file in the stream format or in the file format."""
     if hasattr(reader, "num_record_batches"):
-        return map(reader.get_batch, range(reader.num_record_batches))
-    return iter(reader)
+        return map(lambda i: _valid(reader.get_batch(i)), range(reader.num_record_batches))
+    return map(_valid, reader)
+
+
+def _valid(batch: Any) -> Any:
+    """The batch, checked: pyarrow would read beyond the end of a damaged one."""
+    batch.validate(full=True)
+    return batch
 
 
 def holds_pictures(cells: Sequence[Any]) -> bool:

@@ -141,7 +141,7 @@ def _numbers(
     A name is that of a class, or else the index of a class in digits. Without `classes`, they are
     the sorted names, or none at all if every name is a number.
     """
-    digits = [re.fullmatch(r"\d+", name) for name in names]
+    digits = [re.fullmatch(r"\d{1,9}", name) for name in names]  # more: an id, not a number
     if not classes:
         if all(digits):
             return (), list(map(int, names))

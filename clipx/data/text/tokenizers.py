@@ -22,7 +22,7 @@ from jaxtyping import Int32
 
 from clipx.config.ranges import Count, Range, Tokens
 from clipx.data.text import cleaning, vocabulary
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, DataError
 
 # default sizes: those of OpenAI's vocabulary with its two marks and of bert-base-uncased; models of
 # SentencePiece have no usual size
@@ -308,7 +308,11 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
     if config.name == "clip_bpe":
         if not path:
             return _BundledBPE(config)
-        return _MergesBPE(config, vocabulary.read_merges(path, size, 2 + config.mask))
+        merges = vocabulary.read_merges(path, size, 2 + config.mask)
+        try:
+            return _MergesBPE(config, merges)
+        except Exception as error:  # the package raises no other kind
+            raise DataError(f"{path}: not a merges file ({error})") from None
     if config.name == "wordpiece":
         return _WordPiece(config, vocabulary.read_wordpieces(path, size))
     if path:
@@ -328,12 +332,19 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
 
 
 def load(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer from `Tokenizer.save`, without reading a file."""
-    config = TokenizerConfig(**saved["config"])
-    payload = base64.b64decode(saved["payload"])
-    if config.name == "sentencepiece":
-        return _SentencePiece(config, payload)
-    if not payload:
-        return _BundledBPE(config)
-    kind = _WordPiece if config.name == "wordpiece" else _MergesBPE
-    return kind(config, zlib.decompress(payload).decode("utf-8"))
+    """The tokenizer from `Tokenizer.save`, without reading a file. Raises `DataError` for anything
+    else."""
+    try:
+        config = TokenizerConfig(**saved["config"])
+        payload = base64.b64decode(saved["payload"])
+        if config.name == "sentencepiece":
+            return _SentencePiece(config, payload)
+        if not payload:
+            return _BundledBPE(config)
+        kind = _WordPiece if config.name == "wordpiece" else _MergesBPE
+        return kind(config, zlib.decompress(payload).decode("utf-8"))
+    except ConfigError:
+        raise
+    except Exception as error:  # of packages, which raise many kinds
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"a saved tokenizer cannot be read ({reason})") from None

@@ -86,7 +86,7 @@ def byte_pairs(merges: str) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    pairs = [(left, right) for left, right in map(str.split, merges.splitlines())]
+    pairs = [(left, right) for left, right in map(str.split, filter(None, merges.split("\n")))]
     # sorting the characters that stand for bytes puts printable bytes first, as in OpenAI's ids
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs]

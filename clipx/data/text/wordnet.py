@@ -126,7 +126,12 @@ class WordNet:
         pointers, two counts, the offsets.
         """
         line = _line(self._files[f"index.{part}"], form.encode("utf-8", "replace")).split()
-        return [int(offset) for offset in line[-int(line[2]) :]] if line else []
+        try:
+            return [int(offset) for offset in line[-int(line[2]) :]] if line else []
+        except (ValueError, IndexError):
+            raise DataError(
+                f"WordNet's index.{part} has a damaged line for {form!r}; install WordNet again"
+            ) from None
 
     def _synset(self, offset: int, part: str) -> list[str]:
         """The words of the synset at a byte offset in the data.
@@ -141,7 +146,12 @@ class WordNet:
                 f"WordNet's data.{part} has no synset at byte {offset}: the file does not belong "
                 f"to index.{part}, or is damaged; install WordNet again"
             )
-        words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+        try:
+            words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+        except (ValueError, IndexError):
+            raise DataError(
+                f"WordNet's data.{part} has a damaged line at byte {offset}; install WordNet again"
+            ) from None
         return [word.partition(b"(")[0].decode("utf-8", "replace") for word in words]
 
 
