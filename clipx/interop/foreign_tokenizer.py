@@ -84,19 +84,34 @@ def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     if settings.get("do_lower_case", True) is not True:
         return f"{SETTINGS} in {folder} keeps capital letters, which clipx does not"
     if fast is not None:
-        model = fast.get("model") or {}
-        if model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
-            return f"{FAST} in {folder} has no byte pairs like CLIP's"
-        merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges", [])]
-        ids = dict(model.get("vocab", {})) | {
-            mark["content"]: mark["id"] for mark in fast.get("added_tokens") or []
-        }
+        found = _fast(fast, folder, where)
+        if isinstance(found, str):
+            return found
+        merges, ids = found
     elif (folder / MERGES).is_file():
         merges, ids = _merges(folder / MERGES, where), read_json(folder / VOCABULARY, where) or {}
         ids |= read_json(folder / "added_tokens.json", where) or {}
     else:
         return None
     return _clip_fields(folder, merges, ids, size, context, where)
+
+
+def _fast(
+    fast: Mapping[str, Any], folder: pathlib.Path, where: str
+) -> tuple[list[str], dict[str, int]] | str:
+    """(merges, ids of all tokens) of a `tokenizer.json`; a sentence about another kind. Raises
+    `ConfigError` at `where` for a broken file."""
+    model = fast.get("model")
+    kind = (model.get("type"), model.get("end_of_word_suffix")) if isinstance(model, dict) else ()
+    if kind != ("BPE", "</w>"):
+        return f"{FAST} in {folder} has no byte pairs like CLIP's"
+    try:
+        merges = [" ".join(m) if isinstance(m, list) else str(m) for m in model["merges"]]
+        added = {mark["content"]: mark["id"] for mark in fast.get("added_tokens") or []}
+        return merges, dict(model["vocab"]) | added
+    except (KeyError, TypeError, ValueError) as error:
+        found = f"{folder / FAST} ({type(error).__name__}: {error})"
+        raise ConfigError(where, found, "a tokenizer that transformers saved") from None
 
 
 def _clip_fields(

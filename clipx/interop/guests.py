@@ -295,9 +295,9 @@ def image_tower(section: Section, embed_dim: int, size: int, given: Any) -> ViT 
         **vit_shape(
             (
                 width,
-                args.size("depth"),
+                args.depth("depth"),
                 args.size("num_heads"),
-                int(width * args.number("mlp_ratio", 4.0)),
+                args.mlp_width(width),
             ),
             patch,
         ),
@@ -338,7 +338,7 @@ def text_tower(section: Section, embed_dim: int, given: Any) -> BERT:
         context=section.size("context_length", 77),
         positions=guest.size("max_position_embeddings"),
         width=width,
-        depth=guest.size("num_hidden_layers"),
+        depth=guest.depth("num_hidden_layers"),
         heads=guest.size("num_attention_heads"),
         mlp_ratio=guest.size("intermediate_size") / width,
         embed_dim=embed_dim,

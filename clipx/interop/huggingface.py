@@ -308,7 +308,7 @@ def _read(
     variables = rules.read(
         layout.tower_rules(image, text, width, None, siglip),
         arrays,
-        array_shapes(image, text),
+        lambda: array_shapes(image, text),
         "",
     )
     unknown = (line for section in (config, vision, words) for line in section.unread())

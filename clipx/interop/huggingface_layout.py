@@ -166,7 +166,7 @@ def towers(
     vision.one_of("vision_use_head", (True,), True)
     shape = (
         width,
-        vision.size("num_hidden_layers", 12),
+        vision.depth("num_hidden_layers", 12),
         _heads(vision, width, 12),
         vision.size("intermediate_size", 3072),
     )
@@ -185,7 +185,7 @@ def towers(
         vocab_size=vocabulary,
         context=context,
         width=text_width,
-        depth=words.size("num_hidden_layers", 12),
+        depth=words.depth("num_hidden_layers", 12),
         heads=_heads(words, text_width, 12 if siglip else 8),
         mlp_ratio=words.size("intermediate_size", 3072 if siglip else 2048) / text_width,
         causal=not siglip,

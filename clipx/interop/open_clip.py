@@ -229,7 +229,7 @@ def _read(arrays: Mapping[str, np.ndarray], own: Mapping[str, Any], guest: Any) 
     if vision.get("timm_proj") == "none":
         layout = [rule for rule in layout if rule.theirs != ("visual.head.proj.weight",)]
     logit_scale, logit_bias = (scalar(arrays, f"logit_{n}", "") for n in ("scale", "bias"))
-    variables = rules.read(layout, arrays, array_shapes(image, text), "")
+    variables = rules.read(layout, arrays, lambda: array_shapes(image, text), "")
     pictures = preprocessing.open_clip(own.get("preprocess_cfg") or {}, f"{CONFIG}: preprocess_cfg")
     unknown = (line for section in (config, *sections) for line in section.unread())
     plain = not words.get("hf_tokenizer_name")

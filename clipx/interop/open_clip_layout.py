@@ -245,7 +245,7 @@ def image_tower(model: Section, section: Section, size: int) -> ViT | ResNet:
     width = section.size("width", 768)
     if isinstance(layers := section.get("layers", 12), list):
         blocks = tuple(layers)
-        if len(blocks) != 4 or not all(isinstance(n, int) and n > 0 for n in blocks):
+        if len(blocks) != 4 or not all(isinstance(n, int) and 0 < n < 1000 for n in blocks):
             raise ConfigError(section.at("layers"), repr(layers), "four numbers of blocks")
         heads = width * 32 // section.size("head_width", 64)
         for key in ("patch_size", "mlp_ratio"):
@@ -268,9 +268,9 @@ def image_tower(model: Section, section: Section, size: int) -> ViT | ResNet:
         raise ConfigError(section.at("head_width"), found, "a divisor of the width")
     shape = (
         width,
-        section.size("layers", 12),
+        section.depth("layers", 12),
         width // head,
-        int(width * section.number("mlp_ratio", 4.0)),
+        section.mlp_width(width),
     )
     return ViT(
         **vit_shape(shape, patch),
@@ -295,9 +295,9 @@ def text_tower(model: Section, section: Section) -> TextTransformer:
         vocab_size=vocab_size,
         context=section.size("context_length", 77),
         width=width,
-        depth=section.size("layers", 12),
+        depth=section.depth("layers", 12),
         heads=heads,
-        mlp_ratio=int(width * section.number("mlp_ratio", 4.0)) / width,
+        mlp_ratio=section.mlp_width(width) / width,
         causal=not section.flag("no_causal_mask", False),
         pool="last" if pool == "last" else "eot",
         eot_id=vocab_size - 1 if pool == "argmax" else end,

@@ -6,7 +6,8 @@ A rule works in both directions without loss: arrays that were read are written 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,44 +51,52 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read(
-    rules: Iterable[Rule], arrays: Mapping[str, np.ndarray], shapes: Shapes, where: str
+    rules: Sequence[Rule],
+    arrays: Mapping[str, np.ndarray],
+    shapes: Callable[[], Shapes],
+    where: str,
 ) -> PyTree:
     """{"params": ..., "batch_stats": ...} in float32, from a library's arrays by name.
 
-    shapes: of clipx's arrays, by path. Raises `ConfigError` at `where` for the first array that is
-    missing or that no rule reads, and for arrays of other shapes.
+    shapes: returns the shapes of clipx's arrays by path; called once all names are right. Raises
+    `ConfigError` at `where` for the first array that is missing or that no rule reads, and for
+    arrays of other shapes.
     """
-    left, ours, wrong = dict(arrays), {}, []
+    _check_names(rules, arrays, where)
+    ours, wrong, expected = {}, [], shapes()
     for rule in rules:
-        missing = [name for name in rule.theirs if name not in left and not _computed(name)]
-        if missing:
-            raise ConfigError(
-                where,
-                f"no {missing[0]} among its {len(arrays)} arrays",
-                "every array of the model that its config describes",
-                "use a complete weights file, or the config that belongs to this one",
-            )
-        theirs = [left.pop(name, None) for name in rule.theirs]
+        theirs = [arrays.get(name) for name in rule.theirs]
         theirs = [x if x is None else np.asarray(x).astype(np.float32) for x in theirs]
         try:
             made = rule.back(*theirs)
         except (ValueError, IndexError):  # numpy's, of a shape that cannot be converted
             made = None
-        if made is None or any(
-            x.shape != shapes[p] for p, x in zip(rule.ours, made) if p in shapes
-        ):
-            wrong += _other_shapes(rule, theirs, shapes)
+        if made is None or any(x.shape != expected[p] for p, x in zip(rule.ours, made)):
+            if len(wrong) < _SHOWN:
+                wrong += _other_shapes(rule, theirs, expected)
         else:
             ours |= dict(zip(rule.ours, made, strict=True))
     if wrong:
-        more = f"\n    and {len(wrong) - 4} more" * (len(wrong) > 4)
         raise ConfigError(
             where,
-            "arrays of other shapes:\n    " + "\n    ".join(wrong[:4]) + more,
+            "arrays of other shapes, among them\n    " + "\n    ".join(wrong[:_SHOWN]),
             "arrays of the model that its config describes",
             "use the config that belongs to this weights file",
         )
-    unread = [name for name in left if not _computed(name)]
+    return traverse_util.unflatten_dict(ours, sep="/")
+
+
+def _check_names(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray], where: str) -> None:
+    named = {name for rule in rules for name in rule.theirs}
+    missing = [n for rule in rules for n in rule.theirs if n not in arrays and not _computed(n)]
+    if missing:
+        raise ConfigError(
+            where,
+            f"no {missing[0]} among its {len(arrays)} arrays",
+            "every array of the model that its config describes",
+            "use a complete weights file, or the config that belongs to this one",
+        )
+    unread = [name for name in arrays if name not in named and not _computed(name)]
     if unread:
         raise ConfigError(
             where,
@@ -95,11 +104,18 @@ def read(
             "only arrays of the model that its config describes",
             "use the config that belongs to this weights file",
         )
-    return traverse_util.unflatten_dict(ours, sep="/")
+
+
+_SHOWN = 4  # arrays in an error
 
 
 def _other_shapes(rule: Rule, theirs: list[np.ndarray | None], shapes: Shapes) -> list[str]:
     """A line for each of a rule's arrays whose shape is not the one that the config describes."""
+    if sum(math.prod(shapes[path]) for path in rule.ours) > 2**24:  # too many to make
+        ours = ", ".join(f"{path.partition('/')[2]} {shapes[path]}" for path in rule.ours)
+        found = zip(rule.theirs, theirs, strict=True)
+        given = [(name, x.shape) for name, x in found if x is not None]
+        return [f"{name}: {shape} in the file, {ours} by the config" for name, shape in given]
     zero = np.float32(0)
     expected = rule.out(*(np.broadcast_to(zero, shapes[path]) for path in rule.ours))
     return [

@@ -46,16 +46,30 @@ class Section:
         value = self._values.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of 1 or more."""
-        return self.whole(key, default, least=1)
+    def size(self, key: str, default: int | None = None, most: int = 2**24) -> int:
+        """A whole number from 1 to `most`."""
+        return self.whole(key, default, least=1, most=most)
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 0) -> int:
-        """A whole number of `least` or more."""
+    def depth(self, key: str, default: int | None = None) -> int:
+        """A number of blocks."""
+        return self.size(key, default, most=1000)
+
+    def whole(
+        self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**24
+    ) -> int:
+        """A whole number from `least` to `most`."""
         value = self._take(key, default)
-        if not _is_number(value) or value != int(value) or value < least:
-            raise ConfigError(self.at(key), self._found(key), f"a whole number, {least} or more")
+        if not _is_number(value) or value != int(value) or not least <= value <= most:
+            expected = f"a whole number from {least} to {most}"
+            raise ConfigError(self.at(key), self._found(key), expected)
         return int(value)
+
+    def mlp_width(self, width: int) -> int:
+        """`int(width * mlp_ratio)`, as torch's models have it."""
+        found = width * self.number("mlp_ratio", 4.0)
+        if not 1 <= found <= 2**24:
+            raise ConfigError(self.at("mlp_ratio"), self._found("mlp_ratio"), "a ratio near 4")
+        return int(found)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
@@ -104,12 +118,7 @@ class Section:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and abs(value) < 2**31
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json(value: Any) -> str:

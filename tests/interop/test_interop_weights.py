@@ -282,7 +282,9 @@ def test_a_config_of_another_size_names_both_shapes(folder, foreign):
     text = (folder / CONFIG).read_text()
     message = changed(folder / CONFIG, "vision_cfg", width=64)
     assert "visual.conv1.weight: (32, 3, 16, 16) in the file, (64, 3, 16, 16) by the c" in message
-    assert f"file:     {folder / NATIVE}" in message and "more" in message
+    assert f"file:     {folder / NATIVE}" in message and "among them" in message
+    message = changed(folder / CONFIG, "vision_cfg", width=32768)  # too large to be made
+    assert "visual.conv1.weight: (32, 3, 16, 16) in the file, image/patch_embed" in message
     message = changed(folder / CONFIG, "", embed_dim=20)
     assert "visual.proj: (32, 24) in the file, (32, 20) by the config" in message
     assert "text_projection: (32, 24) in the file, (32, 20)" in message
