@@ -81,6 +81,9 @@ def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     kind = settings.get("tokenizer_class")
     if kind not in _CLIP_CLASSES:
         return f"{SETTINGS} in {folder} names a {kind}, which clipx does not have"
+    length = settings.get("model_max_length")
+    if isinstance(length, int) and length < context:
+        return f"{SETTINGS} in {folder} cuts texts to {length} tokens, its text tower has {context}"
     if settings.get("do_lower_case", True) is not True:
         return f"{SETTINGS} in {folder} keeps capital letters, which clipx does not"
     if fast is not None:
@@ -101,9 +104,9 @@ def _fast(
 ) -> tuple[list[str], dict[str, int]] | str:
     """(merges, ids of all tokens) of a `tokenizer.json`; a sentence about another kind. Raises
     `ConfigError` at `where` for a broken file."""
-    model = fast.get("model")
-    kind = (model.get("type"), model.get("end_of_word_suffix")) if isinstance(model, dict) else ()
-    if kind != ("BPE", "</w>"):
+    given = fast.get("model")
+    model: dict[str, Any] = given if isinstance(given, dict) else {}
+    if (model.get("type"), model.get("end_of_word_suffix")) != ("BPE", "</w>"):
         return f"{FAST} in {folder} has no byte pairs like CLIP's"
     try:
         merges = [" ".join(m) if isinstance(m, list) else str(m) for m in model["merges"]]

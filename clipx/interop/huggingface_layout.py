@@ -191,7 +191,7 @@ def towers(
         causal=not siglip,
         pool="last" if siglip else "eot",
         eot_id=_end(words, vocabulary, siglip),
-        pad_id=words.get("pad_token_id", 1) if siglip else 0,
+        pad_id=_pad(words) if siglip else 0,
         projection_bias=siglip,
         embed_dim=words.size("projection_size", text_width) if siglip else embed_dim,
         **_common(words, siglip),
@@ -207,6 +207,11 @@ def _common(section: Section, siglip: bool) -> dict[str, Any]:
         "activation": known[section.one_of("hidden_act", known, default)],
         "norm_eps": section.number("layer_norm_eps", 1e-6 if siglip else 1e-5),
     }
+
+
+def _pad(words: Section) -> int:
+    """The id of padding, which SigLIP's tower reads like any other."""
+    return 1 if words.get("pad_token_id") is None else words.whole("pad_token_id")
 
 
 def _heads(section: Section, width: int, default: int) -> int:

@@ -43,7 +43,7 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     config = functools.cache(lambda name: read_json(folder / name, where))
     if file.is_dir():
         described = [f for f in FORMATS if f.describes(config(f.config) or {})]
-        names = described[0].weights_read if described else ()
+        names = (name for format_ in described for name in format_.weights_read)
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None:
             raise _no_weights(folder, bool(described), where)

@@ -124,9 +124,10 @@ def _normalisation(
 
 def _resizing(section: Section, image_size: int, siglip: bool) -> tuple[Resize, list[str]]:
     """How the file makes a square of a picture, and the difference if clipx makes another one."""
-    square = section.flag("default_to_square", siglip, null=siglip)
-    size = _size(section, "size", square, image_size)
-    crop = _size(section, "crop_size", True, image_size)
+    whole = (image_size, image_size)
+    square = section.flag("default_to_square", False, null=False)
+    size = _size(section, "size", square, whole if siglip else (image_size,))
+    crop = _size(section, "crop_size", True, whole)
     if not section.flag("do_resize", True, null=False):
         size = None
     if not section.flag("do_center_crop", not siglip, null=False):
@@ -138,7 +139,6 @@ def _resizing(section: Section, image_size: int, siglip: bool) -> tuple[Resize, 
         way = f"the shorter side to {size[0]}{cut}"
     else:
         way = f"to {size[1]} x {size[0]}{cut}"
-    whole = (image_size, image_size)
     if size == (image_size,) and crop == whole:
         return "shortest", []
     if size == whole and crop in (None, whole):
@@ -148,12 +148,12 @@ def _resizing(section: Section, image_size: int, siglip: bool) -> tuple[Resize, 
     return resize, [f"preprocessing.size: {way} in the model, {ours} in clipx"]
 
 
-def _size(section: Section, key: str, square: bool, default: int) -> tuple[int, ...]:
+def _size(section: Section, key: str, square: bool, default: tuple[int, ...]) -> tuple[int, ...]:
     """(shorter side,) or (height, width) of a size as transformers writes it: a number, a pair, or
     an object. square: whether a number means both sides."""
     value = section.get(key)
     if value is None:
-        return (default, default) if square else (default,)
+        return default
     if isinstance(value, int | float):
         side = section.size(key)
         return (side, side) if square else (side,)

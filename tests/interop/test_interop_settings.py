@@ -70,7 +70,7 @@ def pictures(values, siglip=False):
         ({"size": [SIDE, SIDE]}, "squash"),
         ({"size": SIDE, "default_to_square": True}, "squash"),
         (SIGLIP_PICTURES, "squash"),
-        (SIGLIP_PICTURES | {"size": SIDE, "do_center_crop": None}, "squash"),
+        (SIGLIP_PICTURES | {"size": BOTH_SIDES, "do_center_crop": None}, "squash"),
         ({"feature_extractor_type": "CLIPFeatureExtractor", "do_pad": False}, "shortest"),
     ],
 )
@@ -93,6 +93,7 @@ def test_sizes_as_transformers_writes_them(values, resize):
         ({"size": {"height": 40, "width": 32}}, "size", "to 32 x 40"),
         ({"do_center_crop": False}, "size", "the shorter side to 32 in the model"),
         ({"do_resize": False}, "size", "as large as it is"),
+        (SIGLIP_PICTURES | {"size": SIDE}, "size", "the shorter side to 32 in the model"),
         ({"resample": 1}, "resample", "lanczos"),
         ({"resample": 0}, "resample", "nearest"),
         ({"resample": "box"}, "resample", "box"),

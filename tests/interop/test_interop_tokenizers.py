@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 import sentencepiece
+from safetensors.numpy import load_file, save_file
 from support.towers import BOTH, TEXT, VIT, model, words_of
 
 from clipx.data.text import tokenizers, vocabulary
@@ -92,7 +94,9 @@ def test_tokenizers_that_clipx_does_not_have_are_named(folder):
 
     settings(tokenizer_class="BertTokenizer")
     assert "names a BertTokenizer" in problem(folder)
-    settings(tokenizer_class="CLIPTokenizer", do_lower_case=False)
+    settings(tokenizer_class="CLIPTokenizer", model_max_length=8)
+    assert "cuts texts to 8 tokens, its text tower has 16" in problem(folder)
+    settings(model_max_length=10**30, do_lower_case=False)
     assert "keeps capital letters" in problem(folder)
     settings(do_lower_case=True)
     (folder / "added_tokens.json").write_text(json.dumps({"<new>": SIZE}))
@@ -115,6 +119,27 @@ def test_a_run_with_another_tokenizer_lists_it(folder):
     config = tokenizers.TokenizerConfig("clip_bpe", SIZE, 16, str(path))
     (line,) = pretrained._token_faults(given, config, tokenizers.build(config), own)
     assert line.startswith("tokenizer: ") and f"config.tokenizer.path={folder}/merges.txt" in line
+
+
+def test_what_differs_is_accepted_as_the_message_advises(folder):
+    """Of clipx.evaluate: pictures of another size, a setting of no known name, no scale."""
+    arrays = load_file(folder / huggingface.WEIGHTS)
+    del arrays["logit_scale"]
+    save_file(arrays, folder / huggingface.WEIGHTS)
+    for name, values in {
+        huggingface.CONFIG: {"novel": 1},
+        huggingface.PREPROCESSOR: {"size": {"shortest_edge": 48}, "resample": 1},
+    }.items():
+        whole = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(whole | values))
+    with pytest.raises(ConfigError) as caught:
+        open_foreign(str(folder), {})
+    (flags,) = re.findall(r"--init_ignore=(\S+)", caught.value.fix)
+    names = ["preprocessing.size", "preprocessing.resample", "settings.novel", "logit_scale"]
+    assert flags.split(",") == names
+    run, state = open_foreign(str(folder), {}, flags.split(","))
+    np.testing.assert_array_equal(run.tokenizer(TEXTS), expected(folder))
+    assert np.isfinite(state.params["logit_scale"])
 
 
 def test_a_folder_without_a_tokenizer_has_clips(folder):

@@ -355,6 +355,14 @@ def test_a_folder_of_the_hubs_cache_names_its_snapshot(tmp_path):
     assert f"fix:      name the snapshot: {tmp_path / 'snapshots' / 'abc'}" in refused(tmp_path)
 
 
+def test_a_folder_of_both_libraries_with_weights_of_one(folder, written):
+    """As LAION's on the Hub, of which one file was downloaded."""
+    huggingface.HuggingFace().write(written, folder, str(folder))
+    plain = load.load(folder)
+    (folder / NATIVE).unlink()
+    assert same(load.load(folder), plain)
+
+
 @with_torch
 def test_torchs_files_of_training(folder):
     """Numbers of NumPy and a command's arguments may lie beside the arrays. No other object is
