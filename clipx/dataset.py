@@ -34,6 +34,7 @@ from clipx.data import pack as packing
 from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
+from clipx.data.resolve import resolve
 from clipx.data.shard_index import index_shards
 from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
@@ -65,6 +66,7 @@ def _write(path: str, text: str) -> pathlib.Path:
 
 def index(config: Mapping[str, Any]) -> None:
     """Opens every source of the config. Afterwards sharded sources open from the cache."""
+    config = resolve(config)
     sources = list(data_section(config.get("data"))[1].parts("config.data"))
     for name, section in config.get("evals", {}).items():
         for field, spec in EvalSpec.check(name, section).sources.items():

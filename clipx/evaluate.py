@@ -13,6 +13,7 @@ from absl import flags
 
 from clipx import cli
 from clipx.config import files
+from clipx.data.resolve import resolve
 from clipx.errors import ConfigError
 from clipx.serving.evaluation import chosen, evaluate, evaluate_file
 from clipx.training import pretrained
@@ -45,12 +46,13 @@ def main(overrides: list[tuple[str, str]]) -> None:
                 f"remove --config.{key}",
             )
         files.override(config, key, text)
-    config["evals"] = chosen(
+    evals = chosen(
         config["evals"],
         flags.FLAGS.evals,
         data=flags.FLAGS.data,
         train_data=flags.FLAGS.train_data,
     )
+    config["evals"] = resolve({"evals": evals})["evals"]
     if workdir:
         evaluate(workdir, step, config)
     else:

@@ -34,9 +34,9 @@ OWN_PIECES = {"name": "sentencepiece", "vocab_size": 4096, "context": 24}
 
 PAIRS = {"source": "webdataset", "path": "data/pairs/*.tar", "workers": 8}
 COCO_RETRIEVAL = {"data": {"source": "webdataset", "path": "data/coco/val-*.tar"}}
-FLICKR8K = {"source": "webdataset", "path": "data/flickr8k/train-*.tar"}
+FLICKR8K = {"source": "auto", "path": "data/flickr8k/train-*.tar"}
 # Without a path, the run holds rows of its training data out
-OWN_RETRIEVAL = {"data": {"source": "webdataset", "path": ""}}
+OWN_RETRIEVAL = {"data": {"source": "auto", "path": ""}}
 
 
 def small(objective, towers=SMALL, *, augmentation="flip", crop_scale=(0.6, 1.0)):

@@ -26,6 +26,7 @@ from clipx.data.storage import (
     is_remote,
     open_shard,
     recall,
+    refuse_folder,
     remember,
 )
 from clipx.data.tars import BLOCK, HIDDEN, NO_ENDING, UNREAD, Tally, describe_tail, shown
@@ -125,6 +126,8 @@ def index_shards(
     shards = list(itertools.chain.from_iterable(map(expand, patterns)))
     if not shards:
         raise DataError("data path: nothing given, expected a tar, a glob or a brace range")
+    for shard in shards:
+        refuse_folder(shard.path, "a tar")
     indexes = []
     # threads only slow down the reading of headers from a local disk
     threads = THREADS if any(map(is_remote, patterns)) else 1

@@ -70,6 +70,15 @@ def expand(pattern: str) -> list[Shard]:
     return [file for one in alternatives for file in matches[one]]
 
 
+def refuse_folder(path: str, expected: str) -> None:
+    """Raises `DataError` if a local path is a folder: it names the source that looks into it."""
+    if not is_remote(path) and os.path.isdir(path):
+        raise DataError(
+            f"{path}: a folder, expected {expected}; set --config.data.source=auto, which looks "
+            "into it"
+        )
+
+
 def _match_local(pattern: str) -> list[Shard]:
     names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
     return [_of_file(name) for name in names]

@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from clipx.data import manifests
 from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
+from clipx.data.resolve import resolve
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, RunError
+from clipx.errors import ConfigError, DataError, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
@@ -119,7 +120,7 @@ def open_session(
     `ConfigError` for a wrong config, and for a workdir with a run of another config, other data or
     other guesses.
     """
-    run = assemble(config, devices)
+    run = assemble(_with_found_sources(config, workdir, devices), devices)
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
@@ -151,6 +152,19 @@ def open_session(
             (folder / guesses.FILE).unlink(missing_ok=True)  # of an earlier run without checkpoints
         write_json(folder / "config.json", opened.complete)
     return Session(opened, data, evaluators, folder, checkpoints, saved)
+
+
+def _with_found_sources(
+    config: Mapping[str, Any], workdir: str, devices: Sequence[Device] | None
+) -> dict[str, Any]:
+    """The config with the sources that lie at its paths in place of `source=auto`. What is wrong
+    with the config itself is raised first."""
+    file = pathlib.Path(workdir).expanduser() / "config.json"
+    try:
+        return resolve(config, read_json(file) if file.exists() else None, tell)
+    except DataError:
+        assemble(config, devices)
+        raise
 
 
 def tell(text: str) -> None:

@@ -142,3 +142,21 @@ def test_a_run_says_saves_and_keeps_its_guesses(tmp_path, monkeypatch, capsys):
     guessed[0] = Guess("classes", ["b"], "another name")
     with pytest.raises(ConfigError, match=r"found: +\['b'\], guessed now"):
         open_session(config, str(tmp_path / "run"))
+
+
+def test_a_source_that_is_found_is_saved_as_if_it_had_been_set(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    config = pairs(shard(tmp_path / "set" / "train-0.tar"))
+    shard(tmp_path / "set" / "test-0.tar")
+    for section in (config["data"], config["evals"]["retrieval"]["data"]):
+        section |= {"source": "auto", "path": str(tmp_path / "set")}
+    session = open_session(config, str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "data.source=auto: 1 tar shard in" in said and "data.source=webdataset" in said
+    text = (tmp_path / "run" / "config.json").read_text()
+    saved = json.loads(text)
+    assert saved == session.run.complete and '"source": "auto"' not in text
+    assert saved["data"]["path"] == str(tmp_path / "set" / "train-0.tar")
+    assert saved["evals"]["retrieval"]["data"]["path"] == str(tmp_path / "set" / "test-0.tar")
+    assert assemble(saved).complete == saved
+    assert open_session(config, str(tmp_path / "run")).run.complete == saved

@@ -101,16 +101,23 @@ class Table(Source):
     def __getitem__(self, row: int) -> Example:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        key, image = self._key(row), self._image(row)
+        image = self._image(row)
         if not image:
-            raise BadSample(key, "the picture has no bytes")
+            raise BadSample(self._key(row), "the picture has no bytes")
+        return self.glance(row)._replace(image=image)
+
+    def glance(self, row: int) -> Example:
+        """As `Source.glance`: reads no picture."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        key = self._key(row)
         start = self._caption_ends[row - 1] if row else 0
         captions = self._caption_order[start : self._caption_ends[row]].tolist()
         if self._captioned and not captions:
             raise BadSample(key, "empty caption")
         texts = tuple(cut(self._words, self._word_ends, i) for i in captions)
         label = None if self._labels is None else int(self._labels[row])
-        return Example(image, texts, row, key, None if label == -1 else label)
+        return Example(b"", texts, row, key, None if label == -1 else label)
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
-from clipx.data.storage import Shard, expand, is_remote
+from clipx.data.storage import Shard, expand, is_remote, refuse_folder
 from clipx.data.tables.columnar import Arrow, Parquet
 from clipx.data.tables.delimited import Csv
 from clipx.data.tables.documents import Json, JsonLines, open_json
@@ -43,10 +42,9 @@ def tables(paths: str | Sequence[str], separator: str = "", quotes: str = "") ->
 
 def open_table(path: str, separator: str = "", quotes: str = "") -> File:
     """The reader for one file, by the ending of its name."""
-    if is_remote(path) or os.path.isdir(path):
-        kind = "a remote path" if is_remote(path) else "a folder"
-        fix = "" if is_remote(path) else "; data.source=auto looks for one in it"
-        raise DataError(f"{path}: {kind}, expected a table that is a local file{fix}")
+    if is_remote(path):
+        raise DataError(f"{path}: a remote path, expected a table that is a local file")
+    refuse_folder(path, "a table that is a local file")
     name = path.lower()
     if name.endswith(_DELIMITED):
         return Csv(path, separator, quotes)
