@@ -108,9 +108,9 @@ def test_another_config_is_refused_with_a_diff(whole):
 
 def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):
     growing = [("optimizer.learning_rate", "1000.0"), ("optimizer.weight_decay", "1e6")]
-    config = small(*growing, ("train.max_skipped_steps", "2"))
+    config = small(*growing, ("train.max_skipped_steps", "2"), *NO_EVALS)
     with pytest.raises(RunError) as error:
-        train(config, str(tmp_path))
+        train(config, str(tmp_path), TWO)
     assert "2 steps in a row" in str(error.value)
     assert "shapes/train/" in str(error.value)
 

@@ -13,7 +13,7 @@ from support.runs import NO_EVALS, SMALL, finish, free_port, parameters, rows, s
 def test_two_processes_are_one(tmp_path):
     """Law 1 across processes, with dropout, through the command itself. The two processes shard the
     parameters over all devices; the single process shards rows alone."""
-    shorter = [*SMALL, ("train.total_steps", "4"), ("train.save_every_steps", "2"), *NO_EVALS]
+    shorter = [*SMALL, ("train.total_steps", "3"), *NO_EVALS]
     mesh = [("mesh.data", "1"), ("mesh.fsdp", "4"), ("mesh.tensor", "2")]
     arguments = [f"--config.{path}={text}" for path, text in [*shorter, *mesh]]
     environment = os.environ | {

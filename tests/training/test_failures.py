@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+import jax
 import pytest
 from support.runs import finish, small
 from support.shards import pairs, shard
@@ -10,6 +11,8 @@ from support.shards import pairs, shard
 from clipx.errors import CheckpointError, ConfigError, DataError, MetricsError, RunError
 from clipx.train import train
 from clipx.training.checkpoint import Checkpoints
+
+TWO = jax.devices()[:2]
 
 
 def lines(error):
@@ -22,7 +25,7 @@ def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, c
     good = shard(tmp_path / "good.tar")
     config = pairs(path)
     config["evals"]["retrieval"]["data"]["path"] = str(good)
-    finish(config, tmp_path / "run")
+    finish(config, tmp_path / "run", TWO)
     said = capsys.readouterr().out
     assert "0003: the picture (13 bytes) cannot be decoded" in said or "0005" in said
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -34,12 +37,12 @@ def test_bad_rows_are_replaced_in_training_and_refused_in_evaluation(tmp_path, c
     fewer = shard(tmp_path / "fewer.tar", 40)
     config["data"]["path"] = str(fewer)
     with pytest.raises(ConfigError, match="40 rows\n.*the 48 rows that this run started with"):
-        train(config, str(tmp_path / "run"))
+        train(config, str(tmp_path / "run"), TWO)
     config["data"]["path"] = str(shard(tmp_path / "other.tar"))
     with pytest.raises(ConfigError, match="fingerprint .*\n.*the data that this run started with"):
-        train(config, str(tmp_path / "run"))
+        train(config, str(tmp_path / "run"), TWO)
     with pytest.raises(DataError, match="row 5 of the evaluation set: .*0005") as error:
-        train(pairs(path), str(tmp_path / "other"))
+        train(pairs(path), str(tmp_path / "other"), TWO)
     assert lines(error) == 1
     assert Checkpoints(tmp_path / "other").latest == 2  # the trained steps are not lost
 
@@ -49,7 +52,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     config = pairs(path)
     config["data"]["max_bad_fraction"] = 0.0
     with pytest.raises(RunError, match="max_bad_fraction=0.0"):
-        train(config, str(tmp_path / "run"))
+        train(config, str(tmp_path / "run"), TWO)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "no match"])
