@@ -18,8 +18,9 @@ def save(
     folder: pathlib.Path, config, *, seed: int = 0, steps: int = 0, devices=None
 ) -> pathlib.Path:
     """A workdir with a checkpoint of random weights at step 3 + `steps`. The last `steps` steps are
-    trained; without them nothing is compiled."""
-    run = assemble(config, devices)
+    trained; without them nothing is compiled. On one device by default: of replicated arrays each
+    device writes a part, and Orbax compiles how to cut it."""
+    run = assemble(config, devices or jax.devices()[:1])
     run = with_data(run, 256, tokenizers.build(run.config.tokenizer, CAPTIONS))
     rng = np.random.default_rng(seed)
 
