@@ -11,7 +11,15 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import bare, foreign_tokenizer, guests, libraries, preprocessing, rules
+from clipx.interop import (
+    bare,
+    foreign_tokenizer,
+    guest_towers,
+    guests,
+    libraries,
+    preprocessing,
+    rules,
+)
 from clipx.interop import open_clip_layout as native
 from clipx.interop.base import Format, Said, read_json
 from clipx.interop.model import (
@@ -269,11 +277,11 @@ def _image_tower(config: Section, section: Section, guest: Any) -> ViT | ResNet:
     else:
         size = section.size("image_size", 224)
     if section.get("timm_model_name"):
-        return guests.image_tower(section, config.size("embed_dim"), size, guest)
+        return guest_towers.image_tower(section, config.size("embed_dim"), size, guest)
     return native.image_tower(config, section, size)
 
 
 def _text_tower(config: Section, section: Section, guest: Any) -> TextTransformer | BERT:
     if section.get("hf_model_name"):
-        return guests.text_tower(section, config.size("embed_dim"), guest)
+        return guest_towers.text_tower(section, config.size("embed_dim"), guest)
     return native.text_tower(config, section)

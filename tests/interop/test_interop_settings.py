@@ -302,11 +302,11 @@ def test_tanh_is_read_as_what_it_is(folder):
     ],
 )
 def test_timms_names_of_siglip_tell_the_activation(name, activation):
-    from clipx.interop import guests
+    from clipx.interop import guest_towers
 
     section = {"timm_model_name": name, "timm_pool": "map", "timm_proj": "none"}
     size = int(name.rpartition("_")[2])
-    tower = guests.image_tower(Section(section, "-", "vision_cfg"), 64, size, {})
+    tower = guest_towers.image_tower(Section(section, "-", "vision_cfg"), 64, size, {})
     assert tower.activation == activation
 
 
