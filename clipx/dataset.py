@@ -3,7 +3,7 @@
     index        reads the headers of all shards, of the data and the evals, and caches them
     preview      writes a page of pictures, captions, views and tokens as the model will see them
     verify       decodes every row; reports bad rows, sizes, captions and duplicates; exits with 2
-                 if too many rows are bad
+                 if too many rows are bad; --against=TEST counts pictures of a test set in the data
     fingerprint  prints the number of rows and the digest of their keys
     pack         writes any source as tar shards into --output
     bench        times data loading stage by stage, and says how many cores a model needs
@@ -29,7 +29,7 @@ from absl import flags
 from tqdm import tqdm
 
 from clipx import cli
-from clipx.data import holdout, pictures, storage
+from clipx.data import holdout, overlap, pictures, storage
 from clipx.data import pack as packing
 from clipx.data import verify as verifying
 from clipx.data.base import Source, fingerprint
@@ -39,6 +39,7 @@ from clipx.data.shard_index import index_shards
 from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page
+from clipx.serving import evaluation
 from clipx.training import guesses
 from clipx.training.alone import open_alone
 from clipx.training.schema import EvalSpec, SourceSpec, data_section
@@ -101,26 +102,36 @@ def _print_lines(where: str, source: Source) -> None:
         print(line)
 
 
-def verify(config: Mapping[str, Any], output: str = "") -> int:
+def verify(config: Mapping[str, Any], output: str = "", against: str = "") -> int:
     """Decodes every row, prints a report of each source, and writes the reports to `output`.
 
-    Returns the exit code: 2 if more rows are bad than `data.max_bad_fraction` allows, else 0.
+    against: a path, or a source as `source=folder,path=DIR`: also reports its pictures that are in
+    the data. Returns the exit code: 2 if more rows are bad than `data.max_bad_fraction` allows,
+    else 0.
     """
     data, spec = data_section(config.get("data"))
+    test = _test_source(against) if against else None
     count, reports = verifying.token_counter(config.get("tokenizer")), {}
+    sources = []
     for where, part in spec.parts("config.data"):
         source = part.open()
+        sources.append(source)
         with _bar(len(source), where) as bar:
             report = verifying.verify(source, count_tokens=count, progress=bar.update)
         reports[where] = report
         print(f"{where}: {part.name}")
         _print_lines(where, source)
         print("\n".join(verifying.table(report)))
+    bad = sum(len(report["bad"]) for report in reports.values())
+    rows = sum(report["rows"] for report in reports.values())
+    if test is not None:
+        with _bar(rows + len(test), "--against") as bar:
+            reports["against"] = overlap.against(sources, test, bar.update)
+        print(f"--against={against}")
+        print("\n".join(overlap.table(reports["against"])))
     if output:
         text = json.dumps(reports, indent=1, ensure_ascii=False)
         print(f"written to {_write(output, text + chr(10))}")
-    bad = sum(len(report["bad"]) for report in reports.values())
-    rows = sum(report["rows"] for report in reports.values())
     if bad <= data.max_bad_fraction * rows:
         return 0
     print(
@@ -128,6 +139,15 @@ def verify(config: Mapping[str, Any], output: str = "") -> int:
         f"{data.max_bad_fraction}: a run would stop"
     )
     return cli.EXIT_CONFIG
+
+
+def _test_source(text: str) -> Source:
+    """The source that `--against` names."""
+    where, values = "--against", {"source": "auto", "path": text}
+    if text.startswith("source="):
+        values = evaluation.section(text, where)
+    resolved = resolve({"evals": {"against": {"data": values}}})["evals"]["against"]["data"]
+    return SourceSpec.check(resolved, resolved.pop("source"), where).open()
 
 
 def show_fingerprint(config: Mapping[str, Any]) -> None:
@@ -230,7 +250,7 @@ COMMANDS: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
     "preview": lambda config: preview(
         config, flags.FLAGS.output or "preview.html", flags.FLAGS.rows
     ),
-    "verify": lambda config: verify(config, flags.FLAGS.output),
+    "verify": lambda config: verify(config, flags.FLAGS.output, flags.FLAGS.against or ""),
     "fingerprint": show_fingerprint,
     "pack": _pack,
     "bench": _bench,
@@ -251,7 +271,14 @@ def take_command(argv: list[str]) -> str:
 
 
 def main(command: str, overrides: Sequence[tuple[str, str]]) -> int | None:
-    if command == "bench" and flags.FLAGS.against:
+    against = flags.FLAGS.against
+    if against and command != "verify" and (command, against) != ("bench", "torch"):
+        raise ConfigError(
+            "--against",
+            f"{against!r}, of the command {command}",
+            "torch for bench, or a path or source=...,path=... for verify",
+        )
+    if command == "bench" and against:
         return time_against_torch()  # it needs no config: it makes its own pictures
     if not flags.FLAGS.config:
         raise ConfigError("--config", "nothing", "--config=...")
@@ -264,7 +291,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows", 16, "preview: number of rows on the page.", lower_bound=1)
     flags.DEFINE_string("shard_size", "512MB", "pack: limit of a shard, as 2GB or 10000rows.")
     flags.DEFINE_integer("steps", 20, "bench: batches to load at full speed.", lower_bound=1)
-    flags.DEFINE_enum("against", None, ["torch"], "bench: another loader to compare with.")
+    flags.DEFINE_string(
+        "against",
+        None,
+        "bench: torch, another loader to compare with. verify: a test set, as a path or as "
+        "source=folder,path=DIR; counts its pictures that are in the data.",
+    )
     flags.DEFINE_bool("model", False, "bench: also time the training step on this machine.")
     flags.DEFINE_float(
         "images_per_second", None, "bench: images/s that the model takes.", lower_bound=0

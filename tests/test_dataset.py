@@ -99,6 +99,24 @@ def test_verify_reports_the_facts(folder, capsys):
     assert "1 of 9 rows cannot be used" in said and "0.jpg = 5.jpg" in said
 
 
+@pytest.mark.parametrize("form", ["{}", "source=table,path={}"])
+def test_verify_counts_the_pictures_of_a_test_set(folder, form, capsys):
+    test = folder / "test"
+    test.mkdir()
+    (test / "new.jpg").write_bytes(encoded(99))
+    (test / "old.jpg").write_bytes((folder / "set" / "3.jpg").read_bytes())
+    (test / "small.jpg").write_bytes(encoded(4, size=(30, 23)))
+    rows = "".join(f"{name}.jpg,a caption\n" for name in ("new", "old", "small"))
+    (test / "captions.csv").write_text(f"filepath,caption\n{rows}")
+    report = folder / "verify.json"
+    wanted = form.format(test / "captions.csv")
+    assert dataset.verify(section(folder, max_bad_fraction=0.2), str(report), wanted) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 test pictures are in the training set" in said
+    assert "    old.jpg = 3.jpg" in said and "    small.jpg = 4.jpg" in said
+    assert read_json(report)["against"]["equal bytes"]["count"] == 1
+
+
 @pytest.mark.parametrize(
     "text, name",
     [

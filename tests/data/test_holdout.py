@@ -6,13 +6,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support import ROOT
 from support.pictures import Pictures, encode, photo
 
 from clipx.data.base import Example, Source, fingerprint
 from clipx.data.config import DataConfig
 from clipx.data.holdout import hold_out, split
+from clipx.data.sources.webdataset import WebDataset
 from clipx.errors import ConfigError
 
+FLICKR8K = ROOT.parent / "shared" / "data" / "flickr8k-112"
 AUTO = DataConfig(source="x")
 
 
@@ -131,3 +134,14 @@ def test_what_cannot_be_held_out_is_refused(rows, holdout, said):
 def test_a_source_that_is_one_picture_is_refused():
     with pytest.raises(ConfigError, match="at least two different pictures"):
         hold_out(Captions(6, 6), 1)
+
+
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason=f"no pictures in {FLICKR8K}")
+def test_real_pictures_keep_their_captions():
+    data = WebDataset(str(FLICKR8K / "test-000000.tar"))
+    parts = split(data, AUTO, ["retrieval"])
+    assert (len(data), len(parts.train), len(parts.held_out)) == (1000, 900, 100)
+    assert everything(parts) == list(range(1000))
+    for picture in range(0, 100, 9):
+        example = parts.held_out[picture]
+        assert example == data[int(parts.held_out.rows[picture])] and len(example.texts) == 5
