@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -98,11 +98,13 @@ class Evaluator(Protocol):
     task: the protocol's name in CLIP_benchmark; "" if it has none there.
     pairs: whether `examples` are pictures with captions, as training data is. Where the path of
     their source is empty, the run holds rows of its training data out for them.
+    needs: what its examples must have beside pictures; "" if some of them may lack it.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     task: ClassVar[str] = ""
     pairs: ClassVar[bool] = False
+    needs: ClassVar[Literal["", "captions", "labels"]] = ""
 
     def __call__(self, encode: Encode) -> dict[str, float]: ...
 

@@ -39,6 +39,8 @@ class Clustering(Evaluator):
 
     metrics = {"ari": Metric("more"), "ami": Metric("more", column="ami")}
 
+    needs = "labels"
+
     examples: Examples
     iterations: Annotated[int, Range(1, 10_000)] = 100
     restarts: Annotated[int, Range(1, 1000)] = 5

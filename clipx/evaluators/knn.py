@@ -44,6 +44,8 @@ class Knn(Evaluator):
         for name, metric in ACCURACIES.items()
     }
 
+    needs = "labels"
+
     examples: Examples
     train_examples: Examples
     neighbours: tuple[Count, ...] = (20, 200)

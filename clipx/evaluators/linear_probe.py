@@ -95,6 +95,7 @@ class LinearProbe(Evaluator):
         "best_on_test": Metric("more", "percent"),
     }
     task = "linear_probe"
+    needs = "labels"
 
     examples: Examples
     train_examples: Examples

@@ -33,6 +33,8 @@ class ModalityGap(Evaluator):
     }
     pairs = True
 
+    needs = "captions"
+
     examples: Examples
     batch_size: Count = 256
     chunk: Count = 256

@@ -54,6 +54,7 @@ class Retrieval(Evaluator):
     }
     task = "zeroshot_retrieval"
     pairs = True
+    needs = "captions"
 
     examples: Examples
     captions: Count | None = None

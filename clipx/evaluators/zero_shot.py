@@ -58,6 +58,7 @@ class ZeroShot(Evaluator):
 
     metrics = ACCURACIES | {"class/*": Metric("more", "percent", detail=True)}
     task = "zeroshot_classification"
+    needs = "labels"
 
     examples: Examples
     classes: tuple[str, ...] | str = ()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data import holdout, row_arrays
+from clipx.data import first_look, holdout, row_arrays
 from clipx.data.base import Source, fingerprint
 from clipx.data.loader import Loader
 from clipx.data.order import Sampling
@@ -35,9 +35,15 @@ class TrainingData:
         return len(self.source)
 
 
-def open_data(run: Run) -> TrainingData:
-    """Opens the run's training data. Raises `DataError` for a teacher or clusters of other data."""
+def open_data(run: Run, *, look: bool = False) -> TrainingData:
+    """Opens the run's training data.
+
+    look: look at some rows first, and raise `DataError` if the run would stop because of them.
+    Raises `DataError` for a teacher or clusters of other data.
+    """
     data, complete = run.data, run.source.open()
+    if look:
+        first_look.refuse_unusable(complete, data)
     parts = holdout.split(complete, data, run.held_out_evals)
     digest = fingerprint(parts.train)
     opened = TrainingData(

@@ -12,9 +12,10 @@ from clipx.config.ranges import BatchSize, Count, CountOrZero, LongCount, NonNeg
 from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.evaluation import EvaluationSet
+from clipx.data.first_look import refuse_unfit
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, DataError
 from clipx.evaluators.base import Evaluator
 from clipx.models.layers import Tower
 from clipx.parallel.mesh import MeshConfig
@@ -246,7 +247,23 @@ class EvalSpec:
             return EvaluationSet(held_out(), image_size, limit=limit)
         if field not in self.sources:
             return None
-        return EvaluationSet(self.sources[field].open(), image_size, limit=limit)
+        try:
+            source = self.sources[field].open()
+        except DataError as error:  # a source does not know that its flags need the eval's name
+            path = f"--config.evals.{self.name}.{EVAL_SOURCES[field]}."
+            raise DataError(str(error).replace("--config.data.", path)) from None
+        return EvaluationSet(source, image_size, limit=limit)
+
+    def look(self, evaluator: Evaluator) -> None:
+        """Raises `DataError` if no row of the data of the open `evaluator` can be used."""
+        for field in self.sources:
+            examples: EvaluationSet = getattr(evaluator, field)
+            refuse_unfit(
+                f"evals.{self.name}.{EVAL_SOURCES[field]}",
+                examples.source,
+                self.evaluator.needs,
+                examples.limit,
+            )
 
     def open(self, image_size: int, held_out: Callable[[], Source]) -> Evaluator:
         """The evaluator, with its data open. held_out: as for `examples`."""

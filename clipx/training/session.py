@@ -128,9 +128,14 @@ def open_session(
     if start is not None:
         refuse_other_config(folder, run.complete)
         saved = checkpoints.restore_run(start)
-    data = open_data(run)
+    data = open_data(run, look=True)
     evaluators = run.evaluators(data.held_out)
     sources = guesses.sources(data.source, evaluators)
+    for where, source in sources.items():
+        for line in guesses.lines(where, source):
+            tell(line)
+    for spec in run.evals:
+        spec.look(evaluators[spec.name])
     run, guessed = _with_guesses(run, folder, sources, resuming=saved is not None)
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
@@ -138,9 +143,6 @@ def open_session(
     opened = with_data(run, len(data), tokenizer, data.fingerprint)
     loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
     tell("\n".join([*describe(opened, data.fingerprint), *data.notes]))
-    for where, source in sources.items():
-        for line in guesses.lines(where, source):
-            tell(line)
     for name, evaluator in evaluators.items():
         for note in evaluator.notes():
             tell(f"{name}: {note}")
