@@ -193,7 +193,7 @@ def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
     fails(tmp_path / "run", "no tokenizer.json|no config.json")
     shutil.copytree(sources["workdir"], tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer.json").write_text('{"config": {"na')
-    fails(tmp_path / "cut", "a tokenizer that clipx wrote")
+    fails(tmp_path / "cut", "tokenizer.json, which is damaged")
     (tmp_path / "model.pt").write_bytes(b"x")
 
     def none(name):
