@@ -20,6 +20,8 @@ from clipx.config.binding import bind
 from clipx.data import pictures, row_arrays
 from clipx.data.base import Example
 from clipx.data.quarantine import Quarantine
+from clipx.data.sources.auto import Auto
+from clipx.data.sources.files import Files
 from clipx.data.sources.folder import Folder
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
@@ -210,6 +212,7 @@ def annotations(**entry) -> Callable[[], bytes]:
     ).encode()
 
 
+_TEXTS = {f"{name}.txt": text.encode() for name, text in zip(NAMES[2:], CAPTIONS)}
 _PARTS = ("noun", "verb", "adj", "adv")
 KINDS = (
     Kind("pairs.tar", pairs, lambda p: rows(WebDataset(str(p)))),
@@ -248,6 +251,15 @@ KINDS = (
         lambda: json.dumps(ABOUT).encode(),
         lambda p: row_arrays.open_clusters(str(p.with_suffix(".npy")), rows=6, fingerprint="f"),
         {"clusters.npy": array(np.zeros(6, np.int32))},
+    ),
+    Kind("any.tar", pairs, lambda p: rows(Auto(str(p)))),
+    Kind("any.csv", lambda: lines(","), lambda p: rows(Auto(str(p))), _PICTURES),
+    *(
+        Kind(name, lambda data=data: data, lambda p: rows(Files(str(p.parent))), _PICTURES | _TEXTS)
+        for name, data in (
+            ("000.json", json.dumps({"caption": CAPTIONS[0]}).encode()),
+            ("001.txt", "\n".join(CAPTIONS).encode()),
+        )
     ),
     Kind("rows.arrow", arrow, lambda p: rows(Table(str(p)))),
     Kind("pictures.parquet", embedded, lambda p: rows(Table(str(p), label="label"))),

@@ -51,7 +51,7 @@ class Columnar:
     def rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         number = 0
         for batch in self._guarded(names):
-            for cells in zip(*(batch.column(name).to_pylist() for name in names)):
+            for cells in zip(*(self._cells(batch, name) for name in names)):
                 number += 1
                 yield number, list(cells)
 
@@ -88,7 +88,7 @@ class Columnar:
         try:
             with os.fdopen(handle, "wb") as out:
                 for batch in self._guarded([column]):
-                    for cell in batch.column(column).to_pylist():
+                    for cell in self._cells(batch, column):
                         data = cell.get("bytes") if isinstance(cell, dict) else cell
                         path = cell.get("path") if isinstance(cell, dict) else ""
                         places.append((out.tell(), len(data)) if data is not None else (0, ABSENT))
@@ -120,6 +120,13 @@ class Columnar:
         try:
             yield from self._batches(list(names), _FEW if self._heavy(names) else _BATCH)
         except self._errors as error:
+            raise self._damaged(error) from None
+
+    def _cells(self, batch: Any, name: str) -> list[Any]:
+        """A column of a batch."""
+        try:
+            return batch.column(name).to_pylist()
+        except UnicodeDecodeError as error:
             raise self._damaged(error) from None
 
     def _heavy(self, names: Sequence[str]) -> bool:

@@ -140,7 +140,8 @@ class WordNet:
         sense. The position of an adjective may follow its word, as in `galore(ip)`.
         """
         data = self._files[f"data.{part}"]
-        fields = data[offset : data.find(b"\n", offset)].split()
+        inside = 0 <= offset < len(data)
+        fields = data[offset : data.find(b"\n", offset)].split() if inside else []
         if not fields or fields[0] != b"%08d" % offset:
             raise DataError(
                 f"WordNet's data.{part} has no synset at byte {offset}: the file does not belong "
