@@ -8,6 +8,7 @@ By default the run's own evals. `--config=FILE` takes the evals of a config inst
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -37,15 +38,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
         config = read_config(pathlib.Path(workdir).expanduser())
     if flags.FLAGS.config:
         config["evals"] = files.load(flags.FLAGS.config).get("evals", {})
-    for key, text in overrides:
-        if key.split(".")[0] != "evals":
-            raise ConfigError(
-                f"--config.{key}",
-                text,
-                "an override of config.evals: the model is trained already",
-                f"remove --config.{key}",
-            )
-        files.override(config, key, text)
+    override(config, overrides)
     evals = chosen(
         config["evals"],
         flags.FLAGS.evals,
@@ -57,6 +50,20 @@ def main(overrides: list[tuple[str, str]]) -> None:
         evaluate(workdir, step, config)
     else:
         evaluate_file(path, config["evals"], flags.FLAGS.init_ignore, flags.FLAGS.out)
+
+
+def override(config: dict[str, Any], overrides: list[tuple[str, str]]) -> None:
+    """Applies the command line's overrides, of `evals` and of `data.path`: where the data lies now
+    that a run has held rows out of. Raises `ConfigError` for any other."""
+    for key, text in overrides:
+        if key != "data.path" and key.split(".")[0] != "evals":
+            raise ConfigError(
+                f"--config.{key}",
+                text,
+                "an override of config.evals: the model is trained already",
+                f"remove --config.{key}",
+            )
+        files.override(config, key, text)
 
 
 if __name__ == "__main__":

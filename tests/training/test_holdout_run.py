@@ -13,6 +13,7 @@ from clipx.data import row_arrays
 from clipx.data.base import fingerprint
 from clipx.data.sources.webdataset import WebDataset
 from clipx.errors import ConfigError
+from clipx.evaluate import override
 from clipx.serving.evaluation import chosen, evaluate
 from clipx.serving.evaluation import dataset as short_name
 from clipx.train import train
@@ -106,6 +107,14 @@ def test_the_shipped_config_needs_a_path_and_nothing_else(tar, capsys):
     assert assemble(config, jax.devices()[:1]).held_out_evals == ()
     dataset.show_fingerprint(config)
     assert capsys.readouterr().out.count(": 48 rows,") == 1
+
+
+def test_an_evaluation_finds_data_that_has_moved(tar, tmp_path):
+    config = held_out(tar, path=str(tmp_path / "gone.tar"))
+    override(config, [("data.path", str(tar)), ("evals.retrieval.limit", "2")])
+    assert len(assemble(config).evaluators()["retrieval"].examples) == 2
+    with pytest.raises(ConfigError, match="the model is trained already"):
+        override(config, [("data.source", "table")])
 
 
 @pytest.mark.slow
