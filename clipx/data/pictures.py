@@ -1,8 +1,8 @@
 """Decodes pictures on the host: random crops for training, and the evaluation transform.
 
-OpenCV decodes first, and Pillow decodes what OpenCV cannot. JPEGs are decoded at 1/2, 1/4 or 1/8 of
-their size if every crop stays large enough. Orientation tags are ignored in training and in
-evaluation, as in torchvision and open_clip.
+OpenCV decodes JPEG, PNG and WebP, and Pillow decodes what OpenCV cannot. JPEGs are decoded at 1/2,
+1/4 or 1/8 of their size if every crop stays large enough. Orientation tags are ignored in training
+and in evaluation, as in torchvision and open_clip.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -31,6 +32,9 @@ _Result = TypeVar("_Result")
 TRIES = 10  # random boxes per crop before the fallback to a centre crop
 _RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
 _MOST_PIXELS = 1 << 26  # larger pictures are refused: 200 MB when decoded
+# JPEG, PNG and WebP, which OpenCV decodes as Pillow does. Other formats may get other colours:
+# transparent GIF, and Lab or floats in TIFF.
+_OPENCV = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP", re.DOTALL)
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _READ_REDUCED = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -118,15 +122,16 @@ def header(example: Example) -> tuple[int, int, str]:
 
 
 def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels from OpenCV at 1/reduce of the width and height, or at full size from Pillow,
-    which knows more formats."""
+    """RGB pixels: of JPEG, PNG and WebP from OpenCV at 1/reduce of the width and height, of other
+    formats at full size from Pillow, as evaluation reads them."""
     if isinstance(example.image, np.ndarray):
         return example.image
-    data = np.frombuffer(example.image, np.uint8)
-    with contextlib.suppress(cv2.error):
-        pixels = cv2.imdecode(data, _READ | _READ_REDUCED.get(reduce, 0))
-        if pixels is not None:
-            return pixels
+    if _OPENCV.match(example.image):
+        data = np.frombuffer(example.image, np.uint8)
+        with contextlib.suppress(cv2.error):
+            pixels = cv2.imdecode(data, _READ | _READ_REDUCED.get(reduce, 0))
+            if pixels is not None:
+                return pixels
     with _unreadable(example):
         return np.asarray(_rgb(Image.open(io.BytesIO(example.image))))
 
@@ -206,10 +211,26 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """`picture` in mode RGB. 16-bit grey keeps its upper 8 bits, where Pillow would clip at 255."""
-    if picture.mode.startswith("I"):
+    """`picture` in mode RGB. 16-bit grey keeps its upper 8 bits, and floats from 0 to 1 are scaled,
+    where Pillow would clip at 255 and at 0. Raises `ValueError` for other ranges of numbers."""
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        picture = Image.fromarray(_to_bytes(np.asarray(picture)))
+    elif picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
     return picture.convert("RGB")
+
+
+def _to_bytes(grey: np.ndarray) -> UInt8[np.ndarray, "h w"]:
+    """Grey values of 32 bits as bytes. Their range tells what is white: 1 for floats, 255, or
+    65,535 for whole numbers."""
+    least, most = (float(value) for value in (grey.min(), grey.max()))
+    whole = np.issubdtype(grey.dtype, np.integer)
+    whites = (255, 65_535) if whole else (1, 255)
+    white = next((white for white in whites if 0 <= least <= most <= white), None)
+    if white is None:
+        expected = " or 0 to ".join(map(str, whites))
+        raise ValueError(f"grey values from {least:g} to {most:g}, expected 0 to {expected}")
+    return (grey >> 8 if white == 65_535 else np.rint(grey * (255 / white))).astype(np.uint8)
 
 
 @contextlib.contextmanager

@@ -227,6 +227,8 @@ PALETTE = Image.fromarray(photo()).quantize(16)
 FRAMES = [Image.fromarray(photo(i)) for i in range(3)]
 ANIMATED = {"save_all": True, "append_images": FRAMES[1:], "duration": 50}
 CMYK = encode(Image.fromarray(photo()).convert("CMYK"), "JPEG", quality=95)
+CLEAR = encode(PALETTE, "GIF", transparency=2)
+LAB = encode(Image.fromarray(photo()).convert("LAB"), "TIFF")
 SIXTEEN = photo()[..., ::-1].astype(np.uint16) * 256 + 77
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
@@ -292,6 +294,28 @@ def grey(pixels: np.ndarray) -> np.ndarray:
             id="rotated, with an EXIF tag",
         ),
         pytest.param(encode(photo(), "PNG"), "jpg", photo(), 0, id="PNG called .jpg"),
+        pytest.param(
+            encode(PALETTE, "GIF", transparency=2),
+            "png",
+            np.asarray(
+                Image.open(io.BytesIO(encode(PALETTE, "GIF", transparency=2))).convert("RGB")
+            ),
+            0,
+            id="GIF with a transparent colour",
+        ),
+        pytest.param(
+            LAB, "png", np.asarray(Image.open(io.BytesIO(LAB)).convert("RGB")), 0, id="Lab TIFF"
+        ),
+        pytest.param(
+            encode((GREY / 255).astype(np.float32), "TIFF"), "png", grey(GREY), 0, id="floats to 1"
+        ),
+        pytest.param(
+            encode(GREY.astype(np.float32), "TIFF"), "png", grey(GREY), 0, id="floats to 255"
+        ),
+        pytest.param(encode(GREY.astype(np.int32), "TIFF"), "png", grey(GREY), 0, id="int32"),
+        pytest.param(
+            encode(GREY.astype(np.int32) * 257, "TIFF"), "png", grey(GREY), 0, id="16 bits in int32"
+        ),
     ],
 )
 def test_odd_pictures_that_are_used(tmp_path, tokenizer, data, kind, wanted, off):
@@ -323,8 +347,14 @@ def bomb(side: int) -> bytes:
         (encode(photo(0, 200, 200), "JPEG")[:2000], "the picture (2000 bytes) cannot be decoded: "),
         (encode(photo(0, 200, 200), "PNG")[:2000], "the picture (2000 bytes) cannot be decoded: "),
         (encode(photo(), "JPEG")[:10], "the picture (10 bytes) cannot be decoded: "),
+        (encode(np.full((8, 8), -1, np.float32), "TIFF"), "the picture ("),
+        (encode(np.full((8, 8), 300, np.float32), "TIFF"), "the picture ("),
+        (encode(np.full((8, 8), np.nan, np.float32), "TIFF"), "the picture ("),
     ],
-    ids=["nothing", "a web page", "half a JPEG", "half a PNG", "a header"],
+    ids=[
+        *("nothing", "a web page", "half a JPEG", "half a PNG", "a header"),
+        *("negative floats", "floats above 255", "no numbers"),
+    ],
 )
 def test_pictures_that_are_not_used(tmp_path, tokenizer, data, reason):
     assert load(tmp_path, tokenizer, data)[2].startswith(reason)
