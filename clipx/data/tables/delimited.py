@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -20,6 +21,7 @@ SEPARATORS = (",", "\t", ";", "|")
 _LOOKED_AT = 100  # rows from which to infer the separator and what a row looks like
 _SHOWN = 3  # damaged rows to name
 _TOLERATED = 0.05  # share of damaged rows to leave out; a file with more is refused
+_HIGHEST = 2  # line breaks in the name of a column
 _SHAPES = 5  # a column of names or ids has few shapes
 
 
@@ -148,14 +150,14 @@ class Csv:
         line, count = cells.damaged[0], len(cells.first_damaged)
         return DataError(
             f"{self.path}: line {line} has {count} cells, expected {len(self.columns)} "
-            f"({', '.join(self.columns)}); the line is damaged, or a "
+            f"({', '.join(map(_brief, self.columns))}); the line is damaged, or a "
             f"{_spelt(self.separator)!r} inside a cell is not quoted"
         )
 
     def _one_column(self, start: list[str], first: str, best: str, another: bool) -> DataError:
-        problem = f"{self.path}: one column, {first!r}"
+        problem = f"{self.path}: one column, {_brief(first)!r}"
         if another:
-            names = ", ".join(_first_row(start, best))
+            names = ", ".join(_brief(name) for name in _first_row(start, best))
             return DataError(
                 f"{problem}, with separator {_spelt(self.separator)!r}; separator "
                 f"{_spelt(best)!r} gives the columns {names}; "
@@ -304,12 +306,13 @@ def _doubled(cells: Iterable[str]) -> bool:
 
 
 def _first_row(start: list[str], separator: str) -> list[str]:
-    reader = csv.reader(start, delimiter=separator, skipinitialspace=True)
-    try:
-        return [cleaned(name) for name in next(filter(None, reader))]
-    except csv.Error:
-        first = next(line for line in start if line.strip())
-        return [cleaned(name) for name in first.split(separator)]
+    """The cells of the first line. A quote in it that does not close there is a letter."""
+    for quotes in ("cells", "letters"):
+        with contextlib.suppress(csv.Error):
+            first = next(filter(None, _reader(start, separator, quotes, strict=False)), [""])
+            if not any(cell.count("\n") > _HIGHEST for cell in first):
+                return [cleaned(name) for name in first]
+    return [cleaned(name) for name in start[0].split(separator)]
 
 
 def _widths(start: list[str]) -> dict[str, tuple[float, int]]:
@@ -332,6 +335,12 @@ def _width(rows: list[str], separator: str, quotes: str) -> tuple[float, int]:
     except csv.Error:
         return 0, 1
     return (widths.count(widths[0]) / len(widths), widths[0]) if widths[0] > 1 else (0, 1)
+
+
+def _brief(name: str) -> str:
+    """The name of a column on one line, without what is behind 60 characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def _spelt(separator: str) -> str:

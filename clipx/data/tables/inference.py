@@ -193,10 +193,12 @@ class _Column:
         )
 
     def __str__(self) -> str:
+        name = self.name if len(self.name) <= 60 else f"{self.name[:57]}..."
+        name = name.replace("\n", " ")
         if self.texts:
             text = self.texts[0].replace("\n", " ")
-            return f"{self.name} ({text[:30]}{'...' * (len(text) > 30)})"
-        return f"{self.name} ({type(self.cells[0]).__name__ if self.cells else 'empty'})"
+            return f"{name} ({text[:30]}{'...' * (len(text) > 30)})"
+        return f"{name} ({type(self.cells[0]).__name__ if self.cells else 'empty'})"
 
 
 def _caption_rank(name: str) -> float:

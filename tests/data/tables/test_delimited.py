@@ -158,3 +158,11 @@ def test_a_file_in_another_encoding_names_a_command_that_works(folder):
         new.write_text((folder / "t.csv").read_bytes().decode(kind))
         assert found.endswith(f"set --config.data.path={new}")
         assert Table(str(new))[0].texts[0].startswith("caf")
+
+
+def test_a_quote_that_opens_in_the_first_line_is_told_in_one_line(folder):
+    (folder / "t.csv").write_text(
+        'image| n| "caption\n' + "".join(f"{i}.jpg| 1| a\n" for i in range(24))
+    )
+    table = Table(str(folder / "t.csv"), captions='"caption')
+    assert len(table) == 24 and guess(table, "quotes") == "letters"
