@@ -50,9 +50,9 @@ def pack(
 
     A shard has at most `shard_bytes` bytes and `shard_rows` rows; None means no limit. A sample
     has the members `<row>.jpg` (or png, webp: the unchanged encoded bytes), `.txt` with the first
-    caption, `.json` with all `captions` if there are several, and `.cls` with the label. Every
-    image is decoded, and bad rows are left out. `output` appears only when it is complete.
-    `progress(n)` is called after every n rows.
+    caption, `.json` with all `captions` if there are several or the one has several lines, and
+    `.cls` with the label. Every image is decoded, and bad rows are left out. `output` appears only
+    when it is complete. `progress(n)` is called after every n rows.
 
     Raises `DataError` if `output` is not empty or cannot be written, if no row can be used, and if
     the shards do not read back.
@@ -162,7 +162,9 @@ def _sample(source: Source, row: int) -> _Members | BadSample:
     first = example.texts[0].encode("utf-8", "replace") if example.texts else b""
     if example.texts:
         members.append(("txt", first))
-    if [text.encode("utf-8", "surrogatepass") for text in example.texts] not in ([], [first]):
+    # also for a caption of several lines, which a .txt could not tell from several captions
+    several = [text.encode("utf-8", "surrogatepass") for text in example.texts] not in ([], [first])
+    if several or len(first.splitlines()) > 1:
         members.append(("json", json.dumps({"captions": example.texts}).encode()))
     if example.label is not None:
         members.append(("cls", str(example.label).encode()))

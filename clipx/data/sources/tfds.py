@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data.base import Example, Source, expand_user
+from clipx.data.base import Example, Guess, Source, expand_user
 from clipx.errors import BadSample, DataError, optional
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # likeliest first
@@ -45,6 +45,7 @@ class Tfds(Source):
         self._roles: tuple[str, str, str, str]  # see the function `_roles`
         self._records: Sequence[Mapping[str, Any]]
         self._prefix: str  # of the keys
+        self._guesses: tuple[Guess, ...]
         builder = self._builder()
         folder = str(builder.data_dir)
         image, text, inner, label = _roles(self, builder.info.features, folder)
@@ -54,8 +55,21 @@ class Tfds(Source):
             ("_records", self._open(builder)),
             ("_prefix", f"{builder.info.full_name}/{self.split}"),
             ("classes", tuple(classes)),
+            ("_guesses", self._guessed(image, text, label)),
         ):
             object.__setattr__(self, name, value)
+
+    def guesses(self) -> tuple[Guess, ...]:
+        """The features that were found by their type. A split has no rows to leave out."""
+        return self._guesses
+
+    def _guessed(self, image: str, text: str, label: str) -> tuple[Guess, ...]:
+        roles = {"image": (image, "picture"), "text": (text, "caption"), "label": (label, "label")}
+        return tuple(
+            Guess(field, feature, f"the feature whose type and name are likeliest a {kind}")
+            for field, (feature, kind) in roles.items()
+            if feature and not getattr(self, field)
+        )
 
     def __len__(self) -> int:
         return len(self._records)

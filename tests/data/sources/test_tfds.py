@@ -302,3 +302,12 @@ def test_a_worker_needs_neither_tensorflow_nor_jax(captions, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_features_that_were_found_are_said(captions, labelled):
+    found = {guess.field: guess.value for guess in Tfds("captioned", "train", captions).guesses()}
+    assert found and all(found)
+    source = Tfds("captioned", "train", captions, **found)
+    assert source.guesses() == () and source[1] == Tfds("captioned", "train", captions)[1]
+    found = {guess.field: guess.value for guess in Tfds("labelled", "train", labelled).guesses()}
+    assert found == {"image": "pixels", "label": "label"}
