@@ -94,6 +94,7 @@ class Source(Protocol):
     """
 
     classes: tuple[str, ...]  # names of the labels; () if the data set has no labels
+    alike = False  # True: rows are made, not read, so that a look at a few is a look at all
 
     def __len__(self) -> int: ...
 

@@ -21,6 +21,7 @@ from clipx.data.text import cleaning
 from clipx.errors import BadSample, DataError
 
 LOOKED_AT = 1000  # rows, spread over the set; their pictures are not decoded
+_FEW_ALIKE = 20  # rows looked at if they are made
 _FEW = 5  # bad rows that a small set may have
 _SHOWN = 3  # reasons listed in an error
 _VARIES = re.compile(r"\S*[/\\]\S*|'[^']*'|\d+")  # what differs between rows with the same fault
@@ -98,7 +99,7 @@ def _faults(
     source: Source, fault: Callable[[int], BadSample | None], rows: int
 ) -> tuple[list[BadSample], int]:
     """(what is wrong with rows among those looked at, how many are looked at)."""
-    chosen = spread(rows, LOOKED_AT).tolist()
+    chosen = spread(rows, _FEW_ALIKE if source.alike else LOOKED_AT).tolist()
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return [error for error in pool.map(fault, chosen) if error is not None], len(chosen)
 

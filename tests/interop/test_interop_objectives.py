@@ -76,7 +76,13 @@ def config(name):
     return found
 
 
-@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+# of the others, the towers are among the proofs of test_interop_open_clip.py
+NIGHTLY = {"declip", "defilip", "slip", "protoclip"} & set(tiny.OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in NIGHTLY)) for n in tiny.OBJECTIVES]
+)
 def test_trained_and_exported(name, tmp_path):
     mesh, why = MODELS[name][-2:]
     devices = jax.devices()[: 8 if mesh else 1]

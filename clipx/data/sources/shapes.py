@@ -98,6 +98,7 @@ class Shapes(Source):
     image_size: Annotated[int, Range(16, 2**14)] = 64  # pixels per side
 
     classes = CLASSES
+    alike = True
 
     def __len__(self) -> int:
         return self.size or (600 if self.split == "test" else 16384)
@@ -113,10 +114,6 @@ class Shapes(Source):
             image, names, parts = self._single(rng, label)
             return Example(image, names if test else names + parts, row, key, label)
         return Example(*self._pair(rng), row, key)
-
-    def glance(self, row: int) -> Example:
-        """As `Source.glance`. Draws a small picture: the rest does not depend on its size."""
-        return dataclasses.replace(self, image_size=16)[row]._replace(image=b"")
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
