@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from PIL import Image
 
 from clipx.data.loader import Loader
 from clipx.errors import MetricsError
-from clipx.training.checkpoint import read_json, write_json
+from clipx.training.checkpoint import write_json
 
 FOLDER = "episodes"
 COLOURED = 10  # the map colours this many of the largest clusters of each labelling
@@ -127,8 +128,8 @@ def files(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def read(path: pathlib.Path) -> Episode:
     """An episode from the file that `write` wrote. Raises `ValueError` for any other file."""
-    value = read_json(path)
     try:
+        value = json.loads(path.read_text())
         return Episode(
             **value
             | {
@@ -136,7 +137,7 @@ def read(path: pathlib.Path) -> Episode:
                 "prototypes": [Prototype(**p) for p in value["prototypes"]],
             }
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not the file of an episode: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import runpy
 import sys
 import warnings
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from absl import flags
+from absl import logging as absl_logging
 
 from support import ROOT
 
@@ -23,6 +25,8 @@ def run(name, *arguments, folder=ROOT):
     """Runs clipx's command `name` in `folder`. Its flags are forgotten afterwards. Not for `plan`,
     which sets the number of JAX's devices."""
     before, out, err = set(flags.FLAGS), io.StringIO(), io.StringIO()
+    verbosity = absl_logging.get_verbosity()
+    handlers, level = logging.root.handlers[:], logging.root.level
     try:
         with (
             contextlib.chdir(folder),
@@ -39,4 +43,7 @@ def run(name, *arguments, folder=ROOT):
     finally:
         for flag in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, flag)
+        absl_logging.set_verbosity(verbosity)  # a command logs what is fatal alone
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
     return Done(code, out.getvalue(), err.getvalue())
