@@ -228,6 +228,6 @@ def test_scores_are_finite_at_any_rows(rows):
         scores, _ = DotCritic(8).apply(v, a, b, train=True, mutable="batch_stats")
         return jnp.mean(losses.jsd(*scores))
 
-    value, grads = jax.value_and_grad(loss)(variables["params"])
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
     assert value.dtype == jnp.float32
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))

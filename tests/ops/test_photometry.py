@@ -274,6 +274,7 @@ def test_hue_shifts_both_ways():
     assert 140 <= out[:, 1:].max() <= 153  # 25 of 255 steps; a third of the circle is 85
 
 
+@pytest.mark.slow  # 600 pictures; `test_rows_are_alone` and the tests of each operation stay
 def test_all_24_orders(image):
     """Each 24th of the sampled range gives one order of the four operations; all orders differ."""
     count = 600
