@@ -101,7 +101,7 @@ def declared(module_name: str, annotation: ast.expr) -> tuple[str, str]:
         """Replaces the names of ranges by types, and collects what they say."""
 
         def visit_Name(self, node: ast.Name) -> ast.expr:
-            if node.id in RANGES and node.id not in vars(typing):
+            if typing.get_origin(RANGES.get(node.id)) in (Annotated, tuple):
                 return self.visit(spelled(RANGES[node.id], words))
             own = [n.value for n in module(module_name)[0].body if assigns(n, node.id)]
             return self.visit(own[0]) if own and "Annotated" in ast.unparse(own[0]) else node
