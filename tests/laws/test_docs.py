@@ -352,6 +352,7 @@ def written(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow  # trains with them
 def test_the_examples_of_extend_work_together(written, monkeypatch):
     """Trained on the source with the objective and the tower, evaluated, exported and proven."""
     pictures = written / "pictures"

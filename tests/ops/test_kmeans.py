@@ -129,6 +129,7 @@ def test_as_good_as_faiss(data):
     assert fit(x).inertia <= 1.005 * model.obj[-1]
 
 
+@pytest.mark.slow  # the test below holds what it samples by
 def test_kmeans_plus_plus_finds_far_clusters():
     x = mixture(spread=30.0)
     found = [fit(x, init="kmeans++", restarts=1)]
