@@ -12,11 +12,11 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from clipx.data.base import Guess
 from clipx.data.tars import shown
-from clipx.errors import DataError
+from clipx.errors import BadSample, DataError
 
 T = TypeVar("T")
 
@@ -87,6 +87,15 @@ class Reader:
     captions_from: Member = "json"  # which to take where both have captions
     txt_lines: Lines = "one"
 
+    def of_row(self, key: str, texts: Texts) -> tuple[str, ...] | None:
+        """As `__call__`, of the row with a key. Raises `BadSample` for what cannot be used."""
+        try:
+            return self(texts)
+        except Unusable as error:
+            raise BadSample(key, str(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise BadSample(key, f"the caption cannot be read ({error})") from None
+
     def __call__(self, texts: Texts) -> tuple[str, ...] | None:
         """The non-empty captions, stripped; None if the members have no place for captions.
 
@@ -121,29 +130,42 @@ class Reader:
         return captions
 
 
+class Settings(Protocol):
+    """The settings of a source that reads captions from files; None: taken from the files."""
+
+    @property
+    def captions_key(self) -> str: ...
+    @property
+    def caption_key(self) -> str: ...
+    @property
+    def captions_from(self) -> Member | None: ...
+    @property
+    def txt_lines(self) -> Lines | None: ...
+
+
 def decide(
-    samples: Sequence[Texts],
-    *,
-    captions_key: str,
-    caption_key: str,
-    captions_from: Member | None,
-    txt_lines: Lines | None,
+    where: str, settings: Settings, samples: Sequence[Texts], *, labels: bool = False
 ) -> tuple[Reader, tuple[Guess, ...]]:
     """The reader of a set's captions, and what was guessed for it.
 
-    samples: of rows that are spread over the set. A setting that is None is taken from them.
-    Raises `DataError`, without the name of a file, if they hold captions under other keys alone,
-    and if it is unclear whether lines are captions.
+    where: the path of the set. samples: of rows that are spread over it. labels: whether rows have
+    labels, and so need no captions. Raises `DataError` if the samples hold captions under other
+    keys alone, and if it is unclear whether lines are captions.
     """
-    reader, guesses = Reader(captions_key, caption_key), []
-    keys = {"captions_from": captions_from, "txt_lines": txt_lines}
-    for key, guess_from in (("captions_from", _guess_member), ("txt_lines", _guess_lines)):
-        value = keys[key]
-        if value is None and (guess := guess_from(reader, samples)):
-            guesses.append(guess)
-            value = guess.value
-        if value is not None:
-            reader = dataclasses.replace(reader, **{key: value})
+    reader, guesses = Reader(settings.captions_key, settings.caption_key), []
+    given = {"captions_from": settings.captions_from, "txt_lines": settings.txt_lines}
+    try:
+        for key, guess_from in (("captions_from", _guess_member), ("txt_lines", _guess_lines)):
+            value = given[key]
+            if value is None and (guess := guess_from(reader, samples)):
+                guesses.append(guess)
+                value = guess.value
+            if value is not None:
+                reader = dataclasses.replace(reader, **{key: value})
+        if not labels:
+            _refuse_other_keys(reader, samples)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     return reader, tuple(guesses)
 
 
@@ -182,7 +204,7 @@ def _guess_lines(reader: Reader, samples: Sequence[Texts]) -> Guess | None:
     return Guess("txt_lines", "one", said)
 
 
-def refuse_other_keys(reader: Reader, samples: Sequence[Texts]) -> None:
+def _refuse_other_keys(reader: Reader, samples: Sequence[Texts]) -> None:
     """Raises `DataError`, without the name of a file, if all samples have a .json and no captions:
     names the keys that the .json have, and the setting for the likeliest."""
     if not samples or any(_usable(reader, texts) for texts in samples):

@@ -16,9 +16,7 @@ from clipx.data.captions import (
     Member,
     Reader,
     Texts,
-    Unusable,
     decide,
-    refuse_other_keys,
 )
 from clipx.data.contents import TEXT_ENDS, Folder
 from clipx.data.order import spread
@@ -102,12 +100,7 @@ class Files(Source):
         if not 0 <= row < len(self):
             raise IndexError(row)
         key = self._key(row)
-        try:
-            captions = self._reader(self._texts(row))
-        except Unusable as error:
-            raise BadSample(key, str(error)) from None
-        except (ValueError, RecursionError) as error:
-            raise BadSample(key, f"the caption cannot be read ({error})") from None
+        captions = self._reader.of_row(key, self._texts(row))
         if captions is None:
             raise BadSample(key, "no caption (.txt or .json)")
         return Example(b"", captions, row, key)
@@ -150,18 +143,7 @@ class Files(Source):
         for row in rows[spread(len(rows), SAMPLED)].tolist():
             with contextlib.suppress(BadSample):
                 samples.append(self._texts(row))
-        try:
-            reader, guesses = decide(
-                samples,
-                captions_key=self.captions_key,
-                caption_key=self.caption_key,
-                captions_from=self.captions_from,
-                txt_lines=self.txt_lines,
-            )
-            refuse_other_keys(reader, samples)
-        except DataError as error:
-            raise DataError(f"{self._root}: {error}") from None
-        return reader, guesses
+        return decide(self._root, self, samples)
 
 
 def _text(stem: str, tops: tuple[str, str]) -> str:

@@ -23,16 +23,14 @@ from clipx.data.captions import (
     Member,
     Reader,
     Texts,
-    Unusable,
     decide,
     decode,
-    refuse_other_keys,
 )
 from clipx.data.order import spread
 from clipx.data.shard_index import PICTURES, ROLES, index_shards
 from clipx.data.storage import ABSENT, THREADS, is_remote, read
 from clipx.data.tars import BLOCK, merged
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,30 +149,14 @@ class WebDataset(Source):
         threads = THREADS if any(map(is_remote, self._shards)) else 1
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             samples = [one for one in pool.map(texts, rows.tolist()) if one is not None]
-        try:
-            reader, guesses = decide(
-                samples,
-                captions_key=self.captions_key,
-                caption_key=self.caption_key,
-                captions_from=self.captions_from,
-                txt_lines=self.txt_lines,
-            )
-            if (self._places[:, 3, 1] == ABSENT).all():
-                refuse_other_keys(reader, samples)
-        except DataError as error:
-            raise DataError(f"{self._shards[0]}: {error}") from None
-        return reader, guesses
+        labels = bool((self._places[:, 3, 1] != ABSENT).any())
+        return decide(self._shards[0], self, samples, labels=labels)
 
     def _texts(
         self, key: str, text: bytes | None, meta: bytes | None, label: bytes | None
     ) -> tuple[str, ...]:
         """The non-empty captions, stripped; () for a sample that only has a label."""
-        try:
-            captions = self._reader(Texts(text, meta))
-        except Unusable as error:
-            raise BadSample(key, str(error)) from None
-        except (ValueError, RecursionError) as error:
-            raise BadSample(key, f"the caption cannot be read ({error})") from None
+        captions = self._reader.of_row(key, Texts(text, meta))
         if captions is None and label is None:
             raise BadSample(key, "no caption (.txt or .json)")
         return captions or ()
