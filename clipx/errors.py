@@ -12,7 +12,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 DISTRIBUTION = "clipx-jax"  # what pip calls it: on the index `clipx` is another project
 
@@ -31,6 +31,17 @@ def readable(text: str) -> str:
     return "\n".join(
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
     )
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, with commas, and how many more there are."""
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(names[:most]) + more
+
+
+def data_flag(key: str, value: str) -> str:
+    """The argument that sets config.data.<key> to `value`, as a shell reads it."""
+    return f"--config.data.{key}={shlex.quote(value)}"
 
 
 class ConfigError(Exception):

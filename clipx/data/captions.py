@@ -10,13 +10,12 @@ import collections
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from clipx.data.base import Guess
 from clipx.data.tars import shown
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, data_flag, listed
 
 T = TypeVar("T")
 
@@ -34,8 +33,6 @@ _MARKS = (  # byte order marks; that of UTF-32 starts with that of UTF-16
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _ADDRESS = re.compile(r"\w+://|^\S+$")  # a value that is no caption: an address, a name
 _TELLING = re.compile("caption|text|alt|title|desc|prompt|sentence", re.IGNORECASE)
-_LISTED = 8  # keys of a .json named in an error
-_FLAG = "--config.data."
 
 
 def decode(data: bytes) -> str:
@@ -199,7 +196,8 @@ def _guess_lines(reader: Reader, samples: Sequence[Texts]) -> Guess | None:
     said = f"{several:,} of {len(counts):,} .txt looked at have several lines"
     if several > len(counts) / 2:
         raise DataError(
-            f"{said}: set {_FLAG}txt_lines=each if each line is a caption, or {_FLAG}txt_lines=one"
+            f"{said}: set {data_flag('txt_lines', 'each')} if each line is a caption, or "
+            f"{data_flag('txt_lines', 'one')}"
         )
     return Guess("txt_lines", "one", said)
 
@@ -222,12 +220,11 @@ def _refuse_other_keys(reader: Reader, samples: Sequence[Texts]) -> None:
     best = [pair for pair, score in likely.most_common() if score > 0 and pair[1] not in own][:3]
     if not found or (not best and any(key in found for key in own)):
         return  # the rows are bad one by one
-    listed = ", ".join(shown(key) for key, _ in found.most_common(_LISTED))
-    more = f" and {len(found) - _LISTED} more" * (len(found) > _LISTED)
-    flags = [f"{_FLAG}{setting}={shlex.quote(key)}" for setting, key in best]
-    fix = " or ".join(flags) or f"{_FLAG}caption_key to the key of the captions"
+    keys = listed([shown(key) for key, _ in found.most_common()])
+    flags = [data_flag(setting, key) for setting, key in best]
+    fix = " or ".join(flags) or "--config.data.caption_key to the key of the captions"
     raise DataError(
-        f"no captions: the .json have the keys {listed}{more}, and no text under "
+        f"no captions: the .json have the keys {keys}, and no text under "
         f"{' or '.join(own)}; set {fix}"
     )
 

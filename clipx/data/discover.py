@@ -23,8 +23,9 @@ from clipx.data.contents import (
 from clipx.data.storage import expand, is_remote
 from clipx.data.tables import inference, paths
 from clipx.data.tables.cells import strings
-from clipx.data.tables.formats import ENDS, open_table
-from clipx.errors import DataError
+from clipx.data.tables.formats import ENDS, File, open_table
+from clipx.data.tables.separators import separator_of
+from clipx.errors import DataError, data_flag
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of imagefolder
 _MOST_TABLES = 12  # tables to open
@@ -61,7 +62,7 @@ def discover(
     Raises `DataError` if nothing does that clipx reads, which lists what there is, and if several
     things do.
     """
-    look = _Look(dict(given or {}), tuple(wanted))
+    look = _Look(dict(given or {}), tuple(wanted), {})
     if isinstance(path, str):
         folder = expand_user(path)
         if not is_remote(path) and os.path.isdir(folder):
@@ -75,7 +76,7 @@ def discover(
     if os.path.isdir(files[0].path):
         raise DataError(
             f"{first}: {len(files)} folders, such as {files[0].path}; expected one folder: set "
-            f"--config.data.path={os.path.dirname(files[0].path)}"
+            f"{data_flag('path', os.path.dirname(files[0].path))}"
         )
     return look.file(path, files[0].path)
 
@@ -85,6 +86,7 @@ class _Look(NamedTuple):
 
     given: dict[str, Any]
     wanted: tuple[str, ...]
+    opened: dict[str, File]  # tables by path: opening one may read all of it
 
     def file(self, path: str | Sequence[str], first: str) -> Found:
         """What a file is, or several like it. `first`: the first of them."""
@@ -209,12 +211,19 @@ class _Look(NamedTuple):
                 found = self.file(os.path.join(path, name), full)
                 yield found._replace(what=found.what + note)
 
+    def _open(self, path: str) -> File:
+        """The reader of a table, opened once. Raises `DataError` for one that cannot be read."""
+        if path not in self.opened:
+            separator = separator_of(self.given.get("separator") or "")
+            self.opened[path] = open_table(path, separator, self.given.get("quotes") or "")
+        return self.opened[path]
+
     def _wrong(self, path: str) -> DataError | None:
         """What is wrong with a table; None if it names or holds pictures."""
         given = {key: self.given.get(key) or "" for key in _OF_TABLE}
         captions, column = given["captions"], given["where"].partition("=")[0].strip()
         try:
-            file = open_table(path, _separator(given["separator"]), given["quotes"])
+            file = self._open(path)
             layout = inference.layout(
                 file,
                 image=given["image"],
@@ -245,8 +254,7 @@ class _Look(NamedTuple):
         if self.given.get("where"):
             return {}, ""
         with contextlib.suppress(DataError):
-            separator = _separator(self.given.get("separator") or "")
-            file = open_table(path, separator, self.given.get("quotes") or "")
+            file = self._open(path)
             columns = [name for name in file.columns if name.lower() == "split"]
             if len(columns) != 1:
                 return {}, ""
@@ -261,11 +269,14 @@ class _Look(NamedTuple):
 def _choose(folder: str, candidates: Sequence[Found]) -> str:
     """The message for a folder that holds several things."""
     listed = "; ".join(
-        f"{found.what}: --config.data.source={found.source} "
-        f"--config.data.path={json.dumps(found.values['path'])}"
+        f"{found.what}: --config.data.source={found.source} {_path_flag(found.values['path'])}"
         for found in candidates[:_SHOWN]
     )
     return f"{folder}: {len(candidates)} things to read, expected one; set one of: {listed}"
+
+
+def _path_flag(path: str | list[str]) -> str:
+    return data_flag("path", path if isinstance(path, str) else json.dumps(path))
 
 
 def _likeliest(names: Sequence[str]) -> list[str]:
@@ -273,10 +284,6 @@ def _likeliest(names: Sequence[str]) -> list[str]:
     names = [name for name in names if not name.endswith(".lemma.token.txt")]  # of Flickr8k
     telling = re.compile(r"caption|\.token|^results\.csv$|metadata\.", re.IGNORECASE)
     return [n for n in names if telling.search(os.path.basename(n))] or names
-
-
-def _separator(given: str) -> str:
-    return {"tab": "\t", "\\t": "\t"}.get(given, given)
 
 
 def _several(path: str | Sequence[str]) -> Sequence[str]:

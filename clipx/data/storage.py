@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from clipx.data.base import expand_user
-from clipx.errors import DataError, optional
+from clipx.errors import DataError, listed, optional
 
 THREADS = 32  # for remote files, where most of the time is waiting
 ABSENT = -1  # stands for the size of a member that does not exist
@@ -61,10 +61,9 @@ def expand(pattern: str) -> list[Shard]:
     if len(missing) == len(matches):
         raise DataError(f"{pattern}: no file matches; {_nearest(alternatives[0])}")
     if missing:
-        names = ", ".join(os.path.basename(one) for one in missing[:8])
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        names = listed([os.path.basename(one) for one in missing])
         raise DataError(
-            f"{pattern}: {len(missing)} of {len(matches)} shards are missing: {names}{more}; "
+            f"{pattern}: {len(missing)} of {len(matches)} shards are missing: {names}; "
             "copy them, or narrow the range"
         )
     return [file for one in alternatives for file in matches[one]]

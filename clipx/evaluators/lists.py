@@ -8,9 +8,7 @@ import pathlib
 from typing import Any
 
 from clipx.config.binding import nearest
-from clipx.errors import ConfigError
-
-_SHOWN = 8  # keys of a JSON object listed in an error
+from clipx.errors import ConfigError, listed
 
 
 def entries(value: str, where: str, wanted: str) -> tuple[str, ...]:
@@ -30,12 +28,12 @@ def entries(value: str, where: str, wanted: str) -> tuple[str, ...]:
             fault = f"{path!r}, which is no JSON object"
             raise ConfigError(where, fault, wanted, f"leave #{key} out")
         lines = (line.strip() for line in text.splitlines())
-        listed = tuple(filter(None, lines))
+        found = tuple(filter(None, lines))
     else:
-        listed = _list(parsed, path, key, where)
-    if not listed:
+        found = _list(parsed, path, key, where)
+    if not found:
         raise ConfigError(where, f"no entry in {value!r}", wanted)
-    return listed
+    return found
 
 
 def text_of(path: str, where: str, wanted: str) -> str:
@@ -97,8 +95,7 @@ def _list(parsed: Any, path: str, key: str, where: str) -> tuple[str, ...]:
 
 
 def _shown(parsed: dict[str, Any]) -> str:
-    more = f" and {len(parsed) - _SHOWN} more" if len(parsed) > _SHOWN else ""
-    return "one of its lists: " + ", ".join(list(parsed)[:_SHOWN]) + more
+    return f"one of its lists: {listed(list(parsed))}"
 
 
 def _fix(path: str) -> str:

@@ -19,6 +19,7 @@ from clipx.data.tables.columnar import Columnar, Pictures
 from clipx.data.tables.delimited import Csv
 from clipx.data.tables.formats import File, tables
 from clipx.data.tables.rows import Rows, cut
+from clipx.data.tables.separators import spelt
 from clipx.errors import BadSample, DataError
 
 _LOOKED_AT = 200  # rows from which to infer the folder of the pictures
@@ -238,8 +239,8 @@ class _Reader:
         guesses = list(layout.guesses)
         if isinstance(file, Csv):
             if not self._table.separator:
-                value = {"\t": "tab"}.get(file.separator, file.separator)
-                guesses.append(Guess("separator", value, "it gives every row the same cells"))
+                reason = "it gives every row the same cells"
+                guesses.append(Guess("separator", spelt(file.separator), reason))
             if not self._table.quotes and file.quotes == "letters":
                 reason = "as quotes around cells they would swallow rows or be damaged"
                 guesses.append(Guess("quotes", "letters", reason))

@@ -31,6 +31,12 @@ def cleaned(text: str) -> str:
     return text.replace("\0", "").replace("\ufeff", "").strip()
 
 
+def brief(name: str) -> str:
+    """The name of a column on one line, without what is behind 60 characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= 60 else f"{name[:57]}..."
+
+
 def strings(cell: Any) -> list[str] | None:
     """The strings in one cell, stripped and without NULs.
 

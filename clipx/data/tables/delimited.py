@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import itertools
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from clipx.data.base import Skipped
-from clipx.data.tables.cells import cleaned, has_picture_end
+from clipx.data.tables.cells import brief, cleaned, has_picture_end
 from clipx.data.tables.lines import lines
-from clipx.errors import DataError
+from clipx.data.tables.separators import SEPARATORS, first_row, reader, spelt, split, widths_of
+from clipx.errors import DataError, data_flag
 
-SEPARATORS = (",", "\t", ";", "|")
 _LOOKED_AT = 100  # rows from which to infer the separator and what a row looks like
 _SHOWN = 3  # damaged rows to name
 _TOLERATED = 0.05  # share of damaged rows to leave out; a file with more is refused
-_HIGHEST = 2  # line breaks in the name of a column
 _SHAPES = 5  # a column of names or ids has few shapes
 
 
@@ -44,10 +41,10 @@ class Csv:
         start = [line for line in itertools.islice(lines(path), _LOOKED_AT) if line.strip()]
         if not start:
             raise DataError(f"{path}: an empty file, expected a first line with column names")
-        widths = _widths(start)
+        widths = widths_of(start)
         best = max(SEPARATORS, key=lambda s: widths[s])
         self.separator = separator or best
-        first = _first_row(start, self.separator)
+        first = first_row(start, self.separator)
         if len(first) < 2:
             raise self._one_column(start, first[0], best, widths[best] > (0, 1))
         self._rows_look = _Look.of(start[1:], self.separator, len(first))
@@ -77,16 +74,16 @@ class Csv:
         """All rows but blank ones. Ends with a record of height 0 where cells cannot be told
         apart."""
         width, line, first = len(self.columns), 1, self.header
-        reader = _reader(lines(self.path), self.separator, quotes)
+        records = reader(lines(self.path), self.separator, quotes)
         while True:
             try:
-                cells = next(reader, None)
+                cells = next(records, None)
             except csv.Error as error:
                 yield _Record(line, None, [str(error)], 0)
                 return
             if cells is None:
                 return
-            start, line = line, reader.line_num + 1
+            start, line = line, records.line_num + 1
             if any(cells[width:]) or len(cells) < width:
                 if "".join(cells).strip():
                     yield _Record(start, None, cells, line - start)
@@ -125,8 +122,8 @@ class Csv:
         for line in lines(self.path):
             if '"' not in line:
                 continue
-            cells = next(_split([line], self.separator, "cells"), [])
-            plain = next(_split([line], self.separator, "letters"), [])
+            cells = next(split([line], self.separator, "cells"), [])
+            plain = next(split([line], self.separator, "letters"), [])
             if len(cells) == width and (len(plain) != width or _doubled(plain)):
                 return True
             enclosed += any(_enclosed(cell) for cell in plain)
@@ -150,18 +147,18 @@ class Csv:
         line, count = cells.damaged[0], len(cells.first_damaged)
         return DataError(
             f"{self.path}: line {line} has {count} cells, expected {len(self.columns)} "
-            f"({', '.join(map(_brief, self.columns))}); the line is damaged, or a "
-            f"{_spelt(self.separator)!r} inside a cell is not quoted"
+            f"({', '.join(map(brief, self.columns))}); the line is damaged, or a "
+            f"{spelt(self.separator)!r} inside a cell is not quoted"
         )
 
     def _one_column(self, start: list[str], first: str, best: str, another: bool) -> DataError:
-        problem = f"{self.path}: one column, {_brief(first)!r}"
+        problem = f"{self.path}: one column, {brief(first)!r}"
         if another:
-            names = ", ".join(_brief(name) for name in _first_row(start, best))
+            names = ", ".join(brief(name) for name in first_row(start, best))
             return DataError(
-                f"{problem}, with separator {_spelt(self.separator)!r}; separator "
-                f"{_spelt(best)!r} gives the columns {names}; "
-                f"set --config.data.separator={shlex.quote(_spelt(best))}"
+                f"{problem}, with separator {spelt(self.separator)!r}; separator "
+                f"{spelt(best)!r} gives the columns {names}; "
+                f"set {data_flag('separator', spelt(best))}"
             )
         return DataError(
             f"{problem}, expected a column of pictures and one of captions; if the file has "
@@ -186,8 +183,8 @@ class _Look(NamedTuple):
 
     @classmethod
     def of(cls, start: Sequence[str], separator: str, width: int) -> _Look:
-        quoted = [row for row in _split(start, separator, "cells") if "\n" not in "".join(row)]
-        plain = list(_split(start, separator, "letters"))
+        quoted = [row for row in split(start, separator, "cells") if "\n" not in "".join(row)]
+        plain = list(split(start, separator, "letters"))
         # where a quote swallows most of the file, its lines tell more than its rows
         rows = quoted if len(quoted) * 4 >= len(plain) else plain
         rows, columns = [row for row in rows if len(row) == width], {}
@@ -221,7 +218,7 @@ class _Look(NamedTuple):
         inner = cell.split("\n")[1:]
         if not inner or not self.columns:
             return False
-        return any(self.fits(row) for row in _split(inner, self.separator, "letters"))
+        return any(self.fits(row) for row in split(inner, self.separator, "letters"))
 
 
 @dataclasses.dataclass
@@ -259,30 +256,6 @@ class _Survey:
         return few and self.swallowed is None and self.broken is None
 
 
-def _reader(rows: Iterable[str], separator: str, quotes: str, *, strict: bool = True):
-    """A csv reader; `quotes` is "cells" or "letters"."""
-    return csv.reader(
-        rows,
-        delimiter=separator,
-        quoting=csv.QUOTE_NONE if quotes == "letters" else csv.QUOTE_MINIMAL,
-        skipinitialspace=True,
-        strict=strict,
-    )
-
-
-def _split(rows: Iterable[str], separator: str, quotes: str) -> Iterator[list[str]]:
-    """The cells of each row, without rows that cannot be split."""
-    reader = _reader(rows, separator, quotes)
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error:
-            continue
-        if cells is None:
-            return
-        yield cells
-
-
 def _shape(cell: str) -> str:
     """A cell with each run of digits (and letters among them) as 0, and of letters as a."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"[^\W_]*\d[^\W_]*", "0", cell))
@@ -292,7 +265,7 @@ def _is_row(first: list[str], look: _Look, start: list[str], separator: str) -> 
     """Whether the first line is a row: it has a picture's path, or a name shaped like others."""
     if any(map(has_picture_end, first)):
         return True
-    others = [r for r in _split(start, separator, "letters") if len(r) == len(first)]
+    others = [r for r in split(start, separator, "letters") if len(r) == len(first)]
     return len(others) > 1 and bool(look.columns) and look.fits(first)
 
 
@@ -303,45 +276,3 @@ def _enclosed(cell: str) -> bool:
 
 def _doubled(cells: Iterable[str]) -> bool:
     return any(_enclosed(cell) and '""' in cell.strip()[1:-1] for cell in cells)
-
-
-def _first_row(start: list[str], separator: str) -> list[str]:
-    """The cells of the first line. A quote in it that does not close there is a letter."""
-    for quotes in ("cells", "letters"):
-        with contextlib.suppress(csv.Error):
-            first = next(filter(None, _reader(start, separator, quotes, strict=False)), [""])
-            if not any(cell.count("\n") > _HIGHEST for cell in first):
-                return [cleaned(name) for name in first]
-    return [cleaned(name) for name in start[0].split(separator)]
-
-
-def _widths(start: list[str]) -> dict[str, tuple[float, int]]:
-    """How well each separator fits, with quotes around cells; where none does, with quotes as
-    letters."""
-    widths = {s: _width(start, s, "cells") for s in SEPARATORS}
-    if max(widths.values())[0] < 0.9:
-        widths = {s: max(widths[s], _width(start, s, "letters")) for s in SEPARATORS}
-    return widths
-
-
-def _width(rows: list[str], separator: str, quotes: str) -> tuple[float, int]:
-    """How well a separator fits: (share of rows with as many cells as the first, that number).
-
-    (0, 1) if it does not split the first row.
-    """
-    reader = _reader(rows, separator, quotes, strict=False)
-    try:
-        widths = [len(cells) for cells in reader if cells]
-    except csv.Error:
-        return 0, 1
-    return (widths.count(widths[0]) / len(widths), widths[0]) if widths[0] > 1 else (0, 1)
-
-
-def _brief(name: str) -> str:
-    """The name of a column on one line, without what is behind 60 characters."""
-    name = " ".join(name.split())
-    return name if len(name) <= 60 else f"{name[:57]}..."
-
-
-def _spelt(separator: str) -> str:
-    return "tab" if separator == "\t" else separator

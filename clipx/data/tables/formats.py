@@ -9,6 +9,7 @@ from clipx.data.storage import Shard, expand, is_remote, refuse_folder
 from clipx.data.tables.columnar import Arrow, Parquet
 from clipx.data.tables.delimited import Csv
 from clipx.data.tables.documents import Json, JsonLines, open_json
+from clipx.data.tables.separators import separator_of
 from clipx.errors import DataError
 
 # Every class of files has `path`, `columns`, `unit` (what an error calls a row), `rows(names)`,
@@ -27,11 +28,7 @@ def tables(paths: str | Sequence[str], separator: str = "", quotes: str = "") ->
     `separator` is one character or "tab", `quotes` "cells" or "letters"; '' infers them. Raises
     `DataError` for a table that cannot be read.
     """
-    separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
-    if len(separator) > 1:
-        raise DataError(
-            f"separator={separator!r}: expected one character or tab, or '' to infer it"
-        )
+    separator = separator_of(separator)
     patterns = (paths,) if isinstance(paths, str) else paths
     files: list[Shard] = list(itertools.chain.from_iterable(map(expand, patterns)))
     if not files:

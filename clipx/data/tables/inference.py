@@ -9,16 +9,15 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from clipx.data.base import Guess, expand_user
 from clipx.data.tables import paths
-from clipx.data.tables.cells import has_picture_end, strings
+from clipx.data.tables.cells import brief, has_picture_end, strings
 from clipx.data.tables.columnar import holds_pictures
 from clipx.data.tables.formats import File
-from clipx.errors import DataError
+from clipx.errors import DataError, data_flag, listed
 
 _LOOKED_AT = 100  # rows from which to infer
 _TRIED = 10  # paths of a column to look for
@@ -193,8 +192,7 @@ class _Column:
         )
 
     def __str__(self) -> str:
-        name = self.name if len(self.name) <= 60 else f"{self.name[:57]}..."
-        name = name.replace("\n", " ")
+        name = brief(self.name)
         if self.texts:
             text = self.texts[0].replace("\n", " ")
             return f"{name} ({text[:30]}{'...' * (len(text) > 30)})"
@@ -251,14 +249,14 @@ def _missing(file: File, columns: list[_Column], key: str, name: str) -> DataErr
 def _several(file: File, key: str, candidates: Sequence[_Column]) -> DataError:
     """The error for columns of which nobody can say which is meant."""
     what = "the pictures" if key == "image" else "the caption"
-    listed = "; ".join(f"{c.name}: {_start(c)}" for c in candidates[:6])
-    flags = " or ".join(flag(key, c.name) for c in candidates[:6])
+    starts = "; ".join(f"{c.name}: {_start(c)}" for c in candidates[:6])
+    flags = " or ".join(data_flag(key, c.name) for c in candidates[:6])
     both = ""
     if key == "captions":
         names = ", ".join(repr(c.name) for c in candidates[:6])
         both = f'; for all of them: --config.data.captions="({names})"'
     return DataError(
-        f"{file.path}: {len(candidates)} columns could be {what} ({listed}), expected one that is "
+        f"{file.path}: {len(candidates)} columns could be {what} ({starts}), expected one that is "
         f"named; set {flags}{both}"
     )
 
@@ -272,18 +270,12 @@ def _failure(
     file: File, columns: list[_Column], reason: str, guesses: dict[str, list[str]]
 ) -> DataError:
     """An error that lists the columns, those that fit for each key, and the flags to set them."""
-    more = f" and {len(columns) - 12} more" if len(columns) > 12 else ""
-    parts = [f"{reason}; columns found: {', '.join(map(str, columns[:12]))}{more}"]
+    parts = [f"{reason}; columns found: {listed(list(map(str, columns)), 12)}"]
     guesses = {key: names for key, names in guesses.items() if names}
     if guesses:
         best = (f"{key}: {' or '.join(names)}" for key, names in guesses.items())
         parts.append("best guesses for " + ", for ".join(best))
         tail = {"where": "=VALUE"}
-        flags = (flag(key, names[0] + tail.get(key, "")) for key, names in guesses.items())
+        flags = (data_flag(key, names[0] + tail.get(key, "")) for key, names in guesses.items())
         parts.append("set " + " ".join(flags))
     return DataError(f"{file.path}: {'; '.join(parts)}")
-
-
-def flag(key: str, value: str) -> str:
-    """The command-line flag that sets config.data.<key> to `value`."""
-    return f"--config.data.{key}={shlex.quote(value)}"

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from clipx.errors import DataError
+from clipx.errors import DataError, data_flag
 
 _HEAD = 1 << 16  # bytes from which to tell the encoding and the line ends
 _MARKS = (  # the marks of UTF-32 begin with those of UTF-16
@@ -77,5 +77,5 @@ def _utf_8(path: str, file: BinaryIO) -> Iterator[str]:
             raise DataError(
                 f"{path}: line {number} is not UTF-8 (byte {byte:#04x}); if it is {kind}, run "
                 f"iconv -f {kind} -t utf-8 {shlex.quote(path)} > {shlex.quote(new)} and set "
-                f"--config.data.path={shlex.quote(new)}"
+                f"{data_flag('path', new)}"
             ) from None

@@ -7,14 +7,13 @@ import functools
 import itertools
 import os
 import re
-import shlex
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from clipx.data.base import expand_user
 from clipx.data.tables.cells import NUMBERED, PICTURE_ENDS
-from clipx.errors import DataError
+from clipx.errors import DataError, data_flag, listed
 
 _MOST_FOLDERS = 100  # folders beside a table to search for its pictures
 _TRIED = 20  # paths with which to try unusual spellings
@@ -100,15 +99,14 @@ def find(table: str, given: str, paths: Sequence[str]) -> Spelling:
     if spelling is not None:
         return spelling
     tried = [given_folder] if given else [folder or "as written" for folder in near + far]
-    more = f" and {len(tried) - 8} more" if len(tried) > 8 else ""
     elsewhere = best([*near, *far], paths) if given else None
     fix = "name the folder that holds them: --config.data.root=FOLDER"
     if elsewhere is not None:
-        fix = f"set --config.data.root={shlex.quote(elsewhere.root or '.')}"
+        fix = f"set {data_flag('root', elsewhere.root or '.')}"
     raise DataError(
         f"{table}: none of the first {len(paths)} pictures exists; the first path tried is "
         f"{os.path.join(tried[0] if given else '', paths[0])}; roots tried: "
-        f"{', '.join(tried[:8])}{more}; {fix}"
+        f"{listed(tried)}; {fix}"
     )
 
 
