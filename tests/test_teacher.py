@@ -17,7 +17,7 @@ from support.pictures import TOKENIZER, Pictures, encode, photo
 from clipx import teacher
 from clipx.data import row_arrays as files
 from clipx.data.base import fingerprint
-from clipx.data.order import chosen, order, share
+from clipx.data.order import Subset, chosen, order
 from clipx.data.pairs import paired
 from clipx.data.sources.table import Table
 from clipx.errors import ConfigError, DataError, install_hint
@@ -478,7 +478,7 @@ def test_half_of_the_negatives_of_clip_lite_are_partners():
 def test_a_share_of_the_rows_has_pairs_of_its_own():
     of = (np.arange(len(Pictures())) % 6).astype(np.int32)
     kept = chosen(len(of), 0.6)
-    shared = loader(source=share(Pictures(), 0.6), clusters=of[kept])
+    shared = loader(source=Subset(Pictures(), kept), clusters=of[kept])
     (batch,) = shared.batches(0, 1)
     assert set(batch["row"].tolist()) <= set(kept.tolist())
     own = of[batch["row"]].reshape(-1, 2)

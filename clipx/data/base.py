@@ -26,6 +26,11 @@ def expand_user(path: str) -> str:
     return full
 
 
+def printable(name: str) -> str:
+    """The name of a file, with bytes that are no UTF-8 as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class Example(NamedTuple):
     """One row of a data set."""
 

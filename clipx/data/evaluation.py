@@ -43,7 +43,7 @@ class EvaluationSet:
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
         """Yields uint8 images in row order, `size` per batch; the last batch may be smaller."""
-        with concurrent.futures.ThreadPoolExecutor(min(pictures.cores(), 16)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(pictures.threads()) as pool:
             for start in range(0, len(self), size):
                 rows = range(start, min(start + size, len(self)))
                 yield np.stack(list(pool.map(self.picture, rows)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -190,18 +189,16 @@ def hold_out(source: Source, count: int) -> HeldOut:
 def _digests(source: Source) -> tuple[UInt64[np.ndarray, " n"], np.ndarray]:
     """(a hash of each row's picture, whether the row has a picture and captions)."""
 
-    def digest(row: int) -> bytes | None:
+    def digest(row: int) -> int | None:
         try:
             example = source[row]
         except BadSample:
             return None
-        image = example.image
-        data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
-        return hashlib.blake2b(data, digest_size=8).digest() if example.texts else None
+        return pictures.digest(pictures.raw(example)) if example.texts else None
 
     found = list(in_order(digest, len(source)))
     usable = np.array([one is not None for one in found], bool)
-    return np.frombuffer(b"".join(one or bytes(8) for one in found), ">u8"), usable
+    return np.array([one or 0 for one in found], np.uint64).byteswap(), usable
 
 
 def _decodes(source: Source, row: int) -> bool:

@@ -103,11 +103,6 @@ def spread(rows: int, most: int) -> Int[np.ndarray, " n"]:
     return np.unique(np.linspace(0, rows - 1, most).round().astype(np.int64)) if rows else _NONE
 
 
-def share(source: Source, fraction: float) -> Source:
-    """A fixed random share of the rows of `source`; `source` itself for a fraction of 1."""
-    return source if fraction == 1 else Share(source, fraction)
-
-
 def chosen(rows: int, fraction: float) -> Int[np.ndarray, " n"]:
     """The rows that `Share` keeps out of `rows`, in its order."""
     return np.random.default_rng(0).permutation(rows)[: int(rows * fraction)]
@@ -144,10 +139,3 @@ class Subset:
 
     def guesses(self) -> tuple[Guess, ...]:
         return (*self._source.guesses(), *self._guesses)
-
-
-class Share(Subset):
-    """floor(rows * fraction) rows of another source, selected by a fixed shuffle."""
-
-    def __init__(self, source: Source, fraction: float):
-        super().__init__(source, chosen(len(source), fraction))

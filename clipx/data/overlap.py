@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -95,8 +94,6 @@ def _print(source: Source, row: int) -> Print | None:
         pixels = pictures.decode(example)
     except BadSample:
         return None
-    image = example.image
-    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     grey = Image.fromarray(pixels).convert("L")
 
     def small(width: int, height: int) -> Int[np.ndarray, "h w"]:
@@ -105,15 +102,11 @@ def _print(source: Source, row: int) -> Print | None:
     right, down = np.diff(small(_SIDE + 1, _SIDE), axis=1), np.diff(small(_SIDE, _SIDE + 1), axis=0)
     bits = np.packbits(np.concatenate([(right > 0).ravel(), (down > 0).ravel()]))
     return Print(
-        _digest(data),
-        _digest(str(pixels.shape).encode() + pixels.tobytes()),
+        pictures.digest(pictures.raw(example)),
+        pictures.digest(str(pixels.shape).encode() + pixels.tobytes()),
         bits.view(np.uint64),
         small(_SIDE, _SIDE).astype(np.uint8).ravel(),
     )
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _matches(test: Prints, train: Prints) -> Iterator[tuple[int, tuple[int, int]]]:

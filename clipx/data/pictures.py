@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -171,7 +172,7 @@ class Pictures:
 
         Raises `DataError` for a file that is missing or not an image, and for any other array.
         """
-        with concurrent.futures.ThreadPoolExecutor(min(cores(), 16)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
             for start in range(0, len(images), size):
                 yield np.stack(list(pool.map(self._one, images[start : start + size])))
 
@@ -242,6 +243,22 @@ def _unreadable(example: Example) -> Iterator[None]:
         size = len(example.image)
         reason = f"the picture ({size} bytes) cannot be decoded: {error}"
         raise BadSample(example.key, reason.replace("\n", " ")) from None
+
+
+def raw(example: Example) -> bytes:
+    """The bytes of the picture: those of its file, or the pixels of an array."""
+    image = example.image
+    return image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+
+
+def digest(data: bytes) -> int:
+    """A hash of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def threads() -> int:
+    """How many threads decode pictures."""
+    return min(cores(), 16)
 
 
 def cores() -> int:

@@ -20,14 +20,13 @@ from clipx.data import tars
 from clipx.data.base import Account, Skipped
 from clipx.data.storage import (
     ABSENT,
-    THREADS,
     Shard,
     expand,
-    is_remote,
     open_shard,
     recall,
     refuse_folder,
     remember,
+    threads,
 )
 from clipx.data.tars import BLOCK, HIDDEN, NO_ENDING, UNREAD, Tally, describe_tail, shown
 from clipx.errors import DataError
@@ -129,9 +128,7 @@ def index_shards(
     for shard in shards:
         refuse_folder(shard.path, "a tar")
     indexes = []
-    # threads only slow down the reading of headers from a local disk
-    threads = THREADS if any(map(is_remote, patterns)) else 1
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads(patterns)) as pool:
         for index in pool.map(functools.partial(_index, keep=keep), shards):
             indexes.append(index)
             if progress:

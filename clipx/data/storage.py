@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from clipx.data.base import expand_user
 from clipx.errors import DataError, listed, optional
 
-THREADS = 32  # for remote files, where most of the time is waiting
+THREADS = 32  # for many files, where most of the time is waiting
 ABSENT = -1  # stands for the size of a member that does not exist
 _GAP = 1 << 16  # unneeded bytes that are worth reading to save a second read
 # keys of a filesystem's file info that change when the file does, most reliable first
@@ -40,6 +40,11 @@ class Shard(NamedTuple):
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def threads(paths: Iterable[str]) -> int:
+    """How many threads read parts of files: one for a local disk, which more only slow down."""
+    return THREADS if any(map(is_remote, paths)) else 1
 
 
 def expand(pattern: str) -> list[Shard]:

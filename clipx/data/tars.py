@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from clipx.data.base import Account, Skipped
+from clipx.data.base import Account, Skipped, printable
 from clipx.data.storage import open_shard
 
 BLOCK = tarfile.BLOCKSIZE  # the data of every member starts at a multiple of it
@@ -84,7 +84,7 @@ def merged(accounts: Iterable[tuple[str, Account]]) -> Account:
 
 def shown(name: str) -> str:
     """A name as a message can print it: escaped where it is no text, and not too long."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = printable(name)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 100 else f"{text[:48]}...{text[-48:]}"
 

@@ -20,7 +20,7 @@ def in_order(
 
     `progress(n)` is called after every n rows.
     """
-    threads = min(pictures.cores(), 16)
+    threads = pictures.threads()
     span = threads * _AHEAD * _CHUNK
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, rows, span):

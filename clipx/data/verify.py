@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import hashlib
 import io
 import re
 import unicodedata
@@ -90,13 +89,12 @@ def _inspect(
         pictures.decode(example)
     except BadSample as error:
         return error
-    image = example.image
-    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+    data = pictures.raw(example)
     texts = [
         (len(t), count_tokens(t) if count_tokens else 0, _digest_text(t), script(t))
         for t in example.texts
     ]
-    mode, turned = _mode(image)
+    mode, turned = _mode(example.image)
     return _Facts(
         width=width,
         height=height,
@@ -104,18 +102,14 @@ def _inspect(
         kind=kind or "pixels",
         mode=mode,
         turned=turned,
-        digest=_digest(data),
+        digest=pictures.digest(data),
         label=example.label,
         texts=texts,
     )
 
 
-def _digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
 def _digest_text(text: str) -> int:
-    return _digest(text.encode("utf-8", "surrogatepass"))
+    return pictures.digest(text.encode("utf-8", "surrogatepass"))
 
 
 def _mode(image: bytes | np.ndarray) -> tuple[str, bool]:

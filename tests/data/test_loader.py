@@ -22,7 +22,7 @@ from support.pictures import ROWS, TOKENIZER, Pictures, encode, photo
 from clipx.data.base import Example, Source, fingerprint
 from clipx.data.evaluation import EvaluationSet
 from clipx.data.loader import Loader, captions
-from clipx.data.order import Share, order
+from clipx.data.order import Subset, chosen, order
 from clipx.data.pictures import crop_box
 from clipx.data.sources.shapes import Shapes
 from clipx.data.sources.webdataset import WebDataset
@@ -278,7 +278,7 @@ def test_a_data_set_without_usable_rows_stops_the_run():
 
 
 def test_a_share_has_the_same_rows_every_time_with_their_ids():
-    shares = [Share(Pictures(), fraction) for fraction in (0.25, 0.5)]
+    shares = [Subset(Pictures(), chosen(ROWS, fraction)) for fraction in (0.25, 0.5)]
     rows = [[share[i].row for i in range(len(share))] for share in shares]
     assert [len(of) for of in rows] == [12, 25] and rows[1][:12] == rows[0] != sorted(rows[0])
     assert list(shares[0].keys()) == [f"key{row}" for row in rows[0]]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipx.data.base import Account, Example, Guess, Source, expand_user
+from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.captions import (
     SAMPLED,
     Lines,
@@ -118,8 +118,7 @@ class Files(Source):
         return os.fsdecode(self._names[self._ends[row - 1] if row else 0 : self._ends[row]])
 
     def _key(self, row: int) -> str:
-        stem = os.path.splitext(self._name(row))[0].replace(os.sep, "/")
-        return stem.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return printable(os.path.splitext(self._name(row))[0].replace(os.sep, "/"))
 
     def _texts(self, row: int) -> Texts:
         """The files that may have the captions of a row."""

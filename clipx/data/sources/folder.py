@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from clipx.data import tars
-from clipx.data.base import Account, Example, Guess, Source, expand_user
+from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.storage import read
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
@@ -119,8 +119,7 @@ class Folder(Source):
         return os.fsdecode(self._names[self._ends[row - 1] if row else 0 : self._ends[row]])
 
     def _key(self, row: int) -> str:
-        name = self._name(row)[self._top :]
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return printable(self._name(row)[self._top :])
 
 
 def _in_folder(path: str) -> dict[str, tuple[int, int]]:

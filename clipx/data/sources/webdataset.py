@@ -28,7 +28,7 @@ from clipx.data.captions import (
 )
 from clipx.data.order import spread
 from clipx.data.shard_index import PICTURES, ROLES, index_shards
-from clipx.data.storage import ABSENT, THREADS, is_remote, read
+from clipx.data.storage import ABSENT, read, threads
 from clipx.data.tars import BLOCK, merged
 from clipx.errors import BadSample
 
@@ -146,8 +146,7 @@ class WebDataset(Source):
                 _, (_, text, meta, _) = self._members(row, (1, 2))
                 return Texts(text, meta)
 
-        threads = THREADS if any(map(is_remote, self._shards)) else 1
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads(self._shards)) as pool:
             samples = [one for one in pool.map(texts, rows.tolist()) if one is not None]
         labels = bool((self._places[:, 3, 1] != ABSENT).any())
         return decide(self._shards[0], self, samples, labels=labels)
