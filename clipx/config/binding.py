@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from clipx.config import ranges
@@ -111,26 +111,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin in _UNIONS:
-        errors = []
-        for option in args:
-            try:
-                return _convert(value, option, where)
-            except ConfigError as error:
-                errors.append(error)
-        for error in errors:
-            if error.where != where or isinstance(error, _OutOfRange):  # they say more
-                raise error
-        wrong.fix = next((error.fix for error in errors if error.fix), "")
-        raise wrong
+        return _any_of(value, args, where, wrong)
     if origin is typing.Literal:
-        if any(value == option and type(value) is type(option) for option in args):
-            return value
-        fix = (
-            nearest(value, [a for a in args if isinstance(a, str)])
-            if isinstance(value, str)
-            else ""
-        )
-        raise ConfigError(where, repr(value), "one of " + ", ".join(map(repr, args)), fix)
+        return _one_of(value, args, where)
     if hint in (None, type(None)):
         if value is None:
             return None
@@ -166,6 +149,30 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is int and isinstance(value, bool):
         raise wrong
     return value
+
+
+def _any_of(value: Any, options: Sequence[Any], where: str, wrong: ConfigError) -> Any:
+    """`value` as the first of the types `options` that it has. Raises `wrong` if it has none."""
+    errors = []
+    for option in options:
+        try:
+            return _convert(value, option, where)
+        except ConfigError as error:
+            errors.append(error)
+    for error in errors:
+        if error.where != where or isinstance(error, _OutOfRange):  # they say more
+            raise error
+    wrong.fix = next((error.fix for error in errors if error.fix), "")
+    raise wrong
+
+
+def _one_of(value: Any, options: Sequence[Any], where: str) -> Any:
+    """`value`. Raises `ConfigError` if it is not one of the values `options`."""
+    if any(value == option and type(value) is type(option) for option in options):
+        return value
+    names = [option for option in options if isinstance(option, str)]
+    fix = nearest(value, names) if isinstance(value, str) else ""
+    raise ConfigError(where, repr(value), "one of " + ", ".join(map(repr, options)), fix)
 
 
 def _in_range(value: Any, hint: Any, where: str) -> Any:
