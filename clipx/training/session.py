@@ -35,7 +35,7 @@ from clipx.training.feed import TrainingData, loader, open_data
 from clipx.training.initial import init, open_tokenizer
 from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
-from clipx.training.run import OpenRun, Run, assemble, with_data
+from clipx.training.run import OpenRun, Run, assemble, checked, with_data
 from clipx.training.stop import Stop
 from clipx.types import Device, TrainState
 
@@ -161,6 +161,7 @@ def _with_found_sources(
 ) -> dict[str, Any]:
     """The config with the sources that lie at its paths in place of `source=auto`. What is wrong
     with the config itself is raised first."""
+    checked(config, devices)
     file = pathlib.Path(workdir).expanduser() / "config.json"
     try:
         return resolve(config, read_json(file) if file.exists() else None, tell)

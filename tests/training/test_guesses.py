@@ -11,7 +11,7 @@ from clipx.data.sources.mixture import Mixture
 from clipx.data.sources.webdataset import WebDataset
 from clipx.errors import ConfigError
 from clipx.reporting.comparison import finished
-from clipx.training import guesses
+from clipx.training import guesses, session
 from clipx.training.checkpoint import Checkpoints, refuse_other_config
 from clipx.training.run import assemble
 from clipx.training.session import open_session
@@ -160,3 +160,15 @@ def test_a_source_that_is_found_is_saved_as_if_it_had_been_set(tmp_path, capsys)
     assert saved["evals"]["retrieval"]["data"]["path"] == str(tmp_path / "set" / "test-0.tar")
     assert assemble(saved).complete == saved
     assert open_session(config, str(tmp_path / "run")).run.complete == saved
+
+
+def test_a_wrong_config_is_refused_before_anybody_looks_at_its_paths(tmp_path, monkeypatch):
+    def look(*_):
+        raise AssertionError("looked")
+
+    config = small()
+    config["data"] = {"source": "auto", "path": str(tmp_path)}
+    config["optimizer"]["learning_rat"] = 1.0
+    monkeypatch.setattr(session, "resolve", look)
+    with pytest.raises(ConfigError, match="learning_rat"):
+        open_session(config, str(tmp_path / "run"))
