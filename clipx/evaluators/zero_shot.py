@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -73,7 +74,7 @@ class ZeroShot(Evaluator):
             raise ConfigError(
                 "zero_shot.lists", repr(self.lists), "a preset that reads lists, or no lists"
             )
-        check_templates(self._templates(), "zero_shot.templates")
+        check_templates(self._templates, "zero_shot.templates")
         if self.examples is None:
             self._classes()
         else:
@@ -82,7 +83,7 @@ class ZeroShot(Evaluator):
     def __call__(self, encode: Encode) -> dict[str, float]:
         classes = self._class_names()
         labels = self._labels(len(classes))
-        members = ensemble(encode.text, classes, self._templates(), self.batch_size)
+        members = ensemble(encode.text, classes, self._templates, self.batch_size)
         hits, start = [], 0
         for pictures in self.examples.batches(self.batch_size):
             batch_labels = labels[start : (start := start + len(pictures))]
@@ -102,7 +103,7 @@ class ZeroShot(Evaluator):
         return result
 
     def notes(self) -> list[str]:
-        classes, templates = self._class_names(), self._templates()
+        classes, templates = self._class_names(), self._templates
         places = dict.fromkeys((0, len(classes) // 2, len(classes) - 1))
         prompts = [
             templates[i % len(templates)].replace("{}", classes[c]) for i, c in enumerate(places)
@@ -112,6 +113,7 @@ class ZeroShot(Evaluator):
             + ", ".join(map(repr, prompts))
         ]
 
+    @functools.cached_property  # of the file that the config names, or of an installed open_clip
     def _templates(self) -> tuple[str, ...]:
         templates = ()
         if self.preset and self.templates == TEMPLATES:
@@ -125,13 +127,14 @@ class ZeroShot(Evaluator):
 
     def _classes(self) -> tuple[str, ...]:
         """The class names; () if none are known, as before the data set is open."""
-        classes = self._given()
+        classes = self._given
         if self.examples is not None:
             classes = classes or tuple(self.examples.classes)
         if self.preset and classes:
             check(self.preset, "classes", classes, "zero_shot")
         return classes
 
+    @functools.cached_property
     def _given(self) -> tuple[str, ...]:
         """The class names of the config; () if it has none."""
         classes = names(self.classes, "classes", "zero_shot")
@@ -155,7 +158,7 @@ class ZeroShot(Evaluator):
                 "one name for each label",
                 "set classes to the names, or to a text file with one name a line",
             )
-        if not self._given():
+        if not self._given:
             check_names(classes, "zero_shot.classes")
             refuse_ids(classes, "zero_shot.classes", _UNKNOWN)
         return by_label(classes, own, "zero_shot.classes") if own else classes

@@ -119,7 +119,7 @@ def test_templates_of_clip_benchmark_and_of_open_clip_are_the_same(tmp_path):
     (tmp_path / "templates.json").write_text(json.dumps(lists))
     (tmp_path / "braces.txt").write_text("{}")  # a template that is JSON by chance
     files = (f"{tmp_path}/templates.json#cifar10", f"{tmp_path}/braces.txt")
-    read = [ZeroShot(None, templates=file)._templates() for file in files]
+    read = [ZeroShot(None, templates=file)._templates for file in files]
     assert read == [("a photo of a {}.", "{}"), ("{}",)]
     asked: list[str] = []
 
