@@ -42,7 +42,7 @@ from clipx.reporting import data_page
 from clipx.serving import evaluation
 from clipx.training import guesses
 from clipx.training.alone import open_alone
-from clipx.training.schema import EvalSpec, SourceSpec, data_section
+from clipx.training.schema import EVAL_SOURCES, EvalSpec, SourceSpec, data_section
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py"
 
@@ -71,8 +71,7 @@ def index(config: Mapping[str, Any]) -> None:
     sources = list(data_section(config.get("data"))[1].parts("config.data"))
     for name, section in config.get("evals", {}).items():
         for field, spec in EvalSpec.check(name, section).sources.items():
-            key = "train_data" if field.startswith("train") else "data"
-            sources += spec.parts(f"config.evals.{name}.{key}")
+            sources += spec.parts(f"config.evals.{name}.{EVAL_SOURCES[field]}")
     for where, spec in sources:
         start, shards = time.perf_counter(), ""
         if spec.name == "webdataset":

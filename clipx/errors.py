@@ -44,6 +44,11 @@ def data_flag(key: str, value: str) -> str:
     return f"--config.data.{key}={shlex.quote(value)}"
 
 
+def in_section(message: str, section: str) -> str:
+    """The message of a source, which writes flags for config.data, with those for `section`."""
+    return message.replace("--config.data.", f"--config.{section}.")
+
+
 class ConfigError(Exception):
     """A config, command line, workdir or file is wrong. Exit code 2.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from clipx.data.base import Guess
+from clipx.data.tables.lines import marked
 from clipx.data.tars import shown
 from clipx.errors import BadSample, DataError, data_flag, listed
 
@@ -23,13 +24,6 @@ Member = Literal["json", "txt"]
 Lines = Literal["one", "each"]
 SAMPLED = 200  # rows from which the settings of a set are guessed
 _FEW = 0.1  # share of .json without captions up to which the others decide
-_MARKS = (  # byte order marks; that of UTF-32 starts with that of UTF-16
-    (b"\xef\xbb\xbf", "utf-8"),
-    (b"\xff\xfe\0\0", "utf-32"),
-    (b"\0\0\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _ADDRESS = re.compile(r"\w+://|^\S+$")  # a value that is no caption: an address, a name
 _TELLING = re.compile("caption|text|alt|title|desc|prompt|sentence", re.IGNORECASE)
@@ -40,12 +34,7 @@ def decode(data: bytes) -> str:
 
     Raises `ValueError` for bytes that are text in none of them.
     """
-    for mark, encoding in _MARKS:
-        if data.startswith(mark):
-            text = data.decode(encoding)
-            break
-    else:
-        text = data.decode(_without_mark(data))
+    text = data.decode(marked(data) or _without_mark(data))
     text = text.removeprefix("\ufeff").strip("\0")
     if "\0" in text and text.replace("\0", "").strip():
         raise ValueError("it has zero bytes inside, expected text in UTF-8")

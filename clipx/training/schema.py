@@ -15,7 +15,7 @@ from clipx.data.evaluation import EvaluationSet
 from clipx.data.first_look import refuse_unfit
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, DataError
+from clipx.errors import ConfigError, DataError, in_section
 from clipx.evaluators.base import Evaluator
 from clipx.models.layers import Tower
 from clipx.parallel.mesh import MeshConfig
@@ -249,9 +249,9 @@ class EvalSpec:
             return None
         try:
             source = self.sources[field].open()
-        except DataError as error:  # a source does not know that its flags need the eval's name
-            path = f"--config.evals.{self.name}.{EVAL_SOURCES[field]}."
-            raise DataError(str(error).replace("--config.data.", path)) from None
+        except DataError as error:
+            section = f"evals.{self.name}.{EVAL_SOURCES[field]}"
+            raise DataError(in_section(str(error), section)) from None
         return EvaluationSet(source, image_size, limit=limit)
 
     def look(self, evaluator: Evaluator) -> None:

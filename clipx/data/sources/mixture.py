@@ -13,7 +13,7 @@ import numpy as np
 
 from clipx.config import binding
 from clipx.data.base import Account, Example, Guess, Source
-from clipx.errors import BadSample, ConfigError, DataError
+from clipx.errors import BadSample, ConfigError, DataError, in_section
 
 _MOST_ROWS = 2**31 - 1  # batches store row ids as int32
 
@@ -46,8 +46,7 @@ class Mixture(Source):
             try:
                 source = cls(**values)
             except DataError as error:
-                # a source does not know that its flags need the name of the part
-                message = str(error).replace("--config.data.", f"--config.data.parts.{name}.")
+                message = in_section(str(error), f"data.parts.{name}")
                 raise DataError(f"part {name}: {message}") from None
             except ConfigError as error:
                 error.where = f"part {name}: {error.where}"

@@ -12,6 +12,7 @@ from clipx.errors import DataError, data_flag
 
 _HEAD = 1 << 16  # bytes from which to tell the encoding and the line ends
 _MARKS = (  # the marks of UTF-32 begin with those of UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -54,10 +55,14 @@ def text(path: str) -> str:
     return "".join(lines(path))
 
 
+def marked(data: bytes) -> str:
+    """The encoding that a byte order mark at the start of text says; '' without one."""
+    return next((name for mark, name in _MARKS if data.startswith(mark)), "")
+
+
 def _encoding(head: bytes) -> str:
-    for mark, name in _MARKS:
-        if head.startswith(mark):
-            return name
+    if name := marked(head):
+        return name.removesuffix("-sig")
     pairs = max(len(head) // 2, 1)
     if len(head) >= 8 and head[1::2].count(0) >= _ZEROS * pairs > 4 * head[::2].count(0):
         return "utf-16-le"
