@@ -20,6 +20,8 @@ import functools
 import json
 import os
 import pathlib
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +38,7 @@ from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.resolve import resolve
 from clipx.data.shard_index import index_shards
-from clipx.errors import ConfigError, RunError
+from clipx.errors import ConfigError, DataError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page
 from clipx.serving import evaluation
@@ -145,8 +147,28 @@ def _test_source(text: str) -> Source:
     where, values = "--against", {"source": "auto", "path": text}
     if text.startswith("source="):
         values = evaluation.section(text, where)
-    resolved = resolve({"evals": {"against": {"data": values}}})["evals"]["against"]["data"]
-    return SourceSpec.check(resolved, resolved.pop("source"), where).open()
+    section = ("evals", "against", "data")
+
+    def say(line: str) -> None:
+        print(line.replace(".".join(section), where))
+
+    try:
+        evals = {"against": {"data": values}}
+        values = resolve({"evals": evals}, say=say)["evals"]["against"]["data"]
+        given = dict(values)
+        return SourceSpec.check(given, given.pop("source"), where).open()
+    except DataError as error:
+        raise DataError(_against_flags(str(error), values)) from None
+
+
+def _against_flags(message: str, values: Mapping[str, Any]) -> str:
+    """The message of a source with flags of --against in place of the config's. `values`: what is
+    known of the source."""
+    key = r"--config\.(?:evals\.against\.)?data\."
+    message = re.sub(rf"{key}source=(\S+) {key}", r"--against=source=\1,", message)
+    message = re.sub(rf"{key}path=", "--against=", message)
+    known = shlex.quote(",".join(f"{name}={value}" for name, value in values.items()))
+    return re.sub(key, lambda _: f"--against={known},", message)
 
 
 def show_fingerprint(config: Mapping[str, Any]) -> None:

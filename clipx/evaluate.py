@@ -39,13 +39,15 @@ def main(overrides: list[tuple[str, str]]) -> None:
     if flags.FLAGS.config:
         config["evals"] = files.load(flags.FLAGS.config).get("evals", {})
     override(config, overrides)
-    evals = chosen(
+    config["evals"] = chosen(
         config["evals"],
         flags.FLAGS.evals,
         data=flags.FLAGS.data,
         train_data=flags.FLAGS.train_data,
     )
-    config["evals"] = resolve({"evals": evals})["evals"]
+    # Keys of the sources that --data names, such as --config.evals.retrieval.data.captions
+    override(config, [(key, text) for key, text in overrides if _section(key) in config["evals"]])
+    config["evals"] = resolve({"evals": config["evals"]})["evals"]
     if workdir:
         evaluate(workdir, step, config)
     else:
@@ -64,6 +66,12 @@ def override(config: dict[str, Any], overrides: list[tuple[str, str]]) -> None:
                 f"remove --config.{key}",
             )
         files.override(config, key, text)
+
+
+def _section(key: str) -> str:
+    """The eval that an override `evals.NAME...` is of; '' for another override."""
+    first, _, rest = key.partition(".")
+    return rest.partition(".")[0] if first == "evals" else ""
 
 
 if __name__ == "__main__":

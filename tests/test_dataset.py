@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -115,6 +116,32 @@ def test_verify_counts_the_pictures_of_a_test_set(folder, form, capsys):
     assert "2 of 3 test pictures are in the training set" in said
     assert "    old.jpg = 3.jpg" in said and "    small.jpg = 4.jpg" in said
     assert read_json(report)["against"]["equal bytes"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tables", "asked", "advice"),
+    [
+        ({"a.csv": "caption", "b.csv": "caption"}, "2 things to read", 2),
+        ({"a.csv": "title,description"}, "2 columns could be the caption", 3),
+        ({"a.csv": "findings,impression"}, "2 columns could be the caption", 3),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "source=auto,path={}"])
+def test_advice_about_a_test_set_works_when_it_is_obeyed(folder, form, tables, asked, advice):
+    test, config = folder / "a test", section(folder, max_bad_fraction=0.2)
+    test.mkdir()
+    (test / "new.jpg").write_bytes(encoded(99))
+    for name, columns in tables.items():
+        cells = ",".join(f"{word} of a dog" for word in columns.split(","))
+        (test / name).write_text(f"image,{columns}\nnew.jpg,{cells}\n")
+    with pytest.raises(DataError, match=asked) as caught:
+        dataset.verify(config, "", form.format(test))
+    assert "--config" not in str(caught.value)
+    words = shlex.split(str(caught.value).replace(";", " "))
+    flags = [word.removeprefix("--against=") for word in words if word.startswith("--against=")]
+    assert len(flags) == advice
+    for flag in flags:
+        assert dataset.verify(config, "", flag) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import types
 
 import pytest
+from support import commands
 
 from clipx.errors import ConfigError
 from clipx.serving import evaluation
@@ -42,6 +43,40 @@ def test_evals_come_from_the_config_or_are_new():
 def test_a_flag_that_is_no_source(text):
     with pytest.raises(ConfigError, match="--data.*\n.*found.*\n.*key=value,key=value"):
         chosen({}, "zero_shot", data=text, train_data="")
+
+
+def test_commas_in_brackets_are_part_of_a_value():
+    text = "source=table,path=a (1,2)[3,4].csv,captions=('title', 'text'),label=kind"
+    assert evaluation.section(text, "--data") == {
+        "source": "table",
+        "path": "a (1,2)[3,4].csv",
+        "captions": ["title", "text"],
+        "label": "kind",
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "expected"),
+    [
+        ("source=table,path=t.csv", ["captions=title"], {"captions": "title"}),
+        (
+            "source=table,path=t.csv,image=x",
+            ["image=y", "where=a=b"],
+            {"image": "y", "where": "a=b"},
+        ),
+        ("source=webdataset,path=a.tar", ["source=table", "path=t.csv"], {}),
+    ],
+)
+def test_keys_are_added_to_the_data_of_the_command_line(monkeypatch, data, flags, expected):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate_file", lambda path, evals, *rest: seen.append(evals))
+    done = commands.run(
+        *("evaluate", "--init_from=of_another_library", "--evals=retrieval", f"--data={data}"),
+        *(f"--config.evals.retrieval.data.{flag}" for flag in flags),
+        "--config.evals.zero_shot.data.source=shapes",
+    )
+    assert done.returncode == 0, done.stderr
+    assert seen == [{"retrieval": {"data": {"source": "table", "path": "t.csv", **expected}}}]
 
 
 def test_a_name_that_is_no_eval():

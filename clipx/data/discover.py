@@ -25,7 +25,7 @@ from clipx.data.tables import inference, paths
 from clipx.data.tables.cells import strings
 from clipx.data.tables.formats import ENDS, File, open_table
 from clipx.data.tables.separators import separator_of
-from clipx.errors import DataError, data_flag
+from clipx.errors import DataError, data_flag, listed
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of imagefolder
 _MOST_TABLES = 12  # tables to open
@@ -181,9 +181,11 @@ class _Look(NamedTuple):
         for folder in ("", "data", "annotations"):
             names = [n for n in inside.files if os.path.dirname(n) == folder and inside.table(n)]
             metadata = [name for name in names if os.path.basename(name).lower() in _METADATA]
-            found = [] if metadata else list(self._columnar(path, inside, names))
-            found += self._texts(path, inside, metadata or names)
-            yield from found
+            taken = metadata or names
+            rest = [name for name in names if name not in taken]
+            note = f" (not taken: {listed(rest, _SHOWN)})" * bool(rest)
+            found = [*self._columnar(path, inside, taken), *self._texts(path, inside, taken)]
+            yield from (one._replace(what=one.what + note) for one in found)
             if found:
                 return
 
@@ -203,13 +205,14 @@ class _Look(NamedTuple):
         likeliest = _likeliest(texts)
         kept, note = self._of_split(likeliest)
         if rest := [name for name in texts if name not in likeliest]:
-            more = " and more" * (len(rest) > _SHOWN)
-            note += f" (not looked at: {', '.join(rest[:_SHOWN])}{more})"
-        for name in kept[:_MOST_TABLES]:
-            full = os.path.join(inside.root, name)
-            if self._wrong(full) is None:
-                found = self.file(os.path.join(path, name), full)
-                yield found._replace(what=found.what + note)
+            note += f" (not looked at: {listed(rest, _SHOWN)})"
+        kept = kept[:_MOST_TABLES]
+        fit = [name for name in kept if self._wrong(os.path.join(inside.root, name)) is None]
+        if unfit := [name for name in kept if name not in fit]:
+            note += f" (not taken: {listed(unfit, _SHOWN)})"
+        for name in fit:
+            found = self.file(os.path.join(path, name), os.path.join(inside.root, name))
+            yield found._replace(what=found.what + note)
 
     def _open(self, path: str) -> File:
         """The reader of a table, opened once. Raises `DataError` for one that cannot be read."""
@@ -268,11 +271,11 @@ class _Look(NamedTuple):
 
 def _choose(folder: str, candidates: Sequence[Found]) -> str:
     """The message for a folder that holds several things."""
-    listed = "; ".join(
+    choices = "; ".join(
         f"{found.what}: --config.data.source={found.source} {_path_flag(found.values['path'])}"
         for found in candidates[:_SHOWN]
     )
-    return f"{folder}: {len(candidates)} things to read, expected one; set one of: {listed}"
+    return f"{folder}: {len(candidates)} things to read, expected one; set one of: {choices}"
 
 
 def _path_flag(path: str | list[str]) -> str:

@@ -20,7 +20,7 @@ def resolve(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """A copy of a config in which every `source=auto` is the source that was found, with its
-    settings. `say` gets a line about each.
+    settings. `say` gets a line about each, and errors name the flags of their section.
 
     saved: the complete config of the run that goes on; None for a new one. Where nothing is found
     any more, its source is taken. Raises `DataError` as `discover` does.
@@ -75,9 +75,10 @@ def _section(
     given = binding.check(Auto, own, where=f"config.{where}")  # types alone
     try:
         found = discover(given.pop("path"), given, wanted)
-    except DataError:
+    except DataError as error:
         if before.get("source") in (None, "auto"):
-            raise
+            flags = str(error).replace("--config.data.", f"--config.{where}.")
+            raise DataError(flags) from None
         values = {k: before[k] for k in ("path", "where") if before.get(k)}
         found = Found(before["source"], values, "as before")
     say(found.line(where))

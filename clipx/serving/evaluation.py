@@ -26,9 +26,9 @@ _SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}
 
 
 def section(text: str, where: str) -> dict[str, Any]:
-    """The config section of a data source, from a flag such as `source=tfds,name=cifar10`. Raises
-    `ConfigError` for anything but key=value pairs."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
+    """The config section of a data source, from a flag such as `source=tfds,name=cifar10`. Commas
+    in brackets are part of a value. Raises `ConfigError` for anything but key=value pairs."""
+    pairs = [pair.partition("=") for pair in re.split(r",(?![^(\[]*[)\]])", text)]
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise ConfigError(

@@ -243,6 +243,43 @@ def test_two_things_are_asked_about_and_each_advice_works(tmp_path):
         cls = binding.find("data.sources", section.pop("source"), Source)
         opened.append(len(cls(**section)))
     assert opened == [COUNT, COUNT, COUNT + COUNT]  # the files also count the pictures of t.csv
+    auto = {"data": {"source": "auto", "path": str(tmp_path / "set")}}
+    with pytest.raises(
+        DataError, match="one of: .*--config.evals.own.data.source=webdataset "
+    ) as of:
+        resolve({"evals": {"own": auto}})
+    assert str(of.value) == str(caught.value).replace("config.data.", "config.evals.own.data.")
+    with pytest.raises(DataError, match="--config.data.parts.a.source=webdataset "):
+        resolve({"data": {"source": "mixture", "parts": {"a": auto["data"]}}})
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_tables_beside_those_of_imagefolder_are_named(tmp_path, name):
+    if name.endswith("parquet"):
+        pictures(tmp_path)
+        rows = [{"file_name": f"p{i}.jpg", "text": text} for i, text in enumerate(WORDS)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    elif name.endswith("csv"):
+        csv(pictures(tmp_path) / name)
+    else:
+        metadata(tmp_path)
+    alone = discover(str(tmp_path))
+    assert alone.values["path"].endswith(name) and "not taken" not in alone.what
+    parquet(tmp_path / "train.parquet")
+    csv(tmp_path / "t.csv")
+    beside = discover(str(tmp_path))
+    assert beside.values == alone.values
+    assert beside.what == f"{alone.what} (not taken: t.csv, train.parquet)"
+    assert len(Auto(str(tmp_path))) == COUNT
+
+
+def test_tables_that_do_not_fit_are_named(tmp_path):
+    csv(pictures(tmp_path) / "a.csv")
+    (tmp_path / "products.csv").write_text("image,title,description\np0.jpg,a dog,it runs\n")
+    (tmp_path / "prices.tsv").write_text("item\tprice\na\t3\n")
+    found = discover(str(tmp_path))
+    assert found.values["path"] == str(tmp_path / "a.csv")
+    assert found.what.endswith("a.csv (not taken: prices.tsv, products.csv)")
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ class _Reader:
         guesses = list(layout.guesses)
         if isinstance(file, Csv):
             if not self._table.separator:
-                reason = "it gives every row the same cells"
+                reason = "it divides the rows into cells of equal number"
                 guesses.append(Guess("separator", spelt(file.separator), reason))
             if not self._table.quotes and file.quotes == "letters":
                 reason = "as quotes around cells they would swallow rows or be damaged"
