@@ -135,6 +135,7 @@ def split_of(name: str) -> str:
 
 
 def others(name: str, names: Sequence[str]) -> str:
+    """A name that is taken, and those of `names` that are not."""
     rest = ", ".join(other for other in names if other != name)
     return f"{name}; not taken: {rest}" if rest else name
 

@@ -62,6 +62,7 @@ class ShardIndex:
 
     @property
     def account(self) -> Account:
+        """What became of every member of the tar."""
         used = int((self.places[..., 1] != ABSENT).sum())
         return Account("members", self.found, used, self.skipped)
 
@@ -77,6 +78,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, path: str, arrays: dict[str, np.ndarray]) -> ShardIndex:
+        """The index of the tar at `path`, from what `arrays` gave."""
         about = json.loads(arrays["about"].tobytes())
         about["skipped"] = tuple(Skipped(r, n, tuple(names)) for r, n, names in about["skipped"])
         samples = {name: arrays[name] for name in ("key_sizes", "places")}

@@ -69,6 +69,7 @@ class Tally:
         self._reasons[reason] = before + count, shown_names
 
     def skipped(self) -> tuple[Skipped, ...]:
+        """What was counted, in the order of the first of each reason."""
         return tuple(Skipped(r, count, names) for r, (count, names) in self._reasons.items())
 
 

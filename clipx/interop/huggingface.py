@@ -13,10 +13,10 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import foreign_tokenizer, libraries, preprocessing, rules
+from clipx.interop import foreign_tokenizer, huggingface_configs, libraries, preprocessing, rules
 from clipx.interop import huggingface_layout as layout
 from clipx.interop.base import Format, Said, read_json
-from clipx.interop.huggingface_layout import ACTIVATIONS, CONFIG
+from clipx.interop.huggingface_layout import CONFIG
 from clipx.interop.model import (
     Model,
     Words,
@@ -30,7 +30,6 @@ from clipx.interop.model import (
 from clipx.interop.preprocessing import Preprocessing
 from clipx.interop.rules import Arrays
 from clipx.interop.settings import Section
-from clipx.models.layers import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
@@ -88,7 +87,10 @@ with torch.no_grad():
     def configs(self, model: Model, folder: str) -> dict[str, Any]:
         _check(model)
         kind = "Siglip" if _is_siglip(model) else "CLIP"
-        return {CONFIG: _config(model, kind), PREPROCESSOR: _preprocessor(model, kind)}
+        return {
+            CONFIG: huggingface_configs.model(model, kind),
+            PREPROCESSOR: huggingface_configs.preprocessor(model, kind),
+        }
 
     def attention_mask(self, model: Model) -> bool:
         return not _is_siglip(model)
@@ -208,78 +210,6 @@ def _check_siglip(model: Model) -> None:
         },
         "SiglipModel",
     )
-
-
-def _config(model: Model, kind: str) -> dict[str, Any]:
-    """`config.json`. kind: the prefix of transformers' class names, "CLIP" or "Siglip"."""
-    image, text, words = model.image, model.text, model.words.without_mask()
-    width, depth, heads, mlp_width, patch = image.shape
-    vision_config = _sizes(width, depth, heads, mlp_width, image) | {
-        "model_type": f"{kind.lower()}_vision_model",
-        "image_size": image.image_size,
-        "patch_size": patch,
-        "num_channels": 3,
-    }
-    mlp_width = round(text.width * text.mlp_ratio)
-    text_config = _sizes(text.width, text.depth, text.heads, mlp_width, text) | {
-        "model_type": f"{kind.lower()}_text_model",
-        "vocab_size": words.vocab_size,
-        "max_position_embeddings": text.context,
-        # CLIP's tokenizer pads with the end mark; no token of a causal tower attends to padding
-        "pad_token_id": words.eot_id if words.plain else words.pad_id,
-        "bos_token_id": words.sot_id,
-        "eos_token_id": words.eot_id,
-    }
-    if kind == "Siglip":
-        text_config["projection_size"] = model.width
-        config: dict[str, Any] = {}
-    else:
-        for section in (vision_config, text_config):
-            section["projection_dim"] = model.width
-        config = {"projection_dim": model.width}
-    return config | {
-        "architectures": [f"{kind}Model"],
-        "model_type": kind.lower(),
-        "dtype": "float32",
-        "initializer_factor": 1.0,
-        "text_config": text_config,
-        "vision_config": vision_config,
-    }
-
-
-def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> dict[str, Any]:
-    """The entries that both towers' sections have."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp_width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "hidden_act": ACTIVATIONS[tower.activation],
-        "layer_norm_eps": tower.norm_eps,
-        "attention_dropout": 0.0,
-    }
-
-
-def _preprocessor(model: Model, kind: str) -> dict[str, Any]:
-    """`preprocessor_config.json`. For `resize="shortest"` it resizes the shorter side and crops the
-    centre, as clipx's evaluations do; otherwise it resizes both sides."""
-    size = model.image.image_size
-    square, centre = {"height": size, "width": size}, model.resize == "shortest"
-    return {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "processor_class": f"{kind}Processor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size} if centre else square,
-        "resample": preprocessing.RESAMPLE[model.interpolation],
-        "do_center_crop": centre,
-        **({"crop_size": square} if centre else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(model.mean),
-        "image_std": list(model.std),
-    }
 
 
 def _read(
