@@ -147,10 +147,9 @@ def _test_source(text: str) -> Source:
     where, values = "--against", {"source": "auto", "path": text}
     if text.startswith("source="):
         values = evaluation.section(text, where)
-    section = ("evals", "against", "data")
 
     def say(line: str) -> None:
-        print(line.replace(".".join(section), where))
+        print(line.replace("evals.against.data", where))
 
     try:
         evals = {"against": {"data": values}}
