@@ -13,6 +13,9 @@ import numpy as np
 
 from clipx.errors import BadSample, DataError
 
+# half a surrogate pair, but for those that stand for a byte of a file's name
+_HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
 
 def expand_user(path: str) -> str:
     """`path` with ~ and $NAME expanded. Raises `DataError` for a variable that is not set."""
@@ -27,8 +30,12 @@ def expand_user(path: str) -> str:
 
 
 def printable(name: str) -> str:
-    """The name of a file, with bytes that are no UTF-8 as \\xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name with bytes that are no UTF-8 as \\xff, and with halves of surrogate pairs, which JSON
+    can contain, as \\ud83d."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return printable(_HALF_PAIR.sub(lambda half: ascii(half[0])[1:-1], name))
 
 
 class Example(NamedTuple):

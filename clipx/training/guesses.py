@@ -13,7 +13,7 @@ from typing import Any
 
 from clipx.config.binding import to_lists
 from clipx.data.base import Guess, Source
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, readable
 from clipx.evaluators.base import Evaluator
 from clipx.training.schema import EVAL_SOURCES
 
@@ -52,7 +52,7 @@ def lines(where: str, source: Source) -> list[str]:
     account = source.account()
     for i, line in enumerate(account.lines() if account else []):
         said.append(line if i else f"{where}: {line}")
-    return said
+    return [readable(line) for line in said]  # names of columns may be anything
 
 
 def read(workdir: pathlib.Path) -> Guesses:

@@ -9,6 +9,7 @@ import pytest
 
 from clipx.data.captions import Reader, Texts, decode
 from clipx.data.evaluation import EvaluationSet
+from clipx.data.sources.files import Files
 from clipx.data.sources.mixture import Mixture
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
@@ -175,3 +176,13 @@ def test_labels_with_a_mark_and_other_facts_in_json(tmp_path):
     rows = [{"cls": "3".encode(code), "json": {"width": 4}} for code in ("utf-8-sig", "utf-16")]
     source = opened(tmp_path, rows)
     assert [(row.label, row.texts) for row in source] == [(3, ())] * 2
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "a \udfff", "\ud800\udc80"])
+def test_a_key_with_half_a_surrogate_pair_is_named(tmp_path, half):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"x")
+        (tmp_path / f"{i}.json").write_text(json.dumps({half: "a dog runs", "n": i}))
+    with pytest.raises(DataError, match="the .json have the keys ") as caught:
+        Files(str(tmp_path))
+    str(caught.value).encode()

@@ -20,6 +20,7 @@ from clipx.data.tables.delimited import Csv
 from clipx.data.tables.formats import File, tables
 from clipx.data.tables.rows import Rows, cut
 from clipx.data.tables.separators import spelt
+from clipx.data.tars import Tally
 from clipx.errors import BadSample, DataError
 
 _LOOKED_AT = 200  # rows from which to infer the folder of the pictures
@@ -167,7 +168,7 @@ class _Reader:
         self.rows, self.guesses = Rows(), dict[str, Guess]()
         self._values: dict[str, None] = {}  # of the column of `where`
         self._counts = collections.Counter[str]()  # rows by unit; those that `where` leaves out: ""
-        self._skipped: dict[str, Skipped] = {}  # by reason
+        self._tally = Tally()  # of what the tables leave out
 
     def read(self, file: File) -> None:
         """Adds the rows of one table."""
@@ -246,13 +247,8 @@ class _Reader:
                 guesses.append(Guess("quotes", "letters", reason))
         for guess in guesses:
             self.guesses.setdefault(guess.field, guess)
-        for skipped in file.skipped():
-            before = self._skipped.get(skipped.reason, Skipped(skipped.reason, 0, ()))
-            self._skipped[skipped.reason] = Skipped(
-                skipped.reason,
-                before.count + skipped.count,
-                (before.examples + skipped.examples)[:3],
-            )
+        for one in file.skipped():
+            self._tally.add(one.reason, *one.examples, count=one.count)
 
     def _note_spelling(self, spelling: paths.Spelling, written: list[str]) -> None:
         """Keeps that paths are found under another spelling than the table's."""
@@ -265,13 +261,14 @@ class _Reader:
 
     def account(self) -> Account:
         """What became of every row of the tables."""
-        skipped = list(self._skipped.values())
-        if others := self._counts.pop("", 0):
-            skipped.append(Skipped(f"other rows than where={self._table.where}", others, ()))
+        skipped, others = self._tally.skipped(), self._counts.pop("", 0)
         read_ = self._counts.total()
         unit = "lines" if set(self._counts) == {"line"} else "rows"
-        found = read_ + sum(s.count for s in self._skipped.values())
-        return Account(unit, found, read_ - others, tuple(skipped))
+        found = read_ + sum(s.count for s in skipped)
+        if others:
+            reason = f"other rows than where={self._table.where}"
+            skipped = (*skipped, Skipped(reason, others, ()))
+        return Account(unit, found, read_ - others, skipped)
 
     def nothing(self) -> DataError:
         """The error for tables without a row to read."""

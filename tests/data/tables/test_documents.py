@@ -139,3 +139,12 @@ def test_other_documents_are_refused(folder, value, reason):
     with pytest.raises(DataError) as caught:
         Table(dumped(folder, value, indent=1))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_left_out_name_with_half_a_surrogate_pair_can_be_printed(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "\ud83d.jpg"}]
+    notes = [{"image_id": 1, "caption": "a dog runs"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    lines = Table(str(tmp_path / "c.json")).account().lines()
+    assert lines[1] == r"  1: images without an annotation (\ud83d.jpg)" and "".join(lines).encode()
