@@ -452,7 +452,7 @@ def test_an_error_of_one_ends_the_other(tmp_path):
          for i, where in enumerate((".", "elsewhere"))]
     )  # fmt: skip
     assert codes == [cli.EXIT_LOST, cli.EXIT_CONFIG], said
-    assert "the folder is not there" in said[1] and "Traceback" not in said[1]
+    assert "its folder does not exist" in said[1] and "Traceback" not in said[1]
     assert f"process 1 ({socket.gethostname()}) did not come to 'tokenizer'" in said[0], said
     assert "Traceback" not in said[0]
 
