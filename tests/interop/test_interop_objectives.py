@@ -77,7 +77,7 @@ def config(name):
 
 
 # of the others, the towers are among the proofs of test_interop_open_clip.py
-NIGHTLY = {"declip", "defilip", "slip", "protoclip"} & set(tiny.OBJECTIVES)
+NIGHTLY = {"declip", "defilip", "filip", "slip", "protoclip"} & set(tiny.OBJECTIVES)
 
 
 @pytest.mark.parametrize(

@@ -78,15 +78,11 @@ def test_assembles(spec):
 
 @pytest.mark.parametrize("spec", MARKED_SPECS)
 def test_traces(spec):
-    config = shrunk(files.load(f"{FOLDER}/{spec}"))
-    one = assemble(config, jax.devices()[:1])
-    if kind(one) in TRACED:
+    run = assemble(shrunk(files.load(f"{FOLDER}/{spec}")), jax.devices())
+    assert run.mesh.size == 8
+    if kind(run) in TRACED:
         return
-    TRACED.add(kind(one))
-    run = assemble(config, jax.devices())
-    assert (one.mesh.size, run.mesh.size) == (1, 8)
-    assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, run.state)
-    assert one.complete == run.complete
+    TRACED.add(kind(run))
     step = make_train_step(
         run.objective,
         run.optimizer,
@@ -101,6 +97,17 @@ def test_traces(spec):
     assert before == after
     assert {"loss", "loss/chance", "grad_norm", "skipped"} <= set(metrics)
     assert all(x.shape == () for x in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "spec", [s if s == "clip.py" else pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
+)
+def test_devices_change_no_shape(spec):
+    config = shrunk(files.load(f"{FOLDER}/{spec}"))
+    one, eight = (assemble(config, jax.devices()[:n]) for n in (1, 8))
+    assert (one.mesh.size, eight.mesh.size) == (1, 8)
+    assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, eight.state)
+    assert one.complete == eight.complete
 
 
 @pytest.mark.slow  # `test_traces` does without the layers that are alike

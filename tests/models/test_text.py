@@ -130,7 +130,8 @@ def test_masked_padding_is_not_seen(params, causal):
     np.testing.assert_allclose(out.backbone, short.backbone, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # `test_masked_padding_is_not_seen` pads with zeros
+@pytest.mark.parametrize("causal", [True, False])
 def test_the_end_mark_may_pad(params, causal):
     """A text ends at its first end mark, so end marks can pad it as zeros can. SigLIP's tower pools
     the last token, which attends to the padding."""
