@@ -39,7 +39,8 @@ def train(
         )
         return cli.EXIT_PREEMPTED
     try:
-        page.write_run(session.folder, session.run, session.run.encode(state))
+        encode = session.run.encode(state)
+        page.write_run(session.folder, session.run, encode, session.data.held_out)
         report = "  report.html      open it in a browser"
     except RunError as error:  # the run itself is complete
         report = f"  no report.html: {error}"

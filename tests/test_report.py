@@ -219,7 +219,7 @@ def test_metrics_of_clusters_have_curves(tmp_path):
 
 
 class Run:
-    def samples(self):
+    def samples(self, held_out):
         return samples().pictures, ["a", "b"], [0, 3]
 
 
@@ -244,7 +244,7 @@ def test_every_process_encodes_and_process_0_writes(workdir, monkeypatch):
 
 
 def test_a_run_without_pairs_to_look_at(workdir):
-    path = report.write_run(workdir, types.SimpleNamespace(samples=lambda: None), Encode())
+    path = report.write_run(workdir, types.SimpleNamespace(samples=lambda held_out: None), Encode())
     assert read(path).tags.count("article") == 0
 
 

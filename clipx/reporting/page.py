@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from clipx.data.base import Source
 from clipx.errors import RunError
 from clipx.evaluators.base import Encode
 from clipx.reporting import charts, episode_maps, gallery
@@ -66,16 +67,20 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
     return path
 
 
-def write_run(workdir: str | os.PathLike, run: Any, encode: Encode) -> pathlib.Path | None:
+def write_run(
+    workdir: str | os.PathLike, run: Any, encode: Encode, held_out: Source | None = None
+) -> pathlib.Path | None:
     """Writes report.html with the similarities that `encode` gives for the run's held-out samples,
     and returns its path.
 
-    run: a `training.run.Run`. Every process must call this function, because encoding is
-    collective. Process 0 writes; the others return None. Raises `RunError` as `write` does.
+    run: a `training.run.Run`. held_out: the rows that it holds out of its training data, if they
+    are open already; else they are read again. Every process must call this function, because
+    encoding is collective. Process 0 writes; the others return None. Raises `RunError` as `write`
+    does.
     """
     samples = None
-    if (held_out := run.samples()) is not None:
-        pictures, captions, owner = held_out
+    if (pairs := run.samples(held_out)) is not None:
+        pictures, captions, owner = pairs
         similarity = encode.similarity(encode.image(pictures), encode.text(captions))
         samples = Samples(pictures, captions, similarity, np.asarray(owner))
     return write(workdir, samples=samples) if jax.process_index() == 0 else None

@@ -144,10 +144,14 @@ class Run:
         opened = functools.cache(self.held_out if held_out is None else lambda: held_out)
         return {spec.name: spec.open(size, opened) for spec in self.evals}
 
-    def samples(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        """Held-out pairs for the report: (pictures uint8 [n, h, w, 3], captions, the index of each
-        caption's picture). None if no eval has examples with captions."""
-        return held_out_pairs(self.evals, self.objective.image.image_size, self.held_out)
+    def samples(
+        self, held_out: Source | None = None
+    ) -> tuple[np.ndarray, list[str], np.ndarray] | None:
+        """Pairs of an eval for the report: (pictures uint8 [n, h, w, 3], captions, the index of
+        each caption's picture). None if no eval has examples with captions. held_out: as for
+        `evaluators`."""
+        opened = self.held_out if held_out is None else lambda: held_out
+        return held_out_pairs(self.evals, self.objective.image.image_size, opened)
 
 
 @dataclasses.dataclass(frozen=True)
