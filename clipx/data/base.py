@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -106,7 +106,8 @@ class Source(Protocol):
     """
 
     classes: tuple[str, ...]  # names of the labels; () if the data set has no labels
-    alike = False  # True: rows are made, not read, so that a look at a few is a look at all
+    # True: rows are made, not read, so that a look at a few is a look at all
+    alike: ClassVar[bool] = False
 
     def __len__(self) -> int: ...
 

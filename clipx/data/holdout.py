@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -27,6 +27,8 @@ class HeldOut:
     Examples keep the row id and the key of the picture's first row. Not a subclass of `Source`,
     because no config selects it by name.
     """
+
+    alike: ClassVar[bool] = False
 
     def __init__(self, source: Source, groups: Sequence[Int[np.ndarray, " n"]]):
         """groups: the rows of each picture, in their order."""

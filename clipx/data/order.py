@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -113,6 +113,8 @@ class Subset:
 
     Examples keep their row ids. Not a subclass of `Source`, because no config selects it by name.
     """
+
+    alike: ClassVar[bool] = False
 
     def __init__(
         self, source: Source, rows: Int[np.ndarray, " n"], guesses: tuple[Guess, ...] = ()

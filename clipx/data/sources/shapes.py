@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -98,7 +98,7 @@ class Shapes(Source):
     image_size: Annotated[int, Range(16, 2**14)] = 64  # pixels per side
 
     classes = CLASSES
-    alike = True
+    alike: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.size or (600 if self.split == "test" else 16384)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
 import tempfile
@@ -30,7 +31,7 @@ class Pictures(NamedTuple):
     paths: list[str]  # what the column says about each; '' for nothing
 
 
-class Columnar:
+class Columnar(abc.ABC):
     """A table in columns with their types. Subclasses open the file."""
 
     unit = "row"
@@ -137,11 +138,13 @@ class Columnar:
         reason = str(error).replace("\n", " ")
         return DataError(f"{self.path}: cannot be read as {self.kind} ({reason})")
 
+    @abc.abstractmethod
     def _read_schema(self) -> Any:
-        raise NotImplementedError
+        """pyarrow's schema of the file."""
 
+    @abc.abstractmethod
     def _batches(self, names: list[str], size: int) -> Iterator[Any]:
-        raise NotImplementedError
+        """Record batches of at most `size` rows with these columns."""
 
 
 class Parquet(Columnar):
