@@ -72,6 +72,12 @@ class ConfigError(Exception):
         return readable("\n".join(lines))
 
 
+def damaged_file(path: str | os.PathLike, error: Exception) -> ConfigError:
+    """What to raise for a file of a workdir that cannot be read because of `error`."""
+    found = f"{os.fspath(path)}, which is damaged ({error})"
+    return ConfigError("--workdir", found, "the file as the run wrote it")
+
+
 class DataError(Exception):
     """The data does not match the config. One line, exit code 2."""
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clipx.config import binding as configs
-from clipx.errors import CheckpointError, ConfigError
+from clipx.errors import CheckpointError, ConfigError, damaged_file
 from clipx.training import guesses, metric_table, metrics
 from clipx.training.schema import Config
 from clipx.types import Metric, TrainState
@@ -70,8 +70,7 @@ def read_json(path: pathlib.Path) -> Any:
             "--workdir", f"no {path.name} in {path.parent}", "the workdir of a clipx run"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        found = f"{path}, which is damaged ({error})"
-        raise ConfigError("--workdir", found, "the file as the run wrote it") from None
+        raise damaged_file(path, error) from None
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clipx.config.binding import to_lists
 from clipx.data.base import Guess, Source
-from clipx.errors import ConfigError, readable
+from clipx.errors import ConfigError, damaged_file, readable
 from clipx.evaluators.base import Evaluator
 from clipx.training.schema import EVAL_SOURCES
 
@@ -67,8 +67,7 @@ def read(workdir: pathlib.Path) -> Guesses:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        found = f"{file}, which is damaged ({error})"
-        raise ConfigError("--workdir", found, "the file as the run wrote it") from None
+        raise damaged_file(file, error) from None
 
 
 def dump(guesses: Guesses) -> dict[str, Any]:
