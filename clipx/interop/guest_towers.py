@@ -41,11 +41,11 @@ def image_tower(section: Section, embed_dim: int, size: int, given: Any) -> ViT 
     section may point at. Raises `ConfigError` for a timm model that clipx does not have.
     """
     name = section.get("timm_model_name")
-    section.one_of("timm_proj_bias", (False,), False)
     projection = section.one_of("timm_proj", ("linear", "none"), "linear")
     common: dict[str, Any] = {
         "image_size": size,
         "embed_dim": embed_dim if projection == "linear" else 0,
+        "projection_bias": section.flag("timm_proj_bias", False),
     }
     for key in ("layers", "width", "head_width", "mlp_ratio", "patch_size"):
         section.get(key)  # which the model's name overrides

@@ -14,30 +14,32 @@ import numpy as np
 
 from clipx.errors import NotExpressible
 from clipx.interop import rules
-from clipx.interop.model import Model, ratio
+from clipx.interop.model import Model, check_bias, ratio
 from clipx.interop.open_clip_layout import Layout
 from clipx.interop.rules import Rule
+from clipx.models.base import Tower
 from clipx.models.bert import BERT
-from clipx.models.layers import Tower
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.vit import ViT
 
 TIMM_EPS = 1e-6  # of every LayerNorm that timm's ViT makes from JSON
 
 
-def _timm_section(name: str, pool: str, size: int) -> dict[str, Any]:
+def _timm_section(name: str, pool: str, image: Tower, size: int) -> dict[str, Any]:
+    biased = bool(image.embed_dim) and image.biased_projection
     return {
         "image_size": size,
         "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": pool,
         "timm_proj": "linear",
+        **({"timm_proj_bias": True} if biased else {}),
     }
 
 
 def _vit_section(model: Model, folder: str) -> dict[str, Any]:
     pool = "map" if model.image.pool == "attention" else "avg"
-    return _timm_section(f"local-dir:{folder}", pool, model.image.image_size)
+    return _timm_section(f"local-dir:{folder}", pool, model.image, model.image.image_size)
 
 
 def _vit_config(model: Model) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
             f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
             f"channels, but this one has {image.shape[0]} blocks and {image.shape[1]} channels"
         )
-    return _timm_section(image.variant, "avg", image.image_size)
+    return _timm_section(image.variant, "avg", image, image.image_size)
 
 
 def _bert_section(model: Model, folder: str) -> dict[str, Any]:
@@ -111,9 +113,10 @@ def _bert_config(model: Model) -> dict[str, Any]:
 
 
 def _head(tower: Tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
-    """The projection to the shared space, with weights multiplied by `factor`."""
+    """The projection to the shared space, with its kernel multiplied by `factor`."""
     if tower.embed_dim:
-        return rules.scaled(rules.dense(ours, theirs, bias=False), factor)
+        kernel, *bias = rules.dense(ours, theirs, bias=tower.biased_projection)
+        return [*rules.scaled([kernel], factor), *bias]
     copy = rules.identity(width, tower.backbone_width)
     return [rules.constant(f"{theirs}.weight", lambda: np.float32(factor) * copy())]
 
@@ -199,6 +202,7 @@ def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
 
 
 def _bert_rules(text: BERT, width: int, dropped: int | None) -> list[Rule]:
+    check_bias(text, "text")
     a, b = "params/text", "text.transformer"
     tables = {"token": "word", "positional": "position", "type": "token_type"}
     layout = [

@@ -7,7 +7,7 @@ from typing import Any
 from clipx.interop.huggingface_layout import ACTIVATIONS
 from clipx.interop.model import Model
 from clipx.interop.preprocessing import RESAMPLE
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 
 
 def model(exported: Model, kind: str) -> dict[str, Any]:

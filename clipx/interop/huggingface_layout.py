@@ -9,10 +9,10 @@ import numpy as np
 
 from clipx.errors import ConfigError
 from clipx.interop import rules
-from clipx.interop.model import vit_shape
+from clipx.interop.model import check_bias, vit_shape
 from clipx.interop.rules import Rule
 from clipx.interop.settings import Section, keys
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
@@ -80,6 +80,7 @@ def _clip_vision(image: ViT, width: int) -> list[Rule]:
 
 
 def _projection(tower: Tower, ours: str, theirs: str, width: int) -> list[Rule]:
+    check_bias(tower, ours.split("/")[1])
     if tower.embed_dim:
         return rules.dense(ours, theirs, bias=False)
     copy = rules.identity(width, tower.backbone_width)

@@ -19,7 +19,7 @@ from clipx.interop import weights
 from clipx.interop.base import read_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, shapes
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.models.transformer import stack_blocks
 from clipx.types import PyTree
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from clipx.errors import ConfigError, NotExpressible
 from clipx.interop.preprocessing import Interpolation, Resize
 from clipx.interop.rules import Arrays
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.models.transformer import unstack_blocks
 from clipx.models.vit import SIZES
 from clipx.types import PyTree
@@ -149,6 +149,16 @@ def check_widths(model: Model) -> None:
             raise NotExpressible(
                 f"one tower is projected to {tower.embed_dim} channels, the other has {model.width}"
             )
+
+
+def check_bias(tower: Tower, name: str) -> None:
+    """Raises `NotExpressible` if the projection of the tower `name` has a bias, for a library whose
+    projection has none."""
+    if tower.embed_dim and tower.biased_projection:
+        raise NotExpressible(
+            f"the {name} tower's projection has a bias; the library's has none (train with "
+            f"config.{name}.projection_bias=false)"
+        )
 
 
 def check_padding(model: Model, own: bool) -> None:

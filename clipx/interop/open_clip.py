@@ -34,8 +34,8 @@ from clipx.interop.model import (
 from clipx.interop.open_clip_layout import CONFIG, Layout
 from clipx.interop.rules import Arrays, Rule
 from clipx.interop.settings import Section, keys
+from clipx.models.base import Tower
 from clipx.models.bert import BERT
-from clipx.models.layers import Tower
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT

@@ -10,10 +10,10 @@ import numpy as np
 
 from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import rules
-from clipx.interop.model import Model, check_padding, ratio, vit_shape
+from clipx.interop.model import Model, check_bias, check_padding, ratio, vit_shape
 from clipx.interop.rules import Rule
 from clipx.interop.settings import Section, keys
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.models.resnet import MODIFIED, ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -71,6 +71,7 @@ def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
     ]
     _, depth, heads, *_ = image.shape
     layout += _block_rules(f"{ours}/transformer", "visual.transformer.resblocks", depth, heads)
+    check_bias(image, "image")
     if image.embed_dim:
         return [*layout, rules.same(f"{ours}/projection/kernel", "visual.proj")]
     return [*layout, rules.constant("visual.proj", rules.identity(image.backbone_width, width))]

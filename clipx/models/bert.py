@@ -16,16 +16,16 @@ from jaxtyping import Bool, Float, Int32, Key
 
 from clipx.config.ranges import Count, CountOrZero, Depth, Rate, Ratio, Width
 from clipx.errors import ConfigError
+from clipx.models.base import Tower
 from clipx.models.layers import (
     LayerNorm,
-    Tower,
     check,
     drop,
     dropout_keys,
     reduction_dtype,
     text_lengths,
 )
-from clipx.types import Array, Encoded, PyTree, constrain_rows
+from clipx.types import Array, PyTree, constrain_rows
 
 _EPS = 1e-12
 _normal = initializers.normal(0.02)
@@ -124,7 +124,6 @@ class BERT(Tower):
     eot_id: CountOrZero = 102
     pad_id: CountOrZero = 0
     dropout: Rate = 0.1
-    init_from: str = ""
 
     @nn.nowrap
     def check(self) -> None:
@@ -153,9 +152,9 @@ class BERT(Tower):
         return {"heads": self.heads}
 
     @nn.compact
-    def __call__(
+    def features(
         self, x: Int32[Array, "b n"], *, train: bool = False, keys: Key[Array, " b"] | None = None
-    ) -> Encoded:
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         ids, length = x, x.shape[1]
         if length > self.positions:
             raise ValueError(
@@ -185,7 +184,7 @@ class BERT(Tower):
                 name=f"block_{i}",
             )(x, valid, keys, 1 + 3 * i)
         pooler = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="pooler")
-        return self.encoded(jnp.tanh(pooler(x[:, 0])), x)
+        return jnp.tanh(pooler(x[:, 0])), x
 
     @nn.nowrap
     def pretrained(self) -> dict[str, PyTree]:

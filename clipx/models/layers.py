@@ -1,4 +1,4 @@
-"""The layers that towers are made of, and their base class `Tower`.
+"""The layers that towers are made of.
 
 Compute runs in the tower's `dtype`; parameters are float32; normalisation and softmax run in
 float32 at least. Dropout takes one key per row, so a row's mask depends on its own key alone.
@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,10 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key
 
-from clipx.config.ranges import WidthOrZero
 from clipx.errors import ConfigError
 from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
-from clipx.types import Array, Encoded, PyTree
+from clipx.types import Array
 
 # "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
 # approximation, which big_vision's SigLIP and JAX's default use
@@ -91,93 +90,6 @@ def text_lengths(ids: Int32[Array, "b n"], eot_id: int, pad_id: int) -> Int[Arra
     is_eot = ids == eot_id
     text_end = ids.shape[1] - (ids != pad_id)[:, ::-1].argmax(axis=1)
     return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
-
-
-class PositionTable(NamedTuple):
-    """A tower's table of learned positions, which can be resized for inputs of another size."""
-
-    path: tuple[str, ...]  # where the table [rows, channels] is in the tower's `params`
-    first: int  # rows in front of the positions, such as the class token's
-    shape: tuple[int, ...]  # the grid of the other rows: (side, side) patches, or (tokens,)
-
-
-class Tower(nn.Module):
-    """Base class of every tower: images or token ids in, `Encoded` out. Its fields are config keys.
-
-    `__call__(x, *, train=False, keys=None) -> Encoded` fills every field of `Encoded`. Row i of
-    each field depends on row i of `x` and on `keys[i]` alone (except for BatchNorm in training).
-    `keys` are typed PRNG keys, needed only if `train` and dropout is on.
-
-    Code outside `clipx/models/` never tests which class a tower has. A tower declares what others
-    need to know: `from_tokenizer`, `needs_start_mark`, `backbone_width`, `position_table` and
-    `unseen_settings`. None of these is a config key.
-    """
-
-    # fields that are filled in from the config's tokenizer, and may not be in the tower's section
-    from_tokenizer: ClassVar[tuple[str, ...]] = ()
-    # whether the tower's output is read at the start mark, so that every text must have one
-    needs_start_mark: ClassVar[bool] = False
-
-    embed_dim: WidthOrZero = 512  # of the shared space; 0: no projection, `raw` is `backbone`
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
-
-    def __post_init__(self):
-        self.check()
-        super().__post_init__()
-
-    @nn.nowrap
-    def check(self) -> None:
-        """Raises `ConfigError` for impossible values of fields. Runs on every Linen clone."""
-
-    @property
-    def backbone_width(self) -> int:
-        """Channels of `Encoded.backbone`."""
-        raise TypeError(f"{type(self).__name__} declares no backbone_width")
-
-    @property
-    def output_width(self) -> int:
-        """Channels of `Encoded.raw`: those of the projection, or of the backbone without one."""
-        return self.embed_dim or self.backbone_width
-
-    @property
-    def position_table(self) -> PositionTable | None:
-        """The learned positions whose number depends on the image size or text length, if any."""
-        return None
-
-    @property
-    def unseen_settings(self) -> dict[str, Any]:
-        """Settings that change the output but no array's shape. Parameters do not fit a model that
-        differs in one of them, although every array has the right shape."""
-        return {}
-
-    @nn.nowrap
-    def at(self, field: str) -> str:
-        """The `where` of a `ConfigError` about `field`."""
-        return f"{type(self).__name__}.{field}"
-
-    @nn.nowrap
-    def pretrained(self) -> dict[str, PyTree]:
-        """The entries of `params` that a file gives and training starts from; {} for no file."""
-        return {}
-
-    def encoded(
-        self, pooled: Float[Array, "b c"], tokens: Float[Array, "b n c"], *, bias: bool = False
-    ) -> Encoded:
-        """All fields of `Encoded`; `raw` is a projection of `pooled`, or `pooled` if `embed_dim=0`.
-        The projection's kernel starts as N(0, 1/c) (CLIP, clip/model.py), its bias as torch's do.
-        """
-        raw = pooled
-        if self.embed_dim:
-            width = pooled.shape[-1]
-            raw = nn.Dense(
-                self.embed_dim,
-                use_bias=bias,
-                dtype=self.dtype,
-                kernel_init=initializers.normal(width**-0.5),
-                bias_init=torch_bias(width),
-                name="projection",
-            )(pooled)
-        return Encoded(unit=unit(raw), raw=raw, backbone=pooled, tokens=tokens)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -12,18 +12,17 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Pixels, Width
+from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     BatchNorm,
     PoolAttention,
-    PositionTable,
-    Tower,
     check,
     check_name,
     mean_tokens,
     torch_bias,
     torch_uniform,
 )
-from clipx.types import Array, Encoded, constrain_rows
+from clipx.types import Array, constrain_rows
 
 # Radford et al. 2021 (arXiv:2103.00020), table 19 and section 2.4: blocks per stage, stem width
 MODIFIED = {
@@ -198,6 +197,11 @@ class ResNet(Tower):
         return width * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
 
     @property
+    def biased_projection(self) -> bool:
+        """CLIP's attention pool ends in a linear layer with a bias."""
+        return self.modified or self.projection_bias
+
+    @property
     def position_table(self) -> PositionTable | None:
         """The positions of the attention pool; None for a plain ResNet.
 
@@ -214,13 +218,13 @@ class ResNet(Tower):
         return {"heads": self.heads}
 
     @nn.compact
-    def __call__(
+    def features(
         self,
         x: Float[Array, "b h w 3"],
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
-    ) -> Encoded:
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         blocks, width = self.shape
         modified = self.modified
         if x.shape[1:] != (self.image_size, self.image_size, 3):
@@ -261,4 +265,4 @@ class ResNet(Tower):
             pooled = AttentionPool(self.heads, self.dtype, name="pool")(tokens)
         else:
             pooled = mean_tokens(tokens)
-        return self.encoded(pooled, tokens, bias=modified)
+        return pooled, tokens

@@ -7,21 +7,20 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
-from jaxtyping import Int32, Key
+from jaxtyping import Float, Int32, Key
 
 from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Ratio, Width
+from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     Activation,
     LayerNorm,
-    PositionTable,
-    Tower,
     check,
     dropout_keys,
     mean_tokens,
     text_lengths,
 )
 from clipx.models.transformer import Transformer
-from clipx.types import Array, Encoded
+from clipx.types import Array
 
 
 class TextTransformer(Tower):
@@ -49,7 +48,6 @@ class TextTransformer(Tower):
     eot_id: CountOrZero = 49407
     pad_id: CountOrZero = 0
     mask_padding: bool = False
-    projection_bias: bool = False  # CLIP's projection has no bias, DeCLIP's has one
     activation: Activation = "gelu"
     norm_eps: Epsilon = 1e-5
     dropout: Rate = 0.0
@@ -91,9 +89,9 @@ class TextTransformer(Tower):
         return settings | {"mask_padding": self.mask_padding and not self.causal}
 
     @nn.compact
-    def __call__(
+    def features(
         self, x: Int32[Array, "b n"], *, train: bool = False, keys: Key[Array, " b"] | None = None
-    ) -> Encoded:
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         ids, (rows, length) = x, x.shape
         if length > self.context:
             raise ValueError(
@@ -141,4 +139,4 @@ class TextTransformer(Tower):
             last = jnp.full(rows, length - 1) if lengths is None else lengths - 1
             pooled_at = eot if self.pool == "eot" else last
             pooled = jnp.take_along_axis(tokens, pooled_at[:, None, None], axis=1)[:, 0]
-        return self.encoded(pooled, tokens, bias=self.projection_bias)
+        return pooled, tokens

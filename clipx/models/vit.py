@@ -12,13 +12,12 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Epsilon, Pixels, Rate, Ratio, Width
+from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     MLP,
     Activation,
     LayerNorm,
     PoolAttention,
-    PositionTable,
-    Tower,
     check,
     check_name,
     dropout_keys,
@@ -26,7 +25,7 @@ from clipx.models.layers import (
     torch_uniform,
 )
 from clipx.models.transformer import Transformer
-from clipx.types import Array, Encoded
+from clipx.types import Array
 
 # Zhai et al. 2022 (arXiv:2106.04560), table 2: width, depth, heads, MLP width. "bigG" is
 # open_clip's name for G.
@@ -162,13 +161,13 @@ class ViT(Tower):
         }
 
     @nn.compact
-    def __call__(
+    def features(
         self,
         x: Float[Array, "b h w 3"],
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
-    ) -> Encoded:
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         width, depth, heads, mlp_width, patch = self.shape
         if x.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
@@ -216,4 +215,4 @@ class ViT(Tower):
             pooled = MapHead(
                 heads, mlp_width, self.activation, self.norm_eps, self.dtype, name="pool"
             )(ln_post(x))
-        return self.encoded(pooled, tokens)
+        return pooled, tokens

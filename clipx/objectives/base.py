@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clipx.config.ranges import Crop, Rgb, RgbDeviation
-from clipx.models.layers import Tower, check
+from clipx.models.base import Tower
+from clipx.models.layers import check
 from clipx.ops import photometry
 from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
 
@@ -40,7 +41,9 @@ class Objective(nn.Module):
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are not negatives
     mean: Rgb = photometry.OPENAI_MEAN  # of RGB in 0..1
     std: RgbDeviation = photometry.OPENAI_STD
-    locked: tuple[str, ...] = ()  # set by the run: towers that are frozen completely
+    # Set by the run: towers that are frozen completely, and those that are frozen below their heads
+    locked: tuple[str, ...] = ()
+    locked_features: tuple[str, ...] = ()
 
     # Fields that other sections of the config fill: {field: "section.key"}. A config cannot set
     # them under `objective`.
@@ -135,10 +138,15 @@ class Objective(nn.Module):
         return self._tower("text", text, train, keys)
 
     def _tower(self, name: str, x: Array, train: bool, keys: Key[Array, " b"] | None) -> Encoded:
-        """Output of one tower. A locked tower runs in evaluation mode and gets no gradient."""
-        if name not in self.locked:
-            return getattr(self, name)(x, train=train, keys=keys)
-        return jax.lax.stop_gradient(getattr(self, name)(x))
+        """Output of one tower. What is locked of it runs in evaluation mode and gets no
+        gradient."""
+        tower = getattr(self, name)
+        if name in self.locked:
+            return jax.lax.stop_gradient(tower(x))
+        if name not in self.locked_features:
+            return tower(x, train=train, keys=keys)
+        pooled, tokens = jax.lax.stop_gradient(tower.features(x))
+        return tower.project(pooled, tokens, train=train, keys=keys)
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         """Score of every image with every text: the inner product of their unit embeddings."""

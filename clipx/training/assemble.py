@@ -14,11 +14,12 @@ from jax.typing import DTypeLike
 
 from clipx.config import binding
 from clipx.config.binding import bind
-from clipx.models.layers import Tower
+from clipx.models.base import HEAD, Tower
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.optimizer import make_optimizer
+from clipx.training.parameter_rules import locked
 from clipx.training.schema import Config, check_marks, named
 from clipx.training.step import init_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
@@ -44,13 +45,21 @@ def bind_objective(config: Config) -> tuple[Objective, dict[str, dict[str, Any]]
         text=text,
         **filled(config, objective_cls.filled),
         locked=(),
+        locked_features=(),
     )
-    given = {"image", "text", "locked", *objective_cls.filled}
+    given = {"image", "text", "locked", "locked_features", *objective_cls.filled}
     return objective, {
         "objective": {"name": objective_name, **binding.dump(objective, given=given)},
         "image": {"name": image_name, **binding.dump(image)},
         "text": {"name": text_name, **binding.dump(text, given=from_tokenizer)},
     }
+
+
+def lock(objective: Objective, freeze: tuple[str, ...], params: PyTree) -> Objective:
+    """The objective, told which towers are frozen by the patterns `freeze`."""
+    return objective.clone(
+        locked=locked(freeze, params), locked_features=locked(freeze, params, HEAD)
+    )
 
 
 def filled(config: Config, fields: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -124,10 +124,16 @@ def frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
     return still
 
 
-def locked(patterns: tuple[str, ...], params: PyTree) -> tuple[str, ...]:
-    """The names of the towers of which all parameters are frozen."""
+def locked(
+    patterns: tuple[str, ...], params: PyTree, without: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The names of the towers of which all parameters are frozen, but for the entries `without`."""
     still = frozen(patterns, params)
-    towers = {name: jax.tree.leaves(still.get(name, {})) for name in ("image", "text")}
+    kept = {
+        name: {k: v for k, v in still.get(name, {}).items() if k not in without}
+        for name in ("image", "text")
+    }
+    towers = {name: jax.tree.leaves(tree) for name, tree in kept.items()}
     return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
 
 

@@ -21,7 +21,7 @@ from clipx.interop import tokenizer as files
 from clipx.interop.base import read_json as load_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, Words, cpu, make_model
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training.checkpoint import read_json
 from clipx.training.run import restore

@@ -27,11 +27,10 @@ from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
 from clipx.training import checks
-from clipx.training.assemble import abstract_batch, abstract_state, bind_objective
+from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
 from clipx.training.checkpoint import Checkpoints, read_config
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
-from clipx.training.parameter_rules import locked
 from clipx.training.samples import held_out_pairs
 from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.training.step import batch_loss, make_train_step
@@ -271,7 +270,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
             "evals": {spec.name: spec.dump() for spec in evals},
         },
         mesh=mesh,
-        objective=objective.clone(locked=locked(bound.optimizer.freeze, state.params)),
+        objective=lock(objective, bound.optimizer.freeze, state.params),
         optimizer=optimizer,
         schedule=schedule,
         data=data,

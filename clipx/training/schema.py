@@ -17,7 +17,7 @@ from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, DataError, in_section
 from clipx.evaluators.base import Evaluator
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.parallel.mesh import MeshConfig
 from clipx.training.optimizer import OptimizerConfig
 

@@ -18,7 +18,7 @@ from clipx.config.binding import bind, check, find
 from clipx.config.durations import duration
 from clipx.config.files import load, override, parse
 from clipx.errors import ConfigError
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training import schema
 from clipx.training.checkpoint import refuse_other_config, write_json

@@ -16,7 +16,7 @@ from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.evaluators.knn import Knn
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.base import Objective

@@ -29,7 +29,7 @@ from clipx.data.config import DataConfig
 from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError
 from clipx.interop import formats
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.parallel import chips
 from clipx.parallel.mesh import MeshConfig

@@ -15,7 +15,7 @@ from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
-from clipx.models.layers import Tower
+from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training.schema import Config, EvalConfig
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from clipx.config.binding import find
 from clipx.config.files import parse
-from clipx.models.layers import Tower, drop, dropout_keys
+from clipx.models.base import Tower
+from clipx.models.layers import drop, dropout_keys
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.objectives.base import Objective
@@ -65,14 +66,18 @@ class Linear(Tower):
     eot_id: int = 3
     dropout: float = 0.1
 
+    @property
+    def backbone_width(self):
+        return 16
+
     @nn.compact
-    def __call__(self, x, *, train=False, keys=None):
+    def features(self, x, *, train=False, keys=None):
         parts = 4 if x.ndim == 4 else x.shape[1]
         x = jax.nn.one_hot(x, self.vocab_size) if x.ndim == 2 else x
         x = x.reshape(x.shape[0], parts, -1).astype(self.dtype)
         x = nn.Dense(16, dtype=self.dtype, name="fc")(x)
         x = drop(x, self.dropout, dropout_keys(self.dropout, train, keys), 0)
-        return self.encoded(x.mean(axis=1), x)
+        return x.mean(axis=1), x
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from support import load_oracle, tiny
 
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.models.layers import BatchNorm, Tower, drop, dropout_keys
+from clipx.models.base import HEAD, Tower
+from clipx.models.layers import BatchNorm, drop, dropout_keys
 from clipx.models.resnet import ResNet
 from clipx.models.vit import ViT
 from clipx.objectives.clip import CLIP
@@ -531,11 +532,15 @@ class Normed(Tower):
 
     image_size: int = 16
 
+    @property
+    def backbone_width(self):
+        return 3 * self.image_size**2
+
     @nn.compact
-    def __call__(self, x, *, train=False, keys=None):
+    def features(self, x, *, train=False, keys=None):
         x = BatchNorm(name="bn")(x, train=train).reshape(x.shape[0], 1, -1)
         x = drop(x, 0.5, dropout_keys(0.5, train, keys), 0)
-        return self.encoded(x[:, 0], x)
+        return x[:, 0], x
 
 
 def test_a_locked_tower_runs_as_in_evaluation():
@@ -546,6 +551,8 @@ def test_a_locked_tower_runs_as_in_evaluation():
     variables = jax.jit(module.init)(jax.random.key(0), batch, keys, {})
     assert locked(("^image/",), variables["params"]) == ("image",)
     assert locked(("^image/(?!projection)", "^logit"), variables["params"]) == ()
+    assert locked(("^image/(?!projection)",), variables["params"], HEAD) == ("image",)
+    assert locked(("^image/projection",), variables["params"], HEAD) == ()
 
     def loss(module, params):
         loss, changed = module.apply(
@@ -564,3 +571,8 @@ def test_a_locked_tower_runs_as_in_evaluation():
 
     assert moved(module) == {"image": False, "text": True, "stats": False}
     assert moved(module.clone(locked=())) == {"image": True, "text": True, "stats": True}
+    # with a head that trains on frozen features, only the head has a gradient
+    below = module.clone(locked=(), locked_features=("image",))
+    assert moved(below) == {"image": True, "text": True, "stats": False}
+    gradient = jax.grad(lambda p: loss(below, p)[0])(variables["params"])["image"]
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient["bn"]))
