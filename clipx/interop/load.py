@@ -112,27 +112,52 @@ def fit(
     for name, tower in (("image", image), ("text", text)):
         if ignored(name, ignore):
             continue
-        given = getattr(model, name)
-        if type(given) is not type(tower):
-            kinds = f"{type(given).__name__}, and {type(tower).__name__} in the config"
-            faults.append(f"{name}: {kinds}")
-            continue
-        settings = given.unseen_settings
-        faults += [
-            f"{name}.{field}: {settings[field]!r}, and {value!r} in the config"
-            for field, value in tower.unseen_settings.items()
-            if settings[field] != value
-        ]
         params = dict(model.params[name])
-        _resize(params, tower)
-        if name == "text":
+        if name == "text" and type(getattr(model, name)) is type(tower):
             _mask(params, tower, model.words.dropped, mask_id)
-        _compare(name, params, tower, faults)
-        kept = {k: x for k, x in params.items() if not ignored(f"{name}.{k}", ignore)}
-        stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
-        params_by_tower[name] = jax.tree.map(np.asarray, stacked)
+        params = fit_tower(name, getattr(model, name), params, tower, ignore, faults)
+        if params is None:
+            continue
+        params_by_tower[name] = params
         if name in model.batch_stats:
             batch_stats[name] = model.batch_stats[name]
+    refuse(faults, ignore, where)
+    return {"params": params_by_tower} | ({"batch_stats": batch_stats} if batch_stats else {})
+
+
+def fit_tower(
+    name: str,
+    given: Tower,
+    params: PyTree,
+    tower: Tower,
+    ignore: Collection[str],
+    faults: list[str],
+) -> PyTree | None:
+    """The `params` of the tower `given`, without what is ignored, in the layout of `tower`; None
+    for a tower of another kind. Appends to `faults` what differs.
+
+    name: "image" or "text". ignore: as for `fit`.
+    """
+    if type(given) is not type(tower):
+        kinds = f"{type(given).__name__}, and {type(tower).__name__} in the config"
+        faults.append(f"{name}: {kinds}")
+        return None
+    settings, params = given.unseen_settings, dict(params)
+    faults += [
+        f"{name}.{field}: {settings[field]!r}, and {value!r} in the config"
+        for field, value in tower.unseen_settings.items()
+        if settings[field] != value
+    ]
+    _resize(params, tower)
+    _compare(name, params, tower, faults)
+    kept = {k: x for k, x in params.items() if not ignored(f"{name}.{k}", ignore)}
+    stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
+    return jax.tree.map(np.asarray, stacked)
+
+
+def refuse(faults: Collection[str], ignore: Collection[str], where: str) -> None:
+    """Raises one `ConfigError` at `where` that lists the `faults`, "name: description", that
+    `ignore` does not name."""
     names = [fault.split(":")[0] for fault in faults]
     left = [fault for name, fault in zip(names, faults) if not ignored(name, ignore)]
     if left:
@@ -145,7 +170,6 @@ def fit(
             f"change the config, or accept the differences: config.init_ignore=({wanted},), or, of "
             f"clipx.evaluate, --init_ignore={flags}",
         )
-    return {"params": params_by_tower} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
 def ignored(name: str, patterns: Collection[str]) -> bool:

@@ -23,6 +23,7 @@ from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, Words, cpu, make_model
 from clipx.models.base import Tower
 from clipx.objectives.base import Objective
+from clipx.training import encoders
 from clipx.training.checkpoint import read_json
 from clipx.training.run import restore
 from clipx.training.schema import Config
@@ -220,18 +221,17 @@ def entries(
     `ConfigError` for a tower with two files, and for what `fit` refuses.
     """
     path, ignore = config.init_from, config.init_ignore
-    towers = {name: getattr(objective, name).pretrained() for name in ("image", "text")}
-    towers = {name: entries for name, entries in towers.items() if entries}
     if not path:
-        return {"params": towers}
-    if twice := [name for name in towers if not load.ignored(name, ignore)]:
+        return encoders.entries(objective, config, tokenizer)
+    named = [name for name in ("image", "text") if getattr(objective, name).init_from]
+    if twice := [name for name in named if not load.ignored(name, ignore)]:
         found = f"{path!r}, while config.{twice[0]} names a file too"
         fix = f"config.init_ignore=('{twice[0]}',), to take the tower from its own file"
         raise ConfigError(WHERE, found, "one file for each tower", fix)
     model, given = open_model(path)
     parts = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
-    parts["params"] |= towers
-    return parts
+    own = encoders.entries(objective, config, tokenizer)
+    return {kind: parts.get(kind, {}) | own.get(kind, {}) for kind in parts.keys() | own.keys()}
 
 
 def fit(

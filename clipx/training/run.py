@@ -26,7 +26,7 @@ from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
-from clipx.training import checks
+from clipx.training import checks, encoders
 from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
 from clipx.training.checkpoint import Checkpoints, read_config
 from clipx.training.encode import Encode
@@ -228,6 +228,7 @@ def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) 
     Raises `ConfigError` for an unknown key, a wrong type, a number outside its range, a missing
     field and settings that exclude each other.
     """
+    config = encoders.resolve(config)
     bound = bind(Config, config)
     mesh = meshes.make_mesh(bound.mesh, devices)
     train = bound.train

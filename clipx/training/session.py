@@ -22,7 +22,7 @@ from clipx.errors import ConfigError, DataError, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import fit, guesses
+from clipx.training import encoders, fit, guesses
 from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -120,7 +120,7 @@ def open_session(
     `ConfigError` for a wrong config, and for a workdir with a run of another config, other data or
     other guesses.
     """
-    run = assemble(_with_found_sources(config, workdir, devices), devices)
+    run = assemble(_resolved(config, workdir, devices), devices)
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
@@ -156,15 +156,17 @@ def open_session(
     return Session(opened, data, evaluators, folder, checkpoints, saved)
 
 
-def _with_found_sources(
+def _resolved(
     config: Mapping[str, Any], workdir: str, devices: Sequence[Device] | None
 ) -> dict[str, Any]:
-    """The config with the sources that lie at its paths in place of `source=auto`. What is wrong
-    with the config itself is raised first."""
-    checked(config, devices)
+    """The config with the towers and sources that lie at its paths in place of `name=auto` and
+    `source=auto`. What is wrong with the config itself is raised first."""
     file = pathlib.Path(workdir).expanduser() / "config.json"
+    saved = read_json(file) if file.exists() else None
+    config = encoders.resolve(config, saved, tell)
+    checked(config, devices)
     try:
-        return resolve(config, read_json(file) if file.exists() else None, tell)
+        return resolve(config, saved, tell)
     except DataError:
         assemble(config, devices)
         raise
