@@ -48,14 +48,19 @@ def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
 class View(NamedTuple):
     """How one picture view is made.
 
-    scale: the least and the most share of the picture's area that the crop covers. flip: whether
-    half of the crops are mirrored. photometry: the colour augmentation on the device, an
-    `ops.photometry.Policy`.
+    scale: the least and the most share of the picture's area that the crop covers; None: the
+    evaluation transform, a centre crop. flip: whether half of the crops are mirrored. photometry:
+    the colour augmentation on the device, an `ops.photometry.Policy`.
     """
 
-    scale: tuple[float, float]
+    scale: tuple[float, float] | None
     flip: bool
     photometry: Any
+
+    @property
+    def random(self) -> bool:
+        """Whether two views of one picture can differ."""
+        return self.scale is not None or self.flip or self.photometry.on_device
 
 
 class Views(NamedTuple):

@@ -284,7 +284,8 @@ def test_without_its_packages_a_model_names_the_extra(monkeypatch):
 
 def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_features, "BLOCK", 8)
-    source, aside, about = Table(config["data"]["path"]), tmp_path / ".t.raw", {"model": "x"}
+    source, aside = Table(config["data"]["path"]), tmp_path / ".t.raw.npy"
+    about = {"model": "x", "fingerprint": "f", "rows": ROWS}
     seen = []
 
     def encode(texts):
@@ -296,14 +297,20 @@ def test_a_command_that_was_stopped_goes_on(config, tmp_path, monkeypatch):
     stop_at = 3  # the first call finds the width
     with pytest.raises(KeyboardInterrupt):
         teacher_features.embedded(source, False, encode, aside, about)
-    aside.write_bytes(aside.read_bytes() + b"half a row")
+    part = tmp_path / "..t.raw.npy.part"
+    part.write_bytes(part.read_bytes() + b"half a row")
     stop_at, before = None, len(seen)
     found = teacher_features.embedded(source, False, encode, aside, about)(0, ROWS)
     assert seen[before + 1][0] == captions(16)[0]
-    whole = teacher_features.embedded(source, False, encode, tmp_path / ".u.raw", about)(0, ROWS)
+    whole = teacher_features.embedded(source, False, encode, tmp_path / ".u.raw.npy", about)(
+        0, ROWS
+    )
     assert np.array_equal(found, whole) and not found[NOWHERE].any()
     before = len(seen)
-    teacher_features.embedded(source, False, encode, aside, {"model": "another"})
+    again = teacher_features.embedded(source, False, encode, aside, about)(0, ROWS)
+    assert np.array_equal(again, whole) and len(seen) == before + 1  # only the width was asked
+    before = len(seen)
+    teacher_features.embedded(source, False, encode, aside, {**about, "model": "another"})
     assert seen[before + 1][0] == captions(0)[0]  # features of another model are not kept
 
 

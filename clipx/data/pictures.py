@@ -46,19 +46,38 @@ _READ_REDUCED = {
 
 def views(
     example: Example,
-    crops: Sequence[tuple[float, float]],
+    crops: Sequence[tuple[float, float] | None],
     draws: Float[np.ndarray, "v 10 4"],
     flips: Sequence[bool],
     out: UInt8[np.ndarray, "v side side 3"],
 ) -> None:
-    """Decodes the picture once and writes v random crops to `out`.
+    """Decodes the picture and writes v crops to `out`.
 
-    crops: the range of areas of each crop, as shares of the picture.
+    crops: the range of areas of each random crop, as shares of the picture; None for the centre
+      crop of `evaluation`, which has its own decoder.
     draws: uniform numbers in [0, 1), for `TRIES` boxes per crop.
     flips: whether to mirror each crop.
     """
+    if None in crops:
+        middle = evaluation(example, out.shape[1])
+        for scale, flip, view in zip(crops, flips, out):
+            if scale is None:
+                view[...] = middle[:, ::-1] if flip else middle
+    drawn = [each for each in zip(crops, draws, flips, out) if each[0] is not None]
+    if drawn:
+        _random_views(example, *zip(*drawn))
+
+
+def _random_views(
+    example: Example,
+    crops: Sequence[tuple[float, float]],
+    draws: Sequence[Float[np.ndarray, "10 4"]],
+    flips: Sequence[bool],
+    out: Sequence[UInt8[np.ndarray, "side side 3"]],
+) -> None:
+    """The random crops of `views`, from one decoding of the picture."""
     width, height, kind = header(example)
-    side = out.shape[1]
+    side = len(out[0])
     boxes = [crop_box(width, height, s, d) for s, d in zip(crops, draws)]
     smallest = min(min(w, h) for _, _, w, h in boxes)
     fitting = [k for k in _READ_REDUCED if kind == "JPEG" and smallest >= k * side]

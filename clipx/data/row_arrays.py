@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from clipx.data.base import expand_user
+from clipx.data.row_writer import Rows, RowWriter
 from clipx.errors import DataError
 
 _TILE = 1 << 16  # rows to check at a time
@@ -61,8 +62,8 @@ def open_clusters(path: str, *, rows: int, fingerprint: str) -> Int32[np.ndarray
     return clusters
 
 
-def describe(path: str) -> dict[str, Any]:
-    """The contents of the json file beside the array at `path`.
+def describe(path: str, again: str = _AGAIN) -> dict[str, Any]:
+    """The contents of the json file beside the array at `path`. again: how to write it anew.
 
     Raises `DataError` if the file is missing or lacks `fingerprint` or `rows`.
     """
@@ -75,10 +76,16 @@ def describe(path: str) -> dict[str, Any]:
             f"{_AGAIN} (for an array of your own: --features={file.stem}.npy --out=...)"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); {_AGAIN}") from None
+        raise DataError(f"{file}: cannot be read ({error}); {again}") from None
     if not isinstance(about, dict) or not {"fingerprint", "rows"} <= about.keys():
-        raise DataError(f"{file}: no fingerprint and rows, expected an object with both; {_AGAIN}")
+        raise DataError(f"{file}: no fingerprint and rows, expected an object with both; {again}")
     return about
+
+
+def has(path: str, about: Mapping[str, Any]) -> bool:
+    """Whether the array at `path` is complete and its json file has the contents `about`."""
+    file = _path(path)
+    return file.exists() and file.with_suffix(".json").exists() and describe(path) == about
 
 
 def load(path: str) -> np.ndarray:
@@ -103,22 +110,12 @@ def create(
     """Context with a function that appends rows to a new array at `path`, in order.
 
     The array and its json file, with the contents `about`, replace those at `path` when the block
-    ends without an exception.
+    ends without an exception. Otherwise nothing is left.
     """
     file = _path(path)
-    unfinished = file.with_name(f".{file.name}.part")
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    try:
-        with open(unfinished, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            yield lambda rows: out.write(np.ascontiguousarray(rows, dtype).data)
-        json_file = file.with_suffix(".json")
-        json_file.unlink(missing_ok=True)  # an array without its json file is not accepted
-        unfinished.replace(file)
-        unfinished.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        unfinished.replace(json_file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with RowWriter(file, {file.name: Rows(dtype, shape[1:])}, keep=False) as writer:
+        yield lambda rows: writer.write(writer.done + len(rows), {file.name: rows})
+        writer.finish(about)
 
 
 def _path(path: str) -> pathlib.Path:

@@ -179,6 +179,13 @@ def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:
 def picture_view(augmentation: Augmentation, crop_scale: tuple[float, float] | None) -> View:
     """The view of an augmentation, with crops of `crop_scale` if that is given."""
     policy = photometry.find(augmentation)
+    check(
+        crop_scale is None or policy.scale is not None,
+        "config.objective.crop_scale",
+        f"{crop_scale}, with an augmentation that cuts out the centre",
+        "None, or an augmentation with random crops",
+        "config.objective.crop_scale=None",
+    )
     return View(crop_scale or policy.scale, policy.flip, policy)
 
 

@@ -43,7 +43,8 @@ class Policy:
     Operations run in the order of the fields. A strength or probability of 0 turns one off.
     """
 
-    scale: Crop = (0.9, 1.0)  # least and most share of the area that a crop covers
+    # least and most share of the area that a crop covers; None: the evaluation's centre crop
+    scale: Crop | None = (0.9, 1.0)
     flip: bool = False  # mirror left to right with probability 1/2
     mirror_words: bool = False  # swap "left" and "right" in the captions of a mirrored picture
     jitter: Fraction = 0.0  # probability of the next four operations, which run in a random order
@@ -61,6 +62,11 @@ class Policy:
     def __post_init__(self):
         if self.blur_kernel is not None and self.blur_kernel % 2 == 0:
             raise ConfigError("Policy.blur_kernel", str(self.blur_kernel), "an odd number, or None")
+
+    @property
+    def on_device(self) -> bool:
+        """Whether an operation runs on the device."""
+        return any((self.jitter, self.grey, self.blur, self.solarise))
 
 
 # SimCLR's distortions as in MoCo v2, without the crop.
@@ -83,6 +89,7 @@ _CLIP_LITE = Policy(
 POLICIES: dict[str, Policy] = {
     "none": Policy(),  # CLIP, arXiv 2103.00020, section 2.4: a crop alone, with open_clip's scale
     "flip": Policy(flip=True),
+    "center": Policy(scale=None),  # the view that evaluation sees: nothing is random
     # DeCLIP, imagenet_dataloader.py, MOCOV2 (= SIMCLR = SIMSIAM): both of its views
     "mocov2": dataclasses.replace(_MOCOV2, scale=(0.2, 1.0)),
     # SLIP's two self-supervised views, as in facebookresearch/SLIP. (The DeCLIP repository's `SLIP`
@@ -141,9 +148,7 @@ def photometry(
     numbers: coins for jitter, grey, blur and solarise; the order of the jitter and its four
     strengths; the blur's sigma. All ten are sampled, even if the policy does not use them.
     """
-    if not any((policy.jitter, policy.grey, policy.blur, policy.solarise)):
-        return image
-    return _photometry(image, keys, policy)
+    return _photometry(image, keys, policy) if policy.on_device else image
 
 
 @functools.partial(jax.jit, static_argnames="policy")

@@ -111,8 +111,7 @@ def run_stages(run: OpenRun, loader: Loader) -> list[Stage]:
 def _device_stages(run: OpenRun, loader: Loader) -> Iterator[Stage]:
     pieces, count = loader.load(0, loader.positions), len(loader.positions)
     yield Stage("transfer", None, _median(lambda: jax.device_put(pieces["image"])) / count)
-    policies = [view.photometry for view in run.objective.views.pictures]
-    if any(p.jitter or p.grey or p.blur or p.solarise for p in policies):
+    if any(view.photometry.on_device for view in run.objective.views.pictures):
         seconds = _median(lambda: list(after_photometry(run, pieces)))
         yield Stage("photometry, on the device", None, seconds / count)
 

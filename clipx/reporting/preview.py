@@ -84,9 +84,11 @@ def shown(
         )
 
 
-def describe(scale: tuple[float, float], flip: bool, photometry: Any) -> str:
+def describe(scale: tuple[float, float] | None, flip: bool, photometry: Any) -> str:
     """The augmentation of a picture view, in words."""
-    parts = [f"a crop of {scale[0]:.0%} to {scale[1]:.0%} of the area"]
+    parts = ["the centre, as evaluation sees it"]
+    if scale:
+        parts = [f"a crop of {scale[0]:.0%} to {scale[1]:.0%} of the area"]
     parts += ["mirrored half of the time"] * flip
     for name, words in (
         ("jitter", "colours jittered"),

@@ -6,7 +6,6 @@ The features of a row are the mean of its captions' unit vectors, or zeros for a
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from clipx.data import row_arrays
 from clipx.data.base import Source, expand_user
+from clipx.data.row_writer import Rows, RowWriter
 from clipx.data.threads import in_order
 from clipx.errors import BadSample, ConfigError, DataError, install_hint
 
@@ -145,27 +145,30 @@ def bar(rows: int, what: str) -> tqdm:
 def embedded(
     source: Source, first: bool, encode: Encode, aside: pathlib.Path, about: Mapping[str, Any]
 ) -> Tiles:
-    """The features of a text model, written to the file `aside`.
+    """The features of a text model, written to the `.npy` file `aside`.
 
     `about` identifies the model and the data. If `aside` holds rows of the same model and data, as
     after an interrupted command, encoding continues after them.
     """
-    width, identity_file = encode(["a"]).shape[1], aside.with_suffix(".json")
+    width = encode(["a"]).shape[1]
     about = {**about, "numbers": width}
-    identity = json.dumps(about)
-    if not (identity_file.exists() and identity_file.read_text("utf-8") == identity):
-        aside.unlink(missing_ok=True)
-        identity_file.write_text(identity, "utf-8")
-    with open(aside, "ab") as out:
-        done = out.tell() // (4 * width)
-        out.truncate(done * 4 * width)
+    if row_arrays.has(str(aside), about):
+        return _tiles(aside)
+    arrays = {aside.name: Rows(np.float32, (width,))}
+    with RowWriter(aside, arrays, about) as writer:
         rows: list[tuple[str, ...]] = []
-        for texts in _captions(source, first, done):
+        for texts in _captions(source, first, writer.done):
             rows.append(texts)
-            if len(rows) == BLOCK or done + len(rows) == len(source):
-                out.write(_means(rows, encode, width).data)
-                done, rows = done + len(rows), []
-    features = np.memmap(aside, np.float32, "r", shape=(len(source), width))
+            if len(rows) == BLOCK or writer.done + len(rows) == len(source):
+                done = writer.done + len(rows)
+                writer.write(done, {aside.name: _means(rows, encode, width)})
+                rows = []
+        writer.finish(about)
+    return _tiles(aside)
+
+
+def _tiles(file: pathlib.Path) -> Tiles:
+    features = row_arrays.load(str(file))
     return lambda start, stop: features[start:stop]
 
 

@@ -109,7 +109,7 @@ def make(
     if teacher and clusters is None:
         raise ConfigError("--clusters", "nothing", "how many clusters to make of --teacher's rows")
     file = _target(out, overwrite)
-    aside = file.with_name(f".{file.stem}.raw")
+    aside = file.with_name(f".{file.stem}.raw.npy")
     source, data = open_data(config)
     rows, first = len(source), data.caption == "first"
     about: dict[str, Any] = {"fingerprint": fingerprint(source), "rows": rows}

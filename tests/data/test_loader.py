@@ -156,6 +156,16 @@ def test_seeds_steps_and_views_have_different_crops():
     assert not (a["image"][:, 0] == a["image"][:, 1]).all((1, 2, 3)).any()  # two views differ
 
 
+def test_a_view_of_the_centre_is_what_evaluation_sees():
+    views = loader(crops=(None, (0.3, 1.0), None), flips=(False, True, False)).load(3, np.arange(4))
+    pictures = EvaluationSet(Pictures(), 32)
+    expected = [pictures.picture(row) for row in views["row"]]
+    assert np.array_equal(views["image"][:, 0], expected)
+    assert np.array_equal(views["image"][:, 2], expected)
+    three = loader(crops=((0.3, 1.0),) * 3, flips=(False, True, False)).load(3, np.arange(4))
+    assert np.array_equal(views["image"][:, 1], three["image"][:, 1])
+
+
 def test_first_takes_the_first_caption_and_random_takes_all():
     def texts(caption):
         batches = loader(caption=caption).batches(0, 4)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from clipx.objectives.base import picture_view
 from clipx.ops import photometry
 from clipx.ops.photometry import POLICIES, Policy
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
@@ -186,6 +187,7 @@ def test_policies_are_the_papers():
     expected = {
         "none": Policy(scale=(0.9, 1.0)),
         "flip": Policy(scale=(0.9, 1.0), flip=True),
+        "center": Policy(scale=None),
         "mocov2": Policy(scale=(0.2, 1.0), **strong),
         "slip": Policy(scale=(0.08, 1.0), **strong),
         "standard_slip": Policy(scale=(0.5, 1.0)),
@@ -197,6 +199,8 @@ def test_policies_are_the_papers():
     }
     assert expected == POLICIES
     assert all(policy.solarise == 0 for policy in POLICIES.values())
+    views = {name: picture_view(name, None) for name in POLICIES}
+    assert [name for name, view in views.items() if not view.random] == ["center"]
 
 
 def test_a_policy_that_does_nothing_is_the_identity(image):
