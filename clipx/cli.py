@@ -55,7 +55,7 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The config of `spec` (`clip:small`, `path.py`, `path.py:variant`) as a plain dict, with
     `overrides` applied."""
-    config = files.load(spec)
+    config = files.load(spec, dict(overrides).get("objective.name"))
     for path, text in overrides:
         files.override(config, path, text)
     return config

@@ -60,9 +60,13 @@ def _module(file: pathlib.Path) -> types.ModuleType:
     return module
 
 
-def load(spec: str) -> dict[str, Any]:
+def load(spec: str, objective: str | None = None) -> dict[str, Any]:
     """The config that `spec` names, `NAME` or `NAME:variant`, as a plain dict. NAME is as for
     `find`.
+
+    objective: the objective to train with; None for the config's own. A config may have a section
+    `methods`, which maps names of objectives to the values that differ for them. Those of the
+    objective are put in place, and the section is taken out.
 
     Raises `ConfigError` for a file that cannot be read or run, and for an unknown variant.
     """
@@ -85,7 +89,18 @@ def load(spec: str) -> dict[str, Any]:
         found = f"get_config returns {config!r}"
         expected = "a ConfigDict or a dict from get_config"
         raise ConfigError("--config", found, expected, file=str(file))
-    return config
+    methods = config.pop("methods", None)
+    if methods is None:
+        return config
+    chosen = objective or config["objective"]["name"]
+    return _merged(_merged(config, {"objective": {"name": chosen}}), methods.get(chosen, {}))
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    """`base` with the values of `changes` in place of its own, section by section."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from clipx.config import binding
+from clipx.data.base import expand_user
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
-from clipx.errors import ConfigError
+from clipx.errors import ConfigError, DataError
 from clipx.interop import load, verify
 from clipx.interop.encoders.base import Encoder
 from clipx.models.base import Tower
@@ -26,8 +27,13 @@ _MARKS = ("pad_id", "sot_id", "eot_id", "mask_id")
 
 def describe(side: str, path: str) -> Encoder:
     """The encoder at `path`. side: "image" or "text". Raises `ConfigError`."""
+    where = f"config.{side}.init_from"
+    try:
+        full = expand_user(path)
+    except DataError as error:
+        raise ConfigError(where, str(error), "the folder or file of a pretrained encoder") from None
     module = importlib.import_module(f"clipx.interop.encoders.{side}")
-    return module.describe(path, f"config.{side}.init_from")
+    return module.describe(full, where)
 
 
 def resolve(

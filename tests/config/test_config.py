@@ -286,6 +286,23 @@ def test_wrong_file_names(tmp_path):
     fault(load, "")
 
 
+def test_values_of_the_chosen_method(tmp_path):
+    """`methods` changes values for an objective; the command line changes both."""
+    file = tmp_path / "mine.py"
+    methods = {
+        "clip": {"train": {"size": 2}},
+        "siglip": {"train": {"size": 3}, "mesh": {"data": 1}},
+    }
+    config = {"objective": {"name": "clip"}, "train": {"size": 1, "steps": 9}, "methods": methods}
+    file.write_text(f"def get_config(variant=''):\n    return {config}\n")
+    assert load(str(file))["train"] == {"size": 2, "steps": 9}
+    chosen = cli.load_config(str(file), [("objective.name", "siglip"), ("train.steps", "8")])
+    assert chosen["train"] == {"size": 3, "steps": 8} and chosen["mesh"] == {"data": 1}
+    assert chosen["objective"] == {"name": "siglip"} and "methods" not in chosen
+    other = cli.load_config(str(file), [("objective.name", "filip")])
+    assert other == {"objective": {"name": "filip"}, "train": {"size": 1, "steps": 9}}
+
+
 @pytest.fixture
 def closed(monkeypatch):
     """Fails a test that opens data."""
