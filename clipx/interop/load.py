@@ -98,7 +98,7 @@ def fit(
 
     Positional embeddings of another size are resized as open_clip does: bicubic for images, linear
     for texts. If `model` has no mask token, row `mask_id` of its token embedding becomes the mean
-    of all rows.
+    of all rows. Low-rank adapters of the towers are not among the parts: they start anew.
 
     ignore: differences to accept, as patterns with wildcards such as "*": "image.activation" for a
     setting; "text.projection" for arrays, which are then left out; "text" for a complete tower.
@@ -180,7 +180,8 @@ def ignored(name: str, patterns: Collection[str]) -> bool:
 def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None:
     """Appends to `faults` each entry of a tower's parameters that is missing, unexpected or of
     another shape."""
-    plain = tower.clone(scan=False) if hasattr(tower, "scan") else tower
+    plain = tower.clone(lora_rank=0)
+    plain = plain.clone(scan=False) if hasattr(plain, "scan") else plain
     expected = shapes(plain)["params"]  # pyright: ignore[reportArgumentType]  # modules hash
     for key in sorted(expected.keys() | params.keys()):
         a, b = (

@@ -17,7 +17,7 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop.preprocessing import Interpolation, Resize
 from clipx.interop.rules import Arrays
 from clipx.models.base import Tower
-from clipx.models.transformer import unstack_blocks
+from clipx.models.transformer import merge_adapters, unstack_blocks
 from clipx.models.vit import SIZES
 from clipx.types import PyTree
 
@@ -98,17 +98,20 @@ class Model:
 
 def make_model(image: Tower, text: Tower, variables: Mapping[str, PyTree], **rest: Any) -> Model:
     """A `Model` with float32 copies of a run's variables, whether its blocks are scanned or not.
+    Low-rank adapters are merged into their kernels.
 
     rest: the other fields of `Model`.
     """
 
     def plain(tower: Tower) -> Tower:
-        fields = {"dtype": "float32", "scan": False, "dropout": 0.0}
+        fields = {"dtype": "float32", "scan": False, "dropout": 0.0, "lora_rank": 0}
         return tower.clone(**{k: v for k, v in fields.items() if hasattr(tower, k)})
 
     def towers(tree: PyTree) -> PyTree:
         kept = {name: tree[name] for name in ("image", "text") if name in tree}
         kept = unstack_blocks(jax.tree.map(np.asarray, kept))
+        adapters = {"image": image.lora, "text": text.lora}
+        kept = {name: merge_adapters(tower, adapters[name]) for name, tower in kept.items()}
         return jax.tree.map(lambda x: np.asarray(x, np.float32), kept)
 
     return Model(

@@ -8,8 +8,8 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import WidthOrZero
-from clipx.models.layers import torch_bias, unit
+from clipx.config.ranges import CountOrZero, Positive, WidthOrZero
+from clipx.models.layers import Lora, check, torch_bias, unit
 from clipx.types import Array, Encoded, PyTree
 
 HEAD = ("projection",)  # entries of a tower's `params` above its features
@@ -42,11 +42,15 @@ class Tower(nn.Module):
     from_tokenizer: ClassVar[tuple[str, ...]] = ()
     # whether the tower's output is read at the start mark, so that every text must have one
     needs_start_mark: ClassVar[bool] = False
+    # whether the tower has blocks of attention and MLPs, whose kernels can have low-rank adapters
+    adaptable: ClassVar[bool] = False
 
     embed_dim: WidthOrZero = 512  # of the shared space; 0: no projection, `raw` is `backbone`
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
     projection_bias: bool = False  # CLIP's projections have no bias, DeCLIP's text tower has one
     init_from: str = ""
+    lora_rank: CountOrZero = 0  # of the adapters of attention and MLP kernels (`Lora`); 0: none
+    lora_alpha: Positive = 16.0  # adapters are scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
         self.check()
@@ -55,6 +59,13 @@ class Tower(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raises `ConfigError` for impossible values of fields. Runs on every Linen clone."""
+        check(
+            self.adaptable or not self.lora_rank,
+            self.at("lora_rank"),
+            f"{self.lora_rank}, for a tower without attention and MLPs",
+            "0",
+            "lora_rank=0, and train the tower or its head",
+        )
 
     @property
     def backbone_width(self) -> int:
@@ -70,6 +81,11 @@ class Tower(nn.Module):
     def biased_projection(self) -> bool:
         """Whether the projection has a bias."""
         return self.projection_bias
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters of the tower's blocks; None without any."""
+        return Lora(self.lora_rank, self.lora_alpha) if self.lora_rank else None
 
     @property
     def position_table(self) -> PositionTable | None:

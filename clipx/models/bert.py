@@ -18,7 +18,9 @@ from clipx.config.ranges import Count, CountOrZero, Depth, Rate, Ratio, Width
 from clipx.errors import ConfigError
 from clipx.models.base import Tower
 from clipx.models.layers import (
+    Affine,
     LayerNorm,
+    Lora,
     check,
     drop,
     dropout_keys,
@@ -41,6 +43,7 @@ class BertAttention(nn.Module):
     heads: int
     dropout: float
     dtype: str
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -52,7 +55,7 @@ class BertAttention(nn.Module):
     ) -> Float[Array, "b n c"]:
         width, (rows, length) = x.shape[-1], valid.shape
         shape = (3, self.heads, width // self.heads)
-        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_normal)
+        dense = functools.partial(Affine, dtype=self.dtype, kernel_init=_normal, lora=self.lora)
         q, k, v = jnp.moveaxis(dense(shape, name="qkv")(x), 2, 0)
         wide = reduction_dtype(x.dtype)
         logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
@@ -60,18 +63,19 @@ class BertAttention(nn.Module):
         weights = nn.softmax(seen).reshape(rows, -1, length)
         weights = drop(weights, self.dropout, keys, index).reshape(logits.shape).astype(v.dtype)
         y = jnp.einsum("bhts,bshd->bthd", weights, v)
-        return dense(width, axis=(-2, -1), name="out")(y)
+        return dense((width,), inputs=2, name="out")(y)
 
 
 class BertMLP(nn.Module):
     width: int
     dtype: str
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        y = nn.gelu(dense(self.width, name="fc")(x), approximate=False)
-        return dense(x.shape[-1], name="proj")(y)
+        dense = functools.partial(Affine, dtype=self.dtype, kernel_init=_normal, lora=self.lora)
+        y = nn.gelu(dense((self.width,), name="fc")(x), approximate=False)
+        return dense((x.shape[-1],), name="proj")(y)
 
 
 class BertBlock(nn.Module):
@@ -81,6 +85,7 @@ class BertBlock(nn.Module):
     mlp_width: int
     dropout: float
     dtype: str
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -90,10 +95,10 @@ class BertBlock(nn.Module):
         keys: Key[Array, " b"] | None,
         index: int,
     ) -> Float[Array, "b n c"]:
-        attention = BertAttention(self.heads, self.dropout, self.dtype, name="attn")
+        attention = BertAttention(self.heads, self.dropout, self.dtype, self.lora, name="attn")
         y = drop(attention(x, valid, keys, index), self.dropout, keys, index + 1)
         x = _Norm(dtype=self.dtype, name="ln_attn")(x + y)
-        y = BertMLP(self.mlp_width, self.dtype, name="mlp")(x)
+        y = BertMLP(self.mlp_width, self.dtype, self.lora, name="mlp")(x)
         y = drop(y, self.dropout, keys, index + 2)
         return constrain_rows(_Norm(dtype=self.dtype, name="ln_mlp")(x + y))
 
@@ -113,6 +118,7 @@ class BERT(Tower):
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
     needs_start_mark: ClassVar[bool] = True
+    adaptable: ClassVar[bool] = True
 
     vocab_size: Count = 30522
     context: Count = 30  # tokens per text, as the tokenizer makes them
@@ -181,6 +187,7 @@ class BERT(Tower):
                 round(self.width * self.mlp_ratio),
                 self.dropout,
                 self.dtype,
+                self.lora,
                 name=f"block_{i}",
             )(x, valid, keys, 1 + 3 * i)
         pooler = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="pooler")

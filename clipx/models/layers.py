@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,14 @@ def dropout_keys(
     return keys
 
 
+class Lora(NamedTuple):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) of the dense layers of a tower's blocks:
+    `alpha / rank` times the product of two thin matrices is added to each kernel."""
+
+    rank: int
+    alpha: float
+
+
 class MLP(nn.Module):
     """Two dense layers with a GELU between."""
 
@@ -180,11 +188,15 @@ class MLP(nn.Module):
     activation: Activation
     dtype: str
     kernel_inits: tuple[Any, Any] = (torch_uniform, torch_uniform)
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         def dense(name: str, x: Array, width: int, kernel_init: Callable) -> Array:
-            return Affine((width,), self.dtype, kernel_init, torch_bias(x.shape[-1]), name=name)(x)
+            bias_init = torch_bias(x.shape[-1])
+            return Affine((width,), self.dtype, kernel_init, bias_init, lora=self.lora, name=name)(
+                x
+            )
 
         y = dense("fc", x, self.width, self.kernel_inits[0])
         if self.activation == "quick_gelu":
@@ -196,7 +208,8 @@ class MLP(nn.Module):
 
 class Affine(nn.Module):
     """A linear layer from the last `inputs` axes of x to `shape`, with DenseGeneral's parameters:
-    `kernel` [*inputs, *shape] and `bias` [*shape].
+    `kernel` [*inputs, *shape] and `bias` [*shape]. With `lora` there are `lora_a` [*inputs, rank],
+    as random as torch's kernels, and `lora_b` [rank, *shape], which starts at zero.
 
     On TPUs it multiplies flattened rows, which gives the layout that the attention kernel takes.
     """
@@ -206,6 +219,7 @@ class Affine(nn.Module):
     kernel_init: Any
     bias_init: Any = initializers.zeros
     inputs: int = 1  # number of axes
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -213,27 +227,44 @@ class Affine(nn.Module):
     ) -> Float[Array, "*rows"]:
         """[..., *shape]; on TPUs with `order`, the axes of `shape` in that order and flattened."""
         lead, inputs = x.shape[: -self.inputs], x.shape[-self.inputs :]
-        fan_in, fan_out = math.prod(inputs), math.prod(self.shape)
+        fan_out = math.prod(self.shape)
 
-        def kernel_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            return self.kernel_init(key, (fan_in, fan_out), dtype).reshape(shape)
+        def param(name: str, init: Callable, *shape: tuple[int, ...]) -> Array:
+            """A parameter with the axes of all `shape`s, initialised with one axis for each."""
+            flat = tuple(map(math.prod, shape))
 
-        def bias_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            return self.bias_init(key, (fan_out,), dtype).reshape(shape)
+            def shaped(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+                return init(key, flat, dtype).reshape(shape)
 
-        kernel = self.param("kernel", kernel_init, (*inputs, *self.shape), jnp.float32)
-        bias = self.param("bias", bias_init, self.shape, jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+            return self.param(name, shaped, sum(shape, ()), jnp.float32).astype(self.dtype)
+
+        x = x.astype(self.dtype)
+        kernel = param("kernel", self.kernel_init, inputs, self.shape)
+        bias = param("bias", self.bias_init, self.shape)
+        low = None  # x in the adapter's few channels, and the kernel from these to the output
+        if self.lora is not None:
+            rank = (self.lora.rank,)
+            a = param("lora_a", torch_uniform, inputs, rank)
+            b = param("lora_b", initializers.zeros, rank, self.shape)
+            low = jnp.tensordot(x, a, self.inputs) * (self.lora.alpha / self.lora.rank), b
         if not on_tpu():
-            return jnp.tensordot(x, kernel, self.inputs) + bias
-        kernel = kernel.reshape(fan_in, *self.shape)
+            y = jnp.tensordot(x, kernel, self.inputs) + bias
+            return y if low is None else y + jnp.tensordot(*low, 1)
         if order is not None:
-            kernel = kernel.transpose(0, *(i + 1 for i in order))
             bias = bias.transpose(order)
-        # without the barrier the compiler gives x the layout that suits the kernel's many axes
-        kernel = jax.lax.optimization_barrier(kernel.reshape(fan_in, fan_out))
-        y = jnp.dot(x.reshape(-1, fan_in), kernel)
-        y = add_bias(y, bias.reshape(-1))
+
+        def product(x: Array, kernel: Array) -> Array:
+            """Rows of x times a kernel of `shape` outputs, both flattened."""
+            kernel = kernel.reshape(-1, *self.shape)
+            if order is not None:
+                kernel = kernel.transpose(0, *(i + 1 for i in order))
+            # without the barrier the compiler gives x the layout that suits the kernel's many axes
+            kernel = jax.lax.optimization_barrier(kernel.reshape(-1, fan_out))
+            return jnp.dot(x.reshape(-1, len(kernel)), kernel)
+
+        y = add_bias(product(x, kernel), bias.reshape(-1))
+        if low is not None:
+            y = y + product(*low)
         return y.reshape(*lead, *(self.shape if order is None else (fan_out,)))
 
 

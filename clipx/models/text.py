@@ -36,6 +36,7 @@ class TextTransformer(Tower):
     """
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
+    adaptable: ClassVar[bool] = True
 
     vocab_size: Count = 49408
     context: Count = 77  # tokens
@@ -129,6 +130,7 @@ class TextTransformer(Tower):
             scan=self.scan,
             remat=self.remat,
             dtype=self.dtype,
+            lora=self.lora,
             name="transformer",
         )(x, lengths, dropout_keys(self.dropout, train, keys))
         tokens = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_final")(x)

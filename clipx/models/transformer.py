@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jaxtyping import Float, Int, Key
 
 from clipx.models.attention import attention, has_kernel, packed_attention
-from clipx.models.layers import MLP, Activation, Affine, LayerNorm, drop, torch_uniform
+from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
 from clipx.models.tpu import ATTENDED, STATISTICS, on_tpu
 from clipx.types import Array, PyTree, constrain_rows
 
@@ -30,6 +31,7 @@ class SelfAttention(nn.Module):
     dtype: str
     kernel_inits: tuple[Any, Any]
     tokens: int = 0  # per row, if x is flattened to [b n, c] for the TPU kernel; 0: it is not
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -37,7 +39,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "*r c"]:
         width = x.shape[-1]
         shape = (3, self.heads, width // self.heads)
-        project = Affine(shape, self.dtype, self.kernel_inits[0], name="qkv")
+        project = Affine(shape, self.dtype, self.kernel_inits[0], lora=self.lora, name="qkv")
         if self.tokens:
             # heads are outermost, so that a mesh's tensor axis can split the flat axis
             qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
@@ -48,7 +50,8 @@ class SelfAttention(nn.Module):
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
             y = attention(q, k, v, causal=self.causal, lengths=lengths)
         y = y.reshape(*x.shape[:-1], *shape[1:])
-        return Affine((width,), self.dtype, self.kernel_inits[1], inputs=2, name="out")(y)
+        init, lora = self.kernel_inits[1], self.lora
+        return Affine((width,), self.dtype, init, inputs=2, lora=lora, name="out")(y)
 
 
 class Block(nn.Module):
@@ -64,6 +67,7 @@ class Block(nn.Module):
     block_init: Literal["clip", "torch"]
     dtype: str
     tokens: int = 0  # as in `SelfAttention`
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -83,7 +87,12 @@ class Block(nn.Module):
             mlp_inits = (torch_uniform, torch_uniform)
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         attend = SelfAttention(
-            self.heads, self.causal, self.dtype, attention_inits, self.tokens, name="attn"
+            *(self.heads, self.causal, self.dtype, attention_inits, self.tokens),
+            lora=self.lora,
+            name="attn",
+        )
+        mlp = MLP(
+            self.mlp_width, self.activation, self.dtype, mlp_inits, lora=self.lora, name="mlp"
         )
 
         def dropped(y: Array, index: int | Array) -> Array:
@@ -91,8 +100,7 @@ class Block(nn.Module):
             return drop(rows, self.dropout, keys, index).reshape(y.shape)
 
         x = x + dropped(attend(norm(name="ln_1")(x), lengths), 2 * index)
-        y = norm(name="ln_2")(x)
-        y = MLP(self.mlp_width, self.activation, self.dtype, mlp_inits, name="mlp")(y)
+        y = mlp(norm(name="ln_2")(x))
         return constrain_rows(x + dropped(y, 2 * index + 1))
 
 
@@ -121,6 +129,7 @@ class Transformer(nn.Module):
     remat: Literal["none", "dots", "full"] = "none"
     block_init: Literal["clip", "torch"] = "clip"
     dtype: str = "float32"
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -160,6 +169,7 @@ class Transformer(nn.Module):
             block_init=self.block_init,
             dtype=self.dtype,
             tokens=padded_tokens,
+            lora=self.lora,
         )
         if not self.scan:
             for i in range(self.depth):
@@ -183,6 +193,19 @@ def stack_blocks(params: PyTree) -> PyTree:
     rest = {k: stack_blocks(v) for k, v in params.items() if k not in names}
     if names:
         rest["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in names))
+    return rest
+
+
+def merge_adapters(params: PyTree, lora: Lora | None) -> PyTree:
+    """`params`, of unscanned blocks, with each adapter added to its kernel in float64: those of the
+    same tower without adapters."""
+    if lora is None or not isinstance(params, dict):
+        return params
+    rest = {k: merge_adapters(v, lora) for k, v in params.items() if not k.startswith("lora_")}
+    if "lora_a" in params:
+        a, b = (np.asarray(params[name], np.float64) for name in ("lora_a", "lora_b"))
+        kernel = rest["kernel"] + np.tensordot(a, b, 1) * (lora.alpha / lora.rank)
+        rest["kernel"] = kernel.astype(np.float32)
     return rest
 
 

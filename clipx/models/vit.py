@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,8 @@ class ViT(Tower):
     With `freeze_patches` the patch embedding gets no gradient, as in MoCo v3 (arXiv:2104.02057,
     section 4) and in DeCLIP's code. A rule of the optimizer must exempt it from weight decay.
     """
+
+    adaptable: ClassVar[bool] = True
 
     variant: str = "ViT-B/32"
     image_size: Pixels = 224  # pixels
@@ -203,6 +205,7 @@ class ViT(Tower):
             remat=self.remat,
             block_init=self.block_init,
             dtype=self.dtype,
+            lora=self.lora,
             name="transformer",
         )(x, keys=dropout_keys(self.dropout, train, keys))
         tokens = x[:, first:]

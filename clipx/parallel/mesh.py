@@ -22,10 +22,10 @@ SMALL = 2**12  # elements; sharding a smaller parameter saves nothing
 _STACKED = re.compile(r"(^|/)blocks/")  # by `nn.scan`: the first dimension is the layer
 # The dimension of a parameter that the tensor axis shards: attention heads, or MLP hidden width.
 _TENSOR = (
-    (r"(^|/)attn/(qkv|q|kv)/(kernel|bias)$", -2),
-    (r"(^|/)attn/out/kernel$", -3),
-    (r"(^|/)mlp/fc/(kernel|bias)$", -1),
-    (r"(^|/)mlp/proj/kernel$", -2),
+    (r"(^|/)attn/(qkv|q|kv)/(kernel|bias|lora_b)$", -2),
+    (r"(^|/)attn/out/(kernel|lora_a)$", -3),
+    (r"(^|/)mlp/fc/(kernel|bias|lora_b)$", -1),
+    (r"(^|/)mlp/proj/(kernel|lora_a)$", -2),
 )
 
 AxisSize = Annotated[int, Range(1, 2**20, also=(-1,))]

@@ -82,8 +82,9 @@ class Run:
     @functools.cached_property
     def traced(self) -> jax.stages.Traced:
         """The training step, traced for this mesh."""
+        seed, freeze = self.config.seed, self.config.optimizer.freeze
         step = make_train_step(
-            self.objective, self.optimizer, seed=self.config.seed, microbatches=self.microbatches
+            self.objective, self.optimizer, seed=seed, microbatches=self.microbatches, freeze=freeze
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         jitted = jax.jit(

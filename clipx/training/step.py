@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from clipx.objectives.base import Objective, caption_ids, tower_keys
 from clipx.training.optimizer import updates_done
+from clipx.training.parameter_rules import frozen
 from clipx.types import Batch, Features, Loss, Metrics, PyTree, TrainState, constrain_rows
 
 
@@ -217,18 +217,25 @@ def make_train_step(
     *,
     seed: int,
     microbatches: int = 1,
+    freeze: tuple[str, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), which the caller jits.
 
     The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging the
-    losses of small batches would leave a contrastive loss fewer negatives. If the loss or the
+    losses of small batches would leave a contrastive loss fewer negatives. freeze: as in
+    `config.optimizer`; no gradient of what it matches is computed. If the loss or the
     gradient is not finite, the step changes only the step count, and `skipped` is 1.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss_fn = functools.partial(
-            batch_loss, objective, state=state, batch=batch, seed=seed, microbatches=microbatches
-        )
+        still = frozen(freeze, state.params)
+
+        def loss_fn(params: PyTree) -> tuple[Float[Array, ""], tuple[Loss, PyTree]]:
+            params = jax.tree.map(lambda s, x: jax.lax.stop_gradient(x) if s else x, still, params)
+            return batch_loss(
+                objective, params, state=state, batch=batch, seed=seed, microbatches=microbatches
+            )
+
         grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss.value)

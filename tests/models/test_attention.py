@@ -117,10 +117,11 @@ def test_the_platform_is_that_of_the_mesh():
     assert not has_kernel(16, 4096, 2, 64, "bfloat16")
 
 
-def test_an_affine_layer_is_the_same_on_tpus(monkeypatch):
-    """In values, gradients and initial parameters, with and without `order`."""
+@pytest.mark.parametrize("lora", [None, layers.Lora(2, 3.0)])
+def test_an_affine_layer_is_the_same_on_tpus(lora, monkeypatch):
+    """In values, gradients and initial parameters, with and without `order` and adapters."""
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
-    module = layers.Affine((3, 2, 4), "float32", layers.torch_uniform, inputs=2)
+    module = layers.Affine((3, 2, 4), "float32", layers.torch_uniform, inputs=2, lora=lora)
 
     def run(order):
         def fn(variables, x):
