@@ -39,7 +39,7 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     folder = file if file.is_dir() else file.parent
     if not file.exists():
         expected = "a folder or a weights file"
-        raise ConfigError(where, f"nothing at {file}", expected, _download(os.fspath(path)))
+        raise ConfigError(where, f"nothing at {file}", expected, download_hint(os.fspath(path)))
     config = functools.cache(lambda name: read_json(folder / name, where))
     if file.is_dir():
         described = [f for f in FORMATS if f.describes(config(f.config) or {})]
@@ -74,7 +74,7 @@ def _no_weights(folder: pathlib.Path, described: bool, where: str) -> ConfigErro
     return ConfigError(where, f"{folder} with {listed}", known, fix)
 
 
-def _download(name: str) -> str:
+def download_hint(name: str) -> str:
     """The command that downloads a model, if `name` is written like one of the Hub."""
     match = _HUB.fullmatch(name)
     if not match or name.endswith(weights.SUFFIXES) or name.startswith((".", "~")):

@@ -44,25 +44,46 @@ _IMAGE = re.compile(r"((?:[^.]+\.)*?)(?:visual|vision_model)\.")
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def read(file: pathlib.Path, where: str) -> Arrays:
+def read(file: pathlib.Path, where: str, known: re.Pattern[str] = _IMAGE) -> Arrays:
     """Every array of a weights file, or of the files that an index (.json) lists, under the names
     that the model itself gives them.
+
+    known: matches some name of every model that is wanted, from its beginning; the first group is
+    the name of the module that held the model.
 
     Raises `ConfigError` at `where` for a file that is incomplete, of another kind, or that holds
     several models.
     """
     if file.suffix == ".json":
-        return unwrapped(_parts(file, where), file, where)
+        return unwrapped(_parts(file, where, known), file, where, known)
     if _PART.search(file.stem):
         index = sorted(file.parent.glob("*.index.json"))
         fix = f"name {index[0]}" if index else "name the index.json that lists all parts"
         raise ConfigError(where, f"{file}, one part of several", "all parts of the model", fix)
-    return unwrapped(_file(file, where), file, where)
+    return unwrapped(_file(file, where, known), file, where, known)
 
 
-def _file(file: pathlib.Path, where: str) -> Arrays:
+def names(file: pathlib.Path, where: str) -> list[str]:
+    """The names of the arrays in a safetensors file, none of which is read. Raises `ConfigError` at
+    `where`."""
+    import safetensors
+
+    check_content(file, where)
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            return list(opened.keys())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _incomplete(file, error, where) from None
+
+
+def _incomplete(file: pathlib.Path, error: Exception, where: str) -> ConfigError:
+    found = f"{file} ({' '.join(str(error).split())})"
+    return ConfigError(where, found, "a complete safetensors file")
+
+
+def _file(file: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     if _is_torch(file, where):
-        return _torch(file, where)
+        return _torch(file, where, known)
     import safetensors
     from safetensors.flax import load_file  # reads bfloat16; safetensors.numpy does not
 
@@ -70,8 +91,7 @@ def _file(file: pathlib.Path, where: str) -> Arrays:
         with jax.default_device(cpu()):
             return {name: np.asarray(x) for name, x in load_file(file).items()}
     except (OSError, safetensors.SafetensorError) as error:
-        found = f"{file} ({' '.join(str(error).split())})"
-        raise ConfigError(where, found, "a complete safetensors file") from None
+        raise _incomplete(file, error, where) from None
 
 
 def check_content(file: pathlib.Path, where: str) -> bytes:
@@ -122,7 +142,7 @@ def _is_torch(file: pathlib.Path, where: str) -> bool:
     raise ConfigError(where, f"{file}, {other or 'no weights file that clipx knows'}", _WANTED)
 
 
-def _parts(index: pathlib.Path, where: str) -> Arrays:
+def _parts(index: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     """Every array of the files that an index lists."""
     parts = (read_json(index, where) or {}).get("weight_map")
     if not isinstance(parts, Mapping) or not parts:
@@ -133,14 +153,15 @@ def _parts(index: pathlib.Path, where: str) -> Arrays:
     if missing:
         found = f"no {missing[0]} beside {index.name}, which lists {len(names)} parts"
         raise ConfigError(where, found, f"every part, in {index.parent}", "download that part")
-    arrays = {name: x for part in names for name, x in _file(index.parent / part, where).items()}
+    files = [index.parent / name for name in names]
+    arrays = {name: x for file in files for name, x in _file(file, where, known).items()}
     if left := [name for name in parts if name not in arrays]:
         found = f"no {left[0]} in {parts[left[0]]}"
         raise ConfigError(where, found, f"every array that {index.name} lists", "download it again")
     return arrays
 
 
-def _torch(file: pathlib.Path, where: str) -> Arrays:
+def _torch(file: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     """Every array of a torch file: a state dict, a checkpoint of training, or a TorchScript model
     such as OpenAI's. A state dict or checkpoint runs no pickled code (`weights_only`)."""
     try:
@@ -150,7 +171,7 @@ def _torch(file: pathlib.Path, where: str) -> Arrays:
         raise ConfigError(where, f"{file}, but {error}", expected, "pip install torch") from None
     with libraries.quiet():
         value = _load(torch, file, where)
-    state = model_state(value, torch.is_tensor, file, where)
+    state = model_state(value, torch.is_tensor, file, where, known)
     try:
         return {name: x.float().numpy() for name, x in state.items() if torch.is_tensor(x)}
     except Exception as error:  # a quantized, sparse or meta tensor
@@ -208,7 +229,11 @@ def _is_script(file: pathlib.Path) -> bool:
 
 
 def model_state(
-    value: Any, is_array: Callable[[Any], bool], file: pathlib.Path, where: str
+    value: Any,
+    is_array: Callable[[Any], bool],
+    file: pathlib.Path,
+    where: str,
+    known: re.Pattern[str] = _IMAGE,
 ) -> Mapping[str, Any]:
     """The dict of `value`, a checkpoint's nested dicts, that holds a model's arrays. Raises
     `ConfigError` at `where` if there is none, or more than one, such as averaged weights."""
@@ -216,7 +241,7 @@ def model_state(
     def paths(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
         if not isinstance(tree, Mapping) or len(path) > 3:
             return []
-        if any(is_array(x) and _IMAGE.match(str(name)) for name, x in tree.items()):
+        if any(is_array(x) and known.match(str(name)) for name, x in tree.items()):
             return [path]
         return [found for key, x in tree.items() for found in paths(x, (*path, key))]
 
@@ -228,13 +253,19 @@ def model_state(
     if not found:
         keys = ", ".join(map(str, list(value)[:6])) if isinstance(value, Mapping) else type(value)
         found = f"{file}, with {keys or 'nothing'}"
-        raise ConfigError(where, found, "arrays of a CLIP or SigLIP model, image tower included")
+        expected = "arrays of a CLIP or SigLIP model, image tower included"
+        raise ConfigError(where, found, expected if known is _IMAGE else "arrays of an encoder")
     for key in found[0]:
         value = value[key]
     return value
 
 
-def unwrapped(arrays: Mapping[str, np.ndarray], file: pathlib.Path, where: str) -> Arrays:
+def unwrapped(
+    arrays: Mapping[str, np.ndarray],
+    file: pathlib.Path,
+    where: str,
+    known: re.Pattern[str] = _IMAGE,
+) -> Arrays:
     """The same arrays under the names that the model itself gives them: without the wrappers of
     training, and without the name of the module that held the model.
 
@@ -247,7 +278,7 @@ def unwrapped(arrays: Mapping[str, np.ndarray], file: pathlib.Path, where: str) 
             raise ConfigError(where, found, "a full state dict (StateDictType.FULL_STATE_DICT)")
         short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         _add(plain, short, x, file, where)
-    prefixes = sorted({m[1] for name in plain if (m := _IMAGE.match(name))})
+    prefixes = sorted({m[1] for name in plain if (m := known.match(name))})
     if len(prefixes) > 1:
         names = ", ".join(repr(prefix) for prefix in prefixes)
         found = f"{file}, with the arrays of several models, under {names}"

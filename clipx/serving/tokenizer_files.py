@@ -14,6 +14,7 @@ from clipx.errors import ConfigError, install_hint
 from clipx.interop import tokenizer
 from clipx.interop.base import Format
 from clipx.interop.model import Model
+from clipx.ops import tokenizer_json
 
 
 def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[str, str | bytes]:
@@ -30,6 +31,9 @@ def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[st
         core = vocabulary.byte_pairs(merges)
         if config.cleaning == "clip":
             return tokenizer.clip_files(merges, core.get_vocab(), words.context)
+    elif words.kind == "huggingface":
+        core = tokenizer_json.build(tokenizer.unpacked(saved), config.path)
+        return tokenizer.own_files(core, words, config.cleaning)
     elif words.kind == "wordpiece":
         core = vocabulary.word_pieces(tokenizer.unpacked(saved))
     else:
