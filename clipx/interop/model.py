@@ -31,7 +31,7 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
 class Words:
     """The vocabulary of a model: its size, text length and special token ids."""
 
-    kind: Literal["clip_bpe", "sentencepiece", "wordpiece", "huggingface"]
+    kind: Literal["clip_bpe", "sentencepiece", "wordpiece"]
     vocab_size: int
     context: int  # tokens per text
     pad_id: int
@@ -42,9 +42,9 @@ class Words:
 
     @property
     def dropped(self) -> int | None:
-        """The row of the token embedding that an export leaves out: the mask's. One that is part of
-        the vocabulary, as BERT's is, stays."""
-        return None if self.kind in ("wordpiece", "huggingface") else self.mask_id
+        """The row of the token embedding that an export leaves out: the mask's. BERT's own mask
+        token is part of its vocabulary and stays."""
+        return None if self.kind == "wordpiece" else self.mask_id
 
     def without_mask(self) -> Words:
         """The ids of an export, whose token embedding has no row for the mask: higher ids move down
@@ -192,12 +192,18 @@ def shapes(tower: Tower) -> dict[str, Any]:
 
 def array_shapes(image: Tower, text: Tower) -> dict[str, tuple[int, ...]]:
     """Shapes of both towers' arrays, by the paths of `Model.flat`."""
-    found = {}
-    for name, tower in (("image", image), ("text", text)):
-        variables = shapes(tower)  # pyright: ignore[reportArgumentType]  # modules hash
-        for kind, tree in variables.items():
-            found |= {f"{kind}/{name}/{path}": x.shape for path, x in _flatten(tree).items()}
-    return found
+    return tower_shapes("image", image) | tower_shapes("text", text)
+
+
+def tower_shapes(name: str, tower: Tower) -> dict[str, tuple[int, ...]]:
+    """Shapes of one tower's arrays, by the paths that they have in a model with the tower `name`:
+    "image" or "text"."""
+    variables = shapes(tower)  # pyright: ignore[reportArgumentType]  # modules hash
+    return {
+        f"{kind}/{name}/{path}": x.shape
+        for kind, tree in variables.items()
+        for path, x in _flatten(tree).items()
+    }
 
 
 def checked(model: Model, where: str) -> Model:

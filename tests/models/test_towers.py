@@ -8,6 +8,7 @@ import pytest
 
 from clipx.config import binding
 from clipx.models.bert import BERT
+from clipx.models.efficientnet import EfficientNet
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -18,6 +19,7 @@ TOWERS = [
     ViT(variant="ViT-Ti/16", image_size=48, pool="mean", embed_dim=0, **SMALL),
     ResNet(variant="RN50", image_size=64, width=4, blocks=(1, 1, 1)),
     ResNet(variant="resnet18", image_size=32, embed_dim=0, blocks=(1, 1)),
+    EfficientNet(variant="efficientnet_lite2", image_size=32, width=0.1, depth=0.1),
     TextTransformer(vocab_size=40, context=9, eot_id=39, **SMALL),
     BERT(vocab_size=200, context=9, positions=12, embed_dim=0, **SMALL),
 ]

@@ -1,0 +1,113 @@
+"""timm's `config.json`: an architecture's name, its arguments, and what its pictures look like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from clipx.errors import ConfigError
+from clipx.interop import efficientnet_layout
+from clipx.interop.encoders.base import Encoder
+from clipx.interop.encoders.common import reader
+from clipx.interop.rules import Arrays
+from clipx.interop.settings import Section, keys
+from clipx.models.base import Tower
+from clipx.models.efficientnet import VARIANTS, EfficientNet
+from clipx.ops import photometry
+
+# keys that change no feature
+_HARMLESS = keys("num_classes num_features global_pool label_names label_descriptions")
+_CFG_HARMLESS = keys(
+    "url file hf_hub_id architecture tag custom_load num_classes pool_size first_conv classifier "
+    "license origin_url paper_ids paper_name fixed_input_size min_input_size source notes source "
+    "hf_hub_filename state_dict test_input_size test_crop_pct label_names label_descriptions"
+)
+_ARGS_HARMLESS = keys("num_classes in_chans drop_rate drop_path_rate global_pool")
+_HEADS = keys("classifier fc head head_dist")
+
+
+def describes(values: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is timm's."""
+    return "architecture" in values
+
+
+def describe(
+    values: Mapping[str, Any], file: str, arrays: Callable[[], Arrays], where: str
+) -> Encoder:
+    """The encoder that `values`, the content of the config `file`, describes."""
+    section = Section(values, file, harmless=_HARMLESS)
+    name = str(section.get("architecture")).partition(".")[0]
+    config = section.section("pretrained_cfg", _CFG_HARMLESS)
+    args = section.section("model_args", _ARGS_HARMLESS)
+    size, preprocessing, notes = _pictures(config)
+    made = _efficientnet(name, args, size)
+    if made is None:
+        known = ", ".join(VARIANTS)
+        raise ConfigError(section.at("architecture"), repr(name), f"one of {known}")
+    tower, layout = made
+    unread = [line for part in (section, config, args) for line in part.unread("image.settings")]
+    return Encoder(
+        layout="timm",
+        tower=tower,
+        read=reader(tower, layout, arrays, _HEADS, where),
+        preprocessing=preprocessing,
+        notes=notes,
+        differences=tuple(unread),
+    )
+
+
+def _pictures(config: Section) -> tuple[int, dict[str, Any], tuple[str, ...]]:
+    """(pixels of a side, mean and std, how timm prepares pictures otherwise than clipx)."""
+    given = config.get("input_size", (3, 224, 224))
+    if (
+        not isinstance(given, list | tuple)
+        or len(given) != 3
+        or given[0] != 3
+        or given[1] != given[2]
+    ):
+        raise ConfigError(config.at("input_size"), repr(given), "[3, side, side]")
+    preprocessing = {
+        "mean": _three(config, "mean", photometry.IMAGENET_MEAN),
+        "std": _three(config, "std", photometry.IMAGENET_STD),
+    }
+    notes = []
+    share, way = config.get("crop_pct", 0.875), config.get("interpolation", "bicubic")
+    if share != 1:
+        notes.append(
+            f"timm evaluates with the centre {share:.3g} of a picture, clipx with all of it"
+        )
+    if way != "bicubic":
+        notes.append(f"timm resizes pictures by {way} interpolation, clipx by bicubic")
+    if (mode := config.get("crop_mode", "center")) != "center":
+        notes.append(f"timm cuts pictures by {mode!r}, clipx cuts the centre")
+    return given[1], preprocessing, tuple(notes)
+
+
+def _three(section: Section, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    value = section.get(key, default)
+    right = isinstance(value, list | tuple) and len(value) == 3
+    if not right or not all(isinstance(x, int | float) for x in value):
+        raise ConfigError(section.at(key), repr(value), "three numbers")
+    return tuple(map(float, value))
+
+
+_EFFICIENTNET = re.compile(r"(tf_)?(efficientnet_(?:b[0-3]|lite[0-4]))$")
+
+
+def _efficientnet(name: str, args: Section, size: int) -> tuple[Tower, list] | None:
+    match = _EFFICIENTNET.match(name)
+    if match is None:
+        return None
+    tensorflow = bool(match[1])
+    pad = args.one_of("pad_type", ("", "same"), "same" if tensorflow else "")
+    tower = EfficientNet(
+        variant=match[2],
+        image_size=size,
+        padding="same" if pad else "symmetric",
+        norm_eps=args.number("bn_eps", 1e-3 if tensorflow else 1e-5),
+        norm_momentum=args.number("bn_momentum", 0.1),
+        embed_dim=0,
+        dtype="float32",
+    )
+    return tower, efficientnet_layout.layout(tower, "timm")
