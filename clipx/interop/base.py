@@ -45,6 +45,8 @@ class Format(abc.ABC):
     metadata: ClassVar[dict[str, str] | None] = None  # metadata of the safetensors file
     # caption cleaning rules that the format's tokenizers reproduce exactly
     exact_cleaning: ClassVar[frozenset[str]] = frozenset()
+    # whether the library makes one space of several before a text reaches any tokenizer
+    collapses_spaces: ClassVar[bool] = False
 
     @abc.abstractmethod
     def arrays(self, model: Model) -> Arrays:

@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from clipx.errors import ConfigError
-from clipx.interop.guests import TIMM_EPS
+from clipx.interop import bert_layout
+from clipx.interop.guests import POOLERS, TIMM_EPS
 from clipx.interop.huggingface_layout import HARMLESS
 from clipx.interop.model import vit_shape
 from clipx.interop.settings import Section, keys
@@ -26,11 +27,9 @@ _TIMM_HARMLESS = keys(
     "img_size num_classes weight_init drop_rate pos_drop_rate patch_drop_rate proj_drop_rate "
     "attn_drop_rate drop_path_rate fix_init in_chans global_pool"
 )
-# what else a `config.json` with a BERT may hold: timm's part, and a pooler that open_clip replaces
-_BERT_HARMLESS = keys(
-    "architecture model_args num_classes num_features global_pool pretrained_cfg directionality "
-    "pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
-    "pooler_type"
+# what else a `config.json` with a BERT may hold: timm's part
+_BERT_HARMLESS = bert_layout.HARMLESS | keys(
+    "architecture model_args num_classes num_features global_pool pretrained_cfg"
 )
 
 
@@ -107,23 +106,18 @@ def text_tower(section: Section, embed_dim: int, given: Any) -> BERT:
         name = section.get("hf_model_name")
         found = f"{name!r}, but no config.json of a BERT in the folder"
         raise ConfigError(section.at("hf_model_name"), found, "a BERT with its config.json there")
-    section.one_of("hf_pooler_type", ("cls_pooler",), "mean_pooler")
+    pools = {theirs: ours for ours, theirs in POOLERS.items()}
+    pool: Any = pools[section.one_of("hf_pooler_type", pools, "mean_pooler")]
     section.one_of("hf_proj_type", ("linear",), "mlp")
     for key in ("vocab_size", "width", "heads", "layers"):
         section.get(key)  # which config.json overrides
-    guest.one_of("hidden_act", ("gelu",), "gelu")
-    guest.one_of("layer_norm_eps", (1e-12,), 1e-12)
-    guest.one_of("position_embedding_type", ("absolute",), "absolute")
-    guest.one_of("type_vocab_size", (2,), 2)
-    width = guest.size("hidden_size")
+    _, pad_id, fields = bert_layout.read_config(guest, "config.json")
     tower = BERT(
-        vocab_size=guest.size("vocab_size"),
+        **fields,
+        pool=pool,
         context=section.size("context_length", 77),
-        positions=guest.size("max_position_embeddings"),
-        width=width,
-        depth=guest.depth("num_hidden_layers"),
-        heads=guest.size("num_attention_heads"),
-        mlp_ratio=guest.size("intermediate_size") / width,
+        pad_id=pad_id,
+        eot_id=guest.whole("sep_token_id", BERT.eot_id),
         embed_dim=embed_dim,
     )
     if unknown := guest.unread():

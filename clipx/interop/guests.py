@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipx.errors import NotExpressible
-from clipx.interop import rules
+from clipx.interop import bert_layout, rules
 from clipx.interop.model import Model, check_bias, ratio
 from clipx.interop.open_clip_layout import Layout
 from clipx.interop.rules import Rule
@@ -82,7 +82,23 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
     return _timm_section(image.variant, "avg", image, image.image_size)
 
 
+# our pooling and open_clip's. Its max_pooler leaves out words in place of padding.
+POOLERS = {
+    "pooler": "cls_pooler",
+    "cls": "cls_last_hidden_state_pooler",
+    "mean": "mean_pooler",
+}
+
+
 def _bert_section(model: Model, folder: str) -> dict[str, Any]:
+    pool, kind = model.text.pool, bert_layout.kind_of(model.text)
+    if kind != "bert":
+        raise NotExpressible(f"open_clip does not build a {kind} of transformers")
+    if pool not in POOLERS:
+        raise NotExpressible(f"open_clip cannot pool a text by {pool!r}")
+    if model.text.dense_width:
+        raise NotExpressible("open_clip has no dense layer between pooling and projection")
+    # `normalize` is left out: a projection without bias keeps every cosine
     return {
         "context_length": model.text.context,
         "vocab_size": model.text.vocab_size,
@@ -90,26 +106,13 @@ def _bert_section(model: Model, folder: str) -> dict[str, Any]:
         "hf_model_pretrained": False,
         "hf_tokenizer_name": ".",
         "hf_proj_type": "linear",
-        "hf_pooler_type": "cls_pooler",
+        "hf_pooler_type": POOLERS[pool],
     }
 
 
 def _bert_config(model: Model) -> dict[str, Any]:
     """The content of `config.json` from which transformers builds BERT."""
-    text = model.text
-    return {
-        "model_type": "bert",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.width,
-        "num_hidden_layers": text.depth,
-        "num_attention_heads": text.heads,
-        "intermediate_size": round(text.width * text.mlp_ratio),
-        "max_position_embeddings": text.positions,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": text.pad_id,
-    }
+    return bert_layout.write_config(model.text, "bert")
 
 
 def _head(tower: Tower, width: int, ours: str, theirs: str, factor: float = 1.0) -> list[Rule]:
@@ -203,29 +206,8 @@ def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
 
 def _bert_rules(text: BERT, width: int, dropped: int | None) -> list[Rule]:
     check_bias(text, "text")
-    a, b = "params/text", "text.transformer"
-    tables = {"token": "word", "positional": "position", "type": "token_type"}
-    layout = [
-        *(
-            rules.same(f"{a}/{ours}_embedding", f"{b}.embeddings.{theirs}_embeddings.weight")
-            for ours, theirs in tables.items()
-        ),
-        *rules.norm(f"{a}/ln_embedding", f"{b}.embeddings.LayerNorm"),
-        *rules.dense(f"{a}/pooler", f"{b}.pooler.dense"),
-    ]
-    for i in range(text.depth):
-        ours, theirs = f"{a}/block_{i}", f"{b}.encoder.layer.{i}"
-        names = tuple(f"{theirs}.attention.self.{n}" for n in ("query", "key", "value"))
-        out = f"{theirs}.attention.output.dense"
-        layout += [
-            *rules.heads_in((f"{ours}/attn/qkv",), names, text.heads, (3,)),
-            *rules.heads_out(f"{ours}/attn/out", out, text.heads),
-            *rules.norm(f"{ours}/ln_attn", f"{theirs}.attention.output.LayerNorm"),
-            *rules.dense(f"{ours}/mlp/fc", f"{theirs}.intermediate.dense"),
-            *rules.dense(f"{ours}/mlp/proj", f"{theirs}.output.dense"),
-            *rules.norm(f"{ours}/ln_mlp", f"{theirs}.output.LayerNorm"),
-        ]
-    return layout + _head(text, width, f"{a}/projection", "text.proj")
+    layout = bert_layout.layout(text, "bert", "params/text", "text.transformer.", text.pad_id)
+    return layout + _head(text, width, "params/text/projection", "text.proj")
 
 
 VIT = Layout(_vit_section, _vit_rules, _vit_config)

@@ -1,5 +1,6 @@
-"""transformers' format: a folder of `SiglipModel` if the image tower pools by attention, otherwise
-of `CLIPModel` (transformers 5)."""
+"""transformers' format: a folder of `VisionTextDualEncoderModel` if the text tower is BERT or its
+kin, of `SiglipModel` if the image tower pools by attention, otherwise of `CLIPModel`
+(transformers 5)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import foreign_tokenizer, huggingface_configs, libraries, preprocessing, rules
+from clipx.interop import (
+    dual_encoder,
+    foreign_tokenizer,
+    huggingface_configs,
+    libraries,
+    preprocessing,
+    rules,
+)
 from clipx.interop import huggingface_layout as layout
 from clipx.interop.base import Format, Said, read_json
 from clipx.interop.huggingface_layout import CONFIG
@@ -30,6 +38,7 @@ from clipx.interop.model import (
 from clipx.interop.preprocessing import Preprocessing
 from clipx.interop.rules import Arrays
 from clipx.interop.settings import Section
+from clipx.interop.tokenizer import SETTINGS
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
@@ -68,9 +77,11 @@ inputs = processor(
 with torch.no_grad():
     print(model(**inputs).logits_per_image)"""
     metadata = {"format": "pt"}
-    exact_cleaning = frozenset({"siglip"})
+    exact_cleaning = frozenset({"siglip", "strip", "raw"})
 
     def arrays(self, model: Model) -> Arrays:
+        if dual_encoder.expresses(model.text):
+            return dual_encoder.arrays(model)
         image, text = _check(model)
         siglip = _is_siglip(model)
         rules_of_both = layout.tower_rules(image, text, model.width, model.words.dropped, siglip)
@@ -85,6 +96,8 @@ with torch.no_grad():
         return arrays
 
     def configs(self, model: Model, folder: str) -> dict[str, Any]:
+        if dual_encoder.expresses(model.text):
+            return dict(zip((CONFIG, PREPROCESSOR), dual_encoder.configs(model)))
         _check(model)
         kind = "Siglip" if _is_siglip(model) else "CLIP"
         return {
@@ -93,7 +106,7 @@ with torch.no_grad():
         }
 
     def attention_mask(self, model: Model) -> bool:
-        return not _is_siglip(model)
+        return dual_encoder.expresses(model.text) or not _is_siglip(model)
 
     def notes(self, model: Model, folder: str) -> list[str]:
         return ['Tokenize texts with `padding="max_length"`, as in training.']
@@ -116,11 +129,19 @@ with torch.no_grad():
             PROCESSOR: (config(PROCESSOR) or {}).get("image_processor"),
             PREPROCESSOR: config(PREPROCESSOR),
         }
-        return _read(arrays, given, {k: v for k, v in preprocessors.items() if v})
+        pictures = {k: v for k, v in preprocessors.items() if v}
+        if dual_encoder.check_type(given):
+            found = _pictures(pictures, dual_encoder.image_size(given), False)
+            section = Section(given, CONFIG, harmless=layout.HARMLESS)
+            read = dual_encoder.read(dict(arrays), section, found, config(SETTINGS) or {})
+            return checked(read, "")
+        return _read(arrays, given, pictures)
 
     def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | str | None:
         """Fields for the files of a `SiglipTokenizer` or a `CLIPTokenizer`."""
         given = read_json(folder / CONFIG, where) or {}
+        if dual_encoder.check_type(given):
+            return dual_encoder.tokenizer_fields(folder, given, where)
         siglip = given.get("model_type") == "siglip"
         config = Section(given, f"{where}: {CONFIG}")
         _, words = layout.sections(config, siglip)

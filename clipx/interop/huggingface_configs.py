@@ -14,14 +14,14 @@ def model(exported: Model, kind: str) -> dict[str, Any]:
     """`config.json`. kind: the prefix of transformers' class names, "CLIP" or "Siglip"."""
     image, text, words = exported.image, exported.text, exported.words.without_mask()
     width, depth, heads, mlp_width, patch = image.shape
-    vision_config = _sizes(width, depth, heads, mlp_width, image) | {
+    vision_config = sizes(width, depth, heads, mlp_width, image) | {
         "model_type": f"{kind.lower()}_vision_model",
         "image_size": image.image_size,
         "patch_size": patch,
         "num_channels": 3,
     }
     mlp_width = round(text.width * text.mlp_ratio)
-    text_config = _sizes(text.width, text.depth, text.heads, mlp_width, text) | {
+    text_config = sizes(text.width, text.depth, text.heads, mlp_width, text) | {
         "model_type": f"{kind.lower()}_text_model",
         "vocab_size": words.vocab_size,
         "max_position_embeddings": text.context,
@@ -47,7 +47,7 @@ def model(exported: Model, kind: str) -> dict[str, Any]:
     }
 
 
-def _sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> dict[str, Any]:
+def sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> dict[str, Any]:
     """The entries that both towers' sections have."""
     return {
         "hidden_size": width,

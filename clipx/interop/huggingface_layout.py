@@ -44,7 +44,7 @@ def tower_rules(
     """The rules of both towers, for a shared space of `width` channels. dropped: the row that the
     exported token embedding leaves out."""
     return [
-        *(_siglip_vision(image) if siglip else _clip_vision(image, width)),
+        *(siglip_vision(image) if siglip else clip_vision(image, width)),
         *_text_rules(text, width, dropped, siglip),
     ]
 
@@ -65,7 +65,8 @@ def _blocks(ours: str, theirs: str, depth: int, heads: int) -> list[Rule]:
     return layout
 
 
-def _clip_vision(image: ViT, width: int) -> list[Rule]:
+def clip_vision(image: ViT, width: int) -> list[Rule]:
+    """The image tower of `CLIPModel`, and its projection."""
     a, b = "params/image", "vision_model"
     _, depth, heads, *_ = image.shape
     layout = [
@@ -76,10 +77,11 @@ def _clip_vision(image: ViT, width: int) -> list[Rule]:
         *_blocks(a, b, depth, heads),
         *rules.norm(f"{a}/ln_post", f"{b}.post_layernorm"),
     ]
-    return layout + _projection(image, f"{a}/projection", "visual_projection", width)
+    return layout + projection(image, f"{a}/projection", "visual_projection", width)
 
 
-def _projection(tower: Tower, ours: str, theirs: str, width: int) -> list[Rule]:
+def projection(tower: Tower, ours: str, theirs: str, width: int) -> list[Rule]:
+    """A projection to `width` channels; a copy for a tower without one."""
     check_bias(tower, ours.split("/")[1])
     if tower.embed_dim:
         return rules.dense(ours, theirs, bias=False)
@@ -87,7 +89,8 @@ def _projection(tower: Tower, ours: str, theirs: str, width: int) -> list[Rule]:
     return [rules.constant(f"{theirs}.weight", copy)]
 
 
-def _siglip_vision(image: ViT) -> list[Rule]:
+def siglip_vision(image: ViT) -> list[Rule]:
+    """The image tower of `SiglipModel`."""
     a, b = "params/image", "vision_model"
     width, depth, heads, *_ = image.shape
     pool, head = f"{a}/pool", f"{b}.head"
@@ -123,11 +126,11 @@ def _text_rules(text: TextTransformer, width: int, dropped: int | None, siglip: 
         *rules.norm(f"{a}/ln_final", f"{b}.final_layer_norm"),
     ]
     if not siglip:
-        return layout + _projection(text, f"{a}/projection", "text_projection", width)
+        return layout + projection(text, f"{a}/projection", "text_projection", width)
     if text.embed_dim and text.projection_bias:
         return layout + rules.dense(f"{a}/projection", f"{b}.head")
     no_bias = rules.constant(f"{b}.head.bias", lambda: np.zeros(width, np.float32))
-    return [*layout, *_projection(text, f"{a}/projection", f"{b}.head", width), no_bias]
+    return [*layout, *projection(text, f"{a}/projection", f"{b}.head", width), no_bias]
 
 
 def words_size(words: Section, *, siglip: bool) -> tuple[int, int]:
@@ -157,29 +160,8 @@ def towers(
     """The towers of a `vision_config` and a `text_config` (`words`), inside of `config`. A missing
     key is the default of transformers' class. Raises `ConfigError` for a setting that no clipx
     tower has."""
-    width = vision.size("hidden_size", 768)
-    patch = vision.size("patch_size", 16 if siglip else 32)
-    image_size = vision.size("image_size", 224)
-    if image_size % patch:
-        found = f"{image_size} pixels with a patch of {patch}"
-        raise ConfigError(vision.at("image_size"), found, "a multiple of the patch")
-    vision.one_of("num_channels", (3,), 3)
-    vision.one_of("vision_use_head", (True,), True)
-    shape = (
-        width,
-        vision.depth("num_hidden_layers", 12),
-        _heads(vision, width, 12),
-        vision.size("intermediate_size", 3072),
-    )
     embed_dim = 0 if siglip else config.size("projection_dim", 512)
-    image = ViT(
-        **vit_shape(shape, patch),
-        image_size=image_size,
-        embed_dim=embed_dim,
-        pool="attention" if siglip else "class",
-        pre_norm=not siglip,
-        **_common(vision, siglip),
-    )
+    image = vision_tower(vision, embed_dim, siglip=siglip)
     text_width = words.size("hidden_size", 768 if siglip else 512)
     vocabulary, context = words_size(words, siglip=siglip)
     text = TextTransformer(
@@ -198,6 +180,41 @@ def towers(
         **_common(words, siglip),
     )
     return image, text
+
+
+def vision_tower(vision: Section, embed_dim: int, *, siglip: bool) -> ViT:
+    """The tower of a `vision_config`. Raises `ConfigError` as `towers` does."""
+    vision.one_of("vision_use_head", (True,), True)
+    fields = {"pool": "attention" if siglip else "class", "pre_norm": not siglip}
+    patch, mlp_width = 16 if siglip else 32, vision.size("intermediate_size", 3072)
+    fields |= _common(vision, siglip)
+    return _vit(vision, mlp_width, patch, embed_dim=embed_dim, **fields)
+
+
+def dino_tower(vision: Section, embed_dim: int) -> ViT:
+    """The tower of a DINOv2's config. Raises `ConfigError` as `towers` does."""
+    for key, value in (("use_swiglu_ffn", False), ("qkv_bias", True)):
+        vision.one_of(key, (value,), value)
+    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    fields: dict[str, Any] = {"pool": "class", "pre_norm": False, "embed_dim": embed_dim}
+    fields["activation"] = known[vision.one_of("hidden_act", known, "gelu")]
+    fields["norm_eps"] = vision.number("layer_norm_eps", 1e-6)
+    mlp_width = vision.size("hidden_size", 768) * vision.size("mlp_ratio", 4)
+    return _vit(vision, mlp_width, 14, **fields)
+
+
+def _vit(vision: Section, mlp_width: int, patch: int, **fields: Any) -> ViT:
+    """patch: the default."""
+    width = vision.size("hidden_size", 768)
+    patch = vision.size("patch_size", patch)
+    image_size = vision.size("image_size", 224)
+    if image_size % patch:
+        found = f"{image_size} pixels with a patch of {patch}"
+        raise ConfigError(vision.at("image_size"), found, "a multiple of the patch")
+    vision.one_of("num_channels", (3,), 3)
+    heads = _heads(vision, width, 12)
+    shape = (width, vision.depth("num_hidden_layers", 12), heads, mlp_width)
+    return ViT(**vit_shape(shape, patch), image_size=image_size, **fields)
 
 
 def _common(section: Section, siglip: bool) -> dict[str, Any]:

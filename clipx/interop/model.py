@@ -31,7 +31,7 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
 class Words:
     """The vocabulary of a model: its size, text length and special token ids."""
 
-    kind: Literal["clip_bpe", "sentencepiece", "wordpiece"]
+    kind: Literal["clip_bpe", "sentencepiece", "wordpiece", "huggingface"]
     vocab_size: int
     context: int  # tokens per text
     pad_id: int
@@ -42,9 +42,9 @@ class Words:
 
     @property
     def dropped(self) -> int | None:
-        """The row of the token embedding that an export leaves out: the mask's. BERT's own mask
-        token is part of its vocabulary and stays."""
-        return None if self.kind == "wordpiece" else self.mask_id
+        """The row of the token embedding that an export leaves out: the mask's. One that is part of
+        the vocabulary, as BERT's is, stays."""
+        return None if self.kind in ("wordpiece", "huggingface") else self.mask_id
 
     def without_mask(self) -> Words:
         """The ids of an export, whose token embedding has no row for the mask: higher ids move down

@@ -70,6 +70,7 @@ class OpenClip(Format):
         *(torch_weights, "open_clip_model.pt", "model.pt"),
     )
     expected = f"{CONFIG} and {WEIGHTS}"
+    collapses_spaces = True
     loading = """import open_clip, torch
 from PIL import Image
 

@@ -78,6 +78,13 @@ class Section:
             raise ConfigError(self.at(key), self._found(key), "a number greater than 0")
         return value
 
+    def rate(self, key: str, default: float) -> float:
+        """A number from 0 to 1, without 1 itself."""
+        value = self._take(key, default)
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ConfigError(self.at(key), self._found(key), "a number from 0 to below 1")
+        return value
+
     def flag(self, key: str, default: bool, *, null: bool | None = None) -> bool:
         """true or false. null: what null means; by default it is refused."""
         value = self._take(key, default)

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipx.errors import ConfigError, NotExpressible
@@ -53,6 +53,8 @@ def cleaning(rule: str, lower: bool) -> list[Any]:
             normalizers.Replace(Regex(_ASCII_PUNCTUATION), ""),
             *collapse,
         ]
+    if rule in ("raw", "strip"):
+        return [normalizers.Strip()] * (rule == "strip")
     first = {
         "clip": [normalizers.NFC()],
         "ascii": [normalizers.Replace(Regex(r"[^\x00-\x7F]"), "")],
@@ -150,9 +152,23 @@ def files(
     return {"tokenizer.json": core.to_str(), SETTINGS: _dump(settings)}
 
 
-def _settings(
-    marks: tuple[str | None, str, str, str], cls: str, context: int, mask: bool
-) -> dict[str, Any]:
+def own_files(core: tokenizers.Tokenizer, words: Words, rule: str) -> dict[str, str]:
+    """`tokenizer.json` and its settings, from a tokenizer that is a `tokenizer.json` already.
+
+    words, rule: as for `files`. `core` puts the marks around a text itself.
+    """
+    from tokenizers import normalizers
+
+    if added := cleaning(rule, lower=False):
+        existing = [core.normalizer] if core.normalizer is not None else []
+        core.normalizer = normalizers.Sequence([*added, *existing])
+    ids = (words.sot_id, words.eot_id, words.pad_id)
+    marks = [None if i is None else core.id_to_token(i) for i in ids]
+    settings = _settings([*marks, None], "PreTrainedTokenizerFast", words.context, True)
+    return {"tokenizer.json": core.to_str(), SETTINGS: _dump(settings)}
+
+
+def _settings(marks: Sequence[str | None], cls: str, context: int, mask: bool) -> dict[str, Any]:
     start, end, pad, unknown = marks
     return {
         "tokenizer_class": cls,
@@ -160,7 +176,7 @@ def _settings(
         **({} if start is None else {"bos_token": start}),
         "eos_token": end,
         "pad_token": pad,
-        "unk_token": unknown,
+        **({} if unknown is None else {"unk_token": unknown}),
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,

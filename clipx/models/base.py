@@ -10,7 +10,7 @@ from jaxtyping import Float, Key
 
 from clipx.config.ranges import CountOrZero, Positive, WidthOrZero
 from clipx.models.layers import Lora, check, torch_bias, unit
-from clipx.types import Array, Encoded, PyTree
+from clipx.types import Array, Encoded
 
 HEAD = ("projection",)  # entries of a tower's `params` above its features
 
@@ -102,11 +102,6 @@ class Tower(nn.Module):
     def at(self, field: str) -> str:
         """The `where` of a `ConfigError` about `field`."""
         return f"{type(self).__name__}.{field}"
-
-    @nn.nowrap
-    def pretrained(self) -> dict[str, PyTree]:
-        """The entries of `params` that a file gives and training starts from; {} for no file."""
-        return {}
 
     def setup(self):
         if not self.embed_dim:

@@ -1,21 +1,22 @@
-"""BERT as a text tower, with its weights from a Hugging Face checkpoint if wanted."""
+"""BERT as a text tower, and the encoders that are built like it: RoBERTa, XLM-R, DistilBERT, MPNet,
+MiniLM and those of sentence-transformers."""
 
 from __future__ import annotations
 
 import functools
-import pathlib
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int32, Key
+from jaxtyping import Bool, Float, Int, Int32, Key
 
-from clipx.config.ranges import Count, CountOrZero, Depth, Rate, Ratio, Width
-from clipx.errors import ConfigError
+from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Ratio, Width, WidthOrZero
 from clipx.models.base import Tower
 from clipx.models.layers import (
     Affine,
@@ -24,14 +25,21 @@ from clipx.models.layers import (
     check,
     drop,
     dropout_keys,
+    mean_tokens,
     reduction_dtype,
     text_lengths,
+    unit,
 )
-from clipx.types import Array, PyTree, constrain_rows
+from clipx.types import Array, constrain_rows
 
-_EPS = 1e-12
 _normal = initializers.normal(0.02)
-_Norm = functools.partial(LayerNorm, epsilon=_EPS)
+_RELATIVE_DISTANCE = 128  # tokens apart, from where on MPNet's attention bias is the same
+_ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
 
 
 class BertAttention(nn.Module):
@@ -52,6 +60,7 @@ class BertAttention(nn.Module):
         valid: Bool[Array, "b n"],
         keys: Key[Array, " b"] | None,
         index: int,
+        bias: Float[Array, "h n n"] | None = None,
     ) -> Float[Array, "b n c"]:
         width, (rows, length) = x.shape[-1], valid.shape
         shape = (3, self.heads, width // self.heads)
@@ -59,7 +68,10 @@ class BertAttention(nn.Module):
         q, k, v = jnp.moveaxis(dense(shape, name="qkv")(x), 2, 0)
         wide = reduction_dtype(x.dtype)
         logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
-        seen = jnp.where(valid[:, None, None], logits * shape[-1] ** -0.5, -jnp.inf)
+        logits = logits * shape[-1] ** -0.5
+        if bias is not None:
+            logits = logits + bias.astype(wide)
+        seen = jnp.where(valid[:, None, None], logits, -jnp.inf)
         weights = nn.softmax(seen).reshape(rows, -1, length)
         weights = drop(weights, self.dropout, keys, index).reshape(logits.shape).astype(v.dtype)
         y = jnp.einsum("bhts,bshd->bthd", weights, v)
@@ -68,13 +80,14 @@ class BertAttention(nn.Module):
 
 class BertMLP(nn.Module):
     width: int
+    activation: str
     dtype: str
     lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         dense = functools.partial(Affine, dtype=self.dtype, kernel_init=_normal, lora=self.lora)
-        y = nn.gelu(dense((self.width,), name="fc")(x), approximate=False)
+        y = _ACTIVATIONS[self.activation](dense((self.width,), name="fc")(x))
         return dense((x.shape[-1],), name="proj")(y)
 
 
@@ -83,6 +96,8 @@ class BertBlock(nn.Module):
 
     heads: int
     mlp_width: int
+    activation: str
+    norm_eps: float
     dropout: float
     dtype: str
     lora: Lora | None = None
@@ -94,26 +109,51 @@ class BertBlock(nn.Module):
         valid: Bool[Array, "b n"],
         keys: Key[Array, " b"] | None,
         index: int,
+        bias: Float[Array, "h n n"] | None = None,
     ) -> Float[Array, "b n c"]:
+        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         attention = BertAttention(self.heads, self.dropout, self.dtype, self.lora, name="attn")
-        y = drop(attention(x, valid, keys, index), self.dropout, keys, index + 1)
-        x = _Norm(dtype=self.dtype, name="ln_attn")(x + y)
-        y = BertMLP(self.mlp_width, self.dtype, self.lora, name="mlp")(x)
+        y = drop(attention(x, valid, keys, index, bias), self.dropout, keys, index + 1)
+        x = norm(name="ln_attn")(x + y)
+        y = BertMLP(self.mlp_width, self.activation, self.dtype, self.lora, name="mlp")(x)
         y = drop(y, self.dropout, keys, index + 2)
-        return constrain_rows(_Norm(dtype=self.dtype, name="ln_mlp")(x + y))
+        return constrain_rows(norm(name="ln_mlp")(x + y))
+
+
+def relative_buckets(length: int, count: int) -> Int[np.ndarray, "n n"]:
+    """The row of MPNet's table of `count` biases for each (query, key): half of the rows for keys
+    before the query, half for keys behind it; of each half the first rows for one distance each,
+    the others for ranges that grow with the distance (transformers, `relative_position_bucket`).
+    """
+    half = count // 2
+    exact = half // 2
+    behind = np.arange(length)[None] - np.arange(length)[:, None]
+    distance = np.abs(behind)
+    scale = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
+    scale = scale / math.log(_RELATIVE_DISTANCE / exact) * (half - exact)
+    far = np.minimum(exact + scale.astype(np.int64), half - 1)
+    return np.where(distance < exact, distance, far) + half * (behind > 0)
 
 
 class BERT(Tower):
-    """BERT-base (Devlin et al. 2019, arXiv 1810.04805) with its pooler, of any depth and size.
+    """BERT (Devlin et al. 2019, arXiv 1810.04805) and its kin, of any depth and size. The defaults
+    are BERT-base with its pooler.
 
-    `backbone` of the result is the pooler's output, tanh(W x + b) of the first token, which must be
-    the tokenizer's start mark. `tokens` are the last layer's. Padding is masked in attention: the
-    tokens after the first `eot_id`, or, in a row without one, the `pad_id`s at its end. Texts may
-    be shorter than `positions`. Every token has the first segment type. Dropout acts on embeddings,
-    on attention weights, and on the output of both halves of a block.
+    `backbone` of the result is what `pool` makes of the last layer's tokens, then a dense layer and
+    `normalize` where they are set, as the modules of sentence-transformers do: with `normalize` its
+    rows have unit length, and the projection acts on those. "pooler" is BERT's own, tanh(W x + b)
+    of the first token, which must be the tokenizer's start mark; "cls" is that token, "mean" and
+    "max" are over the tokens that are not padding. `tokens` are the last layer's.
 
-    `init_from`: a safetensors file in the layout of Hugging Face's `bert-base-uncased`. A shallower
-    tower takes the first layers of the file.
+    Padding is masked in attention: the tokens after the last `eot_id`, or, in a row without one,
+    the `pad_id`s at its end. Texts may be shorter than `positions`. Every token has the first
+    segment type. Dropout acts on embeddings, on attention weights, and on the output of both halves
+    of a block.
+
+    RoBERTa and XLM-R have `segments=1` and `norm_eps=1e-5`; DistilBERT has `segments=0` and no
+    pooler; MPNet has `segments=0`, `relative_buckets=32` and `norm_eps=1e-5`. Their tables of
+    positions begin here with the row of the first token: RoBERTa's file has `pad_id` + 1 rows in
+    front of it that no token uses.
     """
 
     from_tokenizer: ClassVar[tuple[str, ...]] = ("vocab_size", "context", "eot_id", "pad_id")
@@ -123,10 +163,19 @@ class BERT(Tower):
     vocab_size: Count = 30522
     context: Count = 30  # tokens per text, as the tokenizer makes them
     positions: Count = 512  # rows of the position table
+    segments: CountOrZero = 2  # rows of the segment table; 0: no table
+    relative_buckets: CountOrZero = 0  # rows of the attention bias by distance; 0: no bias
     width: Width = 768
     depth: Depth = 12
     heads: Width = 12
     mlp_ratio: Ratio = 4.0
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
+    norm_eps: Epsilon = 1e-12
+    pool: Literal["pooler", "cls", "mean", "max"] = "pooler"
+    dense_width: WidthOrZero = 0  # width of a dense layer on what is pooled; 0: none
+    dense_bias: bool = True
+    dense_activation: Literal["tanh", "identity"] = "tanh"
+    normalize: bool = False  # rows of `backbone` have unit length
     eot_id: CountOrZero = 102
     pad_id: CountOrZero = 0
     dropout: Rate = 0.1
@@ -146,16 +195,25 @@ class BERT(Tower):
             f"{self.positions}, for texts of {self.context} tokens",
             f"at least {self.context}",
         )
+        buckets = self.relative_buckets
+        check(
+            not buckets or (buckets >= 4 and buckets % 4 == 0),
+            self.at("relative_buckets"),
+            str(buckets),
+            "0, or a multiple of 4",
+        )
 
     @property
     def backbone_width(self) -> int:
-        """The width of a block."""
-        return self.width
+        """The width of the dense layer; without one that of a block."""
+        return self.dense_width or self.width
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """The heads. `positions` does not change the output: texts use the table's first rows."""
-        return {"heads": self.heads}
+        """What no array tells. `positions` does not change the output: texts use the table's first
+        rows."""
+        names = ("heads", "activation", "norm_eps", "pool", "dense_activation", "normalize")
+        return {name: getattr(self, name) for name in names}
 
     @nn.compact
     def features(
@@ -167,127 +225,58 @@ class BERT(Tower):
                 f"{self.at('positions')}={self.positions}, but the texts {x.shape} are longer"
             )
         keys = dropout_keys(self.dropout, train, keys)
-        valid = jnp.arange(length) < text_lengths(ids, self.eot_id, self.pad_id)[:, None]
-
-        def table(name: str, rows: int, init: Callable = _normal) -> Array:
-            return self.param(name, init, (rows, self.width), jnp.float32)
-
-        def zero_padding(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            return _normal(key, shape, dtype).at[self.pad_id].set(0)
-
-        # Summed before the cast to `dtype`. An id outside the table gives NaN, not another token.
-        x = jnp.take(table("token_embedding", self.vocab_size, zero_padding), ids, axis=0)
-        x = x + table("positional_embedding", self.positions)[:length]
-        x = x + table("type_embedding", 2)[0]
-        x = _Norm(dtype=self.dtype, name="ln_embedding")(x)
-        x = drop(x, self.dropout, keys, 0)
+        ends = text_lengths(ids, self.eot_id, self.pad_id, last=self.eot_id != self.pad_id)
+        valid = jnp.arange(length) < ends[:, None]
+        x = drop(self._embedded(ids), self.dropout, keys, 0)
+        bias = self._relative_bias(length)
         for i in range(self.depth):
             x = BertBlock(
                 self.heads,
                 round(self.width * self.mlp_ratio),
+                self.activation,
+                self.norm_eps,
                 self.dropout,
                 self.dtype,
                 self.lora,
                 name=f"block_{i}",
-            )(x, valid, keys, 1 + 3 * i)
-        pooler = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="pooler")
-        return jnp.tanh(pooler(x[:, 0])), x
+            )(x, valid, keys, 1 + 3 * i, bias)
+        return self._pooled(x, valid), x
 
-    @nn.nowrap
-    def pretrained(self) -> dict[str, PyTree]:
-        """The entries of `params` that `init_from` holds, as float32 NumPy arrays; {} without it.
+    def _table(self, name: str, rows: int, init: Callable = _normal) -> Array:
+        return self.param(name, init, (rows, self.width), jnp.float32)
 
-        Training starts from them instead of random values. The projection is not among them. Raises
-        `ConfigError` if the file is missing or is not a safetensors file, and for the first array
-        that is missing or has another shape.
-        """
-        if not self.init_from:
-            return {}
-        with _open(self.init_from) as file:
-            return _read(functools.partial(_get, self.init_from, file), self)
+    def _embedded(self, ids: Int32[Array, "b n"]) -> Float[Array, "b n c"]:
+        """The sum of all embeddings of a token, normalised. It is summed before the cast to
+        `dtype`. An id outside the table gives NaN, not another token."""
 
+        def zero_padding(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+            return _normal(key, shape, dtype).at[self.pad_id].set(0)
 
-_WHERE = "config.text.init_from"
+        x = jnp.take(self._table("token_embedding", self.vocab_size, zero_padding), ids, axis=0)
+        x = x + self._table("positional_embedding", self.positions)[: ids.shape[1]]
+        if self.segments:
+            x = x + self._table("type_embedding", self.segments)[0]
+        return LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_embedding")(x)
 
+    def _relative_bias(self, length: int) -> Float[Array, "h n n"] | None:
+        """What attention adds for the distance of two tokens, the same in every block."""
+        if not self.relative_buckets:
+            return None
+        shape = (self.relative_buckets, self.heads)
+        table = self.param("relative_bias", _normal, shape, jnp.float32)
+        return jnp.moveaxis(table[relative_buckets(length, self.relative_buckets)], -1, 0)
 
-def _open(path: str) -> Any:  # a context manager of safetensors, which has no public type
-    import safetensors
-
-    try:
-        return safetensors.safe_open(pathlib.Path(path).expanduser(), framework="numpy")
-    except OSError as error:
-        found = f"{path!r} ({error.strerror or error})"
-        raise ConfigError(_WHERE, found, "a safetensors file that can be read") from None
-    except safetensors.SafetensorError as error:
-        raise ConfigError(_WHERE, f"{path!r} ({error})", "a safetensors file") from None
-
-
-def _get(path: str, file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array `name` of the file, in float32.
-
-    The file may have the name with or without the prefix "bert.", and, if it is old, "gamma" and
-    "beta" for the weight and bias of a norm.
-    """
-    names = [name]
-    if "LayerNorm" in name:
-        names.append(name.replace(".weight", ".gamma").replace(".bias", ".beta"))
-    names += ["bert." + n for n in names]
-    present = sorted(set(names) & set(file.keys()))
-    if not present:
-        raise ConfigError(
-            _WHERE,
-            f"no array {name} in {path!r}",
-            "a BERT with Hugging Face's names and at least config.text.depth layers",
-        )
-    file_shape = tuple(file.get_slice(present[0]).get_shape())
-    if file_shape != shape:
-        only_vocabulary = name.endswith("word_embeddings.weight") and file_shape[1:] == shape[1:]
-        raise ConfigError(
-            _WHERE,
-            f"{present[0]} of shape {file_shape} in {path!r}",
-            f"shape {shape}, as the config describes the tower",
-            f"config.tokenizer.vocab_size={file_shape[0]}, with the vocabulary of that file"
-            if only_vocabulary
-            else "",
-        )
-    return file.get_tensor(present[0]).astype(np.float32)
-
-
-def _read(get: Callable[[str, tuple[int, ...]], np.ndarray], tower: BERT) -> dict[str, PyTree]:
-    """The arrays of a Hugging Face file, in the names and layouts of `tower`'s params."""
-    c, hidden = tower.width, round(tower.width * tower.mlp_ratio)
-    heads = (tower.heads, c // tower.heads)
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": get(f"{name}.weight", (c,)), "bias": get(f"{name}.bias", (c,))}
-
-    def dense(name: str, inputs: int = c, outputs: int = c) -> dict[str, np.ndarray]:
-        kernel = get(f"{name}.weight", (outputs, inputs)).T
-        return {"kernel": kernel, "bias": get(f"{name}.bias", (outputs,))}
-
-    def block(name: str) -> dict[str, PyTree]:
-        q, k, v = (dense(f"{name}.attention.self.{n}") for n in ("query", "key", "value"))
-        out = dense(f"{name}.attention.output.dense")
-        kernel = np.stack([x["kernel"].reshape(c, *heads) for x in (q, k, v)], axis=1)
-        bias = np.stack([x["bias"].reshape(heads) for x in (q, k, v)])
-        return {
-            "attn": {
-                "qkv": {"kernel": kernel, "bias": bias},
-                "out": {"kernel": out["kernel"].reshape(*heads, c), "bias": out["bias"]},
-            },
-            "ln_attn": norm(f"{name}.attention.output.LayerNorm"),
-            "mlp": {
-                "fc": dense(f"{name}.intermediate.dense", c, hidden),
-                "proj": dense(f"{name}.output.dense", hidden, c),
-            },
-            "ln_mlp": norm(f"{name}.output.LayerNorm"),
-        }
-
-    return {
-        "token_embedding": get("embeddings.word_embeddings.weight", (tower.vocab_size, c)),
-        "positional_embedding": get("embeddings.position_embeddings.weight", (tower.positions, c)),
-        "type_embedding": get("embeddings.token_type_embeddings.weight", (2, c)),
-        "ln_embedding": norm("embeddings.LayerNorm"),
-        **{f"block_{i}": block(f"encoder.layer.{i}") for i in range(tower.depth)},
-        "pooler": dense("pooler.dense"),
-    }
+    def _pooled(self, x: Float[Array, "b n c"], valid: Bool[Array, "b n"]) -> Float[Array, "b c"]:
+        if self.pool == "mean":
+            y = mean_tokens(x, valid)
+        elif self.pool == "max":
+            y = jnp.where(valid[..., None], x, -jnp.inf).max(axis=1)
+        else:
+            y = x[:, 0]
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
+        if self.pool == "pooler":
+            y = jnp.tanh(dense(self.width, name="pooler")(y))
+        if self.dense_width:
+            y = dense(self.dense_width, use_bias=self.dense_bias, name="dense")(y)
+            y = jnp.tanh(y) if self.dense_activation == "tanh" else y
+        return unit(y).astype(y.dtype) if self.normalize else y

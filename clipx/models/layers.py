@@ -84,12 +84,15 @@ def mean_tokens(
     return ((x * weight).sum(1) / weight.sum(1)).astype(x.dtype)
 
 
-def text_lengths(ids: Int32[Array, "b n"], eot_id: int, pad_id: int) -> Int[Array, " b"]:
+def text_lengths(
+    ids: Int32[Array, "b n"], eot_id: int, pad_id: int, *, last: bool = False
+) -> Int[Array, " b"]:
     """Tokens of each row that are not padding, 1 at least. Padding is what follows the first
-    `eot_id`, or, in a row without one, the run of `pad_id`s at its end."""
+    `eot_id` (`last`: the last one), or, in a row without one, the run of `pad_id`s at its end."""
     is_eot = ids == eot_id
     text_end = ids.shape[1] - (ids != pad_id)[:, ::-1].argmax(axis=1)
-    return jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1) + 1, text_end)
+    first_end, last_end = is_eot.argmax(axis=1) + 1, ids.shape[1] - is_eot[:, ::-1].argmax(axis=1)
+    return jnp.where(is_eot.any(axis=1), last_end if last else first_end, text_end)
 
 
 class LayerNorm(nn.LayerNorm):

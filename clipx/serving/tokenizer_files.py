@@ -10,10 +10,11 @@ from typing import Any
 
 from clipx.data.text import vocabulary
 from clipx.data.text.tokenizers import Tokenizer
-from clipx.errors import ConfigError, install_hint
+from clipx.errors import ConfigError, NotExpressible, install_hint
 from clipx.interop import tokenizer
 from clipx.interop.base import Format
 from clipx.interop.model import Model
+from clipx.ops import tokenizer_json
 
 
 def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[str, str | bytes]:
@@ -30,6 +31,14 @@ def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[st
         core = vocabulary.byte_pairs(merges)
         if config.cleaning == "clip":
             return tokenizer.clip_files(merges, core.get_vocab(), words.context)
+    elif words.kind == "huggingface":
+        if format_.collapses_spaces and own.body("a  b") != own.body("a b"):
+            raise NotExpressible(
+                f"{format_.name} makes one space of several, which the run's tokenizer tells apart "
+                "(train with config.tokenizer.cleaning=clip)"
+            )
+        core = tokenizer_json.build(tokenizer.unpacked(saved), config.path)
+        return tokenizer.own_files(core, words, config.cleaning)
     elif words.kind == "wordpiece":
         core = vocabulary.word_pieces(tokenizer.unpacked(saved))
     else:

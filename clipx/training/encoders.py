@@ -122,10 +122,9 @@ def entries(
         tower: Tower = getattr(objective, side)
         if not tower.init_from:
             continue
-        if own := tower.pretrained():
-            parts["params"][side] = own
-            continue
         encoder = describe(side, tower.init_from)
+        if encoder.adapt is not None:
+            encoder = encoder.adapt(tower)
         faults = [*encoder.differences, *_faults(encoder, objective, config, tokenizer)]
         params, statistics = encoder.read()
         params = _first_blocks(params, encoder.tower, tower)
@@ -166,7 +165,8 @@ def _faults(
             faults.append(f"{name}: {tuple(a)} in the file, {tuple(b)} in config.objective")
     if not encoder.tokenizer:
         return faults
-    theirs = TokenizerConfig(**encoder.tokenizer)
+    # captions may be cleaned otherwise: what the config says is typed, or the file's
+    theirs = TokenizerConfig(**{**encoder.tokenizer, "cleaning": config.tokenizer.cleaning})
     for name in _MARKS:
         a, b = getattr(theirs, name), getattr(config.tokenizer, name)
         if a != b:

@@ -14,7 +14,8 @@ from flax import traverse_util
 
 from clipx.config import binding as configs
 from clipx.data.text import tokenizers
-from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
+from clipx.data.text.tokenizer_config import OWN_MASK, TokenizerConfig
+from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, DataError
 from clipx.interop import load, verify
 from clipx.interop import tokenizer as files
@@ -96,7 +97,7 @@ def words(tokenizer: Tokenizer) -> Words:
 def without_mask(saved: Mapping[str, Any]) -> dict[str, Any]:
     """`saved`, the result of `Tokenizer.save`, without the mask token, which no text contains."""
     config = dict(saved["config"])
-    if config["mask"] and config["name"] != "wordpiece":
+    if config["mask"] and config["name"] not in OWN_MASK:
         config["vocab_size"] -= 1
     return {**saved, "config": {**config, "mask": False}}
 
@@ -265,7 +266,7 @@ def fit(
     if not load.ignored("text", ignore):
         faults += [x for x in model.differences if x.startswith("tokenizer:")]
         faults += _token_faults(model, config, tokenizer, given)
-    mask_id = config.mask_id if config.name != "wordpiece" else None
+    mask_id = config.mask_id if config.name not in OWN_MASK else None
     parts = load.fit(
         model, objective.image, objective.text, mask_id=mask_id, ignore=ignore, faults=faults
     )
@@ -283,7 +284,7 @@ def _token_faults(
     theirs, faults = model.words.without_mask(), []
     if theirs.kind != config.name:
         return [f"tokenizer.name: {theirs.kind!r} in the model, {config.name!r} in the config"]
-    mask_id = config.mask_id if config.name != "wordpiece" else None
+    mask_id = config.mask_id if config.name not in OWN_MASK else None
     end = config.eot_id - (mask_id is not None and mask_id < config.eot_id)
     if theirs.eot_id != end:
         faults.append(f"tokenizer.eot_id: {theirs.eot_id} in the model, {end} in the config")
@@ -341,4 +342,4 @@ def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, 
 def _needs_path(config: TokenizerConfig) -> bool:
     """Whether the config describes a vocabulary that only a file has."""
     own = config.name == "clip_bpe" and bool(config.path)
-    return own or config.name == "wordpiece"
+    return own or config.name in ("wordpiece", "huggingface")

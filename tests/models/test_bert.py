@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from flax import traverse_util
 
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.models.bert import BERT
+from clipx.interop import rules
+from clipx.interop.bert_layout import layout
+from clipx.models.bert import BERT, relative_buckets
 
 PAD, CLS, SEP = 0, 1, 2
 SIZES = dict(vocab_size=16, context=8, positions=10, width=8, depth=2, heads=2, eot_id=SEP)
@@ -79,15 +81,18 @@ def reference(a: dict[str, np.ndarray], ids: np.ndarray):
     return x, np.tanh(linear(x[0], "pooler.dense"))
 
 
-def tower(tmp_path, saved, **fields) -> BERT:
-    save_file(saved, tmp_path / "bert.safetensors")
-    return BERT(**TINY | {"init_from": str(tmp_path / "bert.safetensors")} | fields)
-
-
 @pytest.fixture(scope="module")
-def params(tmp_path_factory):
+def params():
     """The parameters of the checkpoint, as a run starts with them."""
-    return tower(tmp_path_factory.mktemp("bert"), arrays()).pretrained()
+    flat = {"/".join(("params", *path)): x.shape for path, x in shapes(**TINY).items()}
+    return rules.read(layout(BERT(**TINY), "bert", "params"), arrays(), lambda: flat, "")["params"]
+
+
+def shapes(**fields):
+    """The shapes of a tower's parameters, by their paths."""
+    tower = BERT(**fields)
+    tree = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return traverse_util.flatten_dict(tree)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-11), ("float32", 1e-5)])
@@ -167,50 +172,80 @@ def test_initialisation_is_berts():
             np.testing.assert_allclose(x.std(), 0.02, rtol=0.25)
 
 
-def test_a_checkpoint_fills_every_entry_but_the_projection(tmp_path):
-    """With the prefix "bert.", old names of norms, more layers than the tower has, and float16."""
-    saved = {
-        "bert."
-        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): x.astype(np.float16)
-        for name, x in arrays().items()
-    }
-    saved["cls.predictions.bias"] = np.zeros(16, np.float16)
-    found = tower(tmp_path, saved, depth=1, embed_dim=4).pretrained()
-    bert = BERT(**TINY | dict(depth=1, embed_dim=4))
-    expected = dict(jax.eval_shape(bert.init, jax.random.key(0), IDS)["params"])
-    assert set(expected) - set(found) == {"projection"}
-    del expected["projection"]
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), expected
-    )
-    np.testing.assert_allclose(
-        found["token_embedding"], arrays()["embeddings.word_embeddings.weight"], atol=2e-3
-    )
-    assert BERT(**TINY).pretrained() == {}
+def pooled(params, **fields):
+    """(`backbone`, tokens) of the three texts."""
+    out = jax.jit(BERT(**TINY | fields).apply)({"params": params}, IDS)
+    return np.asarray(out.backbone), np.asarray(out.tokens)
 
 
-def test_wrong_checkpoints_are_config_errors(tmp_path):
-    def message(bert):
-        with pytest.raises(ConfigError) as error:
-            bert.pretrained()
-        assert error.value.where == "config.text.init_from"
-        return str(error.value)
+def test_pools(params):
+    rest = {name: x for name, x in params.items() if name != "pooler"}
+    lengths = (4, 3, 8)
+    for pool, function in {
+        "cls": lambda x: x[0],
+        "mean": lambda x: x.mean(axis=0),
+        "max": lambda x: x.max(axis=0),
+    }.items():
+        backbone, tokens = pooled(rest, pool=pool)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(backbone[row], function(tokens[row, :length]), atol=1e-5)
 
-    assert "No such file" in message(BERT(**TINY | {"init_from": str(tmp_path / "none")}))
-    (tmp_path / "text").write_text("not a checkpoint, whatever its name may be")
-    assert "a safetensors file" in message(BERT(**TINY | {"init_from": str(tmp_path / "text")}))
-    without = {name: x for name, x in arrays().items() if "layer.1.output.dense" not in name}
-    assert "no array encoder.layer.1.output.dense.weight" in message(tower(tmp_path, without))
-    small = message(tower(tmp_path, arrays(), vocab_size=12))
-    assert "shape (16, 8)" in small and "(12, 8)" in small
-    assert "config.tokenizer.vocab_size=16" in small
+
+def test_a_dense_layer_and_normalisation_follow_the_pooling(params):
+    """In the order of sentence-transformers' modules."""
+    rng = np.random.default_rng(5)
+    kernel, bias = rng.normal(size=(8, 6)).astype(np.float32), np.ones(6, np.float32)
+    rest = {name: x for name, x in params.items() if name != "pooler"}
+    mean, _ = pooled(rest, pool="mean")
+    more = rest | {"dense": {"kernel": kernel, "bias": bias}}
+    tanh, _ = pooled(more, pool="mean", dense_width=6)
+    np.testing.assert_allclose(tanh, np.tanh(mean @ kernel + bias), atol=1e-5)
+    fields = {"dense_width": 6, "dense_activation": "identity", "normalize": True}
+    unit, _ = pooled(more, pool="mean", **fields)
+    expected = mean @ kernel + bias
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit, expected, atol=1e-5)
+    assert BERT(**TINY | fields).backbone_width == 6
+
+
+def test_a_spelled_end_mark_ends_no_text(params):
+    """Attention masks padding alone, as transformers does it."""
+    apply = jax.jit(BERT(**TINY).apply)
+    spelled = np.array([[CLS, 5, SEP, 6, SEP, PAD, PAD, PAD]] * 3, np.int32)
+    _, expected = reference(arrays(), spelled[0, :5])
+    np.testing.assert_allclose(apply({"params": params}, spelled).backbone[0], expected, atol=1e-5)
+
+
+def test_the_bias_by_distance_is_shared_by_all_blocks(params):
+    """With a table of zeros nothing changes; a huge bias leaves each token the one behind it."""
+    rest = {name: x for name, x in params.items() if name != "type_embedding"}
+    fields = {"segments": 0, "relative_buckets": 32}
+    table = np.zeros((32, 2), np.float32)
+    a, _ = pooled(rest | {"relative_bias": table}, **fields)
+    b, _ = pooled(rest, segments=0)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    table[17] = 1e4  # the bucket of the next token
+    c, _ = pooled(rest | {"relative_bias": table}, **fields)
+    assert abs(c - a).max() > 0.01
+
+
+def test_buckets_are_mpnets():
+    """Rows of T5's scheme: exact up to 7 tokens, then ranges, the last from 91 tokens on."""
+    row = relative_buckets(200, 32)[0]
+    assert row[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
+    assert (row[128:] == 31).all() and (np.diff(row[1:]) >= 0).all()
+    column = relative_buckets(200, 32)[:, 0]
+    np.testing.assert_array_equal(column[1:], row[1:] - 16)
 
 
 @pytest.mark.parametrize(
     "fields, where",
-    [(dict(heads=3), "heads"), (dict(positions=7), "positions"), (dict(dropout=1.0), "dropout")],
+    [
+        (dict(heads=3), "heads"),
+        (dict(positions=7), "positions"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(relative_buckets=6), "relative_buckets"),
+    ],
 )
 def test_impossible_fields_are_config_errors(fields, where):
     with pytest.raises(ConfigError) as error:

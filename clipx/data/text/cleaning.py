@@ -61,6 +61,16 @@ def collapse(text: str) -> str:
     return " ".join(_encodable(text).split())
 
 
+def raw(text: str) -> str:
+    """`text` as it is: what a model's own tokenizer gets in transformers."""
+    return _encodable(text)
+
+
+def strip(text: str) -> str:
+    """`text` without white space at its ends: what sentence-transformers gives to tokenizers."""
+    return _encodable(text).strip()
+
+
 def _encodable(text: str) -> str:
     """`text` with ? for halves of surrogate pairs, which JSON can contain but UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
@@ -72,6 +82,8 @@ RULES = {
     "clip_lite": clip_lite,
     "siglip": siglip,
     "none": collapse,
+    "strip": strip,
+    "raw": raw,
 }
 
 

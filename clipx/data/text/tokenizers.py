@@ -1,4 +1,5 @@
-"""Tokenizers with one interface: CLIP's byte pairs, SentencePiece and BERT's word pieces.
+"""Tokenizers with one interface: CLIP's byte pairs, SentencePiece, BERT's word pieces, and those of
+transformers that come as one file.
 
 A text becomes `[sot] + text + [eot]`, or `text + [eot]` for SigLIP. It is truncated before the end
 mark and padded to the context length. The ids that a model is built from (`vocab_size`, `pad_id`,
@@ -15,122 +16,15 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from clipx.config.ranges import Count, Range, Tokens
 from clipx.data.text import cleaning, vocabulary
+from clipx.data.text.tokenizer_config import TokenizerConfig
 from clipx.errors import ConfigError, DataError
-
-# default sizes: those of OpenAI's vocabulary with its two marks and of bert-base-uncased; models of
-# SentencePiece have no usual size
-_VOCAB = {"clip_bpe": 49_408, "sentencepiece": 49_408, "wordpiece": 30_522}
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Selects a tokenizer, and tells what is known about it without opening a file."""
-
-    name: Literal["clip_bpe", "sentencepiece", "wordpiece"]
-    # rows of the embedding table; None: the usual size, which the constructor fills in
-    vocab_size: Annotated[int, Range(5, 10_000_000)] | None = None
-    context: Tokens = 77  # ids per text, marks included
-    # a merges file (.txt, .txt.gz), a SentencePiece model or a vocab.txt; '': see `build`
-    path: str = ""
-    model: Literal["unigram", "bpe"] = "unigram"  # kind of a SentencePiece model to train
-    sample: Count = 200_000  # maximal number of captions to train a SentencePiece model on
-    mask: bool = False  # add an id for masked words; word pieces always have one
-    cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none"] = "clip"  # see cleaning.py
-    marks: Literal["both", "end"] = "both"  # end: no start mark, padded with the end mark (SigLIP)
-
-    def __post_init__(self) -> None:
-        bpe = self.name == "clip_bpe"
-        if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", _VOCAB[self.name] + (bpe and self.mask))
-        least = max(vocabulary.WORDPIECE_MARKS.values()) + 1
-        if self.name == "wordpiece" and self.size < least:
-            raise ConfigError("config.tokenizer.vocab_size", str(self.size), f"at least {least}")
-        if self.marks == "end" and self.name != "sentencepiece":
-            raise ConfigError(
-                "config.tokenizer.marks",
-                f"'end', with {self.name}",
-                "'both', as only sentencepiece supports 'end'",
-                "set config.tokenizer.marks=both",
-            )
-        bundled = _VOCAB["clip_bpe"] + self.mask
-        if bpe and not self.path and self.vocab_size != bundled:
-            raise ConfigError(
-                "config.tokenizer.vocab_size",
-                str(self.vocab_size),
-                f"{bundled}, the size of OpenAI's vocabulary{' and the mask' * self.mask}",
-                "leave it out, or name a merges file in config.tokenizer.path",
-            )
-        if self.name == "wordpiece" and not self.path:
-            raise ConfigError(
-                "config.tokenizer.path",
-                "nothing",
-                "the path of a vocabulary of word pieces",
-                "name a vocab.txt, such as bert-base-uncased's",
-            )
-
-    @property
-    def size(self) -> int:
-        """`vocab_size`, which is never None after construction."""
-        assert self.vocab_size is not None
-        return self.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        """The padding id; with `marks` "end" also that of the end mark.
-
-        A text ends at its first `eot_id`, not at its first padding: in CLIP's vocabulary '!' has
-        the padding id too.
-        """
-        return self.eot_id if self.marks == "end" else 0
-
-    @property
-    def sot_id(self) -> int | None:
-        """The id of the start mark; None if texts have none."""
-        if self.marks == "end":
-            return None
-        return {"clip_bpe": self.size - 2, "sentencepiece": 2, "wordpiece": 101}[self.name]
-
-    @property
-    def eot_id(self) -> int:
-        """The id of the end mark."""
-        if self.marks == "end":
-            return 1
-        return {"clip_bpe": self.size - 1, "sentencepiece": 3, "wordpiece": 102}[self.name]
-
-    @property
-    def unk_id(self) -> int | None:
-        """The id of unknown pieces; None if the vocabulary covers every text."""
-        if self.marks == "end":
-            return 2
-        return {"clip_bpe": None, "sentencepiece": 1, "wordpiece": 100}[self.name]
-
-    @property
-    def mask_id(self) -> int | None:
-        """The id that hides a word and that no text contains; None without one.
-
-        In CLIP's vocabulary it is before the two marks, whose ids are one higher then, as in
-        DeCLIP.
-        """
-        if self.name == "wordpiece":
-            return 103
-        last = self.size - (3 if self.name == "clip_bpe" else 1)
-        return last if self.mask else None
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """The ids that are not part of a text, which masked language modelling must not mask.
-
-        0 is among them: it pads, or with `marks` "end" it is unused.
-        """
-        ids = (0, self.unk_id, self.sot_id, self.eot_id, self.mask_id)
-        return tuple(i for i in ids if i is not None)
+from clipx.ops import tokenizer_json
 
 
 class Tokenizer(abc.ABC):
@@ -293,6 +187,25 @@ class _WordPiece(Tokenizer):
         return zlib.compress(self._pieces.encode("utf-8"))
 
 
+class _HuggingFace(Tokenizer):
+    """The tokenizer of a `tokenizer.json`. It gives transformers' ids: a mark in a text, such as
+    `</s>`, is that mark where the file says so."""
+
+    def __init__(self, config: TokenizerConfig, content: str):
+        super().__init__(config)
+        self._content = content
+        self._tokenizer = tokenizer_json.build(content, config.path)
+
+    def body(self, text: str) -> list[int]:
+        return tokenizer_json.encode(self._tokenizer, self._clean(text))
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i != self.pad_id]).strip()
+
+    def _payload(self) -> bytes:
+        return zlib.compress(self._content.encode("utf-8"), 9)
+
+
 def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tokenizer:
     """The tokenizer of `config`.
 
@@ -315,6 +228,10 @@ def build(config: TokenizerConfig, captions: Iterable[str] | None = None) -> Tok
             raise DataError(f"{path}: not a merges file ({error})") from None
     if config.name == "wordpiece":
         return _WordPiece(config, vocabulary.read_wordpieces(path, size))
+    if config.ids is not None:
+        content = tokenizer_json.read(path)
+        tokenizer_json.check(content, path, size, dataclasses.asdict(config.ids))
+        return _HuggingFace(config, content)
     if path:
         model = vocabulary.read_sentencepiece(path, size, size - config.mask, config.marks)
         return _SentencePiece(config, model)
@@ -341,8 +258,8 @@ def load(saved: dict[str, Any]) -> Tokenizer:
             return _SentencePiece(config, payload)
         if not payload:
             return _BundledBPE(config)
-        kind = _WordPiece if config.name == "wordpiece" else _MergesBPE
-        return kind(config, zlib.decompress(payload).decode("utf-8"))
+        kinds = {"wordpiece": _WordPiece, "huggingface": _HuggingFace, "clip_bpe": _MergesBPE}
+        return kinds[config.name](config, zlib.decompress(payload).decode("utf-8"))
     except ConfigError:
         raise
     except Exception as error:  # of packages, which raise many kinds
