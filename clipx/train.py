@@ -14,7 +14,8 @@ from absl import flags
 from clipx import cli
 from clipx.errors import RunError
 from clipx.reporting import page
-from clipx.training.session import open_session, quarantine_file, tell
+from clipx.training.feed import quarantine_file
+from clipx.training.session import open_session, tell
 from clipx.training.stop import Stop
 from clipx.types import Device
 

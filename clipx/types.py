@@ -84,6 +84,9 @@ class Batch(struct.PyTreeNode):
     text: Int32[Array, "b u n"]
     row: Int32[Array, " b"]  # stable id of the example in the data set; it may repeat
     position: Int32[Array, " b"]  # place in the epoch or episode; it never repeats there
+    # `teacher` [b e] of an external teacher. Stored features of a frozen tower: `image_features`
+    # [b v c], in place of `image`, which has no views then, and `text_features` [b u c]; where they
+    # are used, `image_tokens` and `text_tokens`, the same with [n c]
     extra: dict[str, Array] = struct.field(default_factory=dict)
 
 
@@ -94,6 +97,14 @@ class Encoded(struct.PyTreeNode):
     raw: Float[Array, "b d"] | None = None  # after the projection
     backbone: Float[Array, "b c"] | None = None  # pooled, before the projection
     tokens: Float[Array, "b n c"] | None = None  # per patch or per text token
+
+
+class Stored(struct.PyTreeNode):
+    """What a frozen tower once computed for its rows, in place of the pictures or texts."""
+
+    backbone: Float[Array, "b c"]
+    tokens: Float[Array, "b n c"] | None = None
+    ids: Int32[Array, "b n"] | None = None  # the token ids of texts
 
 
 class Features(struct.PyTreeNode):

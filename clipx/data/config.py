@@ -11,6 +11,18 @@ from clipx.data.text.augment import TextAugmentConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """`config.data.features`: folders that `python -m clipx.embed` wrote, in place of the pictures
+    or captions of a frozen tower."""
+
+    image: str | None = None
+    text: str | None = None
+    # random crops of each picture that `image.cache` stores; 0: the centre alone, as evaluation
+    # sees it
+    views: CountOrZero = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The keys of `config.data` that every source shares."""
 
@@ -25,6 +37,7 @@ class DataConfig:
     caption: Literal["random", "first", "all"] = "random"
     reject_cjk: bool = False  # count rows whose caption has Chinese characters as bad (DeCLIP)
     text_augment: TextAugmentConfig = TextAugmentConfig()  # for objectives that augment captions
+    features: FeaturesConfig = FeaturesConfig()  # stored features of frozen towers
     teacher: str | None = None  # features from `clipx.teacher`, for objectives that use a teacher
     # clusters from `clipx.teacher`: rows 2i and 2i + 1 of a batch are from the same cluster
     clusters: str | None = None

@@ -11,8 +11,8 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from clipx.data import pictures, worker
 from clipx.data.base import Example, Source
 from clipx.data.config import DataConfig
+from clipx.data.features import FeatureRows
 from clipx.data.order import EPOCHS, Sampling, Schedule
 from clipx.data.text import cleaning
 from clipx.data.text.augment import TextAugment
@@ -38,6 +39,18 @@ _SURVEY = 4  # random stream; 0 to 2 are for a row's image and texts, 3 for the 
 _MOST_BAD = 100  # consecutive bad rows after which the data set counts as unusable
 
 Pieces = dict[str, np.ndarray]
+
+
+class _Loaded(NamedTuple):
+    """One row of a batch, without its pictures."""
+
+    source_row: int
+    row: int  # `Example.row`
+    key: str
+    place: int  # in the epoch or episode
+    texts: list[str]  # or the numbers of captions whose features are stored
+    draws: np.ndarray  # one number in [0, 1) for each picture view
+    bad: str  # as in `Loader.batches`
 
 
 class Loader:
@@ -59,11 +72,17 @@ class Loader:
         image_size: int,
         sampling: Sampling = EPOCHS,
         survey: bool = False,
+        features: Mapping[str, FeatureRows] | None = None,
+        tokens: bool = False,
+        row_ids: np.ndarray | None = None,
     ):
         """
         batch_size: rows of the global batch.
         positions: the rows of the global batch that this process loads, from 0 to batch_size - 1.
         survey: load the same rows and captions with other crops, for the pass before an episode.
+        features: stored features of the tower "image" or "text" or both, which are loaded in place
+        of its pictures or captions. tokens: load token features too. row_ids: `Example.row` of
+        each row of the source; None: its index.
 
         Raises `ConfigError` if `views` asks for augmented texts and `data.text_augment` needs a
         WordNet that is not installed, and `DataError` for data with less than one batch of rows.
@@ -81,6 +100,7 @@ class Loader:
             )
         self.positions, self.image_size, self.survey = positions, image_size, survey
         self.schedule = Schedule(len(source), batch_size, seed, sampling)
+        self.features, self.tokens, self.row_ids = dict(features or {}), tokens, row_ids
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,6 +116,9 @@ class Loader:
             key       str [n], `Example.key`
             bad       str [n], '' or a JSON list of the bad rows (`row`, `key`, `reason`) that the
                       row at this place replaces
+
+        With stored features also `image_features` float32 [n, v, c] and `text_features` [n, u, c],
+        and `image_tokens` and `text_tokens` if asked for. `image` has no views then.
 
         Raises `DataError` after 100 consecutive bad rows.
         """
@@ -121,8 +144,10 @@ class Loader:
         pieces = grain.MapDataset.range(start * len(chunks), stop * len(chunks)).map(
             functools.partial(_load_chunk, self, chunks)
         )
-        size = CHUNK * len(self.crops) * self.image_size**2 * 3
-        ready = max(2, min(2 * len(chunks), _READY_BYTES // size))
+        size = sum(x.row_bytes for x in self.features.values())
+        if "image" not in self.features:
+            size += len(self.crops) * self.image_size**2 * 3
+        ready = max(2, min(2 * len(chunks), _READY_BYTES // (CHUNK * size)))
         workers = self.data.workers
         if not workers:
             threads = min(pictures.cores(), 16)
@@ -146,24 +171,32 @@ class Loader:
     def load(self, step: int, positions: np.ndarray) -> Pieces:
         """The rows at `positions` of one step's global batch, in the format of `batches`."""
         n, side = len(positions), self.image_size
-        image = np.empty((n, len(self.crops), side, side, 3), np.uint8)
-        examples = [self._example(step, int(p), out) for p, out in zip(positions, image)]
-        rows, keys, places, texts, bad = zip(*examples)
-        ids = self.tokenizer([text for of_row in texts for text in of_row])
+        views = 0 if "image" in self.features else len(self.crops)
+        image = np.empty((n, views, side, side, 3), np.uint8)
+        loaded = [self._example(step, int(p), out) for p, out in zip(positions, image)]
+        if "text" in self.features:
+            numbers = np.array([each.texts for each in loaded], np.int64)
+            texts = self.features["text"].texts(numbers, self.tokens)
+        else:
+            ids = self.tokenizer([text for each in loaded for text in each.texts])
+            texts = {"text": ids.reshape(n, len(self.texts), -1)}
+        stored = {}
+        if "image" in self.features:
+            indices = np.array([each.source_row for each in loaded])
+            draws = np.array([each.draws for each in loaded])
+            stored = self.features["image"].images(indices, draws, self.tokens)
         return {
             "image": image,
-            "text": ids.reshape(n, len(self.texts), -1),
-            "row": np.array(rows, np.int32),
-            "position": np.array(places, np.int32),
-            "key": np.array(keys, np.str_),
-            "bad": np.array(bad, np.str_),
+            **texts,
+            **stored,
+            "row": np.array([each.row for each in loaded], np.int32),
+            "position": np.array([each.place for each in loaded], np.int32),
+            "key": np.array([each.key for each in loaded], np.str_),
+            "bad": np.array([each.bad for each in loaded], np.str_),
         }
 
-    def _example(
-        self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]
-    ) -> tuple[int, str, int, list[str], str]:
-        """Returns (row, key, place in the epoch or episode, texts, `bad` of `batches`) and writes
-        the views to `out`."""
+    def _example(self, step: int, position: int, out: UInt8[np.ndarray, "v h w 3"]) -> _Loaded:
+        """What a position of a step's batch shows. Writes the views to `out`."""
         schedule = self.schedule
         # sample all numbers up front, so that they do not depend on which rows turn out to be bad
         count = len(self.crops)
@@ -180,19 +213,36 @@ class Loader:
         for skip in range(candidates):
             row = schedule.row(step, position, skip)
             try:
-                example = self.source[row]
+                example = self._read(row)
                 chosen = self._choose(example, which, step // self.steps_per_epoch)
-                pictures.views(example, self.crops, draws, flips, out)
+                if len(out):
+                    pictures.views(example, self.crops, draws, flips, out)
             except BadSample as error:
                 bad.append({"row": row, "key": error.key, "reason": error.reason})
                 continue
             texts = self._texts(example.texts, chosen, another, flips[0], step, position)
             place = schedule.place(step, position)
-            return example.row, example.key, place, texts, json.dumps(bad) if bad else ""
+            said = json.dumps(bad) if bad else ""
+            return _Loaded(row, example.row, example.key, place, texts, draws[:, 0, 0], said)
         raise DataError(
             f"{candidates} consecutive rows cannot be used; the first is "
             "{key}: {reason}".format(**bad[0])
         )
+
+    def _read(self, index: int) -> Example:
+        """The source's row, without what is stored. Captions whose features are stored are their
+        numbers."""
+        stored = self.features
+        texts = stored["text"].captions(index) if "text" in stored else None
+        if "image" not in stored:
+            example = self.source[index]
+        else:
+            stored["image"].check(index)
+            if texts is not None:
+                row = index if self.row_ids is None else int(self.row_ids[index])
+                return Example(b"", texts, row, f"row {row}")  # pyright: ignore[reportArgumentType]
+            example = self.source.glance(index)
+        return example if texts is None else example._replace(texts=texts)
 
     def _choose(self, example: Example, which: float, epoch: int) -> int:
         """The index of the caption to use. Raises `BadSample` if there is none to use."""

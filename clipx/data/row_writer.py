@@ -31,6 +31,10 @@ class RowWriter:
     identity: what the arrays are made of. Parts of the same identity, as after an interruption, are
     continued: the caller goes on after the `done` rows of its own. keep: leave unfinished parts for
     that; False removes them.
+
+    Attributes:
+        done: rows of the caller's that are written.
+        written: rows of each array.
     """
 
     def __init__(
@@ -46,8 +50,8 @@ class RowWriter:
         self._arrays, self._files = dict(arrays), {name: file.with_name(name) for name in arrays}
         # as JSON gives it back
         self._identity = json.loads(json.dumps(identity))
-        self._written = dict.fromkeys(arrays, 0)
-        self.done = 0  # rows of the caller's that are written
+        self.written = dict.fromkeys(arrays, 0)
+        self.done = 0
 
     def __enter__(self) -> Self:
         self._resume()
@@ -57,7 +61,7 @@ class RowWriter:
             part.touch()
             out = self._open[name] = open(part, "r+b")
             out.write(self._header(name))
-            out.truncate(out.tell() + self._written[name] * self._bytes(name))
+            out.truncate(out.tell() + self.written[name] * self._bytes(name))
             out.seek(0, os.SEEK_END)
         return self
 
@@ -71,13 +75,13 @@ class RowWriter:
         """Appends rows to the arrays. Afterwards `done` rows of the caller's are written."""
         for name, rows in blocks.items():
             self._open[name].write(np.ascontiguousarray(rows, self._arrays[name].dtype).data)
-            self._written[name] += len(rows)
+            self.written[name] += len(rows)
         self.done = done
         if self._keep:
             for out in self._open.values():
                 out.flush()
                 os.fsync(out.fileno())
-            self._say({"identity": self._identity, "done": done, "written": self._written})
+            self._say({"identity": self._identity, "done": done, "written": self.written})
 
     def finish(self, about: Mapping[str, Any]) -> None:
         """Puts the arrays and the json file, with the contents `about`, in their places."""
@@ -102,7 +106,7 @@ class RowWriter:
                 if _part(file).stat().st_size < whole:
                     return
             if progress["identity"] == self._identity:
-                self.done, self._written = int(progress["done"]), written
+                self.done, self.written = int(progress["done"]), written
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return  # none, or damaged: begin anew
 
@@ -115,7 +119,7 @@ class RowWriter:
         """The header of an array with the rows so far. Its length does not depend on them: NumPy
         leaves space for their number to grow."""
         rows, header = self._arrays[name], io.BytesIO()
-        shape = (self._written[name], *rows.shape)
+        shape = (self.written[name], *rows.shape)
         values = {"descr": np.dtype(rows.dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, values)
         return header.getvalue()

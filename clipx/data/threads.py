@@ -6,6 +6,8 @@ import concurrent.futures
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from clipx.data import pictures
 
 _CHUNK = 32  # rows per work item of a thread
@@ -30,3 +32,8 @@ def in_order(
                 yield from results
                 if progress:
                     progress(len(results))
+
+
+def bar(rows: int, what: str) -> tqdm:
+    """A progress bar, shown only on a terminal."""
+    return tqdm(total=rows, desc=what, unit=" rows", dynamic_ncols=True, disable=None)

@@ -51,6 +51,9 @@ class Tower(nn.Module):
     init_from: str = ""
     lora_rank: CountOrZero = 0  # of the adapters of attention and MLP kernels (`Lora`); 0: none
     lora_alpha: Positive = 16.0  # adapters are scaled by lora_alpha / lora_rank
+    # a tower that is frozen below its head runs over the data once, before the first step: its
+    # features are kept in the workdir
+    cache: bool = False
 
     def __post_init__(self):
         self.check()
@@ -97,6 +100,11 @@ class Tower(nn.Module):
         """Settings that change the output but no array's shape. Parameters do not fit a model that
         differs in one of them, although every array has the right shape."""
         return {}
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether a text's pooled features stay the same without the padding after its end mark."""
+        return False
 
     @nn.nowrap
     def at(self, field: str) -> str:

@@ -209,6 +209,10 @@ class BERT(Tower):
         return self.dense_width or self.width
 
     @property
+    def ignores_padding(self) -> bool:
+        return True
+
+    @property
     def unseen_settings(self) -> dict[str, Any]:
         """What no array tells. `positions` does not change the output: texts use the table's first
         rows."""

@@ -78,6 +78,10 @@ class TextTransformer(Tower):
         return self.width
 
     @property
+    def ignores_padding(self) -> bool:
+        return self.mask_padding or (self.causal and self.pool == "eot")
+
+    @property
     def position_table(self) -> PositionTable:
         """One row per token."""
         return PositionTable(("positional_embedding",), 0, (self.context,))

@@ -15,7 +15,7 @@ from clipx.config.ranges import Crop, Rgb, RgbDeviation
 from clipx.models.base import Tower
 from clipx.models.layers import check
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree, View, Views
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, View, Views
 
 if TYPE_CHECKING:
     Augmentation = str | photometry.Policy  # checkers cannot expand the names in `Named`
@@ -78,6 +78,16 @@ class Objective(nn.Module):
         return Views((view,), mirror_words=view.photometry.mirror_words)
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether the objective uses `Encoded.tokens`, so that stored features must have them."""
+        return "tokens" in self.compares
+
+    @property
+    def hides_words(self) -> bool:
+        """Whether the text tower must read captions with hidden words, which cannot be stored."""
+        return False
+
+    @property
     def compares(self) -> tuple[str, ...]:
         """The fields of `Encoded` that `similarity` reads."""
         return ("unit",)
@@ -107,10 +117,18 @@ class Objective(nn.Module):
 
     def picture(
         self, batch: Batch, keys: Key[Array, " b"], view: int = 0
-    ) -> UInt8[Array, "b h w 3"]:
-        """One view of the batch's images, after its photometric augmentation."""
+    ) -> UInt8[Array, "b h w 3"] | Stored:
+        """One view of the batch's images, after its photometric augmentation, or its features."""
+        if "image_features" in batch.extra:
+            return _stored(batch, "image", view)
         policy = self.views.pictures[view].photometry
         return photometry.photometry(batch.image[:, view], tower_keys(keys, _VIEW + view), policy)
+
+    def words(self, batch: Batch, text: int = 0) -> Int32[Array, "b n"] | Stored:
+        """The token ids of one text of each row, or its features."""
+        if "text_features" in batch.extra:
+            return _stored(batch, "text", text).replace(ids=batch.text[:, text])
+        return batch.text[:, text]
 
     def ids(self, batch: Batch) -> Int32[Array, " b"] | None:
         """The `ids` that `losses` take: equal for equal captions. None keeps those as negatives."""
@@ -118,18 +136,19 @@ class Objective(nn.Module):
 
     def encode_image(
         self,
-        image: UInt8[Array, "b h w 3"],
+        image: UInt8[Array, "b h w 3"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         """Output of the image tower for raw images: uint8, RGB."""
-        image = photometry.normalize(image, self.mean, self.std)
+        if not isinstance(image, Stored):
+            image = photometry.normalize(image, self.mean, self.std)
         return self._tower("image", image, train, keys)
 
     def encode_text(
         self,
-        text: Int32[Array, "b n"],
+        text: Int32[Array, "b n"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
@@ -137,16 +156,30 @@ class Objective(nn.Module):
         """Output of the text tower for token ids."""
         return self._tower("text", text, train, keys)
 
-    def _tower(self, name: str, x: Array, train: bool, keys: Key[Array, " b"] | None) -> Encoded:
+    def _tower(
+        self, name: str, x: Array | Stored, train: bool, keys: Key[Array, " b"] | None
+    ) -> Encoded:
         """Output of one tower. What is locked of it runs in evaluation mode and gets no
-        gradient."""
+        gradient. Of stored features only the head is left to compute."""
         tower = getattr(self, name)
-        if name in self.locked:
-            return jax.lax.stop_gradient(tower(x))
-        if name not in self.locked_features:
+        if isinstance(x, Stored):
+            features = jax.tree.map(lambda f: f.astype(tower.dtype), (x.backbone, x.tokens))
+        elif name in (*self.locked, *self.locked_features):
+            features = jax.lax.stop_gradient(tower.features(x))
+        else:
             return tower(x, train=train, keys=keys)
-        pooled, tokens = jax.lax.stop_gradient(tower.features(x))
-        return tower.project(pooled, tokens, train=train, keys=keys)
+        if name in self.locked:
+            return jax.lax.stop_gradient(tower.project(*features))
+        return tower.project(*features, train=train, keys=keys)
+
+    def tower_features(
+        self, name: str, rows: Array
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
+        """(pooled features, tokens) of raw images or token ids in evaluation mode: what is stored
+        of a frozen tower."""
+        if name == "image":
+            rows = photometry.normalize(rows, self.mean, self.std)
+        return getattr(self, name).features(rows)
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
         """Score of every image with every text: the inner product of their unit embeddings."""
@@ -165,6 +198,15 @@ class Objective(nn.Module):
 
 
 _VIEW = 1 << 16  # offset that keeps the keys of views apart from the keys of towers
+
+
+def _stored(batch: Batch, tower: str, which: int) -> Stored:
+    """The stored features of one view or text of each row."""
+    tokens = batch.extra.get(f"{tower}_tokens")
+    return Stored(
+        backbone=batch.extra[f"{tower}_features"][:, which],
+        tokens=None if tokens is None else tokens[:, which],
+    )
 
 
 def caption_ids(text: Int32[Array, "b n"]) -> Int32[Array, " b"]:

@@ -34,7 +34,7 @@ class CLIP(Objective):
 
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> ClipFeatures:
         image = self.encode_image(self.picture(batch, keys), train=train, keys=tower_keys(keys, 0))
-        text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
+        text = self.encode_text(self.words(batch), train=train, keys=tower_keys(keys, 1))
         return ClipFeatures(image=present(image.unit), text=present(text.unit), ids=self.ids(batch))
 
     def loss(self, features: ClipFeatures, memory: PyTree, *, train: bool) -> Loss:

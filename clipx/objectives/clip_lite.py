@@ -16,7 +16,7 @@ from clipx.models.heads import ConcatCritic, DotCritic, PriorDiscriminator, next
 from clipx.models.layers import check, unit, wide
 from clipx.objectives.base import Augmentation, Objective, check_groups, present, tower_keys
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree, Views
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, Views
 
 # the critic of image-caption pairs, and the one of two views or two captions of an image
 _CRITICS = {
@@ -123,8 +123,8 @@ class CLIPLite(Objective):
             return wide(present(encoded.raw))
 
         def text(view: int, use: int) -> Float[Array, "b e"]:
-            ids = batch.text[:, view]
-            encoded = towers.encode_text(ids, train=train, keys=tower_keys(keys, use))
+            words = self.words(batch, view)
+            encoded = towers.encode_text(words, train=train, keys=tower_keys(keys, use))
             return wide(present(encoded.raw))
 
         first_image, first_text = image(0, _IMAGE), text(0, _TEXT)
@@ -191,7 +191,7 @@ class CLIPLite(Objective):
 
     def encode_image(
         self,
-        image: UInt8[Array, "b h w 3"],
+        image: UInt8[Array, "b h w 3"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
@@ -200,7 +200,7 @@ class CLIPLite(Objective):
 
     def encode_text(
         self,
-        text: Int32[Array, "b n"],
+        text: Int32[Array, "b n"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,

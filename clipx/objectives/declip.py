@@ -119,7 +119,7 @@ class DeCLIP(Objective):
     def __post_init__(self):
         used = self.contrastive_weight or self.neighbour_weight
         check(used > 0, "DeCLIP.contrastive_weight", 0, "more than 0, or a neighbour_weight > 0")
-        check_masking(self, used=self.masked_lm_weight > 0 or not self.contrast_clean_caption)
+        check_masking(self, used=self.hides_words)
         check_late_interaction(self)
         check(
             self.text.embed_dim > 0,
@@ -141,6 +141,14 @@ class DeCLIP(Objective):
             self.late_interaction = LateInteraction(
                 self.token_width, self.top_k, self.mask_padding, self.logit_scale_init
             )
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.late_interaction_weight > 0
+
+    @property
+    def hides_words(self) -> bool:
+        return self.masked_lm_weight > 0 or not self.contrast_clean_caption
 
     @property
     def views(self) -> Views:
@@ -166,7 +174,7 @@ class DeCLIP(Objective):
             return self.encode_text(ids, train=train, keys=tower_keys(keys, use))
 
         hidden, selected = caption, jnp.zeros(caption.shape, bool)
-        if train and (self.masked_lm_weight or not self.contrast_clean_caption):
+        if train and self.hides_words:
             hidden, selected = hide_words(self, batch, keys)
         contrasted = caption if self.contrast_clean_caption else hidden
         first_image, first_text = image(0, _IMAGE), text(contrasted, _TEXT)

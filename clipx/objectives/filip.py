@@ -25,7 +25,7 @@ from clipx.models.heads import TokenProjection
 from clipx.models.layers import check
 from clipx.objectives.base import Augmentation, Objective, present, scalar, tower_keys
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored
 
 # the `filled` fields of objectives that hide words
 WORDS = {"mask_id": "tokenizer.mask_id", "special_ids": "tokenizer.special_ids"}
@@ -134,7 +134,7 @@ class FILIP(Objective):
     filled: ClassVar[Mapping[str, str]] = WORDS
 
     def __post_init__(self):
-        check_masking(self, used=not self.contrast_clean_caption)
+        check_masking(self, used=self.hides_words)
         check_late_interaction(self)
         check(
             self.late_interaction_weight > 0,
@@ -162,16 +162,24 @@ class FILIP(Objective):
         return self.contrastive_weight > 0  # tokens are projected to `token_width`
 
     @property
+    def reads_tokens(self) -> bool:
+        return True
+
+    @property
+    def hides_words(self) -> bool:
+        return not self.contrast_clean_caption
+
+    @property
     def compares(self) -> tuple[str, ...]:
         return ("unit",) if self.evaluation == "global" else ("tokens",)
 
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> FILIPFeatures:
-        ids = batch.text[:, 0]
-        if train and not self.contrast_clean_caption:
-            ids, _ = hide_words(self, batch, keys)
+        words = self.words(batch)
+        if train and self.hides_words:
+            words, _ = hide_words(self, batch, keys)
         images = self.picture(batch, keys)
         image = self.encode_image(images, train=train, keys=tower_keys(keys, _IMAGE))
-        text = self.encode_text(ids, train=train, keys=tower_keys(keys, _TEXT))
+        text = self.encode_text(words, train=train, keys=tower_keys(keys, _TEXT))
         contrasted = bool(self.contrastive_weight)
         return FILIPFeatures(
             image_tokens=present(image.tokens),
@@ -183,7 +191,7 @@ class FILIP(Objective):
 
     def encode_image(
         self,
-        image: UInt8[Array, "b h w 3"],
+        image: UInt8[Array, "b h w 3"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
@@ -193,14 +201,15 @@ class FILIP(Objective):
 
     def encode_text(
         self,
-        text: Int32[Array, "b n"],
+        text: Int32[Array, "b n"] | Stored,
         *,
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
         encoded = super().encode_text(text, train=train, keys=keys)
         tokens = present(encoded.tokens)
-        tokens = self.late_interaction.text_tokens(tokens, text, self.text.eot_id)
+        ids = present(text.ids) if isinstance(text, Stored) else text
+        tokens = self.late_interaction.text_tokens(tokens, ids, self.text.eot_id)
         return encoded.replace(tokens=tokens)
 
     def loss(self, features: FILIPFeatures, memory: PyTree, *, train: bool) -> Loss:

@@ -203,7 +203,7 @@ class ProtoCLIP(Objective):
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> ProtoCLIPFeatures:
         pixels = self.picture(batch, keys)
         image = self.encode_image(pixels, train=train, keys=tower_keys(keys, 0))
-        text = self.encode_text(batch.text[:, 0], train=train, keys=tower_keys(keys, 1))
+        text = self.encode_text(self.words(batch), train=train, keys=tower_keys(keys, 1))
         return ProtoCLIPFeatures(
             image=wide(present(image.raw)),
             text=wide(present(text.raw)),

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
-from tqdm import tqdm
 
 from clipx.data import row_arrays
 from clipx.data.base import Source, expand_user
 from clipx.data.row_writer import Rows, RowWriter
-from clipx.data.threads import in_order
+from clipx.data.threads import bar, in_order
 from clipx.errors import BadSample, ConfigError, DataError, install_hint
 
 LENGTH = 77  # most tokens of a caption, start and end marks included
@@ -135,11 +134,6 @@ def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str
     with bar(len(source), "captions") as shown:
         shown.update(start)
         yield from in_order(read, len(source) - start, shown.update)
-
-
-def bar(rows: int, what: str) -> tqdm:
-    """A progress bar, shown only on a terminal."""
-    return tqdm(total=rows, desc=what, unit=" rows", dynamic_ncols=True, disable=None)
 
 
 def embedded(

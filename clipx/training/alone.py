@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from clipx.training.feed import TrainingData, open_data, to_batch
 from clipx.training.initial import open_tokenizer
 from clipx.training.run import OpenRun, assemble, with_data
 from clipx.training.step import row_keys
+from clipx.types import Stored
 
 
 def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
@@ -19,7 +21,7 @@ def open_alone(config: Mapping[str, Any]) -> tuple[OpenRun, TrainingData]:
     is reduced to the number of rows."""
     alone = {**config, "mesh": {}, "evals": {}, "train": {**config.get("train", {}), "best": ""}}
     run = assemble(alone, jax.devices()[:1])
-    data = open_data(run)
+    data = dataclasses.replace(open_data(run), features={})  # pictures and captions are looked at
     tokenizer = open_tokenizer(run, data.source)
     if len(data) < run.batch_size:
         alone["train"] |= {"batch_size": max(len(data), 1), "microbatches": 1}
@@ -34,4 +36,6 @@ def after_photometry(run: OpenRun, pieces: Mapping[str, np.ndarray]) -> Iterator
     batch = to_batch(pieces, run.mesh, np.arange(rows), rows)
     keys = row_keys(run.config.seed, 0, rows)
     for view in range(len(run.objective.views.pictures)):
-        yield run.objective.picture(batch, keys, view)
+        picture = run.objective.picture(batch, keys, view)
+        assert not isinstance(picture, Stored)  # `open_alone` reads pictures
+        yield picture

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Generator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from clipx.data import first_look, holdout, row_arrays
 from clipx.data.base import Source, fingerprint
+from clipx.data.features import FEATURES, FeatureRows
 from clipx.data.loader import Loader
 from clipx.data.order import Sampling
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
+from clipx.training import stored
 from clipx.training.run import OpenRun, Run
 from clipx.types import Batch, PyTree
 
@@ -29,6 +33,10 @@ class TrainingData:
     teacher: np.ndarray | None = None  # the external teacher's rows by row id, memory-mapped
     clusters: np.ndarray | None = None  # the cluster of each row of the source, in its order
     held_out: Source | None = None  # what the run holds out of the data
+    rows: np.ndarray | None = None  # those of the complete data that the source has; None: all
+    # by tower: stored features of the source's rows, which batches have in place of pictures or
+    # captions
+    features: Mapping[str, FeatureRows] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what to say of it when the run starts
 
     def __len__(self) -> int:
@@ -50,6 +58,8 @@ def open_data(run: Run, *, look: bool = False) -> TrainingData:
         parts.train,
         digest,
         held_out=parts.held_out,
+        rows=parts.rows,
+        features=stored.open_features(data, parts.rows, digest, lambda: fingerprint(complete)),
         notes=tuple(parts.describe(complete, run.held_out_evals)),
     )
     if data.teacher is None and data.clusters is None:
@@ -91,6 +101,9 @@ def loader(
         image_size=objective.image.image_size,
         sampling=Sampling(objective.episode_steps, objective.with_replacement, data.clusters),
         survey=survey,
+        features=data.features,
+        tokens=objective.reads_tokens,
+        row_ids=data.rows,
     )
 
 
@@ -101,7 +114,15 @@ def to_batch(arrays: Mapping[str, PyTree], mesh: Mesh, positions: np.ndarray, ro
     """
     sharding = meshes.batch_sharding(mesh)
     kept = {name: x for name, x in arrays.items() if name not in _HOST_ONLY}
+    features = {name: kept.pop(name) for name in FEATURES if name in kept}
+    kept["extra"] = {**kept.get("extra", {}), **features}
     return Batch(**meshes.put_rows(kept, sharding, positions, rows))
+
+
+def quarantine_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file in which this process lists the rows that could not be used."""
+    suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    return folder / f"quarantine{suffix}.jsonl"
 
 
 def own_rows(run: Run) -> np.ndarray:

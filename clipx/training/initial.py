@@ -11,6 +11,7 @@ from clipx.data.text import tokenizers
 from clipx.interop import load
 from clipx.parallel import mesh as meshes
 from clipx.training import pretrained
+from clipx.training.assemble import abstract_batch
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
 from clipx.types import PyTree, TrainState
@@ -41,7 +42,9 @@ def init(run: Run) -> TrainState:
     entries = pretrained.entries(run.objective, run.state.params, run.config, tokenizer)
 
     def create(pretrained: PyTree) -> TrainState:
-        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.batch)
+        # pictures and captions, not stored features, so that whole towers are initialised
+        shapes = abstract_batch(run.objective, run.batch_size, run.mesh)
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return init_state(
             run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
         )

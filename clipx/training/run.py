@@ -26,7 +26,7 @@ from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
-from clipx.training import checks, encoders
+from clipx.training import checks, encoders, stored
 from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
 from clipx.training.checkpoint import Checkpoints, read_config
 from clipx.training.encode import Encode
@@ -263,6 +263,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
     batch = abstract_batch(objective, bound.train.batch_size, mesh)
     optimizer, state = abstract_state(objective, bound, schedule, batch, mesh)
     meshes.refuse_whole(bound.mesh, mesh, state.params)
+    objective = stored.checked(lock(objective, bound.optimizer.freeze, state.params), data)
     return Run(
         config=bound,
         complete={
@@ -272,13 +273,13 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
             "evals": {spec.name: spec.dump() for spec in evals},
         },
         mesh=mesh,
-        objective=lock(objective, bound.optimizer.freeze, state.params),
+        objective=objective,
         optimizer=optimizer,
         schedule=schedule,
         data=data,
         source=source,
         evals=evals,
-        batch=batch,
+        batch=stored.batch(objective, data, state, batch),
         state=state,
     )
 

@@ -18,11 +18,11 @@ from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.data.resolve import resolve
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, DataError, RunError
+from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, fit, guesses
+from clipx.training import encoders, fit, guesses, stored
 from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -31,7 +31,8 @@ from clipx.training.checkpoint import (
     write_json,
 )
 from clipx.training.clock import Clock
-from clipx.training.feed import TrainingData, loader, open_data
+from clipx.training.embedding import with_features
+from clipx.training.feed import TrainingData, loader, open_data, quarantine_file
 from clipx.training.initial import init, open_tokenizer
 from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
@@ -69,9 +70,15 @@ class Session:
             evals=self.run.complete["evals"],
         )
         with stop or Stop() as stop, metrics:
+            try:
+                data = with_features(
+                    self.run, self.data, state, self.folder / "features", stop=stop, tell=tell
+                )
+            except Interrupted:
+                return state, False
             trainer = Trainer(
                 run=self.run,
-                data=self.data,
+                data=data,
                 folder=self.folder,
                 evaluators=self.evaluators,
                 checkpoints=self.checkpoints,
@@ -141,8 +148,14 @@ def open_session(
         _refuse_other_data(saved, len(data), data.fingerprint)
     tokenizer = _tokenizer(run, data, folder, resuming=saved is not None)
     opened = with_data(run, len(data), tokenizer, data.fingerprint)
+    for name, features in data.features.items():
+        stored.refuse_other(opened.objective, tokenizer, opened.data, name, features)
     loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
-    tell("\n".join([*describe(opened, data.fingerprint), *data.notes]))
+    tell(
+        "\n".join(
+            [*describe(opened, data.fingerprint), *data.notes, *stored.describe(data.features)]
+        )
+    )
     for name, evaluator in evaluators.items():
         for note in evaluator.notes():
             tell(f"{name}: {note}")
@@ -176,12 +189,6 @@ def tell(text: str) -> None:
     """Prints on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def quarantine_file(folder: pathlib.Path) -> pathlib.Path:
-    """The file in which this process lists the rows that could not be used."""
-    suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-    return folder / f"quarantine{suffix}.jsonl"
 
 
 def describe(run: OpenRun, fingerprint: str) -> list[str]:

@@ -49,6 +49,7 @@ RUN_BY = {
     "compare": "tests/test_compare.py",
     "dataset": "tests/test_dataset.py",
     "teacher": "tests/test_teacher.py",
+    "embed": "tests/test_embed.py",
     "plan": "tests/test_plan.py",
     "doctor": "tests/test_doctor.py",
     "bench": "tests/test_bench.py",

@@ -24,6 +24,9 @@ def build_loader(
     survey=False,
     texts=("caption",),
     mirror_words=False,
+    features=None,
+    tokens=False,
+    row_ids=None,
     **values,
 ) -> Loader:
     """A loader of the complete batch. `values` are fields of `Sampling` or of `DataConfig`."""
@@ -44,4 +47,7 @@ def build_loader(
         image_size=image_size,
         sampling=sampling,
         survey=survey,
+        features=features,
+        tokens=tokens,
+        row_ids=row_ids,
     )

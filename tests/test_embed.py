@@ -1,0 +1,182 @@
+"""Features of frozen towers are written once, and a run that trains on them is the run without."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from support import runs
+
+from clipx.embed import embed
+from clipx.errors import ConfigError, DataError
+from clipx.training import embed_rows, embedding
+from clipx.training.feed import open_data
+from clipx.training.run import assemble
+from clipx.training.session import open_session
+
+FROZEN = [
+    ("objective.augmentation", "center"),
+    ("objective.crop_scale", "None"),
+    ("optimizer.freeze", "('^image/(?!projection)', '^text/(?!projection)')"),
+    ("optimizer.learning_rate", "0.01"),
+    ("train.total_steps", "6"),
+    ("train.save_every_steps", "100"),
+    ("data.size", "96"),
+    *runs.NO_EVALS,
+]
+CACHED = [("image.cache", "true"), ("text.cache", "true")]
+
+
+def config(*overrides):
+    return runs.small(*FROZEN, *overrides)
+
+
+def losses(folder):
+    return [row["loss"] for row in runs.rows(folder) if "loss" in row]
+
+
+class After:
+    """Asks to stop at the given call."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed_rows, "CAPTIONS", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run that computes both frozen towers at each step."""
+    folder = tmp_path_factory.mktemp("plain")
+    runs.finish(config(), folder, jax.devices()[:1])
+    return folder
+
+
+EIGHT = config(*CACHED, ("train.microbatches", "2"))
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The same run on features that it writes first, on eight devices in two micro-batches. It is
+    stopped twice: while it writes captions, and after three steps."""
+    folder = tmp_path_factory.mktemp("cached")
+    state, finished = open_session(EIGHT, str(folder)).train(After(1))
+    assert int(state.step) == 0 and not finished
+    assert (folder / "features" / "image" / "features.json").exists()
+    assert not (folder / "features" / "text" / "features.json").exists()
+    state, finished = open_session(EIGHT, str(folder)).train(After(3))
+    assert int(state.step) == 3 and not finished
+    before = {f: f.stat().st_mtime_ns for f in (folder / "features").rglob("*.npy")}
+    runs.finish(EIGHT, folder)
+    assert before == {f: f.stat().st_mtime_ns for f in (folder / "features").rglob("*.npy")}
+    return folder
+
+
+def test_a_cached_run_is_the_run_without(plain, cached):
+    np.testing.assert_allclose(losses(cached), losses(plain), rtol=0, atol=1e-5)
+    assert losses(plain)[0] - losses(plain)[-1] > 0.1
+    a, b = runs.parameters(plain), runs.parameters(cached)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), a, b)
+    assert {"patch_embedding", "projection"} < b["image"].keys()  # exports are whole
+
+
+@pytest.mark.slow
+def test_a_cached_run_that_was_stopped_ends_in_the_same_bits(cached, tmp_path):
+    runs.finish(EIGHT, tmp_path)
+    for name in ("image/backbone", "text/backbone", "text/offsets", "text/ids"):
+        a, b = (np.load(f / "features" / f"{name}.npy") for f in (cached, tmp_path))
+        assert np.array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, *map(runs.parameters, (cached, tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Features of all rows, by the command, and the overrides that name them."""
+    folder = tmp_path_factory.mktemp("features")
+    for tower in ("image", "text"):
+        assert embed(config(), str(folder / tower), tower=tower) == 0
+    return [(f"data.features.{tower}", str(folder / tower)) for tower in ("image", "text")]
+
+
+def test_the_command_writes_what_a_cached_run_writes(features, cached):
+    for name in ("image/backbone", "text/backbone", "text/ids"):
+        side, file = name.split("/")
+        a = np.load(f"{dict(features)[f'data.features.{side}']}/{file}.npy")
+        b = np.load(cached / "features" / f"{name}.npy")
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_share_of_the_rows_takes_them_from_the_features_of_all(features):
+    data = open_data(assemble(config(*features, ("data.fraction", "0.5"))))
+    batch = {
+        name: x.images(np.arange(48), np.zeros((48, 1)), False) if name == "image" else None
+        for name, x in data.features.items()
+    }
+    rows = [data.source[i].row for i in range(48)]
+    whole = np.load(f"{features[0][1]}/backbone.npy")
+    assert np.array_equal(batch["image"]["image_features"][:, 0], whole[rows, 0])
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ([("objective.mean", "(0, 0, 0)")], "mean=[0.0, 0.0, 0.0], as this run has it"),
+        ([("image.dtype", "bfloat16")], "dtype=bfloat16"),
+        ([("data.size", "128")], "made for other data, with fingerprint"),
+        ([("objective.augmentation", "none")], "clipx.embed --views=1"),
+        ([("seed", "1")], "features of weights"),
+    ],
+)
+def test_features_of_another_run_are_refused(features, tmp_path, overrides, said):
+    with pytest.raises((ConfigError, DataError)) as error:
+        open_session(config(*features[:1], *overrides), str(tmp_path)).train()
+    assert said in str(error.value) and "clipx.embed" in str(error.value)
+
+
+def test_wrong_flags(features, tmp_path):
+    random = runs.small(*FROZEN, ("objective.augmentation", "flip"))
+    for changes, said in (
+        ({"out": features[0][1]}, "--overwrite"),
+        ({"config": random}, "augmentation=center"),
+        ({"tower": "text", "views": 2}, "0 for texts"),
+        ({"views": 2}, "without --views"),
+    ):
+        options = {"config": config(), "out": str(tmp_path / "f"), "tower": "image", **changes}
+        with pytest.raises(ConfigError) as error:
+            embed(**options)
+        assert said in str(error.value)
+
+
+def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, monkeypatch):
+    crops = runs.small(*FROZEN, ("objective.augmentation", "mocov2"))
+    embedder = embedding.open_embedder(
+        crops, "image", tmp_path / "a", views=3, tokens=True, tell=print
+    )
+    found = embedder.write()
+    assert found.views == 3 and found.about["crops"][0]["flip"]
+    stored = np.load(tmp_path / "a" / "backbone.npy")
+    flat = stored.reshape(-1, stored.shape[-1])
+    assert len(np.unique(flat.round(4), axis=0)) > 0.9 * len(flat)  # some show no shape
+    assert np.load(tmp_path / "a" / "tokens.npy").shape == (96, 3, 4, 32)
+    monkeypatch.setattr(embedding, "CHUNK", 32)
+    again = dataclasses.replace(embedder, folder=tmp_path / "b", tokens=False, views=2)
+    again.write()
+    other = np.load(tmp_path / "b" / "backbone.npy")
+    np.testing.assert_allclose(other, stored[:, :2], rtol=0, atol=1e-5)
