@@ -3,6 +3,7 @@ the models of transformers and sentence-transformers have it."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -49,6 +50,10 @@ def build(content: str, source: str) -> Tokenizer:
     return core
 
 
+# to be asked, not changed: several functions ask about one file, and a large one takes a second
+_parsed = functools.lru_cache(maxsize=1)(build)
+
+
 def encode(core: Tokenizer, text: str, *, marks: bool = False) -> list[int]:
     """The ids of one text."""
     return core.encode(text, add_special_tokens=marks).ids
@@ -63,7 +68,7 @@ def ids(
     names: how the model calls the last three, if its other files say so. Raises `ConfigError` at
     `where` for a tokenizer that puts no end mark behind a text, or several marks on one side.
     """
-    core = build(content, source)
+    core = _parsed(content, source)
     bare, marked = encode(core, "a"), encode(core, "a", marks=True)
     at = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), -1)
     before, after = marked[:at], marked[at + len(bare) :]
@@ -90,7 +95,12 @@ def ids(
 
 def size(content: str, source: str) -> int:
     """The rows of a table with every id."""
-    return 1 + max(build(content, source).get_vocab(with_added_tokens=True).values())
+    return 1 + max(_parsed(content, source).get_vocab(with_added_tokens=True).values())
+
+
+def token_id(content: str, source: str, token: str) -> int | None:
+    """The id of a token; None without one."""
+    return _parsed(content, source).token_to_id(token)
 
 
 def check(content: str, source: str, vocab_size: int, expected: Mapping[str, int | None]) -> None:

@@ -137,7 +137,8 @@ def locked(
     return tuple(name for name, leaves in towers.items() if leaves and all(leaves))
 
 
-_BELOW = re.compile(r"(_embedding|^ln_pre|^conv\d|^bn\d)$")  # a tower's entries before its blocks
+# a tower's entries before its blocks
+_BELOW = re.compile(r"(_embedding|^ln_pre|^conv\d|^bn\d|^relative_bias)$")
 
 
 def layer_factors(decay: float, params: PyTree) -> PyTree:

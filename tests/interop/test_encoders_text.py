@@ -18,9 +18,10 @@ from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError
 from clipx.interop import libraries, verify
 from clipx.interop.encoders import text
+from clipx.losses.masked_language import mask_tokens
 from clipx.models.bert import BERT
+from clipx.training import assemble, schema
 from clipx.training import encoders as resolving
-from clipx.training.run import assemble
 
 WHERE = "config.text.init_from"
 
@@ -182,10 +183,18 @@ def test_word_pieces_without_a_tokenizer_json(tmp_path):
     assert "save_pretrained" in caught.value.fix
 
 
-def run_of(tower, tokenizer):
-    """The run of a small config with these sections, as a session resolves it."""
+def bound(tower, tokenizer, objective=None):
+    """(the objective, config and complete sections) of a small config, as a run resolves it."""
     config = small(("image.embed_dim", "16")) | {"text": tower, "tokenizer": tokenizer}
-    return assemble(resolving.resolve(config))
+    resolved = resolving.resolve(config | ({"objective": objective} if objective else {}))
+    whole = binding.bind(schema.Config, resolved)
+    return (*assemble.bind_objective(whole), whole)
+
+
+def entries(tower, tokenizer):
+    """The parameters of the text tower that its file gives."""
+    objective, _, config = bound(tower, tokenizer)
+    return resolving.entries(objective, config, None)["params"]["text"]
 
 
 def test_a_file_of_bert_alone(tmp_path):
@@ -199,12 +208,10 @@ def test_a_file_of_bert_alone(tmp_path):
     section = {"name": "bert", "init_from": file, "width": 32, "depth": 2, "heads": 4}
     section |= {"positions": 40, "embed_dim": 16, "dtype": "float32"}
     tokenizer = {"name": "sentencepiece", "vocab_size": 400, "context": 16}
-    run = run_of(section, tokenizer)
-    entries = resolving.entries(run.objective, run.config, None)["params"]["text"]
-    same(entries, {name: x for name, x in params.items() if name != "block_2"})
-    run = run_of(section, tokenizer | {"vocab_size": 300})
+    kept = {name: x for name, x in params.items() if name != "block_2"}
+    same(entries(section, tokenizer), kept)
     with pytest.raises(ConfigError, match=r"text.token_embedding: \(400, 32\), and \(300, 32\)"):
-        resolving.entries(run.objective, run.config, None)
+        entries(section, tokenizer | {"vocab_size": 300})
 
 
 def test_a_run_takes_tower_and_tokenizer_from_a_folder(tmp_path):
@@ -212,16 +219,32 @@ def test_a_run_takes_tower_and_tokenizer_from_a_folder(tmp_path):
     params = write_bert(tmp_path, "roberta", tower)
     write_tokenizer(tmp_path, "roberta")
     section = {"name": "auto", "init_from": str(tmp_path), "embed_dim": 16, "pool": "max"}
-    run = run_of(section, {})
-    got = run.objective.text
+    objective, sections, config = bound(section, {})
+    got = objective.text
     wanted = {"pool": "max", "embed_dim": 16, "init_from": str(tmp_path), "dtype": got.dtype}
-    assert got == tower.clone(**wanted)
-    same(resolving.entries(run.objective, run.config, None)["params"]["text"], params)
+    assert got == tower.clone(**wanted) and sections["text"]["name"] == "bert"
+    same(entries(section, {}), params)
     ids = {"pad": 1, "start": 0, "end": 2, "unknown": 3, "mask": 4}
-    assert run.complete["tokenizer"]["ids"] == ids
-    run = run_of(section | {"pool": "pooler"}, {})
+    assert binding.dump(config.tokenizer)["ids"] == ids
     with pytest.raises(ConfigError, match="'pooler', and .* has none"):
-        resolving.entries(run.objective, run.config, None)
+        entries(section | {"pool": "pooler"}, {})
+
+
+def test_masked_words_use_the_files_own_mask(tmp_path):
+    """DeCLIP's terms: no id is added, and no special id of the file is a word."""
+    write_bert(tmp_path, "roberta", bert_tower("roberta", pool="mean"))
+    write_tokenizer(tmp_path, "roberta")
+    section = {"name": "auto", "init_from": str(tmp_path), "embed_dim": 16}
+    objective, *_ = bound(section, {"mask": True}, {"name": "declip", "queue_size": 64})
+    assert objective.mask_id == 4 and objective.special_ids == (1, 3, 0, 2, 4)
+    assert objective.text.vocab_size == 400
+    tokens = build(text.describe(str(tmp_path), WHERE))(["a small dog <mask> runs", ""])
+    masked, chosen = mask_tokens(
+        tokens, jax.random.key(0), vocab_size=400, mask_id=4, special_ids=(1, 3, 0, 2, 4), rate=0.9
+    )
+    words = ~np.isin(tokens, (0, 1, 2, 3, 4))
+    assert chosen.any() and not (np.asarray(chosen) & ~words).any()
+    np.testing.assert_array_equal(np.asarray(masked)[~words], tokens[~words])
 
 
 # -- what the libraries say ---------------------------------------------------------------------
@@ -373,3 +396,28 @@ def test_minilm(tmp_path):
     np.testing.assert_allclose(backbone, expected, atol=1e-5)
     if (library := embedded(folder, texts)) is not None:
         np.testing.assert_allclose(backbone, library, atol=1e-4)
+
+
+@with_transformers
+def test_torch_files_are_read(tmp_path):
+    """A state dict of a model with heads, as one file and in parts."""
+    torch, _ = _libraries()
+    params = write_bert(tmp_path, "bert", bert_tower("bert"), prefix="bert.")
+    write_tokenizer(tmp_path, "bert")
+    arrays = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    state["cls.predictions.bias"] = torch.zeros(3)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = text.describe(str(tmp_path), WHERE)
+    assert found.tower.pool == "pooler"
+    same(found.read()[0], params)
+    (tmp_path / "pytorch_model.bin").unlink()
+    parts: dict[str, dict] = {"a.safetensors": {}, "b.safetensors": {}}
+    for i, (name, x) in enumerate(arrays.items()):
+        parts[list(parts)[i % 2]][name] = x
+    for file, part in parts.items():
+        save_file(part, tmp_path / file)
+    index = {name: file for file, part in parts.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    same(text.describe(str(tmp_path), WHERE).read()[0], params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -172,9 +173,14 @@ def test_initialisation_is_berts():
             np.testing.assert_allclose(x.std(), 0.02, rtol=0.25)
 
 
+@functools.cache
+def _apply(**fields):
+    return jax.jit(BERT(**TINY | {"depth": 1} | fields).apply)
+
+
 def pooled(params, **fields):
-    """(`backbone`, tokens) of the three texts."""
-    out = jax.jit(BERT(**TINY | fields).apply)({"params": params}, IDS)
+    """(`backbone`, tokens) of the three texts, with the first block alone."""
+    out = _apply(**fields)({"params": params}, IDS)
     return np.asarray(out.backbone), np.asarray(out.tokens)
 
 
@@ -216,17 +222,15 @@ def test_a_spelled_end_mark_ends_no_text(params):
     np.testing.assert_allclose(apply({"params": params}, spelled).backbone[0], expected, atol=1e-5)
 
 
-def test_the_bias_by_distance_is_shared_by_all_blocks(params):
-    """With a table of zeros nothing changes; a huge bias leaves each token the one behind it."""
-    rest = {name: x for name, x in params.items() if name != "type_embedding"}
-    fields = {"segments": 0, "relative_buckets": 32}
-    table = np.zeros((32, 2), np.float32)
-    a, _ = pooled(rest | {"relative_bias": table}, **fields)
-    b, _ = pooled(rest, segments=0)
-    np.testing.assert_allclose(a, b, atol=1e-6)
+def test_a_bias_by_distance(params):
+    """A table of zeros changes nothing; a huge bias leaves each token the one behind it."""
+    fields, table = {"pool": "mean", "relative_buckets": 32}, np.zeros((32, 2), np.float32)
+    mean, _ = pooled(params, pool="mean")
+    zeros, _ = pooled(params | {"relative_bias": table}, **fields)
+    np.testing.assert_allclose(zeros, mean, atol=1e-6)
     table[17] = 1e4  # the bucket of the next token
-    c, _ = pooled(rest | {"relative_bias": table}, **fields)
-    assert abs(c - a).max() > 0.01
+    next_, _ = pooled(params | {"relative_bias": table}, **fields)
+    assert abs(next_ - mean).max() > 0.01
 
 
 def test_buckets_are_mpnets():

@@ -15,6 +15,7 @@ from support import load_oracle, tiny
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.base import HEAD, Tower
+from clipx.models.bert import BERT
 from clipx.models.layers import BatchNorm, drop, dropout_keys
 from clipx.models.resnet import ResNet
 from clipx.models.vit import ViT
@@ -495,6 +496,18 @@ def test_layer_decay_of_a_resnet():
     assert found["stage_0_0"] == {0.125} and found["stage_1_1"] == {0.5}
     assert found["conv1"] == found["bn3"] == {0.0625}
     assert found["pool"] == found["projection"] == {1.0}
+
+
+def test_layer_decay_of_berts_kin():
+    bert = BERT(width=8, depth=2, heads=2, relative_buckets=4, dense_width=4, embed_dim=4)
+    params = jax.eval_shape(bert.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    found = {}
+    for path, factor in names(layer_factors(0.5, {"text": params})).items():
+        found.setdefault(path.split("/")[1], set()).add(factor)
+    below = {name for name in found if name.endswith("_embedding")} | {"relative_bias"}
+    assert {name for name, factors in found.items() if factors == {0.125}} == below
+    assert found["block_0"] == {0.25} and found["block_1"] == {0.5}
+    assert found["pooler"] == found["dense"] == found["projection"] == {1.0}
 
 
 def test_what_is_frozen_stays():

@@ -24,5 +24,5 @@ class Encoder:
     notes: tuple[str, ...] = ()  # what was guessed, and what the library does otherwise than clipx
     # what clipx cannot reproduce, as "name: description"; `config.init_ignore` accepts it
     differences: tuple[str, ...] = ()
-    # the same files as another tower, where they leave its settings open: with theirs if it can be
+    # (tower) -> the same files with the settings of a config's tower that no file tells
     adapt: Callable[[Tower], Encoder] | None = None

@@ -132,7 +132,7 @@ def _pooling(folder: pathlib.Path, differences: list[str], where: str) -> dict[s
 
 def _dense(folder: pathlib.Path, differences: list[str], where: str) -> dict[str, Any]:
     section = _section(folder / "config.json", where, "in_features")
-    _between_sentences(section, where)
+    _between_sentences(section)
     activation = str(section.get("activation_function", "torch.nn.modules.activation.Tanh"))
     last = activation.rpartition(".")[2].lower()
     if not activation.startswith("torch.nn.") or last not in ("tanh", "identity"):
@@ -150,18 +150,14 @@ def _dense(folder: pathlib.Path, differences: list[str], where: str) -> dict[str
 
 def _normalize(folder: pathlib.Path, differences: list[str], where: str) -> None:
     section = _section(folder / "config.json", where)
-    _between_sentences(section, where)
+    _between_sentences(section)
     differences += _unread(section)
 
 
-def _between_sentences(section: Section, where: str) -> None:
+def _between_sentences(section: Section) -> None:
     """Raises `ConfigError` for a module that acts on something else than the sentence's vector."""
-    try:
-        section.one_of("module_input_name", (_SENTENCE,), _SENTENCE)
-        section.one_of("module_output_name", (_SENTENCE,), _SENTENCE)
-    except ConfigError as error:
-        error.where = f"{where}: {error.where}"
-        raise
+    section.one_of("module_input_name", (_SENTENCE,), _SENTENCE)
+    section.one_of("module_output_name", (_SENTENCE,), _SENTENCE)
 
 
 def _prompts(folder: pathlib.Path, differences: list[str], where: str) -> None:

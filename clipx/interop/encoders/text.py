@@ -52,6 +52,14 @@ def describe(path: str, where: str = "config.text.init_from") -> Encoder:
     Raises `ConfigError` at `where` for anything else, and for settings that clipx does not have.
     Settings that it does not know are among the `differences`.
     """
+    try:
+        return _describe(path, where)
+    except ConfigError as error:
+        error.where = error.where if error.where.startswith(where) else f"{where}: {error.where}"
+        raise
+
+
+def _describe(path: str, where: str) -> Encoder:
     file = pathlib.Path(path).expanduser()
     if not file.exists():
         expected = "a folder of transformers or sentence-transformers, or a weights file"
@@ -143,11 +151,7 @@ def _config(
     if values is None:
         return None, []
     section = Section(values, str(folder / CONFIG), harmless=HARMLESS | bert_layout.HARMLESS)
-    try:
-        found = bert_layout.read_config(section, where)
-    except ConfigError as error:
-        error.where = error.where if error.where == where else f"{where}: {error.where}"
-        raise
+    found = bert_layout.read_config(section, where)
     return found, section.unread("text.settings")
 
 

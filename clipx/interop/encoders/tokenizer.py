@@ -147,9 +147,9 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _added(folder: pathlib.Path, content: str, where: str) -> str | None:
     """A token of `added_tokens.json` that `tokenizer.json` does not have, or with another id."""
-    core = tokenizer_json.build(content, str(folder))
-    added = read_json(folder / ADDED, where) or {}
-    return next((token for token, i in added.items() if core.token_to_id(token) != i), None)
+    added, source = read_json(folder / ADDED, where) or {}, str(folder / tokenizer_json.FILE)
+    ids = {token: tokenizer_json.token_id(content, source, token) for token in added}
+    return next((token for token, i in added.items() if ids[token] != i), None)
 
 
 def _word_pieces(file: pathlib.Path, settings: Section, where: str, size: int) -> dict[str, Any]:
