@@ -366,13 +366,24 @@ def test_outputs_are_those_of_sentence_transformers(name, new, tmp_path):
         np.testing.assert_allclose(backbone, library, atol=1e-4)
 
 
+CLASSES = {
+    "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "mpnet": "MPNetTokenizer",
+}
+
+
 @with_transformers
+@pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("kind", encoders.TOKENIZERS)
-def test_ids_are_those_of_transformers(kind, tmp_path):
+def test_ids_are_those_of_transformers(kind, general, tmp_path):
+    """Of the class of the kind, and of the one that reads any tokenizer.json."""
     _, transformers = _libraries()
     tower = bert_tower(kind.removeprefix("xlm-"), pool="mean")
     write_bert(tmp_path, kind, tower)
-    write_tokenizer(tmp_path, kind)
+    named = "PreTrainedTokenizerFast" if general else CLASSES[kind]
+    write_tokenizer(tmp_path, kind, tokenizer_class=named)
     found = build(text.describe(str(tmp_path), WHERE))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     options = {"padding": "max_length", "truncation": True, "max_length": 32}

@@ -96,9 +96,6 @@ def xlm_roberta() -> library.Tokenizer:
         trainers.UnigramTrainer(
             vocab_size=200, special_tokens=marks, unk_token="<unk>", show_progress=False
         ),
-        normalizer=normalizers.Sequence(
-            [normalizers.NFKC(), normalizers.Replace(library.Regex(" {2,}"), " ")]
-        ),
         pre_tokenizer=pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
         ),
