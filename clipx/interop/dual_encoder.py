@@ -15,7 +15,7 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import bert_layout, huggingface_configs, rules
 from clipx.interop import huggingface_layout as layout
 from clipx.interop.encoders import tokenizer
-from clipx.interop.model import Model, Words, array_shapes, check_widths, make_model, scalar
+from clipx.interop.model import Model, Words, array_shapes, check_heads, make_model, scalar
 from clipx.interop.preprocessing import Preprocessing
 from clipx.interop.rules import Arrays, Rule
 from clipx.interop.settings import Section, keys
@@ -115,7 +115,7 @@ def image_size(given: Mapping[str, Any]) -> int:
 def _kinds(model: Model) -> tuple[str, str]:
     """The `model_type`s of both encoders. Raises `NotExpressible`."""
     image, text = model.image, model.text
-    check_widths(model)
+    check_heads(model)
     if model.logit_bias is not None:
         raise NotExpressible(f"VisionTextDualEncoderModel has no logit bias{_ELSE}")
     if text.pool != "pooler" or text.dense_width:

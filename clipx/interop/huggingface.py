@@ -29,8 +29,8 @@ from clipx.interop.model import (
     Model,
     Words,
     array_shapes,
+    check_heads,
     check_padding,
-    check_widths,
     checked,
     make_model,
     scalar,
@@ -187,7 +187,7 @@ def _check(model: Model) -> tuple[ViT, TextTransformer]:
         raise NotExpressible(f"transformers has no CLIP with a {type(image).__name__}{_ELSE}")
     if type(text) is not TextTransformer:
         raise NotExpressible(f"CLIPModel has no text tower like {type(text).__name__}")
-    check_widths(model)
+    check_heads(model)
     (_check_siglip if _is_siglip(model) else _check_clip)(model)
     check_padding(model, own=False)
     return image, text

@@ -105,6 +105,7 @@ def make_model(image: Tower, text: Tower, variables: Mapping[str, PyTree], **res
 
     def plain(tower: Tower) -> Tower:
         fields = {"dtype": "float32", "scan": False, "dropout": 0.0, "lora_rank": 0}
+        fields |= {"head_dropout": 0.0, "head_init": "random"}
         return tower.clone(**{k: v for k, v in fields.items() if hasattr(tower, k)})
 
     def towers(tree: PyTree) -> PyTree:
@@ -145,9 +146,15 @@ def ratio(mlp_width: int, width: int) -> float:
     return exact if int(width * exact) == mlp_width else (mlp_width + 0.5) / width
 
 
-def check_widths(model: Model) -> None:
-    """Raises `NotExpressible` if the towers' projections have different widths."""
-    for tower in (model.image, model.text):
+def check_heads(model: Model) -> None:
+    """Raises `NotExpressible` for a head other than a projection, and for projections of different
+    widths."""
+    for name, tower in (("image", model.image), ("text", model.text)):
+        if tower.head != "linear":
+            raise NotExpressible(
+                f"the {name} tower's head is an {tower.head}; the library's is a projection (train "
+                f"with config.{name}.head=linear, or use the workdir: clipx.load)"
+            )
         if tower.embed_dim not in (0, model.width):
             raise NotExpressible(
                 f"one tower is projected to {tower.embed_dim} channels, the other has {model.width}"

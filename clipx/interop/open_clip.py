@@ -26,7 +26,7 @@ from clipx.interop.model import (
     Model,
     Words,
     array_shapes,
-    check_widths,
+    check_heads,
     checked,
     make_model,
     scalar,
@@ -92,7 +92,7 @@ print(image @ text.T)"""
         return arrays
 
     def configs(self, model: Model, folder: str) -> dict[str, Any]:
-        check_widths(model)
+        check_heads(model)
         bias = model.logit_bias
         own = {
             "model_cfg": {

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import CountOrZero, Positive, WidthOrZero
-from clipx.models.layers import Lora, check, torch_bias, unit
+from clipx.config.ranges import CountOrZero, Positive, Rate, Width, WidthOrZero
+from clipx.models.layers import (
+    Affine,
+    LayerNorm,
+    Lora,
+    check,
+    drop,
+    dropout_keys,
+    torch_bias,
+    torch_uniform,
+    unit,
+)
 from clipx.types import Array, Encoded
 
-HEAD = ("projection",)  # entries of a tower's `params` above its features
+# entries of a tower's `params` above its features; all begin with the first
+HEAD = ("projection", "projection_mlp")
+_DROPOUT = 1 << 20  # indices of the head's dropouts, apart from those of the layers below
 
 
 class PositionTable(NamedTuple):
@@ -23,12 +36,44 @@ class PositionTable(NamedTuple):
     shape: tuple[int, ...]  # the grid of the other rows: (side, side) patches, or (tokens,)
 
 
+class ResidualMLP(nn.Module):
+    """What an `mlp` head adds to its projection: LayerNorm, dense layer, GELU, dropout, and a dense
+    layer that starts at zero."""
+
+    width: int
+    outputs: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b c"], keys: Key[Array, " b"] | None
+    ) -> Float[Array, "b d"]:
+        def dense(name: str, x: Array, width: int, kernel_init: Callable) -> Array:
+            init = initializers.zeros if name == "proj" else torch_bias(x.shape[-1])
+            return Affine((width,), self.dtype, kernel_init, init, name=name)(x)
+
+        y = dense("fc", LayerNorm(dtype=self.dtype, name="ln")(x), self.width, torch_uniform)
+        y = _dropped(nn.gelu(y, approximate=False), self.dropout, keys, 1)
+        return dense("proj", y, self.outputs, initializers.zeros)
+
+
+def _dropped(
+    x: Float[Array, "b c"], rate: float, keys: Key[Array, " b"] | None, index: int
+) -> Float[Array, "b c"]:
+    return drop(x[:, None], rate, keys, _DROPOUT + index)[:, 0]
+
+
 class Tower(nn.Module):
     """Base class of every tower: images or token ids in, `Encoded` out. Its fields are config keys.
 
     A tower writes `features`, which gives pooled features and tokens. `project`, its head, is
     common to all. Row i of each result depends on row i of `x` and on `keys[i]` alone (except for
     BatchNorm in training). `keys` are typed PRNG keys, needed only if `train` and dropout is on.
+
+    `head` "linear" is the projection alone; "mlp" adds a perceptron of one hidden layer, which
+    starts at zero (`ResidualMLP`). `head_dropout` acts on the head's input and hidden layer.
+    `head_init` "cca" is what `clipx.training.whitening` says.
 
     `init_from` is a folder or file of pretrained weights of timm, torchvision, transformers or
     sentence-transformers. A new run starts from them; a run that goes on does not read them.
@@ -48,6 +93,10 @@ class Tower(nn.Module):
     embed_dim: WidthOrZero = 512  # of the shared space; 0: no projection, `raw` is `backbone`
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
     projection_bias: bool = False  # CLIP's projections have no bias, DeCLIP's text tower has one
+    head: Literal["linear", "mlp"] = "linear"
+    head_width: Width = 1024  # of the hidden layer of an mlp
+    head_dropout: Rate = 0.0
+    head_init: Literal["random", "cca"] = "random"
     init_from: str = ""
     lora_rank: CountOrZero = 0  # of the adapters of attention and MLP kernels (`Lora`); 0: none
     lora_alpha: Positive = 16.0  # adapters are scaled by lora_alpha / lora_rank
@@ -69,6 +118,21 @@ class Tower(nn.Module):
             "0",
             "lora_rank=0, and train the tower or its head",
         )
+
+        headless = (self.head, self.head_dropout, self.head_init) == ("linear", 0.0, "random")
+        check(
+            self.embed_dim > 0 or headless,
+            self.at("embed_dim"),
+            f"0, for no head, with head={self.head}, head_dropout={self.head_dropout} and "
+            f"head_init={self.head_init}",
+            "a width for a tower with a head",
+            "embed_dim=256",
+        )
+
+    @property
+    def headless(self) -> Tower:
+        """The tower without its head: `raw` is what the head would get."""
+        return self.clone(embed_dim=0, head="linear", head_dropout=0.0, head_init="random")
 
     @property
     def backbone_width(self) -> int:
@@ -123,6 +187,10 @@ class Tower(nn.Module):
             kernel_init=initializers.normal(width**-0.5),
             bias_init=torch_bias(width),
         )
+        if self.head == "mlp":
+            self.projection_mlp = ResidualMLP(
+                self.head_width, self.embed_dim, self.head_dropout, self.dtype
+            )
 
     def features(
         self, x: Array, *, train: bool = False, keys: Key[Array, " b"] | None = None
@@ -138,9 +206,15 @@ class Tower(nn.Module):
         train: bool = False,
         keys: Key[Array, " b"] | None = None,
     ) -> Encoded:
-        """All fields of `Encoded`, from what `features` gives: `raw` is a projection of `pooled`,
-        or `pooled` if `embed_dim=0`."""
-        raw = self.projection(pooled) if self.embed_dim else pooled
+        """All fields of `Encoded`, from what `features` gives: `raw` is what the head makes of
+        `pooled`, or `pooled` if `embed_dim=0`."""
+        raw = pooled
+        if self.embed_dim:
+            keys = dropout_keys(self.head_dropout, train, keys)
+            x = _dropped(pooled, self.head_dropout, keys, 0)
+            raw = self.projection(x)
+            if self.head == "mlp":
+                raw = raw + self.projection_mlp(x, keys)
         return Encoded(unit=unit(raw), raw=raw, backbone=pooled, tokens=tokens)
 
     def __call__(

@@ -15,8 +15,8 @@ from clipx.training.schema import EvalSpec, TrainConfig
 
 
 def check_towers(objective: Objective) -> None:
-    """Raises `ConfigError` for towers of two widths whose outputs are compared, and for float64
-    where JAX would replace it by float32."""
+    """Raises `ConfigError` for towers of two widths whose outputs are compared, for float64 where
+    JAX would replace it by float32, and for heads that cannot start together."""
     for name in ("image", "text"):
         if getattr(objective, name).dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ConfigError(
@@ -32,6 +32,42 @@ def check_towers(objective: Objective) -> None:
             f"{text}, and {image} for the image tower",
             "the same width for both towers",
             f"config.text.embed_dim={image}",
+        )
+    _check_heads(objective)
+
+
+def _check_heads(objective: Objective) -> None:
+    """Raises `ConfigError` for a canonical correlation analysis of one tower alone, or of more
+    dimensions than the narrower tower has."""
+    towers = {"image": objective.image, "text": objective.text}
+    start = {name: tower for name, tower in towers.items() if tower.head_init == "cca"}
+    if not start:
+        return
+    if len(start) == 1:
+        (given,) = start
+        other = "text" if given == "image" else "image"
+        raise ConfigError(
+            f"config.{other}.head_init",
+            f"{towers[other].head_init}, and cca for the {given} tower",
+            "cca for both towers, as it compares them",
+            f"config.{other}.head_init=cca",
+        )
+    widths = {name: tower.embed_dim for name, tower in towers.items()}
+    if widths["image"] != widths["text"]:
+        raise ConfigError(
+            "config.text.embed_dim",
+            f"{widths['text']}, and {widths['image']} for the image tower, with head_init=cca",
+            "the same width for both towers",
+            f"config.text.embed_dim={widths['image']}",
+        )
+    narrower = min(towers, key=lambda name: towers[name].backbone_width)
+    most = towers[narrower].backbone_width
+    if widths["image"] > most:
+        raise ConfigError(
+            "config.image.embed_dim",
+            f"{widths['image']}, with head_init=cca and {most} features of the {narrower} tower",
+            "no more dimensions than the narrower tower has features",
+            f"config.image.embed_dim={most} and config.text.embed_dim={most}",
         )
 
 

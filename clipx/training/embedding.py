@@ -129,15 +129,7 @@ class Embedder:
         return RowWriter(self.folder / FILE, arrays, self.about)
 
     def _blocks(self, first: int, captions: int) -> Iterator[embed_rows.Block]:
-        devices = self.run.mesh.devices.size
-        compute = embed_rows.Compute(
-            self.run.objective,
-            self.tower,
-            {"params": self.state.params, "batch_stats": self.state.batch_stats},
-            self.run.mesh,
-            -(-CHUNK // devices) * devices,
-            self.tokens,
-        )
+        compute = tower_at(self.run, self.state, self.tower, tokens=self.tokens)
         rows, options = (compute, self.source), {"report": self._report}
         if self.tower == "text":
             tokenizer = self.run.tokenizer
@@ -178,6 +170,15 @@ class Embedder:
             f"{self.tower} features: {rows:,} rows{crops} in {seconds:,.1f} s "
             f"({rows / max(seconds, 1e-9):,.0f} rows/s), in {self.folder}{named}"
         )
+
+
+def tower_at(
+    run: OpenRun, state: TrainState, tower: str, *, tokens: bool = False
+) -> embed_rows.Compute:
+    """One tower of a run at a state, which computes features some hundred rows at a time."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    chunk = -(-CHUNK // run.mesh.devices.size) * run.mesh.devices.size
+    return embed_rows.Compute(run.objective, tower, variables, run.mesh, chunk, tokens)
 
 
 def open_embedder(

@@ -128,7 +128,7 @@ def entries(
         faults = [*encoder.differences, *_faults(encoder, objective, config, tokenizer)]
         params, statistics = encoder.read()
         params = _first_blocks(params, encoder.tower, tower)
-        plain = tower.clone(embed_dim=0)
+        plain = tower.headless
         ignore = config.init_ignore
         fitted = load.fit_tower(side, encoder.tower, params, plain, ignore, faults)
         load.refuse(faults, ignore, f"config.{side}.init_from={tower.init_from}")

@@ -40,6 +40,8 @@ class TrainConfig:
     best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
     max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite
     tensorboard: bool = False
+    cca_rows: Count = 20_000  # of towers with head_init=cca: the rows that it is fitted to
+    cca_regularizer: NonNegative = 1.0  # times the mean variance of each tower's features
     episode_pictures: bool = False  # show each episode's map and some prototypes in report.html
 
 

@@ -22,7 +22,7 @@ from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, fit, guesses, stored
+from clipx.training import encoders, fit, guesses, stored, whitening
 from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -76,6 +76,8 @@ class Session:
                 )
             except Interrupted:
                 return state, False
+            if self.saved is None:
+                state = whitening.start(self.run, data, state, tell)
             trainer = Trainer(
                 run=self.run,
                 data=data,

@@ -70,7 +70,7 @@ def checked(objective: Objective, data: DataConfig) -> Objective:
 
 def freeze(name: str) -> tuple[str, ...]:
     """Patterns for `optimizer.freeze` that leave only a tower's head to train."""
-    return (f"^{name}/(?!{'|'.join(HEAD)})",)
+    return (f"^{name}/(?!{HEAD[0]})",)  # with which all entries of the head begin
 
 
 def _faults(objective: Objective, data: DataConfig, name: str) -> Any:

@@ -13,6 +13,7 @@ from clipx.models.bert import BERT
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.transformer import merge_adapters, stack_blocks, unstack_blocks
+from clipx.ops import flops
 from clipx.parallel.mesh import partition_spec, path_name
 from clipx.training import pretrained
 from clipx.training.initial import init
@@ -32,7 +33,7 @@ def flat(params):
     return traverse_util.flatten_dict(params, sep="/")
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", [pytest.param("scanned", marks=pytest.mark.slow), "bert"])
 def test_they_start_as_nothing_and_merge(name):
     """Every kernel of attention and MLP has an adapter, which starts as zero, and the merged tower
     has the output of the adapted one. Unscanned, the other parameters start at the same bits."""
@@ -96,6 +97,35 @@ def test_a_frozen_base_costs_no_gradient_and_no_moments():
     # of the first layer of each tower the gradient of its input is not needed either: at most that
     least, most = saved, saved * 1.35
     assert least <= whole.step_flops - run.step_flops <= most
+
+
+def test_below_a_head_that_trains_there_is_no_backward_pass():
+    """Towers that are frozen below their heads: a step costs their forward pass, and the heads and
+    the loss as before."""
+    heads = r"^(image|text)/(?!projection)"
+    config = {"image.head": "mlp", "text.head": "mlp", "image.head_width": "24"}
+    more = [*config.items(), *((f"{tower}.lora_rank", "0") for tower in ("image", "text"))]
+    run, whole = (
+        assemble(lora_run(*more, freeze=freeze), jax.devices()[:1]) for freeze in ((heads,), ())
+    )
+    assert run.objective.locked_features == ("image", "text")
+
+    def forward(tower, rows):
+        example = jax.ShapeDtypeStruct((run.batch_size, *rows.shape[2:]), rows.dtype)
+        if rows.ndim == 5:
+            example = example.update(dtype=np.float32)
+        params = jax.eval_shape(tower.headless.init, jax.random.key(0), example)
+        jaxpr = jax.make_jaxpr(tower.headless.apply)(params, example)
+        return flops.total(flops.products(jaxpr))
+
+    below = forward(run.objective.image, run.batch.image) + forward(
+        run.objective.text, run.batch.text
+    )
+    # training them costs two more products for each, but for the first layers' inputs
+    assert 1.5 * below < whole.step_flops - run.step_flops <= 2 * below
+    names = {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(run.state.opt_state)}
+    moments = [name for name in names if "/image/" in name or "/text/" in name]
+    assert moments and all("/projection" in name for name in moments)
 
 
 @pytest.mark.slow  # compiles two steps; `test_mesh` has the shardings
