@@ -15,7 +15,15 @@ from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import bert_layout, huggingface_configs, rules
 from clipx.interop import huggingface_layout as layout
 from clipx.interop.encoders import tokenizer
-from clipx.interop.model import Model, Words, array_shapes, check_heads, make_model, scalar
+from clipx.interop.model import (
+    Model,
+    Words,
+    array_shapes,
+    check_heads,
+    check_tokens,
+    make_model,
+    scalar,
+)
 from clipx.interop.preprocessing import Preprocessing
 from clipx.interop.rules import Arrays, Rule
 from clipx.interop.settings import Section, keys
@@ -125,6 +133,7 @@ def _kinds(model: Model) -> tuple[str, str]:
         )
     if type(image) is not ViT:
         raise NotExpressible(f"transformers pools no {type(image).__name__} as clipx does{_ELSE}")
+    check_tokens(image, "VisionTextDualEncoderModel")
     kinds = {("class", True): _CLIP, ("class", False): _DINO, ("attention", False): _SIGLIP}
     kind = kinds.get((image.pool, image.pre_norm))
     if kind is None:

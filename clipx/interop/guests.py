@@ -1,7 +1,7 @@
-"""Towers that open_clip builds through timm (a ViT without class token, the plain ResNet) or
-through transformers (BERT).
+"""Towers that open_clip builds through timm (ViTs that it does not have itself, the plain ResNet,
+EfficientNet) or through transformers (BERT).
 
-timm builds the plain ResNet from its name. The other two need a `config.json` in the export.
+timm builds convolutional networks from their name. The others need a `config.json` in the export.
 open_clip's config must give the full path of that folder, because open_clip does not pass its own
 folder on to timm and transformers.
 """
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 
 from clipx.errors import NotExpressible
-from clipx.interop import bert_layout, rules
+from clipx.interop import bert_layout, efficientnet_layout, resnet_layout, rules, vit_layout
 from clipx.interop.model import Model, check_bias, ratio
 from clipx.interop.open_clip_layout import Layout
 from clipx.interop.rules import Rule
+from clipx.interop.timm_models import VIT_EPS
 from clipx.models.base import Tower
 from clipx.models.bert import BERT
+from clipx.models.efficientnet import EfficientNet
 from clipx.models.resnet import PLAIN, ResNet
 from clipx.models.vit import ViT
 
-TIMM_EPS = 1e-6  # of every LayerNorm that timm's ViT makes from JSON
+_POOLS = {"class": "token", "mean": "avg", "attention": "map"}  # ours and timm's
 
 
 def _timm_section(name: str, pool: str, image: Tower, size: int) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def _timm_section(name: str, pool: str, image: Tower, size: int) -> dict[str, An
 
 
 def _vit_section(model: Model, folder: str) -> dict[str, Any]:
-    pool = "map" if model.image.pool == "attention" else "avg"
+    pool = _POOLS[model.image.pool]
     return _timm_section(f"local-dir:{folder}", pool, model.image, model.image.image_size)
 
 
@@ -46,6 +48,11 @@ def _vit_config(model: Model) -> dict[str, Any]:
     """The content of `config.json` from which timm builds the ViT."""
     image = model.image
     width, depth, heads, mlp_width, patch = image.shape
+    more: dict[str, Any] = {}
+    if image.registers:
+        more = {"reg_tokens": image.registers, "no_embed_class": True}
+    if image.layer_scale is not None:
+        more["init_values"] = image.layer_scale
     return {
         "architecture": "vit_base_patch16_224",  # `model_args` overrides its sizes
         "num_classes": 0,
@@ -57,11 +64,12 @@ def _vit_config(model: Model) -> dict[str, Any]:
             "depth": depth,
             "num_heads": heads,
             "mlp_ratio": ratio(mlp_width, width),
-            "class_token": False,
-            "global_pool": "map" if image.pool == "attention" else "avg",
-            "fc_norm": False,
+            "class_token": image.has_class,
+            "global_pool": _POOLS[image.pool],
+            "fc_norm": image.norm_pooled,
             "pre_norm": image.pre_norm,
             "act_layer": image.activation,
+            **more,
         },
         "pretrained_cfg": {
             "input_size": [3, image.image_size, image.image_size],
@@ -79,7 +87,24 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
             f"timm's {image.variant} has {PLAIN[image.variant][0]} blocks and a stem of 64 "
             f"channels, but this one has {image.shape[0]} blocks and {image.shape[1]} channels"
         )
-    return _timm_section(image.variant, "avg", image, image.image_size)
+    if image.norm_eps != ResNet.norm_eps:
+        raise NotExpressible(f"timm's ResNet has norm_eps={ResNet.norm_eps}, not {image.norm_eps}")
+    name = image.variant + "d" * image.deep_stem
+    return _timm_section(name, "avg", image, image.image_size)
+
+
+def _efficientnet_section(model: Model, folder: str) -> dict[str, Any]:
+    image = model.image
+    if image.shape != EfficientNet(variant=image.variant).shape:
+        raise NotExpressible(f"timm's {image.variant} has another width or depth than this one")
+    known = {("symmetric", 1e-5): "", ("same", 1e-3): "tf_"}
+    prefix = known.get((image.padding, image.norm_eps))
+    if prefix is None:
+        raise NotExpressible(
+            f"timm has no {image.variant} with padding={image.padding} and norm_eps="
+            f"{image.norm_eps}, only symmetric with 1e-5 and same with 1e-3"
+        )
+    return _timm_section(prefix + image.variant, "avg", image, image.image_size)
 
 
 # our pooling and open_clip's. Its max_pooler leaves out words in place of padding.
@@ -128,79 +153,24 @@ def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
     """The rules of timm's ViT. Its LayerNorms always add 1e-6 to the variance. The tokens between
     blocks are therefore scaled so that 1e-6 is the same fraction of their variance as `norm_eps` is
     in clipx."""
-    channels, depth, heads, *_ = image.shape
-    scale = float((TIMM_EPS / image.norm_eps) ** 0.5)
-    a, b = "params/image", "visual.trunk"
-    layout = [
-        rules.conv(f"{a}/patch_embedding", f"{b}.patch_embed.proj"),
-        _positions(image, channels, f"{a}/positional_embedding", b),
-        *(rules.norm(f"{a}/ln_pre", f"{b}.norm_pre") if image.pre_norm else ()),
-    ]
-    for i in range(depth):
-        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
-        layout += rules.heads_out(f"{ours}/attn/out", f"{theirs}.attn.proj", heads)
-        layout += rules.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2")
-    layout = rules.scaled(layout, scale)
-    for i in range(depth):
-        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.blocks.{i}"
-        layout += [
-            *rules.norm(f"{ours}/ln_1", f"{theirs}.norm1"),
-            *rules.heads_in((f"{ours}/attn/qkv",), (f"{theirs}.attn.qkv",), heads, (3,)),
-            *rules.norm(f"{ours}/ln_2", f"{theirs}.norm2"),
-            *rules.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
-        ]
-    layout += rules.norm(f"{a}/ln_post", f"{b}.norm")
-    head = (image, width, f"{a}/projection", "visual.head.proj")
-    if image.pool == "mean":
+    scale = float((VIT_EPS / image.norm_eps) ** 0.5)
+    trunk = "visual.trunk."
+    positioned = vit_layout.default_positions(image)
+    layout = vit_layout.layout(image, vit_layout.TIMM, trunk, positioned=positioned, scale=scale)
+    head = (image, width, "params/image/projection", "visual.head.proj")
+    if image.pool != "attention":
         return layout + _head(*head)
-    ours, theirs = f"{a}/pool", f"{b}.attn_pool"
-    out = rules.dense(f"{ours}/out", f"{theirs}.proj")
-    return [
-        *layout,
-        Rule((f"{ours}/probe",), (f"{theirs}.latent",), lambda x: (x[None],), lambda x: (x[0],)),
-        *rules.heads_in((f"{ours}/attn/q",), (f"{theirs}.q",), heads, (1,)),
-        *rules.heads_in((f"{ours}/attn/kv",), (f"{theirs}.kv",), heads, (2,)),
-        *rules.scaled(out + rules.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2"), scale),
-        *rules.norm(f"{ours}/ln", f"{theirs}.norm"),
-        *rules.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
-        *_head(*head, 1 / scale),
-    ]
-
-
-def _positions(image: ViT, channels: int, ours: str, trunk: str) -> Rule:
-    """The rule of the positional embedding and, if no norm follows, of the bias of timm's patch
-    embedding. Every patch gets the same bias, so reading adds it to every position."""
-    position, bias = f"{trunk}.pos_embed", f"{trunk}.patch_embed.proj.bias"
-    if image.pre_norm:
-        return Rule((ours,), (position,), lambda x: (x[None],), lambda x: (x[0],))
-    return Rule(
-        (ours,),
-        (position, bias),
-        lambda x: (x[None], np.zeros(channels, np.float32)),
-        lambda x, bias: (x[0] + bias,),
-    )
+    layout += vit_layout.map_head(image, f"{trunk}attn_pool", scale)
+    return layout + _head(*head, 1 / scale)
 
 
 def _resnet_rules(image: ResNet, width: int, dropped: int | None) -> list[Rule]:
-    """The rules of torchvision's ResNet, under timm's names."""
-    layout = []
+    layout = resnet_layout.layout(image, "visual.trunk.")
+    return layout + _head(image, width, "params/image/projection", "visual.head.proj")
 
-    def conv_and_norm(ours: tuple[str, str], theirs: str, conv: str, norm: str) -> None:
-        layout.append(rules.conv(f"params/image/{ours[0]}", f"{theirs}{conv}"))
-        layout.extend(rules.batch_norm("image", ours[1], f"{theirs}{norm}"))
 
-    conv_and_norm(("conv1", "bn1"), "visual.trunk.", "conv1", "bn1")
-    (blocks, channels), bottleneck = image.shape, PLAIN[image.variant][1]
-    for stage, count in enumerate(blocks):
-        after = 64 * 2**stage * (4 if bottleneck else 1)
-        for block in range(count):
-            a, b = f"stage_{stage}_{block}", f"visual.trunk.layer{stage + 1}.{block}."
-            for i in range(1, 4 if bottleneck else 3):
-                conv_and_norm((f"{a}/conv{i}", f"{a}/bn{i}"), b, f"conv{i}", f"bn{i}")
-            if channels != after or (stage and not block):
-                ours = (f"{a}/conv_shortcut", f"{a}/bn_shortcut")
-                conv_and_norm(ours, b, "downsample.0", "downsample.1")
-            channels = after
+def _efficientnet_rules(image: EfficientNet, width: int, dropped: int | None) -> list[Rule]:
+    layout = efficientnet_layout.layout(image, "timm", "visual.trunk.")
     return layout + _head(image, width, "params/image/projection", "visual.head.proj")
 
 
@@ -212,4 +182,5 @@ def _bert_rules(text: BERT, width: int, dropped: int | None) -> list[Rule]:
 
 VIT = Layout(_vit_section, _vit_rules, _vit_config)
 RESNET = Layout(_resnet_section, _resnet_rules)
+EFFICIENTNET = Layout(_efficientnet_section, _efficientnet_rules)
 BERT_LAYOUT = Layout(_bert_section, _bert_rules, _bert_config)

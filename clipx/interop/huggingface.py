@@ -31,6 +31,7 @@ from clipx.interop.model import (
     array_shapes,
     check_heads,
     check_padding,
+    check_tokens,
     checked,
     make_model,
     scalar,
@@ -188,6 +189,7 @@ def _check(model: Model) -> tuple[ViT, TextTransformer]:
     if type(text) is not TextTransformer:
         raise NotExpressible(f"CLIPModel has no text tower like {type(text).__name__}")
     check_heads(model)
+    check_tokens(image, "transformers")
     (_check_siglip if _is_siglip(model) else _check_clip)(model)
     check_padding(model, own=False)
     return image, text

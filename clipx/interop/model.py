@@ -18,7 +18,7 @@ from clipx.interop.preprocessing import Interpolation, Resize
 from clipx.interop.rules import Arrays
 from clipx.models.base import Tower
 from clipx.models.transformer import merge_adapters, unstack_blocks
-from clipx.models.vit import SIZES
+from clipx.models.vit import SIZES, ViT
 from clipx.types import PyTree
 
 
@@ -169,6 +169,19 @@ def check_bias(tower: Tower, name: str) -> None:
             f"the {name} tower's projection has a bias; the library's has none (train with "
             f"config.{name}.projection_bias=false)"
         )
+
+
+def check_tokens(image: ViT, library: str) -> None:
+    """Raises `NotExpressible` for a ViT with what only timm's have."""
+    given = {
+        "registers": image.registers > 0,
+        "layer_scale": image.layer_scale is not None,
+        "norm_pooled": image.norm_pooled,
+        "class_token": image.has_class != (image.pool == "class"),
+    }
+    if found := [name for name, present in given.items() if present]:
+        names = " and ".join(f"config.image.{name}" for name in found)
+        raise NotExpressible(f"{library} has no {names}; use --format=open_clip")
 
 
 def check_padding(model: Model, own: bool) -> None:

@@ -36,6 +36,7 @@ from clipx.interop.rules import Arrays, Rule
 from clipx.interop.settings import Section, keys
 from clipx.models.base import Tower
 from clipx.models.bert import BERT
+from clipx.models.efficientnet import EfficientNet
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -44,8 +45,9 @@ WEIGHTS = "open_clip_model.safetensors"
 _GUEST_CONFIG = "config.json"  # for towers that open_clip builds through timm or transformers
 # the layout of each class of tower
 _IMAGES: dict[type, Callable[[Any], Layout]] = {
-    ViT: lambda image: native.VIT if image.pool == "class" else guests.VIT,
+    ViT: lambda image: native.VIT if native.has(image) else guests.VIT,
     ResNet: lambda image: native.RESNET if image.modified else guests.RESNET,
+    EfficientNet: lambda image: guests.EFFICIENTNET,
 }
 _TEXTS: dict[type, Callable[[Any], Layout]] = {
     TextTransformer: lambda text: native.TEXT,
@@ -271,7 +273,7 @@ def _without_text_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
     }
 
 
-def _image_tower(config: Section, section: Section, guest: Any) -> ViT | ResNet:
+def _image_tower(config: Section, section: Section, guest: Any) -> Tower:
     size = section.get("image_size", 224)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]

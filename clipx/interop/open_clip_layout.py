@@ -60,6 +60,11 @@ def _vit_section(model: Model, folder: str) -> dict[str, Any]:
     }
 
 
+def has(image: ViT) -> bool:
+    """Whether open_clip itself has such a ViT, without timm."""
+    return image.pool == "class" and not image.registers and image.layer_scale is None
+
+
 def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
     ours = "params/image"
     layout = [
@@ -98,6 +103,10 @@ def _resnet_section(model: Model, folder: str) -> dict[str, Any]:
     if len(blocks) != 4:
         raise NotExpressible(
             f"open_clip's modified ResNet has four stages, but this one has {len(blocks)}"
+        )
+    if image.norm_eps != ResNet.norm_eps:
+        raise NotExpressible(
+            f"open_clip's ResNet has norm_eps={ResNet.norm_eps}, not {image.norm_eps}"
         )
     return {
         "image_size": image.image_size,

@@ -65,7 +65,8 @@ def huggingface(
         )
     elif named:
         siglip = named.startswith("Siglip")
-    mean, std = _normalisation(section, siglip)
+    half = (0.5, 0.5, 0.5)
+    mean, std = normalisation(section, (half, half) if siglip else _OPENAI)
     resize, difference = _resizing(section, image_size, siglip)
     differences += difference
     interpolation, difference = _interpolation(section)
@@ -107,11 +108,14 @@ def _three(section: Section, key: str, default: tuple[float, ...]) -> tuple[floa
     return red, green, blue
 
 
-def _normalisation(
-    section: Section, siglip: bool
+_OPENAI = (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
+
+
+def normalisation(
+    section: Section, default: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and deviation of values in 0..1: those of the file, for its own scale of values."""
-    default = ((0.5,) * 3,) * 2 if siglip else (photometry.OPENAI_MEAN, photometry.OPENAI_STD)
+    """Mean and deviation of values in 0..1: those of the file or `default`, for its own scale of
+    values."""
     mean, std = _three(section, "image_mean", default[0]), _three(section, "image_std", default[1])
     if not section.flag("do_normalize", True, null=False):
         mean, std = (0.0,) * 3, (1.0,) * 3

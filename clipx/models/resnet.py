@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import Depth, Pixels, Width
+from clipx.config.ranges import Depth, Epsilon, Pixels, Width
 from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     BatchNorm,
@@ -60,11 +60,13 @@ class Residual(nn.Module):
     bottleneck: bool
     modified: bool
     zero_gamma: bool
+    norm_eps: float
     dtype: str
+    pooled_shortcut: bool = False  # a plain block's shortcut strides by average pooling
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b i j k"]:
-        conv, norm = _conv_and_norm(self.modified, self.dtype, train)
+        conv, norm = _conv_and_norm(self.modified, self.norm_eps, self.dtype, train)
         last_scale = initializers.zeros if self.zero_gamma else initializers.ones
         conv_stride = 1 if self.modified else self.stride
         if self.bottleneck:
@@ -78,12 +80,18 @@ class Residual(nn.Module):
             y = nn.relu(norm("bn1")(conv("conv1", width, 3, conv_stride)(x)))
             y = norm("bn2", last_scale)(conv("conv2", width, 3)(y))
         if self.stride > 1 or x.shape[-1] != width:
+            if self.pooled_shortcut and self.stride > 1:
+                size = (self.stride, self.stride)
+                x = nn.avg_pool(x, size, size, "SAME", count_include_pad=False)
+                conv_stride = 1
             x = _average(x, self.stride) if self.modified else x
             x = norm("bn_shortcut")(conv("conv_shortcut", width, 1, conv_stride)(x))
         return constrain_rows(nn.relu(x + y))
 
 
-def _conv_and_norm(modified: bool, dtype: str, train: bool) -> tuple[Callable, Callable]:
+def _conv_and_norm(
+    modified: bool, norm_eps: float, dtype: str, train: bool
+) -> tuple[Callable, Callable]:
     """Functions that make a convolution, without bias and padded as in torch, and a BatchNorm."""
 
     def conv(name: str, width: int, size: int, stride: int = 1) -> nn.Conv:
@@ -99,7 +107,9 @@ def _conv_and_norm(modified: bool, dtype: str, train: bool) -> tuple[Callable, C
         )
 
     def norm(name: str, scale_init: Any = initializers.ones) -> Callable:
-        return functools.partial(BatchNorm(dtype, scale_init=scale_init, name=name), train=train)
+        return functools.partial(
+            BatchNorm(dtype, norm_eps, scale_init=scale_init, name=name), train=train
+        )
 
     return conv, norm
 
@@ -130,7 +140,9 @@ class ResNet(Tower):
 
     The modified ResNet has a stem of three convolutions, strides by average pooling, and ends in
     attention pooling, whose output projection is the tower's and has a bias. The plain ResNet ends
-    in mean pooling. `blocks` (per stage) and `width` (of the stem) override the variant's.
+    in mean pooling. With `deep_stem` it has a stem of three convolutions, and shortcuts stride by
+    average pooling (He et al. 2018, arXiv:1812.01187, ResNet-D; timm's `resnet50d`). `blocks` (per
+    stage) and `width` (of the stem) override the variant's.
 
     Images must be normalised. `tokens` of the result are the last feature map. Linen's
     intermediates and perturbations also hold it, as `last_map`. In training, BatchNorm's statistics
@@ -142,6 +154,8 @@ class ResNet(Tower):
     width: Width | None = None
     blocks: tuple[Depth, ...] | None = None
     zero_gamma: bool = False  # plain blocks start as the identity; modified blocks always do
+    deep_stem: bool = False  # of a plain variant
+    norm_eps: Epsilon = 1e-5
 
     @nn.nowrap
     def check(self) -> None:
@@ -155,6 +169,12 @@ class ResNet(Tower):
             f"{self.image_size} pixels",
             f"a multiple of {stride}",
             f"set image_size={max(round(self.image_size / stride), 1) * stride}",
+        )
+        check(
+            not (self.modified and self.deep_stem),
+            self.at("deep_stem"),
+            f"{self.deep_stem} with {self.variant}",
+            f"one of {', '.join(PLAIN)}: OpenAI's have a deep stem of their own",
         )
         check(
             0 < len(blocks) <= 8,
@@ -214,8 +234,7 @@ class ResNet(Tower):
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
-        """The heads of the attention pool."""
-        return {"heads": self.heads}
+        return {"heads": self.heads, "norm_eps": self.norm_eps}
 
     @nn.compact
     def features(
@@ -229,15 +248,17 @@ class ResNet(Tower):
         modified = self.modified
         if x.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
-        conv, norm = _conv_and_norm(modified, self.dtype, train)
+        conv, norm = _conv_and_norm(modified, self.norm_eps, self.dtype, train)
         x = x.astype(self.dtype)
-        if modified:
+        if modified or self.deep_stem:
             x = nn.relu(norm("bn1")(conv("conv1", width // 2, 3, 2)(x)))
             x = nn.relu(norm("bn2")(conv("conv2", width // 2, 3)(x)))
             x = nn.relu(norm("bn3")(conv("conv3", width, 3)(x)))
-            x = _average(x, 2)
         else:
             x = nn.relu(norm("bn1")(conv("conv1", width, 7, 2)(x)))
+        if modified:
+            x = _average(x, 2)
+        else:
             padding = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), (2, 2), padding)  # pyright: ignore[reportArgumentType]
         for stage, count in enumerate(blocks):
@@ -248,6 +269,8 @@ class ResNet(Tower):
                     bottleneck=modified or PLAIN[self.variant][1],
                     modified=modified,
                     zero_gamma=modified or self.zero_gamma,
+                    norm_eps=self.norm_eps,
+                    pooled_shortcut=self.deep_stem,
                     dtype=self.dtype,
                     name=f"stage_{stage}_{i}",
                 )(x, train=train)

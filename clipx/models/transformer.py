@@ -54,6 +54,18 @@ class SelfAttention(nn.Module):
         return Affine((width,), self.dtype, init, inputs=2, lora=lora, name="out")(y)
 
 
+class LayerScale(nn.Module):
+    """A learned factor of each channel (Touvron et al. 2021, arXiv:2103.17239, section 2)."""
+
+    start: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*r c"]) -> Float[Array, "*r c"]:
+        init = initializers.constant(self.start)
+        return x * self.param("scale", init, x.shape[-1:], jnp.float32).astype(self.dtype)
+
+
 class Block(nn.Module):
     """One pre-LN transformer block (CLIP, clip/model.py, ResidualAttentionBlock)."""
 
@@ -68,6 +80,7 @@ class Block(nn.Module):
     dtype: str
     tokens: int = 0  # as in `SelfAttention`
     lora: Lora | None = None
+    layer_scale: float | None = None  # initial factor of what a block adds; None: no factor
 
     @nn.compact
     def __call__(
@@ -99,8 +112,14 @@ class Block(nn.Module):
             rows = y.reshape(-1, self.tokens, width) if self.tokens else y
             return drop(rows, self.dropout, keys, index).reshape(y.shape)
 
-        x = x + dropped(attend(norm(name="ln_1")(x), lengths), 2 * index)
-        y = mlp(norm(name="ln_2")(x))
+        def scaled(y: Array, name: str) -> Array:
+            if self.layer_scale is None:
+                return y
+            return LayerScale(self.layer_scale, self.dtype, name=name)(y)
+
+        y = scaled(attend(norm(name="ln_1")(x), lengths), "scale_1")
+        x = x + dropped(y, 2 * index)
+        y = scaled(mlp(norm(name="ln_2")(x)), "scale_2")
         return constrain_rows(x + dropped(y, 2 * index + 1))
 
 
@@ -130,6 +149,7 @@ class Transformer(nn.Module):
     block_init: Literal["clip", "torch"] = "clip"
     dtype: str = "float32"
     lora: Lora | None = None
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(
@@ -170,6 +190,7 @@ class Transformer(nn.Module):
             dtype=self.dtype,
             tokens=padded_tokens,
             lora=self.lora,
+            layer_scale=self.layer_scale,
         )
         if not self.scan:
             for i in range(self.depth):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import Depth, Epsilon, Pixels, Rate, Ratio, Width
+from clipx.config.ranges import CountOrZero, Depth, Epsilon, Pixels, Rate, Ratio, Width
 from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     MLP,
@@ -77,9 +77,11 @@ class ViT(Tower):
 
     `variant` names size and patch, such as "ViT-B/32"; `width`, `depth`, `heads`, `patch` and
     `mlp_ratio` override it. `pool` picks `backbone`: "class" is the class token after `ln_post`.
-    "mean" and "attention" have no class token, apply `ln_post` to all tokens, and take their mean
-    or a `MapHead`. `tokens` of the result are the patch tokens before `ln_post`. Images must be
-    normalised.
+    "mean" and "attention" apply `ln_post` to all tokens, and take the patches' mean or a `MapHead`
+    of them; with `norm_pooled`, `ln_post` comes after the mean (timm's `fc_norm`). They have no
+    class token unless `class_token` says so. `registers` more tokens (Darcet et al. 2023,
+    arXiv:2309.16588), and a class token that is not pooled, only take part in attention. `tokens`
+    of the result are the patch tokens before `ln_post`. Images must be normalised.
 
     With `freeze_patches` the patch embedding gets no gradient, as in MoCo v3 (arXiv:2104.02057,
     section 4) and in DeCLIP's code. A rule of the optimizer must exempt it from weight decay.
@@ -95,7 +97,11 @@ class ViT(Tower):
     patch: Pixels | None = None  # pixels
     mlp_ratio: Ratio | None = None
     pool: Literal["class", "mean", "attention"] = "class"
+    class_token: bool | None = None  # None: only where it is pooled
+    norm_pooled: bool = False
+    registers: CountOrZero = 0
     pre_norm: bool = True  # CLIP's LayerNorm before the first block
+    layer_scale: Epsilon | None = None  # initial factor of what a block adds (DINOv2); None: none
     block_init: Literal["torch", "clip"] = "torch"  # "clip": scaled by depth, as in the text tower
     freeze_patches: bool = False  # the patch embedding keeps its initial values
     activation: Activation = "gelu"
@@ -115,6 +121,18 @@ class ViT(Tower):
             f"{self.image_size} pixels with a patch of {patch}",
             "a multiple of the patch",
             f"set image_size={max(round(self.image_size / patch), 1) * patch}",
+        )
+        check(
+            self.has_class or self.pool != "class",
+            self.at("class_token"),
+            self.class_token,
+            "a class token for pool='class'",
+        )
+        check(
+            not self.norm_pooled or self.pool == "mean",
+            self.at("norm_pooled"),
+            f"{self.norm_pooled} with pool={self.pool!r}",
+            "pool='mean', whose norm can be on either side",
         )
         check(
             width % heads == 0,
@@ -141,6 +159,11 @@ class ViT(Tower):
         )
 
     @property
+    def has_class(self) -> bool:
+        """Whether there is a class token."""
+        return self.pool == "class" if self.class_token is None else self.class_token
+
+    @property
     def backbone_width(self) -> int:
         """The width of a block."""
         return self.shape[0]
@@ -149,7 +172,7 @@ class ViT(Tower):
     def position_table(self) -> PositionTable:
         """One row for the class token, if there is one, then one per patch."""
         side = self.image_size // self.shape[-1]
-        return PositionTable(("positional_embedding",), int(self.pool == "class"), (side, side))
+        return PositionTable(("positional_embedding",), int(self.has_class), (side, side))
 
     @property
     def unseen_settings(self) -> dict[str, Any]:
@@ -160,6 +183,7 @@ class ViT(Tower):
             "heads": self.shape[2],
             "pool": self.pool,
             "pre_norm": self.pre_norm,
+            "norm_pooled": self.norm_pooled,
         }
 
     @nn.compact
@@ -185,13 +209,17 @@ class ViT(Tower):
             name="patch_embedding",
         )(x).reshape(rows, side * side, width)
         normal = initializers.normal(width**-0.5)
-        first = int(self.pool == "class")  # patch tokens start here
-        if first:
+        if self.has_class:
             token = self.param("class_embedding", normal, (width,), jnp.float32)
             token = jnp.broadcast_to(token.astype(x.dtype), (rows, 1, width))
             x = jnp.concatenate([token, x], axis=1)
         position = self.param("positional_embedding", normal, x.shape[1:], jnp.float32)
         x = x + position.astype(x.dtype)
+        first = int(self.has_class) + self.registers  # patch tokens start here
+        if self.registers:
+            table = self.param("register_embedding", normal, (self.registers, width), jnp.float32)
+            table = jnp.broadcast_to(table.astype(x.dtype), (rows, *table.shape))
+            x = jnp.concatenate([x[:, : -side * side], table, x[:, -side * side :]], axis=1)
         if self.pre_norm:
             x = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_pre")(x)
         x = Transformer(
@@ -206,16 +234,19 @@ class ViT(Tower):
             block_init=self.block_init,
             dtype=self.dtype,
             lora=self.lora,
+            layer_scale=self.layer_scale,
             name="transformer",
         )(x, keys=dropout_keys(self.dropout, train, keys))
         tokens = x[:, first:]
         ln_post = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_post")
         if self.pool == "class":
             pooled = ln_post(x[:, 0])
+        elif self.norm_pooled:
+            pooled = ln_post(mean_tokens(tokens))
         elif self.pool == "mean":
-            pooled = mean_tokens(ln_post(x))
+            pooled = mean_tokens(ln_post(tokens))
         else:
             pooled = MapHead(
                 heads, mlp_width, self.activation, self.norm_eps, self.dtype, name="pool"
-            )(ln_post(x))
+            )(ln_post(tokens))
         return pooled, tokens

@@ -4,6 +4,7 @@ import base64
 import functools
 import types
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,7 @@ from clipx.errors import ConfigError, NotExpressible, NotProven
 from clipx.interop import libraries, load, open_clip, tokenizer, verify
 from clipx.interop import model as models
 from clipx.models.bert import BERT
+from clipx.models.efficientnet import EfficientNet
 from clipx.models.resnet import ResNet
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
@@ -189,6 +191,51 @@ def test_proof_without_a_class_token(pool, pre_norm, tmp_path):
     folder = write(tmp_path / "a", written)
     proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
     assert proof.image_cosine > 0.9999999 and proof.logits < 1e-4
+
+
+GUESTS = {
+    "registers": ViT(**VIT, pre_norm=False, registers=2, layer_scale=0.1, **BOTH),
+    "norm_pooled": ViT(
+        **VIT, pre_norm=False, pool="mean", class_token=True, norm_pooled=True, **BOTH
+    ),
+    "resnet18d": ResNet(variant="resnet18", deep_stem=True, image_size=32, **BOTH),
+    "efficientnet": EfficientNet(
+        variant="efficientnet_lite0", image_size=32, padding="same", norm_eps=1e-3, **BOTH
+    ),
+}
+
+
+@with_open_clip
+@pytest.mark.parametrize("name", GUESTS)
+def test_proof_of_towers_that_timm_has(name, tmp_path):
+    """Written, judged by open_clip, and read back as a tower of the same output."""
+    config, words, text = clip_words()
+    written = model(GUESTS[name], TextTransformer(**text, **BOTH), words)
+    folder = write(tmp_path / "a", written)
+    proof = verify.prove(FORMAT, folder, written, tokenizers.build(config))
+    assert proof.image_cosine > 0.9999999 and proof.logits < 1e-4
+    read, x = load.load(str(folder)), np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+    assert read.image.unseen_settings.keys() == written.image.unseen_settings.keys()
+
+    def encoded(m):
+        stats = m.batch_stats.get("image", {})
+        variables = {"params": m.params["image"], "batch_stats": stats}
+        return jax.jit(m.image.apply)(variables, x).raw
+
+    ours, back = encoded(written), encoded(read)
+    np.testing.assert_allclose(back, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_towers_that_timm_does_not_have_are_refused():
+    _, words, text = clip_words()
+    for fields, match in (
+        ({"width": 0.5}, "width or depth"),
+        ({"padding": "same"}, "padding=same and norm_eps=1e-05"),
+    ):
+        image = EfficientNet(image_size=32, **fields, **BOTH)
+        written = model(image, TextTransformer(**text, **BOTH), words)
+        with pytest.raises(NotExpressible, match=match):
+            FORMAT.configs(written, "")
 
 
 @with_open_clip

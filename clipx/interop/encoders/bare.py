@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 from clipx.errors import ConfigError
-from clipx.interop import efficientnet_layout
+from clipx.interop import efficientnet_layout, resnet_layout
 from clipx.interop.encoders.base import Encoder
 from clipx.interop.encoders.common import reader
+from clipx.interop.encoders.timm import LEFT_OUT
 from clipx.interop.rules import Arrays
 from clipx.models.efficientnet import VARIANTS, EfficientNet
+from clipx.models.resnet import PLAIN, ResNet
 from clipx.ops import photometry
 
 # the least that a config of timm holds
@@ -25,9 +28,34 @@ def describe(arrays: Callable[[], Arrays], file: pathlib.Path, where: str) -> En
     names = arrays()
     if "_conv_stem.weight" in names:
         return _efficientnet(arrays, file, where)
+    if "layer1.0.conv1.weight" in names:
+        return _resnet(arrays, file, where)
     found = f"{file}, whose arrays do not tell what it is: {', '.join(sorted(names)[:3])}, ..."
     fix = f"write {file.parent / 'config.json'} as timm does: {CONFIG}"
     raise ConfigError(where, found, "a config.json beside the weights", fix)
+
+
+def _resnet(arrays: Callable[[], Arrays], file: pathlib.Path, where: str) -> Encoder:
+    """A ResNet of torchvision or timm, which have the same names."""
+    found = arrays()
+    blocks = tuple(
+        sum(bool(re.fullmatch(rf"layer{i}\.\d+\.conv1\.weight", name)) for name in found)
+        for i in range(1, 5)
+    )
+    shape = (blocks, "layer1.0.conv3.weight" in found)
+    variant = next((name for name, known in PLAIN.items() if known == shape), None)
+    if variant is None:
+        stated = f"{file}, a ResNet with {blocks} blocks"
+        raise ConfigError(where, stated, f"one of {', '.join(PLAIN)}")
+    deep = "conv1.0.weight" in found
+    tower = ResNet(variant=variant, deep_stem=deep, embed_dim=0, dtype="float32")
+    return Encoder(
+        layout="timm" if deep else "torchvision",
+        tower=tower,
+        read=reader(tower, resnet_layout.layout(tower), arrays, LEFT_OUT, where),
+        preprocessing=_IMAGENET,
+        notes=("image_size=224, mean and std of ImageNet are guessed: the file has none",),
+    )
 
 
 def _efficientnet(arrays: Callable[[], Arrays], file: pathlib.Path, where: str) -> Encoder:
@@ -56,7 +84,9 @@ def _efficientnet(arrays: Callable[[], Arrays], file: pathlib.Path, where: str) 
     return Encoder(
         layout="efficientnet-lite" if lite else "efficientnet_pytorch",
         tower=tower,
-        read=reader(tower, efficientnet_layout.layout(tower, "flat"), arrays, ("_fc",), where),
+        read=reader(
+            tower, efficientnet_layout.layout(tower, "flat"), arrays, re.compile(r"_fc\."), where
+        ),
         preprocessing=_LITE if lite else _IMAGENET,
         notes=(guess,),
     )

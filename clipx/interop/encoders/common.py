@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from clipx.interop import rules
 from clipx.interop.model import tower_shapes
@@ -16,14 +17,14 @@ def reader(
     tower: Tower,
     layout: Sequence[Rule],
     arrays: Callable[[], Arrays],
-    heads: Collection[str],
+    left_out: re.Pattern[str],
     where: str,
 ) -> Callable[[], tuple[PyTree, PyTree]]:
-    """The `read` of an `Encoder`. heads: first parts of the names of layers above the features,
-    which are left out."""
+    """The `read` of an `Encoder`. left_out: matches the beginning of the names of arrays that the
+    features do not need, such as a classifier's."""
 
     def read() -> tuple[PyTree, PyTree]:
-        own = {k: x for k, x in arrays().items() if k.partition(".")[0] not in heads}
+        own = {k: x for k, x in arrays().items() if not left_out.match(k)}
         found = rules.read(layout, own, functools.partial(tower_shapes, "image", tower), where)
         return found["params"]["image"], found.get("batch_stats", {}).get("image", {})
 

@@ -1,4 +1,4 @@
-"""Image encoders in the layouts of timm and of the `efficientnet_pytorch` family."""
+"""Image encoders in the layouts of timm, torchvision, transformers and `efficientnet_pytorch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from clipx.errors import ConfigError
 from clipx.interop import load, weights
 from clipx.interop.base import read_json
-from clipx.interop.encoders import bare, timm
+from clipx.interop.encoders import bare, timm, transformers
 from clipx.interop.encoders.base import Encoder
 from clipx.interop.rules import Arrays
 
@@ -56,7 +56,9 @@ def _described(
         return bare.describe(arrays, file, where)
     if timm.describes(values):
         return timm.describe(values, f"{file.parent / CONFIG}", arrays, where)
-    found = f"{file.parent / CONFIG} without an architecture"
+    if transformers.describes(values):
+        return transformers.describe(values, file.parent, arrays, where)
+    found = f"{file.parent / CONFIG} without architecture or model_type"
     raise ConfigError(where, found, _EXPECTED)
 
 

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipx.errors import ConfigError
-from clipx.interop import efficientnet_layout
+from clipx.interop import timm_models
 from clipx.interop.encoders.base import Encoder
 from clipx.interop.encoders.common import reader
 from clipx.interop.rules import Arrays
 from clipx.interop.settings import Section, keys
-from clipx.models.base import Tower
-from clipx.models.efficientnet import VARIANTS, EfficientNet
 from clipx.ops import photometry
 
 # keys that change no feature
@@ -23,8 +21,7 @@ _CFG_HARMLESS = keys(
     "license origin_url paper_ids paper_name fixed_input_size min_input_size source notes source "
     "hf_hub_filename state_dict test_input_size test_crop_pct label_names label_descriptions"
 )
-_ARGS_HARMLESS = keys("num_classes in_chans drop_rate drop_path_rate global_pool")
-_HEADS = keys("classifier fc head head_dist")
+LEFT_OUT = re.compile(r"(?:classifier|fc|head)\.")
 
 
 def describes(values: Mapping[str, Any]) -> bool:
@@ -39,18 +36,14 @@ def describe(
     section = Section(values, file, harmless=_HARMLESS)
     name = str(section.get("architecture")).partition(".")[0]
     config = section.section("pretrained_cfg", _CFG_HARMLESS)
-    args = section.section("model_args", _ARGS_HARMLESS)
+    args = section.section("model_args", timm_models.HARMLESS)
     size, preprocessing, notes = _pictures(config)
-    made = _efficientnet(name, args, size)
-    if made is None:
-        known = ", ".join(VARIANTS)
-        raise ConfigError(section.at("architecture"), repr(name), f"one of {known}")
-    tower, layout = made
+    tower, layout, _ = timm_models.build(name, args, size, section.at("architecture"))
     unread = [line for part in (section, config, args) for line in part.unread("image.settings")]
     return Encoder(
         layout="timm",
         tower=tower,
-        read=reader(tower, layout, arrays, _HEADS, where),
+        read=reader(tower, layout, arrays, LEFT_OUT, where),
         preprocessing=preprocessing,
         notes=notes,
         differences=tuple(unread),
@@ -90,24 +83,3 @@ def _three(section: Section, key: str, default: tuple[float, ...]) -> tuple[floa
     if not right or not all(isinstance(x, int | float) for x in value):
         raise ConfigError(section.at(key), repr(value), "three numbers")
     return tuple(map(float, value))
-
-
-_EFFICIENTNET = re.compile(r"(tf_)?(efficientnet_(?:b[0-3]|lite[0-4]))$")
-
-
-def _efficientnet(name: str, args: Section, size: int) -> tuple[Tower, list] | None:
-    match = _EFFICIENTNET.match(name)
-    if match is None:
-        return None
-    tensorflow = bool(match[1])
-    pad = args.one_of("pad_type", ("", "same"), "same" if tensorflow else "")
-    tower = EfficientNet(
-        variant=match[2],
-        image_size=size,
-        padding="same" if pad else "symmetric",
-        norm_eps=args.number("bn_eps", 1e-3 if tensorflow else 1e-5),
-        norm_momentum=args.number("bn_momentum", 0.1),
-        embed_dim=0,
-        dtype="float32",
-    )
-    return tower, efficientnet_layout.layout(tower, "timm")
