@@ -180,3 +180,39 @@ def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, mo
     again.write()
     other = np.load(tmp_path / "b" / "backbone.npy")
     np.testing.assert_allclose(other, stored[:, :2], rtol=0, atol=1e-5)
+
+
+OBJECTIVES = {  # (fields of the objective, towers that are stored, crops of each picture)
+    "siglip": ({}, ("image", "text"), 0),
+    "clip_lite": ({"width": 16, "text_terms": True}, ("image", "text"), 0),
+    "protoclip": (
+        {"k": 4, "episode_size": 64, "projection_dim": 8, "projection_hidden": 16,
+         "warmup_episodes": 0, "iterations": 3, "restarts": 1}, ("image", "text"), 0,
+    ),
+    "filip": ({"token_width": 8, "contrast_clean_caption": True}, ("image", "text"), 0),
+    "slip": ({"head_width": 16, "head_dim": 8}, ("image", "text"), 4),
+    "declip": ({"simsiam_width": 16, "queue_size": 64}, ("image",), 5),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_on_stored_features(name, tmp_path):
+    fields, towers, views = OBJECTIVES[name]
+    base = config(("data.features.views", str(views)))
+    base["objective"] = {"name": name, **fields}
+    base["tokenizer"] |= {"mask": True}
+    base["data"] |= {"text_augment": {"operations": ("swap", "delete")}}
+    base["optimizer"]["freeze"] = tuple(f"^{side}/(?!projection)" for side in towers)
+    base["optimizer"].pop("rules", None)
+    if not views:
+        base["objective"]["augmentation"] = "center"
+        runs.finish(base, tmp_path / "plain", jax.devices()[:1])
+    for side in towers:
+        base[side] |= {"cache": True}
+    runs.finish(base, tmp_path / "cached")
+    if views:
+        assert np.isfinite(losses(tmp_path / "cached")).all()
+    else:
+        a, b = (losses(tmp_path / kind) for kind in ("plain", "cached"))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

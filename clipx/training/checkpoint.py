@@ -34,6 +34,8 @@ _FREE = (
     "config.train.tensorboard",
     "config.evals",
 )
+# folders that may lie elsewhere, but not be left out or named anew: what they hold is checked
+_FOLDERS = ("config.data.features.image", "config.data.features.text")
 
 
 def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -96,7 +98,9 @@ def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
     lines = [
         line
         for line in configs.difference(old, complete)
-        if not line.startswith(_FREE) and ": '(absent)' -> " not in line
+        if not line.startswith(_FREE)
+        and ": '(absent)' -> " not in line
+        and not (line.startswith(_FOLDERS) and "None" not in line)
     ]
     if lines:
         raise ConfigError(

@@ -195,6 +195,7 @@ def open_embedder(
     live = {name: {**config[name], "cache": False} for name in stored.TOWERS}
     live["data"] = {**config["data"], "features": {}}
     run = assemble(resolve({**config, **live}, None, say))
+    stored.refuse_mixture(run.data, "config.data.source")
     if tower == "image":
         stored.check_crops(run.objective, options["views"], "--views")
     elif options["views"]:

@@ -58,14 +58,19 @@ def checked(objective: Objective, data: DataConfig) -> Objective:
                 "a tower that is frozen below its head, so that its features stay what they are",
                 f"config.optimizer.freeze={freeze(name)!r}",
             )
-        if data.source == "mixture":
-            raise ConfigError(
-                where, "a mixture, in which rows repeat", "a source without parts",
-                "give one source a pattern or a list as its path",
-            )  # fmt: skip
+        refuse_mixture(data, where)
         for found, expected, fix in _faults(objective, data, name):
             raise ConfigError(where, found, expected, fix)
     return objective
+
+
+def refuse_mixture(data: DataConfig, where: str) -> None:
+    """Raises `ConfigError` at `where` for a mixture, which has some rows several times."""
+    if data.source == "mixture":
+        raise ConfigError(
+            where, "a mixture, in which rows repeat", "a source without parts",
+            "give one source a pattern or a list as its path",
+        )  # fmt: skip
 
 
 def freeze(name: str) -> tuple[str, ...]:

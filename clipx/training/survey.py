@@ -53,7 +53,8 @@ class Survey:
         """
         run, options = self.run, {"seed": self.run.config.seed}
         embed = make_survey_step(run.objective, microbatches=run.microbatches, **options)
-        extra, width = {}, run.objective.external_width
+        extra: dict[str, Any] = dict(run.batch.extra)
+        width = run.objective.external_width
         rows = meshes.batch_sharding(run.mesh)
         if width is not None:
             shape = (run.batch_size, width)
