@@ -6,13 +6,13 @@ It takes what the encoders call their pooler's output, so a text must be pooled 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from clipx.errors import ConfigError, NotExpressible
-from clipx.interop import bert_layout, huggingface_configs, rules
+from clipx.interop import bert_layout, huggingface_configs, rules, vit_layout
 from clipx.interop import huggingface_layout as layout
 from clipx.interop.encoders import tokenizer
 from clipx.interop.model import (
@@ -31,7 +31,8 @@ from clipx.models.bert import BERT
 from clipx.models.vit import ViT
 
 TYPE = "vision-text-dual-encoder"
-_CLIP, _SIGLIP, _DINO = "clip_vision_model", "siglip_vision_model", "dinov2"
+_CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
+_DINO, _REGISTERS = "dinov2", "dinov2_with_registers"
 # keys of a DINOv2's config that change no pooled output
 _DINO_HARMLESS = keys(
     "apply_layernorm drop_path_rate layerscale_value out_features out_indices stage_names "
@@ -75,7 +76,8 @@ def read(
     width = config.size("projection_dim", 512)
     vision = config.section("vision_config", layout.HARMLESS | _DINO_HARMLESS)
     words = config.section("text_config", layout.HARMLESS | bert_layout.HARMLESS)
-    image, image_kind = _vision(vision, width)
+    scales = [x for name, x in given.items() if name.endswith(".lambda1")]
+    image, image_kind = _vision(vision, width, scales)
     text_kind, pad_id, fields = bert_layout.read_config(words, words.where)
     length = settings.get("model_max_length")
     positions = fields["positions"]
@@ -133,9 +135,11 @@ def _kinds(model: Model) -> tuple[str, str]:
         )
     if type(image) is not ViT:
         raise NotExpressible(f"transformers pools no {type(image).__name__} as clipx does{_ELSE}")
-    check_tokens(image, "VisionTextDualEncoderModel")
-    kinds = {("class", True): _CLIP, ("class", False): _DINO, ("attention", False): _SIGLIP}
+    dino = _REGISTERS if image.registers else _DINO
+    kinds = {("class", True): _CLIP, ("class", False): dino, ("attention", False): _SIGLIP}
     kind = kinds.get((image.pool, image.pre_norm))
+    if kind != dino:
+        check_tokens(image, "VisionTextDualEncoderModel")
     if kind is None:
         with_ = "with" if image.pre_norm else "without"
         raise NotExpressible(
@@ -159,9 +163,10 @@ def _rules(image: Any, text: Any, width: int, vision: str, kind: str) -> list[Ru
 def _vision_config(image: Any, kind: str) -> dict[str, Any]:
     width, depth, heads, mlp_width, patch = image.shape
     sizes = huggingface_configs.sizes(width, depth, heads, mlp_width, image)
-    if kind == _DINO:
+    if kind in (_DINO, _REGISTERS):
         del sizes["intermediate_size"], sizes["attention_dropout"]
         sizes |= {"mlp_ratio": _ratio(mlp_width, width), "use_swiglu_ffn": False}
+        sizes |= {"num_register_tokens": image.registers} if image.registers else {}
     return sizes | {
         "model_type": kind,
         "image_size": image.image_size,
@@ -179,75 +184,30 @@ def _ratio(mlp_width: int, width: int) -> int:
     return mlp_width // width
 
 
-def _vision(vision: Section, width: int) -> tuple[ViT, str]:
-    """(the image tower of a `vision_config`, its `model_type`)."""
-    kind = vision.one_of("model_type", (_CLIP, _SIGLIP, _DINO), None)
-    if kind == _DINO:
-        return layout.dino_tower(vision, width), kind
+def _vision(vision: Section, width: int, scales: Collection[np.ndarray]) -> tuple[ViT, str]:
+    """(the image tower of a `vision_config`, its `model_type`). scales: of DINOv2's blocks, which a
+    tower leaves out if they are 1."""
+    kind = vision.one_of("model_type", (_CLIP, _SIGLIP, _DINO, _REGISTERS), None)
+    if kind in (_DINO, _REGISTERS):
+        registers = vision.size("num_register_tokens", 4) if kind == _REGISTERS else 0
+        scale = None if all((x == 1).all() for x in scales) else 1.0
+        tower = layout.dino_tower(vision, width)
+        return tower.clone(registers=registers, layer_scale=scale), kind
     return layout.vision_tower(vision, width, siglip=kind == _SIGLIP), kind
 
 
 def _dino(image: ViT) -> list[Rule]:
-    """DINOv2's encoder. Its scales of a block's two halves are 1 in what clipx writes; reading
-    multiplies the layers before them."""
-    a, b = "params/image", "vision_model"
-    width, depth, heads, *_ = image.shape
-    position, bias = f"{b}.embeddings.position_embeddings", "patch_embeddings.projection.bias"
-
-    def biased(x: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray]:
-        """Positions, with the bias that every patch gets; the class token is not one."""
-        return (np.concatenate([x[0, :1], x[0, 1:] + bias]),)
-
-    found = [
-        rules.conv(f"{a}/patch_embedding", f"{b}.embeddings.patch_embeddings.projection"),
-        Rule(
-            (f"{a}/class_embedding",),
-            (f"{b}.embeddings.cls_token",),
-            lambda x: (x[None, None],),
-            lambda x: (x[0, 0],),
-        ),
-        Rule(
-            (f"{a}/positional_embedding",),
-            (position, f"{b}.embeddings.{bias}"),
-            lambda x: (x[None], np.zeros(width, np.float32)),
-            biased,
-        ),
-        rules.constant(f"{b}.embeddings.mask_token", lambda: np.zeros((1, width), np.float32)),
-        *rules.norm(f"{a}/ln_post", f"{b}.layernorm"),
-    ]
-    for i in range(depth):
-        ours, theirs = f"{a}/transformer/block_{i}", f"{b}.encoder.layer.{i}"
-        names = tuple(f"{theirs}.attention.attention.{n}" for n in ("query", "key", "value"))
-        out = rules.heads_out(f"{ours}/attn/out", f"{theirs}.attention.output.dense", heads)
-        found += [
-            *rules.norm(f"{ours}/ln_1", f"{theirs}.norm1"),
-            *rules.heads_in((f"{ours}/attn/qkv",), names, heads, (3,)),
-            *_scaled(out, f"{theirs}.layer_scale1.lambda1", width),
-            *rules.norm(f"{ours}/ln_2", f"{theirs}.norm2"),
-            *rules.dense(f"{ours}/mlp/fc", f"{theirs}.mlp.fc1"),
-            *_scaled(
-                rules.dense(f"{ours}/mlp/proj", f"{theirs}.mlp.fc2"),
-                f"{theirs}.layer_scale2.lambda1",
-                width,
-            ),
-        ]
+    """DINOv2's encoder, whose blocks scale what they add: by 1 for a tower that does not."""
+    width, depth, *_ = image.shape
+    names, prefix = vit_layout.DINO, "vision_model."
+    found = vit_layout.layout(image, names, prefix, positioned="with_class")
+    mask = f"{prefix}embeddings.mask_token"
+    found.append(rules.constant(mask, lambda: np.zeros((1, width), np.float32)))
+    if image.layer_scale is None:
+        blocks = [f"{prefix}{names.block}.{i}" for i in range(depth)]
+        scales = [f"{block}.{name}" for block in blocks for name in (names.scale_1, names.scale_2)]
+        found += [rules.constant(scale, lambda: np.ones(width, np.float32)) for scale in scales]
     return found
-
-
-def _scaled(layer: list[Rule], scale: str, width: int) -> list[Rule]:
-    """The rules of a layer as one, with the scale of its outputs, the last axis of its arrays."""
-    ours = tuple(path for rule in layer for path in rule.ours)
-    theirs = tuple(name for rule in layer for name in rule.theirs)
-
-    def out(*xs: np.ndarray) -> tuple[np.ndarray, ...]:
-        made = [rule.out(x)[0] for rule, x in zip(layer, xs, strict=True)]
-        return (*made, np.ones(width, np.float32))
-
-    def back(*xs: np.ndarray) -> tuple[np.ndarray, ...]:
-        made = [rule.back(x)[0] for rule, x in zip(layer, xs[:-1], strict=True)]
-        return tuple(x * xs[-1] for x in made)
-
-    return [Rule(ours, (*theirs, scale), out, back)]
 
 
 def tokenizer_fields(

@@ -23,6 +23,13 @@ BOTH = {"embed_dim": 24, "dtype": "float32"}
 PICTURES = {
     "clip": {"pool": "class", "pre_norm": True},
     "dinov2": {"pool": "class", "pre_norm": False, "norm_eps": 1e-6},
+    "dinov2 with all": {
+        "pool": "class",
+        "pre_norm": False,
+        "norm_eps": 1e-6,
+        "layer_scale": 1.0,
+        "registers": 3,
+    },
     "siglip": {"pool": "attention", "pre_norm": False, "activation": "gelu_tanh"},
 }
 
@@ -59,7 +66,7 @@ def same_towers(a, b):
 @pytest.mark.parametrize(
     ("kind", "picture"),
     [("bert", "clip"), ("bert", "dinov2"), ("bert", "siglip"), ("roberta", "clip"),
-     ("mpnet", "dinov2")],
+     ("mpnet", "dinov2 with all")],
 )  # fmt: skip
 def test_a_dual_encoder_is_read_again(kind, picture, tmp_path):
     model, own = made(tmp_path, kind, picture, pool="pooler")
@@ -136,7 +143,7 @@ def test_proof_open_clip(kind, fields, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "picture"),
     [("bert", "clip"), ("bert", "dinov2"), ("bert", "siglip"), ("roberta", "clip"),
-     ("mpnet", "dinov2")],
+     ("mpnet", "dinov2 with all")],
 )  # fmt: skip
 def test_proof_dual_encoder(kind, picture, tmp_path):
     fields = {"pool": "pooler", "normalize": kind == "bert"}
@@ -146,7 +153,7 @@ def test_proof_dual_encoder(kind, picture, tmp_path):
 
 @with_transformers
 def test_a_real_dinov2_is_read_with_its_scales(tmp_path):
-    """transformers' own folder: scales of blocks and the bias of patches go into other arrays."""
+    """Nothing in the folder is 0 or 1. The bias of patches goes to their positions."""
     from clipx.interop import libraries
 
     torch, transformers = libraries.require("torch"), libraries.require("transformers")
