@@ -41,7 +41,7 @@ from clipx.objectives.filip import (
     hide_words,
 )
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree, Views
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, Views
 
 # numbers of a row's independent keys; key 2 hides words
 _IMAGE, _TEXT, _, _OTHER_IMAGE, _OTHER_TEXT, _MASKED_TEXT = range(6)
@@ -65,6 +65,8 @@ class DeCLIP(Objective):
     contrastive: CLIP's loss, averaged over two views x two texts; the paper weights the first pair
       separately. The first text is the caption with hidden words, so that one pass of the text
       tower serves this term and `masked_lm`. `contrast_clean_caption` adds a pass without them.
+      The second text is the caption after one augmentation, or, with `second_text` "other", another
+      caption of the picture.
     masked_lm: predicts the hidden words (a share `mask_rate`, BERT's 80/10/10). It is one mean over
       all hidden words of the batch, 0 if there are none; the code's mean of per-device means is NaN
       there. The head shares no weights with an embedding. The text tower is causal, so a word is
@@ -100,6 +102,7 @@ class DeCLIP(Objective):
     masked_lm_weight: NonNegative = 0.2
     late_interaction_weight: NonNegative = 0.0
     contrast_clean_caption: bool = False
+    second_text: Literal["augmented", "other"] = "augmented"
     mask_rate: MaskRate = 0.15
     # the predictor's hidden layer has half this width
     simsiam_width: Annotated[int, Range(2, 2**16)] = 1024
@@ -153,7 +156,7 @@ class DeCLIP(Objective):
     @property
     def views(self) -> Views:
         views = super().views
-        return views._replace(pictures=views.pictures * 2, texts=("caption", "augmented"))
+        return views._replace(pictures=views.pictures * 2, texts=("caption", self.second_text))
 
     def init_memory(self) -> PyTree:
         if not self.neighbour_weight:
@@ -164,16 +167,16 @@ class DeCLIP(Objective):
         return {"queue": unit(rows), "pointer": jnp.int32(0)}
 
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> DeCLIPFeatures:
-        caption, augmented = batch.text[:, 0], batch.text[:, 1]
+        ids, caption, second = batch.text[:, 0], self.words(batch, 0), self.words(batch, 1)
 
         def image(view: int, use: int) -> Encoded:
             pixels = self.picture(batch, keys, view)
             return self.encode_image(pixels, train=train, keys=tower_keys(keys, use))
 
-        def text(ids: Int32[Array, "b n"], use: int) -> Encoded:
-            return self.encode_text(ids, train=train, keys=tower_keys(keys, use))
+        def text(words: Int32[Array, "b n"] | Stored, use: int) -> Encoded:
+            return self.encode_text(words, train=train, keys=tower_keys(keys, use))
 
-        hidden, selected = caption, jnp.zeros(caption.shape, bool)
+        hidden, selected = caption, jnp.zeros(ids.shape, bool)
         if train and self.hides_words:
             hidden, selected = hide_words(self, batch, keys)
         contrasted = caption if self.contrast_clean_caption else hidden
@@ -183,17 +186,17 @@ class DeCLIP(Objective):
             masked = text(hidden, _MASKED_TEXT) if self.contrast_clean_caption else first_text
             tokens = present(masked.tokens)
             head = self.vocabulary(tokens.shape[-1])
-            total, count = losses.masked_lm(tokens, *head, caption, selected)
+            total, count = losses.masked_lm(tokens, *head, ids, selected)
             masked_lm = jnp.stack([total, count.astype(total.dtype)], axis=1)
         if self.late_interaction_weight:
             dense, end = self.late_interaction, self.text.eot_id
             image_tokens = dense.image_tokens(present(first_image.tokens))
-            text_tokens = dense.text_tokens(present(first_text.tokens), caption, end)
+            text_tokens = dense.text_tokens(present(first_text.tokens), ids, end)
         return DeCLIPFeatures(
             image=wide(present(first_image.raw)),
             other_image=wide(present(image(1, _OTHER_IMAGE).raw)),
             text=present(first_text.unit),
-            other_text=present(text(augmented, _OTHER_TEXT).unit),
+            other_text=present(text(second, _OTHER_TEXT).unit),
             masked_lm=masked_lm,
             image_tokens=image_tokens,
             text_tokens=text_tokens,

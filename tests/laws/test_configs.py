@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, configs
 from support.pixels import Examples
 
 from clipx.config import files
@@ -43,15 +43,6 @@ MARKED_SPECS = [
 ]
 
 
-def shrunk(config):
-    """The config with towers of few layers. All of its values are still bound and traced, in a
-    tenth of the time."""
-    few = {"resnet": {"blocks": (1, 1, 1, 1), "width": 32}}
-    for tower in ("image", "text"):
-        config[tower] |= few.get(config[tower]["name"], {"depth": 1})
-    return config
-
-
 def kind(run):
     """A key that is equal for runs whose steps consist of the same operations. It ignores names of
     sizes, and replaces each number by whether it is 0, because a 0 may turn a term off. Shapes that
@@ -63,7 +54,7 @@ def kind(run):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_binds(spec):
-    bound = bind(Config, files.load(f"{FOLDER}/{spec}"))
+    bound = bind(Config, configs.load(f"{FOLDER}/{spec}"))
     objective, sections = bind_objective(bound)
     assert objective.image and sections["objective"]["name"]
     assert all(schema.EvalSpec.check(name, section) for name, section in bound.evals.items())
@@ -72,13 +63,13 @@ def test_binds(spec):
 @pytest.mark.slow  # `test_traces` assembles the first variant of each file
 @pytest.mark.parametrize("spec", SPECS)
 def test_assembles(spec):
-    run = assemble(shrunk(files.load(f"{FOLDER}/{spec}")), jax.devices()[:1])
+    run = assemble(configs.shrunk(f"{FOLDER}/{spec}"), jax.devices()[:1])
     assert run.state.params and run.complete["objective"]["name"]
 
 
 @pytest.mark.parametrize("spec", MARKED_SPECS)
 def test_traces(spec):
-    run = assemble(shrunk(files.load(f"{FOLDER}/{spec}")), jax.devices())
+    run = assemble(configs.shrunk(f"{FOLDER}/{spec}"), jax.devices())
     assert run.mesh.size == 8
     if kind(run) in TRACED:
         return
@@ -103,7 +94,7 @@ def test_traces(spec):
     "spec", [s if s == "clip.py" else pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
 )
 def test_devices_change_no_shape(spec):
-    config = shrunk(files.load(f"{FOLDER}/{spec}"))
+    config = configs.shrunk(f"{FOLDER}/{spec}")
     one, eight = (assemble(config, jax.devices()[:n]) for n in (1, 8))
     assert (one.mesh.size, eight.mesh.size) == (1, 8)
     assert jax.tree.map(jnp.shape, one.state) == jax.tree.map(jnp.shape, eight.state)
@@ -113,7 +104,7 @@ def test_devices_change_no_shape(spec):
 @pytest.mark.slow  # `test_traces` does without the layers that are alike
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_assembles_in_full(file):
-    run = assemble(files.load(f"{file}:{files.variants(file)[0]}"), jax.devices()[:1])
+    run = assemble(configs.load(f"{file}:{files.variants(file)[0]}".rstrip(":")), jax.devices()[:1])
     assert jax.tree.leaves(run.state.params)
 
 
@@ -128,7 +119,7 @@ def test_assembles_in_full(file):
 )
 def test_published_size(spec, count):
     """The parameter counts of OpenAI's and the authors' models."""
-    run = assemble(files.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
+    run = assemble(configs.load(f"{FOLDER}/{spec}"), jax.devices()[:1])
     assert sum(x.size for x in jax.tree.leaves(run.state.params)) == count
 
 

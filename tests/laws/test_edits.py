@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support import ROOT, edits
+from support import ROOT, configs, edits
 
 from clipx.config import files
 from clipx.errors import ConfigError
@@ -29,12 +29,7 @@ def closed(monkeypatch):
 def shipped():
     """A config of every file and variant, with few layers."""
     specs = [f"{f}:{v}".rstrip(":") for f in FILES for v in files.variants(f)]
-    few = {"resnet": {"blocks": (1, 1, 1, 1), "width": 32}}
-    configs = [files.load(spec) for spec in specs]
-    for config in configs:
-        for tower in ("image", "text"):
-            config[tower] |= few.get(config[tower]["name"], {"depth": 1})
-    return configs
+    return [configs.shrunk(spec) for spec in specs]
 
 
 def outcome(call, *args, said):

@@ -1,0 +1,128 @@
+"""Image-text models from two encoders that others trained, such as a timm model and a
+sentence-transformers folder: name them in `image.init_from` and `text.init_from`.
+
+`:locked` trains a linear head on each frozen tower, from features that are computed once. `:lit`
+tunes the text tower too (LiT, arXiv 2111.07991), and `:lora` adapters of its attention and MLPs
+(arXiv 2106.09685). `:tuned` trains everything, the towers at a tenth of the heads' rate, lower
+blocks slower.
+
+`--config.objective.name` picks the method: clip, siglip, clip_lite, declip or protoclip. Heads
+start from canonical correlations (`head_init`), so that a run begins where linear CCA ends.
+"""
+
+from ml_collections import ConfigDict
+
+from clipx.configs import common
+
+VARIANTS = ("locked", "lit", "lora", "tuned")
+
+_TOWER = {
+    "name": "auto",
+    "init_from": "",
+    "embed_dim": 256,
+    "head_init": "cca",
+    "head_dropout": 0.3,
+    "projection_bias": True,
+    "dtype": "float32",
+}
+_FROZEN = {  # of a tower, all but its head and adapters
+    "image": "^image/(?!projection|.*lora_)",
+    "text": "^text/(?!projection|.*lora_)",
+}
+_SCALE = {"pattern": "(^|/)logit_scale$", "weight_decay": 0.0, "clamp": (0.0, 4.6051702)}
+_NO_DECAY = {"weight_decay": 0.0}
+_TENTH = {"learning_rate": 0.1}
+
+
+def _rules(*tuned):
+    """A tenth of the learning rate for the towers `tuned`, below their heads."""
+    towers = [
+        {"pattern": f"^{tower}/(?!projection){rest}", **_TENTH, **decay}
+        for tower in tuned
+        for rest, decay in ((".*(bias|scale)$", _NO_DECAY), ("", {}))
+    ]
+    return (
+        _SCALE,
+        *towers,
+        {"pattern": "(^|/)(bias|scale|logit_bias)$", **_NO_DECAY},
+        {"pattern": ""},
+    )
+
+
+# What differs for a method. DeCLIP's two texts are two captions of a picture, because an augmented
+# one would have to pass the text tower at each step; it hides no words for the same reason.
+_METHODS = {
+    "clip": {"objective": {"logit_scale_init": 3.0}},
+    "siglip": {},
+    "clip_lite": {"objective": {"width": 512, "text_terms": True, "prior": "off"}},
+    "declip": {
+        "objective": {
+            "logit_scale_init": 3.0,
+            "second_text": "other",
+            "contrast_clean_caption": True,
+            "masked_lm_weight": 0.0,
+            "queue_size": 4096,
+        },
+    },
+    "protoclip": {
+        "objective": {
+            "logit_scale_init": 3.0,
+            "k": 200,
+            "episode_size": 11 * 512,  # an epoch of Flickr8k
+            "with_replacement": False,
+            "projection_dim": 64,
+            "projection_hidden": 256,
+        },
+    },
+}
+_MASKED_WORDS = {"masked_lm_weight": 0.2, "contrast_clean_caption": False}
+
+
+def _locked():
+    return ConfigDict(
+        {
+            "objective": {"name": "clip", "augmentation": "center"},
+            "image": {**_TOWER, "cache": True},
+            "text": {**_TOWER, "cache": True},
+            "tokenizer": {"name": "auto", "context": 32},
+            "data": common.FLICKR8K,
+            "train": {
+                "batch_size": 512,
+                "total_epochs": 20,
+                "log_every_steps": 10,
+                "save_every_steps": 100,
+                "best": "",
+            },
+            "optimizer": {
+                "learning_rate": 3e-4,
+                "weight_decay": 0.1,
+                "warmup_epochs": 1,
+                "rules": _rules(),
+                "freeze": tuple(_FROZEN.values()),
+            },
+            "evals": {"retrieval": common.OWN_RETRIEVAL},
+            "methods": _METHODS,
+        }
+    )
+
+
+def get_config(variant="locked"):
+    config = _locked()
+    if variant == "locked":
+        return config
+    config.text.cache = False
+    if variant == "lora":
+        config.text.lora_rank = 8
+        config.train.total_epochs = 5
+        return config
+    config.optimizer.freeze = (_FROZEN["image"],)
+    config.optimizer.rules = _rules("text")
+    config.optimizer.layer_decay = 0.9
+    config.methods.declip.objective.update(_MASKED_WORDS)
+    config.train.update({"batch_size": 128, "total_epochs": 5})
+    if variant == "tuned":
+        config.image.cache = False
+        config.objective.update({"augmentation": "flip", "crop_scale": (0.5, 1.0)})
+        config.optimizer.freeze = ()
+        config.optimizer.rules = _rules("image", "text")
+    return config
