@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from tqdm import tqdm
 
 from clipx import cli
 from clipx.data import holdout, overlap, pictures, storage
@@ -38,6 +37,7 @@ from clipx.data.base import Source, fingerprint
 from clipx.data.manifests import describe
 from clipx.data.resolve import resolve
 from clipx.data.shard_index import index_shards
+from clipx.data.threads import progress_bar
 from clipx.errors import ConfigError, DataError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page
@@ -47,11 +47,6 @@ from clipx.training.alone import open_alone
 from clipx.training.schema import EVAL_SOURCES, EvalSpec, SourceSpec, data_section
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py"
-
-
-def _bar(total: int, what: str, unit: str = " rows") -> tqdm:
-    """A progress bar, if stderr is a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=None)
 
 
 def _write(path: str, text: str) -> pathlib.Path:
@@ -87,7 +82,7 @@ def index(config: Mapping[str, Any]) -> None:
 
 def _index_shards(where: str, spec: SourceSpec) -> int:
     """Reads the headers of all shards of a source, and returns the number of shards."""
-    with _bar(0, where, " shards") as bar:
+    with progress_bar(0, where, " shards") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -117,7 +112,7 @@ def verify(config: Mapping[str, Any], output: str = "", against: str = "") -> in
     for where, part in spec.parts("config.data"):
         source = part.open()
         sources.append(source)
-        with _bar(len(source), where) as bar:
+        with progress_bar(len(source), where) as bar:
             report = verifying.verify(source, count_tokens=count, progress=bar.update)
         reports[where] = report
         print(f"{where}: {part.name}")
@@ -126,7 +121,7 @@ def verify(config: Mapping[str, Any], output: str = "", against: str = "") -> in
     bad = sum(len(report["bad"]) for report in reports.values())
     rows = sum(report["rows"] for report in reports.values())
     if test is not None:
-        with _bar(rows + len(test), "--against") as bar:
+        with progress_bar(rows + len(test), "--against") as bar:
             reports["against"] = overlap.against(sources, test, bar.update)
         print(f"--against={against}")
         print("\n".join(overlap.table(reports["against"])))
@@ -194,7 +189,7 @@ def pack(config: Mapping[str, Any], output: str, size: str = "512MB") -> None:
     except ValueError:
         raise ConfigError("--shard_size", repr(size), "512MB, 2GB or 10000rows") from None
     source = spec.open()
-    with _bar(len(source), "packing") as bar:
+    with progress_bar(len(source), "packing") as bar:
         packed = packing.pack(source, output, **limit, progress=bar.update)
     for bad in packed.skipped[:20]:
         print("left out: row {row:,}, {key}: {reason}".format(**bad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from support import runs
 
 from clipx.embed import embed
-from clipx.errors import ConfigError, DataError
+from clipx.errors import BadSample, ConfigError, DataError
 from clipx.training import embed_rows, embedding
 from clipx.training.feed import open_data
 from clipx.training.run import assemble
@@ -164,6 +165,21 @@ def test_wrong_flags(features, tmp_path):
         assert said in str(error.value)
 
 
+class Broken:
+    """A source of which row 5 cannot be read."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, row):
+        if row == 5:
+            raise BadSample("five", "the picture is broken")
+        return self._source[row]
+
+
 def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, monkeypatch):
     crops = runs.small(*FROZEN, ("objective.augmentation", "mocov2"))
     embedder = embedding.open_embedder(
@@ -176,9 +192,17 @@ def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, mo
     assert len(np.unique(flat.round(4), axis=0)) > 0.9 * len(flat)  # some show no shape
     assert np.load(tmp_path / "a" / "tokens.npy").shape == (96, 3, 4, 32)
     monkeypatch.setattr(embedding, "CHUNK", 32)
-    again = dataclasses.replace(embedder, folder=tmp_path / "b", tokens=False, views=2)
-    again.write()
+    source = Broken(embedder.source)
+    again = dataclasses.replace(
+        embedder, folder=tmp_path / "b", tokens=False, views=2, source=source
+    )
+    found = again.write()
     other = np.load(tmp_path / "b" / "backbone.npy")
+    assert not other[5].any() and np.load(tmp_path / "b" / "bad.npy").nonzero()[0].tolist() == [5]
+    with pytest.raises(BadSample, match=r"no features: see .*quarantine\.jsonl"):
+        found.check(5)
+    assert json.loads((tmp_path / "b" / "quarantine.jsonl").read_text())["key"] == "five"
+    stored[5] = 0
     np.testing.assert_allclose(other, stored[:, :2], rtol=0, atol=1e-5)
 
 
@@ -208,6 +232,7 @@ def test_every_objective_trains_on_stored_features(name, tmp_path):
     if not views:
         base["objective"]["augmentation"] = "center"
         runs.finish(base, tmp_path / "plain", jax.devices()[:1])
+    base["data"] |= {"workers": 2 * (name == "siglip")}
     for side in towers:
         base[side] |= {"cache": True}
     runs.finish(base, tmp_path / "cached")

@@ -34,6 +34,6 @@ def in_order(
                     progress(len(results))
 
 
-def bar(rows: int, what: str) -> tqdm:
-    """A progress bar, shown only on a terminal."""
-    return tqdm(total=rows, desc=what, unit=" rows", dynamic_ncols=True, disable=None)
+def progress_bar(total: int, what: str, unit: str = " rows") -> tqdm:
+    """A progress bar, shown only if stderr is a terminal."""
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=None)

@@ -15,9 +15,9 @@ import numpy as np
 
 from clipx.data import pictures
 from clipx.data.loader import CHUNK, Loader
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, ConfigError, DataError
 from clipx.planning import measure
-from clipx.training import feed
+from clipx.training import feed, stored
 from clipx.training.alone import after_photometry
 from clipx.training.run import OpenRun, assemble
 
@@ -97,7 +97,12 @@ def _timed(name: str, function: Callable[[], Any], count: Callable[[], int]) -> 
 
 
 def sample_loader(run: OpenRun, data: feed.TrainingData) -> Loader:
-    """A loader of the first rows, at most 256, of each of the run's batches."""
+    """A loader of the first rows, at most 256, of each of the run's batches. Raises `ConfigError`
+    for a run that reads stored features, not the pictures or captions that would be timed."""
+    for name in stored.towers(run.objective, run.data):
+        where = stored.setting(run.objective, run.data, name)
+        found = f"stored features of the {name} tower, which are not decoded"
+        raise ConfigError(where, found, "pictures and captions to time", f"leave {where} out")
     return feed.loader(run, data, np.arange(min(run.batch_size, _TIMED)))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 from clipx.data import row_arrays
 from clipx.data.base import Source, expand_user
 from clipx.data.row_writer import Rows, RowWriter
-from clipx.data.threads import bar, in_order
+from clipx.data.threads import in_order, progress_bar
 from clipx.errors import BadSample, ConfigError, DataError, install_hint
 
 LENGTH = 77  # most tokens of a caption, start and end marks included
@@ -131,7 +131,7 @@ def _captions(source: Source, first: bool, start: int = 0) -> Iterator[tuple[str
             return source[start + row].texts[: 1 if first else None]
         return ()
 
-    with bar(len(source), "captions") as shown:
+    with progress_bar(len(source), "captions") as shown:
         shown.update(start)
         yield from in_order(read, len(source) - start, shown.update)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int32
 from clipx.data import row_arrays as files
 from clipx.data.base import Source, expand_user, fingerprint
 from clipx.data.config import DataConfig
-from clipx.data.threads import bar
+from clipx.data.threads import progress_bar
 from clipx.errors import ConfigError
 from clipx.ops import kmeans, pca
 from clipx.serving import teacher_features as features_of
@@ -58,7 +58,7 @@ def _reduced(
 
     components = pca.fit(sample, dim)
     about["explained_variance"] = components.explained
-    with bar(rows, "components") as shown:
+    with progress_bar(rows, "components") as shown:
         for i in starts:
             x = tiles(i, min(i + TILE, rows))
             x = np.asarray(pca.project(components, x))  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from clipx.data.features import FILE, FeatureRows, layout
 from clipx.data.quarantine import Quarantine
 from clipx.data.resolve import resolve
 from clipx.data.row_writer import RowWriter
-from clipx.data.threads import bar
+from clipx.data.threads import progress_bar
 from clipx.errors import BadSample, ConfigError, Interrupted, RunError
 from clipx.parallel import processes
 from clipx.training import embed_rows, encoders, stored
@@ -90,7 +90,7 @@ class Embedder:
             )
             if first:
                 self.tell(f"{self.tower} features: going on after {first:,} of {rows:,} rows")
-            shown = stack.enter_context(bar(rows, f"{self.tower} features"))
+            shown = stack.enter_context(progress_bar(rows, f"{self.tower} features"))
             shown.update(first)
             for done, arrays in self._blocks(first, captions):
                 bad += int(arrays["bad.npy"].sum())
