@@ -35,9 +35,8 @@ def train(
     session = open_session(config, workdir, devices)
     state, finished = session.train(stop)
     if not finished:
-        tell(
-            f"stopped on request, saved step {int(state.step):,}; run the same command to continue"
-        )
+        saved = f"saved step {int(state.step):,}" if session.saved or int(state.step) else "no step"
+        tell(f"stopped on request, {saved}; run the same command to continue")
         return cli.EXIT_PREEMPTED
     try:
         encode = session.run.encode(state)

@@ -78,7 +78,7 @@ def cached(tmp_path_factory):
     """The same run on features that it writes first, on eight devices in two micro-batches. It is
     stopped twice: while it writes captions, and after three steps."""
     folder = tmp_path_factory.mktemp("cached")
-    state, finished = open_session(EIGHT, str(folder)).train(After(1))
+    state, finished = open_session(EIGHT, str(folder)).train(After(3))
     assert int(state.step) == 0 and not finished
     assert (folder / "features" / "image" / "features.json").exists()
     assert not (folder / "features" / "text" / "features.json").exists()
@@ -191,7 +191,7 @@ def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, mo
     flat = stored.reshape(-1, stored.shape[-1])
     assert len(np.unique(flat.round(4), axis=0)) > 0.9 * len(flat)  # some show no shape
     assert np.load(tmp_path / "a" / "tokens.npy").shape == (96, 3, 4, 32)
-    monkeypatch.setattr(embedding, "CHUNK", 32)
+    monkeypatch.setattr(embedding, "FEW", 16)
     source = Broken(embedder.source)
     again = dataclasses.replace(
         embedder, folder=tmp_path / "b", tokens=False, views=2, source=source

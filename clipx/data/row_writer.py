@@ -6,14 +6,18 @@ Until they are complete, the arrays lie beside their places as `.NAME.part`, and
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+_SECONDS = 2.0  # between two times at which what is written is made safe
 
 
 class Rows(NamedTuple):
@@ -52,6 +56,7 @@ class RowWriter:
         self._identity = json.loads(json.dumps(identity))
         self.written = dict.fromkeys(arrays, 0)
         self.done = 0
+        self._committed, self._finished = time.monotonic(), False
 
     def __enter__(self) -> Self:
         self._resume()
@@ -66,22 +71,34 @@ class RowWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._keep and not self._finished:
+            # a full disk has raised its error already
+            with contextlib.suppress(*[OSError] * (kind is not None)):
+                self._commit()
         for out in self._open.values():
-            out.close()
+            with contextlib.suppress(*[OSError] * (kind is not None)):
+                out.close()
         if not self._keep:
             self._remove()
 
     def write(self, done: int, blocks: Mapping[str, np.ndarray]) -> None:
-        """Appends rows to the arrays. Afterwards `done` rows of the caller's are written."""
+        """Appends rows to the arrays. Afterwards `done` rows of the caller's are written. What was
+        written more than some seconds ago survives the end of the process."""
+        written = dict(self.written)
         for name, rows in blocks.items():
             self._open[name].write(np.ascontiguousarray(rows, self._arrays[name].dtype).data)
-            self.written[name] += len(rows)
-        self.done = done
-        if self._keep:
-            for out in self._open.values():
-                out.flush()
-                os.fsync(out.fileno())
-            self._say({"identity": self._identity, "done": done, "written": self.written})
+            written[name] += len(rows)
+        self.done, self.written = done, written
+        if self._keep and time.monotonic() - self._committed > _SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Makes what is written so far what another call goes on after."""
+        for out in self._open.values():
+            out.flush()
+            os.fsync(out.fileno())
+        self._say({"identity": self._identity, "done": self.done, "written": self.written})
+        self._committed = time.monotonic()
 
     def finish(self, about: Mapping[str, Any]) -> None:
         """Puts the arrays and the json file, with the contents `about`, in their places."""
@@ -90,9 +107,12 @@ class RowWriter:
             with self._open[name] as out:
                 out.seek(0)
                 out.write(self._header(name))
+                out.flush()
+                os.fsync(out.fileno())
             _part(file).replace(file)
         self._say(about)
         self._progress.replace(self._json)
+        self._finished = True
 
     def _resume(self) -> None:
         """Takes over the unfinished parts if they are of this identity and whole."""

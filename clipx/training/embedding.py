@@ -30,7 +30,7 @@ from clipx.training.initial import init, open_tokenizer
 from clipx.training.run import OpenRun, assemble, checked, with_data
 from clipx.types import TrainState
 
-CHUNK = 256  # rows that a tower computes at a time
+CHUNK, FEW = 256, 32  # rows that a tower computes at a time, and pictures on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,10 @@ def tower_at(
 ) -> embed_rows.Compute:
     """One tower of a run at a state, which computes features some hundred rows at a time."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    chunk = -(-CHUNK // run.mesh.devices.size) * run.mesh.devices.size
+    devices = run.mesh.devices.size
+    # small chunks of pictures stay in a CPU's caches: a third faster for EfficientNet
+    few = tower == "image" and run.mesh.devices.flat[0].platform == "cpu"
+    chunk = -(-(FEW if few else CHUNK) // devices) * devices
     return embed_rows.Compute(run.objective, tower, variables, run.mesh, chunk, tokens)
 
 

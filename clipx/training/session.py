@@ -59,7 +59,6 @@ class Session:
         listens to signals. Raises `RunError` for a step that does not fit the devices.
         """
         state, seconds = self._start()
-        needs = self._compile() if int(state.step) < self.run.steps else None
         metrics = Metrics(
             self.folder,
             total_steps=self.run.steps,
@@ -75,9 +74,11 @@ class Session:
                     self.run, self.data, state, self.folder / "features", stop=stop, tell=tell
                 )
             except Interrupted:
+                self.checkpoints.close()
                 return state, False
             if self.saved is None:
                 state = whitening.start(self.run, data, state, tell)
+            needs = self._compile() if int(state.step) < self.run.steps else None
             trainer = Trainer(
                 run=self.run,
                 data=data,
