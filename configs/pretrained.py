@@ -22,7 +22,6 @@ _TOWER = {
     "embed_dim": 256,
     "head_init": "cca",
     "head_dropout": 0.3,
-    "projection_bias": True,
     "dtype": "float32",
 }
 _FROZEN = {  # of a tower, all but its head and adapters
@@ -31,14 +30,13 @@ _FROZEN = {  # of a tower, all but its head and adapters
 }
 _SCALE = {"pattern": "(^|/)logit_scale$", "weight_decay": 0.0, "clamp": (0.0, 4.6051702)}
 _NO_DECAY = {"weight_decay": 0.0}
-_TENTH = {"learning_rate": 0.1}
 
 
-def _rules(*tuned):
-    """A tenth of the learning rate for the towers `tuned`, below their heads."""
+def _rules(**rates):
+    """The factors `rates` of the learning rate for towers below their heads."""
     towers = [
-        {"pattern": f"^{tower}/(?!projection){rest}", **_TENTH, **decay}
-        for tower in tuned
+        {"pattern": f"^{tower}/(?!projection){rest}", "learning_rate": rate, **decay}
+        for tower, rate in rates.items()
         for rest, decay in ((".*(bias|scale)$", _NO_DECAY), ("", {}))
     ]
     return (
@@ -51,13 +49,17 @@ def _rules(*tuned):
 
 # What differs for a method. DeCLIP's two texts are two captions of a picture, because an augmented
 # one would have to pass the text tower at each step; it hides no words for the same reason.
+_SCALE_30 = {"logit_scale_init": 3.4}  # where these heads' scale ends up
+_CROPS = {"augmentation": "flip", "crop_scale": (0.5, 1.0)}
 _METHODS = {
-    "clip": {"objective": {"logit_scale_init": 3.0}},
-    "siglip": {},
+    "clip": {"objective": _SCALE_30},
+    "siglip": {"objective": {"logit_scale_init": 3.0}},
     "clip_lite": {"objective": {"width": 512, "text_terms": True, "prior": "off"}},
     "declip": {
+        "data": {"features": {"views": 2}},
         "objective": {
-            "logit_scale_init": 3.0,
+            **_SCALE_30,
+            **_CROPS,
             "second_text": "other",
             "contrast_clean_caption": True,
             "masked_lm_weight": 0.0,
@@ -66,7 +68,7 @@ _METHODS = {
     },
     "protoclip": {
         "objective": {
-            "logit_scale_init": 3.0,
+            **_SCALE_30,
             "k": 200,
             "episode_size": 11 * 512,  # an epoch of Flickr8k
             "with_replacement": False,
@@ -96,7 +98,7 @@ def _locked():
             "optimizer": {
                 "learning_rate": 3e-4,
                 "weight_decay": 0.1,
-                "warmup_epochs": 1,
+                "warmup_epochs": 1.0,
                 "rules": _rules(),
                 "freeze": tuple(_FROZEN.values()),
             },
@@ -111,18 +113,22 @@ def get_config(variant="locked"):
     if variant == "locked":
         return config
     config.text.cache = False
+    config.tokenizer.context = 24  # which most captions of a line fit; each token costs time now
     if variant == "lora":
         config.text.lora_rank = 8
         config.train.total_epochs = 5
         return config
     config.optimizer.freeze = (_FROZEN["image"],)
-    config.optimizer.rules = _rules("text")
-    config.optimizer.layer_decay = 0.9
+    config.optimizer.rules = _rules(text=0.2)
     config.methods.declip.objective.update(_MASKED_WORDS)
-    config.train.update({"batch_size": 128, "total_epochs": 5})
+    config.train.update({"batch_size": 256, "total_epochs": 3})
+    config.optimizer.warmup_epochs = 0.3
     if variant == "tuned":
         config.image.cache = False
-        config.objective.update({"augmentation": "flip", "crop_scale": (0.5, 1.0)})
+        config.methods.declip.data.features.views = 0
+        config.objective.update(_CROPS)
         config.optimizer.freeze = ()
-        config.optimizer.rules = _rules("image", "text")
+        config.optimizer.rules = _rules(image=0.1, text=0.2)
+        config.optimizer.layer_decay = 0.9
+        config.train.batch_size = 128
     return config

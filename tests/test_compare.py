@@ -60,6 +60,7 @@ def test_a_finished_variant_is_not_trained_again(config, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         comparison, "assemble", lambda values: types.SimpleNamespace(complete=values)
     )
+    monkeypatch.setattr(comparison, "resolved", lambda values, folder, say: values)
     assert compare.compare(config, (), str(runs), []) == 0  # to train "a" would fail
     said = capsys.readouterr().out
     assert "\na: already finished\n" in said and "\nb\n" in said and "| a | 1.0 / 5.0" in said

@@ -1,7 +1,6 @@
 """`clipx.train` on a small quickstart: it trains, saves, resumes, and says what is wrong."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,8 +17,6 @@ from clipx.train import train
 from clipx.training import loop
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.feed import feed
-from clipx.training.initial import init
-from clipx.training.run import assemble
 
 TWO = jax.devices()[:2]
 
@@ -138,14 +135,3 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     }  # fmt: skip
     with pytest.raises(ConfigError, match="one of"):
         evaluate(str(whole), "5", config)
-
-
-def test_a_tower_that_reads_a_file_starts_from_it(monkeypatch):
-    run = assemble(small())
-    shape = run.state.params["text"]["token_embedding"].shape
-    given = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
-    text = type(run.objective.text)
-    monkeypatch.setattr(text, "pretrained", lambda self: {"token_embedding": given})
-    state = init(run)
-    np.testing.assert_array_equal(state.params["text"]["token_embedding"], given)
-    assert np.std(state.params["image"]["projection"]["kernel"]) > 0

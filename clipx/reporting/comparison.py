@@ -11,6 +11,7 @@ from clipx.training import guesses, metrics
 from clipx.training.checkpoint import read_json, refuse_other_config
 from clipx.training.metric_table import metric
 from clipx.training.run import assemble
+from clipx.training.session import resolved
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
@@ -18,7 +19,7 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     `ConfigError` if it holds a run of another config."""
     if not (folder / page.FILE).exists():  # a run writes its report last
         return False
-    complete = assemble(config).complete
+    complete = assemble(resolved(config, str(folder), say=lambda line: None)).complete
     refuse_other_config(folder, complete)
     evals = guesses.fill(complete, guesses.read(folder))["evals"]
     return read_json(folder / "config.json")["evals"] == evals

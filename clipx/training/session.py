@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ def open_session(
     `ConfigError` for a wrong config, and for a workdir with a run of another config, other data or
     other guesses.
     """
-    run = assemble(_resolved(config, workdir, devices), devices)
+    run = assemble(resolved(config, workdir, devices), devices)
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
@@ -172,26 +172,30 @@ def open_session(
     return Session(opened, data, evaluators, folder, checkpoints, saved)
 
 
-def _resolved(
-    config: Mapping[str, Any], workdir: str, devices: Sequence[Device] | None
-) -> dict[str, Any]:
-    """The config with the towers and sources that lie at its paths in place of `name=auto` and
-    `source=auto`. What is wrong with the config itself is raised first."""
-    file = pathlib.Path(workdir).expanduser() / "config.json"
-    saved = read_json(file) if file.exists() else None
-    config = encoders.resolve(config, saved, tell)
-    checked(config, devices)
-    try:
-        return resolve(config, saved, tell)
-    except DataError:
-        assemble(config, devices)
-        raise
-
-
 def tell(text: str) -> None:
     """Prints on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def resolved(
+    config: Mapping[str, Any],
+    workdir: str,
+    devices: Sequence[Device] | None = None,
+    say: Callable[[str], None] = tell,
+) -> dict[str, Any]:
+    """The config with the towers and sources that lie at its paths in place of `name=auto` and
+    `source=auto`: those of the run in `workdir` if it holds one. What is wrong with the config
+    itself is raised first."""
+    file = pathlib.Path(workdir).expanduser() / "config.json"
+    saved = read_json(file) if file.exists() else None
+    config = encoders.resolve(config, saved, say)
+    checked(config, devices)
+    try:
+        return resolve(config, saved, say)
+    except DataError:
+        assemble(config, devices)
+        raise
 
 
 def describe(run: OpenRun, fingerprint: str) -> list[str]:

@@ -1,0 +1,42 @@
+"""CLIP, SigLIP, CLIP-Lite, DeCLIP and ProtoCLIP on Flickr8k from the same two frozen encoders, with
+the same heads, batches and number of pairs (20 epochs at batch 512). The other variants explain
+DeCLIP and ProtoCLIP: without one of DeCLIP's terms (`declip_no_<term>`), with hard targets, without
+back translation, with the text encoder's own rows as ProtoCLIP's teacher, and with that alone.
+
+$IMAGE_ENCODER and $TEXT_ENCODER are the encoders. $FEATURES holds their stored features of
+Flickr8k's training images: `image` and `text`, and `crops`, two crops of each image for DeCLIP.
+$FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data, $FLICKR8K_TEACHER is the file
+that `python -m clipx.teacher` wrote.
+"""
+
+from clipx.configs import common, pretrained
+
+_TEACHER = {"external_weight": 1.0}
+_CHANGES = {
+    **{method: (method, {}) for method in ("clip", "siglip", "clip_lite", "declip", "protoclip")},
+    "declip_no_neighbour": ("declip", {"neighbour_weight": 0.0}),
+    "declip_no_simsiam": ("declip", {"simsiam_weight": 0.0}),
+    "declip_contrastive": ("declip", {"neighbour_weight": 0.0, "simsiam_weight": 0.0}),
+    "protoclip_hard": ("protoclip", {"target_temperature": 0.0}),
+    "protoclip_no_pbt": ("protoclip", {"back_translation": False}),
+    "protoclip_teacher": ("protoclip", _TEACHER),
+    "protoclip_teacher_alone": ("protoclip", {**_TEACHER, "prototype_weight": 0.0}),
+}
+VARIANTS = tuple(_CHANGES)
+
+
+def get_config(variant=VARIANTS[0]):
+    method, changes = _CHANGES[variant]
+    config = pretrained.get_config("locked")
+    config.objective.name = method
+    config.methods[method].objective.update(changes)
+    del config.methods.declip["data"]
+    for tower in ("image", "text"):
+        config[tower].update({"init_from": f"${tower.upper()}_ENCODER", "cache": False})
+    images = "crops" if method == "declip" else "image"
+    config.data = {
+        **config.data,
+        "features": {"image": f"$FEATURES/{images}", "text": "$FEATURES/text"},
+        "teacher": "$FLICKR8K_TEACHER" if changes.get("external_weight") else None,
+    }
+    return common.compared(config)
