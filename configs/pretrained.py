@@ -124,7 +124,7 @@ def get_config(variant="locked"):
     config.train.update({"batch_size": 256, "total_epochs": 3})
     config.optimizer.warmup_epochs = 0.3
     if variant == "tuned":
-        config.image.cache = False
+        config.image.update({"cache": False, "frozen_statistics": True})
         config.methods.declip.data.features.views = 0
         config.objective.update(_CROPS)
         config.optimizer.freeze = ()

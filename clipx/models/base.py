@@ -100,6 +100,9 @@ class Tower(nn.Module):
     init_from: str = ""
     lora_rank: CountOrZero = 0  # of the adapters of attention and MLP kernels (`Lora`); 0: none
     lora_alpha: Positive = 16.0  # adapters are scaled by lora_alpha / lora_rank
+    # BatchNorm uses its running statistics in training too, and keeps them: batches of a small data
+    # set spoil those of a pretrained tower. Towers without BatchNorm are as they are
+    frozen_statistics: bool = False
     # a tower that is frozen below its head runs over the data once, before the first step: its
     # features are kept in the workdir
     cache: bool = False

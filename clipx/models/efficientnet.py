@@ -226,6 +226,7 @@ class EfficientNet(Tower):
         stem, stages, last = self.shape
         if x.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
+        train = train and not self.frozen_statistics
         conv, norm, activate = _parts(self, train)
         x = conv("conv1", stem, 3, 2, self.image_size)(x.astype(self.dtype))
         x = activate(norm("bn1")(x))

@@ -248,6 +248,7 @@ class ResNet(Tower):
         modified = self.modified
         if x.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
+        train = train and not self.frozen_statistics
         conv, norm = _conv_and_norm(modified, self.norm_eps, self.dtype, train)
         x = x.astype(self.dtype)
         if modified or self.deep_stem:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError, DataError
 from clipx.interop import load, verify
+from clipx.interop.encoders import image, text
 from clipx.interop.encoders.base import Encoder
 from clipx.models.base import Tower
 from clipx.objectives.base import Objective
@@ -22,6 +22,7 @@ from clipx.training.schema import Config
 from clipx.types import PyTree
 
 AUTO = "auto"
+_DESCRIBE = {"image": image.describe, "text": text.describe}
 _MARKS = ("pad_id", "sot_id", "eot_id", "mask_id")
 
 
@@ -32,8 +33,7 @@ def describe(side: str, path: str) -> Encoder:
         full = expand_user(path)
     except DataError as error:
         raise ConfigError(where, str(error), "the folder or file of a pretrained encoder") from None
-    module = importlib.import_module(f"clipx.interop.encoders.{side}")
-    return module.describe(full, where)
+    return _DESCRIBE[side](full, where)
 
 
 def resolve(

@@ -174,6 +174,8 @@ def test_rows_are_independent_in_evaluation():
     assert not np.allclose(out.raw[1], changed.raw[1])
     assert out.tokens.shape == (3, 4, 16) and out.raw.shape == (3, 4)
     assert out.backbone.shape == (3, 16)
+    kept = resnet.clone(frozen_statistics=True).apply(variables, x, train=True)
+    np.testing.assert_allclose(kept.raw, out.raw, rtol=1e-5)
 
 
 def test_the_last_map_is_sown_and_perturbed_only_on_request():
