@@ -29,7 +29,7 @@ _FROZEN = {  # of a tower, all but its head and adapters
     "text": "^text/(?!projection|.*lora_)",
 }
 _SCALE = {"pattern": "(^|/)logit_scale$", "weight_decay": 0.0, "clamp": (0.0, 4.6051702)}
-_NO_DECAY = {"weight_decay": 0.0}
+_NO_DECAY = {"weight_decay": 0.0, "optional": True}
 
 
 def _rules(**rates):

@@ -30,6 +30,7 @@ class Rule:
     # (least, most): the parameter stays within
     clamp: Annotated[tuple[Number, Number], Ordered()] | None = None
     horizon: Share = 1.0  # share of the run's steps after which the learning rate's decay ends
+    optional: bool = False  # may be the first for no parameter, as in a config for many methods
 
 
 # Weight decay is for matrices. Gains, biases, embeddings of a single token and the logit scalars
@@ -45,7 +46,8 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     """The index of the first rule that matches each parameter, in the structure of `params`.
 
     Raises `ConfigError` for a parameter that no rule matches, and for a rule that is the first for
-    no parameter. The default rules may have such a rule: an objective need not have a logit scale.
+    no parameter and not `optional`. The default rules may have such a rule: an objective need not
+    have a logit scale.
     """
     compiled = []
     for i, rule in enumerate(rules):
@@ -73,7 +75,7 @@ def claim(rules: tuple[Rule, ...], params: PyTree) -> PyTree:
     if rules == DEFAULT_RULES:
         return claims
     unused = set(range(len(rules))) - set(jax.tree.leaves(claims))
-    for i in sorted(unused):
+    for i in sorted(i for i in unused if not rules[i].optional):
         matched = [p for p in paths if compiled[i].search(p)]
         found = (
             f"{rules[i].pattern!r} matches only parameters of earlier rules, such as {matched[0]}"

@@ -67,6 +67,14 @@ def test_assembles(spec):
     assert run.state.params and run.complete["objective"]["name"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["clip", "siglip", "clip_lite", "declip", "protoclip"])
+@pytest.mark.parametrize("variant", files.variants("pretrained"))
+def test_assembles_for_each_method(variant, method):
+    run = assemble(configs.shrunk(f"{FOLDER}/pretrained.py:{variant}", method), jax.devices()[:1])
+    assert run.complete["objective"]["name"] == method
+
+
 @pytest.mark.parametrize("spec", MARKED_SPECS)
 def test_traces(spec):
     run = assemble(configs.shrunk(f"{FOLDER}/{spec}"), jax.devices())

@@ -25,19 +25,19 @@ def _encoders() -> dict[str, str]:
     return {"image": str(image), "text": str(text)}
 
 
-def load(spec: str) -> dict:
+def load(spec: str, objective: str | None = None) -> dict:
     """The config of `spec`, with its towers named."""
-    config = files.load(spec)
+    config = files.load(spec, objective)
     for side in ("image", "text"):
         if config[side]["name"] == resolving.AUTO:
             config[side]["init_from"] = _encoders()[side]
     return resolving.resolve(config)
 
 
-def shrunk(spec: str) -> dict:
+def shrunk(spec: str, objective: str | None = None) -> dict:
     """The config of `spec` with towers of few layers. All of its values are still bound and traced,
     in a tenth of the time."""
-    config = load(spec)
+    config = load(spec, objective)
     few = {"resnet": {"blocks": (1, 1, 1, 1), "width": 32}, "efficientnet": {}}
     for side in ("image", "text"):
         config[side] |= few.get(config[side]["name"], {"depth": 1})
