@@ -106,8 +106,8 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
-            known = ", ".join(f"--{name}" for name in required)
-            raise ConfigError("command line", str(error), f"{known}, --config.x.y=...") from None
+            known = [*(f"--{name}" for name in required), "--config.x.y=..."]
+            raise ConfigError("command line", str(error), ", ".join(known)) from None
 
     def fail(error: Exception | str, code: int) -> NoReturn:
         print(f"\n{error}", file=sys.stderr, flush=True)

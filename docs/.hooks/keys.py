@@ -20,7 +20,7 @@ from typing import Annotated, Any
 ROOT = pathlib.Path(__file__).parents[2]
 # fields that the caller of a class gives, and a config does not, by package
 GIVEN = {
-    "clipx.objectives": {"image", "text", "locked"},
+    "clipx.objectives": {"image", "text", "locked", "locked_features"},
     "clipx.evaluators": {"examples", "train_examples", "pictures"},
 }
 # the same, where the class declares them: names, or a mapping from names to other sections
