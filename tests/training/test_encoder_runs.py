@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from support import encoders, runs
@@ -12,6 +13,8 @@ from clipx.reporting import comparison
 from clipx.training.initial import init
 from clipx.training.run import assemble
 from clipx.training.session import open_session
+
+ONE = jax.devices()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +40,12 @@ def test_it_starts_from_the_files_and_goes_on_without(folder, tmp_path):
     state = init(assemble(made))
     for name in ("token_embedding", "positional_embedding"):
         np.testing.assert_array_equal(state.params["text"][name], params[name])
-    runs.finish(made, tmp_path / "run")
+    runs.finish(made, tmp_path / "run", ONE)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["text"]["name"], saved["text"]["depth"]) == ("bert", 2)
     assert saved["tokenizer"]["name"] == "huggingface"
     shutil.rmtree(path)
-    session = open_session(made, str(tmp_path / "run"))
+    session = open_session(made, str(tmp_path / "run"), ONE)
     assert session.run.objective.text.width == 32
     (tmp_path / "run" / "report.html").touch()
     assert comparison.finished(tmp_path / "run", made)
