@@ -17,7 +17,8 @@ from clipx.data import row_arrays
 from clipx.data.base import Source, expand_user
 from clipx.data.row_writer import Rows, RowWriter
 from clipx.data.threads import in_order, progress_bar
-from clipx.errors import BadSample, ConfigError, DataError, install_hint
+from clipx.errors import BadSample, ConfigError, DataError, MissingLibrary, install_hint
+from clipx.interop import libraries
 
 LENGTH = 77  # most tokens of a caption, start and end marks included
 WORDS = 2048  # the number of most frequent words that are counted
@@ -41,12 +42,11 @@ class TextModel:
 
     def __init__(self, name: str, padding: Literal["mask", "zero"], batch_size: int, device: str):
         try:
-            import transformers
-            from transformers import AutoModel, AutoTokenizer
-
+            transformers = libraries.require("transformers")  # also beside an unfit torchvision
             if not transformers.utils.is_torch_available():
                 raise ImportError
-        except ImportError:
+            from transformers import AutoModel, AutoTokenizer
+        except (ImportError, MissingLibrary):
             raise ConfigError(
                 "--model", f"{name!r} without the packages transformers and torch", "both packages",
                 f"{install_hint('teacher')}, or --model=tfidf",
