@@ -178,6 +178,12 @@ class Tower(nn.Module):
         """The `where` of a `ConfigError` about `field`."""
         return f"{type(self).__name__}.{field}"
 
+    @nn.nowrap
+    def check_images(self, x: Array, side: int) -> None:
+        """Raises `ValueError` unless x has RGB images of `side` pixels, the tower's image size."""
+        if x.shape[1:] != (side, side, 3):
+            raise ValueError(f"{self.at('image_size')}={side}, but images of {x.shape}")
+
     def setup(self):
         if not self.embed_dim:
             return

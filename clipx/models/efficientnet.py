@@ -224,8 +224,7 @@ class EfficientNet(Tower):
         keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         stem, stages, last = self.shape
-        if x.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
+        self.check_images(x, self.image_size)
         train = train and not self.frozen_statistics
         conv, norm, activate = _parts(self, train)
         x = conv("conv1", stem, 3, 2, self.image_size)(x.astype(self.dtype))

@@ -246,8 +246,7 @@ class ResNet(Tower):
     ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         blocks, width = self.shape
         modified = self.modified
-        if x.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
+        self.check_images(x, self.image_size)
         train = train and not self.frozen_statistics
         conv, norm = _conv_and_norm(modified, self.norm_eps, self.dtype, train)
         x = x.astype(self.dtype)

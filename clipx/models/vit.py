@@ -195,8 +195,7 @@ class ViT(Tower):
         keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         width, depth, heads, mlp_width, patch = self.shape
-        if x.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"{self.at('image_size')}={self.image_size}, but images of {x.shape}")
+        self.check_images(x, self.image_size)
         side, rows = self.image_size // patch, x.shape[0]
         x = x.reshape(rows, side, patch, side, patch, 3).swapaxes(2, 3)
         x = nn.DenseGeneral(
