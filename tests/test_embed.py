@@ -12,7 +12,7 @@ from support import runs
 
 from clipx.embed import embed
 from clipx.errors import BadSample, ConfigError, DataError
-from clipx.training import embed_rows, embedding
+from clipx.training import embed_rows, embedding, encode
 from clipx.training.feed import open_data
 from clipx.training.run import assemble
 from clipx.training.session import open_session
@@ -59,6 +59,7 @@ class After:
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embed_rows, "CAPTIONS", 32)
+        patch.setattr(encode, "_ROWS", 32)
         yield
 
 
@@ -191,7 +192,7 @@ def test_stored_crops_are_the_objectives_own_by_seed_row_and_number(tmp_path, mo
     flat = stored.reshape(-1, stored.shape[-1])
     assert len(np.unique(flat.round(4), axis=0)) > 0.9 * len(flat)  # some show no shape
     assert np.load(tmp_path / "a" / "tokens.npy").shape == (96, 3, 4, 32)
-    monkeypatch.setattr(embedding, "FEW", 16)
+    monkeypatch.setattr(encode, "_ROWS", 16)
     source = Broken(embedder.source)
     again = dataclasses.replace(
         embedder, folder=tmp_path / "b", tokens=False, views=2, source=source
