@@ -73,6 +73,7 @@ def _resolve(
 ) -> None:
     """Replaces in `out` the tower `side`, and what belongs to it."""
     path, where = section.get("init_from"), f"config.{side}.init_from"
+    own = out.get("tokenizer") or {}
     if not path or not isinstance(path, str):
         found = "nothing" if not path else repr(path)
         expected = f"a folder or file of a pretrained {side} encoder, as config.{side}.name is auto"
@@ -86,20 +87,30 @@ def _resolve(
         given = _section(encoder.tower)
         preprocessing, tokenizer = encoder.preprocessing, encoder.tokenizer
         say(f"config.{side}: {given['name']} from {path}, in the layout of {encoder.layout}")
-        for note in encoder.notes:
+        for note in (*encoder.notes, *_cut(encoder, own)):
             say(f"  {note}")
     typed = {k: v for k, v in section.items() if k != "name"}
     out[side] = {**given, **typed}
     if side == "image" and isinstance(out.get("objective"), Mapping):
         kept = {k: v for k, v in preprocessing.items() if v is not None}
         out["objective"] = {**kept, **out["objective"]}
-    own = out.get("tokenizer") or {}
     if side == "text" and own.get("name", AUTO) == AUTO:
         if not tokenizer:
             raise ConfigError(
                 "config.tokenizer", "nothing", f"a tokenizer, as {path} has none that clipx reads"
             )
         out["tokenizer"] = {**tokenizer, **{k: v for k, v in own.items() if k != "name"}}
+
+
+def _cut(encoder: Encoder, tokenizer: Mapping[str, Any]) -> list[str]:
+    """A note for texts that are cut although nobody asked for it."""
+    context = getattr(encoder.tower, "context", 0)
+    if "context" in tokenizer or context >= encoder.longest:
+        return []
+    return [
+        f"texts are cut to {context} tokens, marks included (the model takes {encoder.longest}): "
+        "config.tokenizer.context changes it"
+    ]
 
 
 def _section(tower: Tower) -> dict[str, Any]:

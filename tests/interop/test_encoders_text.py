@@ -84,7 +84,13 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path):
     write_tokenizer(tmp_path, "bert", model_max_length=10**30)
     found = text.describe(str(tmp_path), WHERE)
     assert found.tower.context == found.tokenizer["context"] == text.CONTEXT == 64
-    assert "cut to 64 tokens, marks included (the model takes 512)" in found.notes[0]
+    config = {"text": {"name": "auto", "init_from": str(tmp_path)}, "tokenizer": {"name": "auto"}}
+    said, typed = [], []
+    assert resolving.resolve(config, say=said.append)["tokenizer"]["context"] == 64
+    assert "cut to 64 tokens, marks included (the model takes 512)" in said[-1]
+    config["tokenizer"]["context"] = 32
+    assert resolving.resolve(config, say=typed.append)["tokenizer"]["context"] == 32
+    assert typed == said[:-1]
 
 
 def changed(file, **values):

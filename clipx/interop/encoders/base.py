@@ -21,6 +21,7 @@ class Encoder:
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # texts: the config's section of the files' tokenizer
     tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    longest: int = 0  # tokens of a text that a text tower takes, marks included
     notes: tuple[str, ...] = ()  # what was guessed, and what the library does otherwise than clipx
     # what clipx cannot reproduce, as "name: description"; `config.init_ignore` accepts it
     differences: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ def _describe(path: str, where: str) -> Encoder:
         inner, kind, where, size=fields["vocab_size"], pad_id=pad_id, cleaning="strip", notes=notes
     )
     length = min(found.length or given.length, given.length, fields["positions"])
-    tower = _tower(fields | found.fields, given.section, length, notes)
+    tower = _tower(fields | found.fields, given.section, length)
     own = _open(named or _file(inner, where), where)
     dense = _dense(folder / found.dense, where) if found.dense else None
     return Encoder(
@@ -87,6 +87,7 @@ def _describe(path: str, where: str) -> Encoder:
         tower=tower,
         read=functools.partial(_read, tower, kind, pad_id, own, dense, where),
         tokenizer=given.section | {"context": tower.context},
+        longest=length,
         notes=tuple(notes),
         differences=(*differences, *found.differences, *more),
     )
@@ -116,7 +117,8 @@ def _transformers(folder: pathlib.Path, named: pathlib.Path | None, where: str) 
     else:
         section, length = {}, fields["positions"]
         notes.append(f"{folder} has no tokenizer: config.tokenizer must give the model's own ids")
-    tower = _tower(fields, section, min(length, fields["positions"]), notes)
+    length = min(length, fields["positions"])
+    tower = _tower(fields, section, length)
 
     def adapted(wanted: Tower) -> Encoder:
         """With the pooling of a config's tower, and its heads where no config.json has them."""
@@ -134,6 +136,7 @@ def _transformers(folder: pathlib.Path, named: pathlib.Path | None, where: str) 
             tower=tower,
             read=functools.partial(_read, tower, kind, pad_id, own, None, where),
             tokenizer=section | {"context": tower.context} if section else {},
+            longest=length,
             notes=tuple(notes),
             differences=tuple(differences),
             adapt=adapted,
@@ -155,14 +158,9 @@ def _config(
     return found, section.unread("text.settings")
 
 
-def _tower(fields: dict[str, Any], section: dict[str, Any], length: int, notes: list[str]) -> BERT:
+def _tower(fields: dict[str, Any], section: dict[str, Any], length: int) -> BERT:
     """The tower, for texts of `CONTEXT` tokens unless the file allows fewer."""
     context = min(length, CONTEXT)
-    if context < length:
-        notes.append(
-            f"texts are cut to {context} tokens, marks included (the model takes {length}): "
-            "config.tokenizer.context changes it"
-        )
     ids = section.get("ids")
     marks = {"eot_id": ids["end"], "pad_id": ids["pad"]} if ids else {}
     return BERT(**fields, **marks, context=context, embed_dim=0, dtype="float32")
