@@ -83,7 +83,8 @@ class Linear(Tower):
 @functools.cache
 def objective(name: str, dtype: str = "float32", dropout: float = 0.1) -> Objective:
     """A method by the name of its file, or a variant such as `clip_lite:critic=concat`. The towers
-    are linear, except CLIP's own and those of names such as `siglip+towers`."""
+    are linear, except CLIP's own and those of names such as `siglip+towers`, whose heads are
+    perceptrons."""
     base, _, variant = name.partition(":")
     name, plus, _ = base.partition("+")
     cls, fields = find("objectives", name, Objective), dict(FIELDS.get(name, {}))
@@ -95,6 +96,7 @@ def objective(name: str, dtype: str = "float32", dropout: float = 0.1) -> Object
             fields[key] = parse(value)
     else:
         towers |= {"width": 16, "depth": 1, "heads": 2}
+        towers |= {"head": "mlp", "head_dropout": dropout} if plus else {}
         image = ViT(image_size=16, patch=8, **towers)
         text = TextTransformer(vocab_size=64, context=8, eot_id=3, **towers)
     return cls(image=image, text=text, **fields)
@@ -136,9 +138,15 @@ def variables(name: str):
     def init(batch):
         return module.init(jax.random.key(0), batch, keys, module.init_memory())
 
+    rng = np.random.default_rng(0)
     if not isinstance(module.image, Linear):
-        return jax.tree.map(np.asarray, jax.jit(init)(batch(module)))
-    rng = np.random.default_rng(0)  # compiles nothing
+        made = jax.tree.map(np.asarray, jax.jit(init)(batch(module)))
+        if module.image.head == "linear":
+            return made
+        return as_dtype(
+            jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), made), "float32"
+        )
+    # compiles nothing
     shapes = jax.eval_shape(init, batch(module))
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape), shapes["params"])
     stats = jax.tree.map(lambda x: 1 + rng.uniform(size=x.shape), shapes.get("batch_stats", {}))
