@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.runs import NO_EVALS, finish, parameters, rows, small, start, wait_for
@@ -14,9 +15,12 @@ from clipx import cli
 from clipx.errors import ConfigError, RunError
 from clipx.serving.evaluation import evaluate
 from clipx.train import train
-from clipx.training import loop
+from clipx.training import loop, run
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.feed import feed
+from clipx.training.finite import not_finite
+from clipx.training.run import restore
+from clipx.training.step import make_train_step
 
 TWO = jax.devices()[:2]
 
@@ -103,13 +107,45 @@ def test_another_config_is_refused_with_a_diff(whole):
     finish(small(("data.workers", "0"), ("train.log_every_steps", "5")), whole, TWO)
 
 
-def test_not_finite_steps_stop_the_run_and_name_rows(tmp_path):
-    growing = [("optimizer.learning_rate", "1000.0"), ("optimizer.weight_decay", "1e6")]
-    config = small(*growing, ("train.max_skipped_steps", "2"), *NO_EVALS)
-    with pytest.raises(RunError) as error:
+@pytest.fixture
+def damaged_at_step_3(monkeypatch):
+    """The step that ends in step 3 leaves an infinite logit scale, as a flipped bit does."""
+
+    def make(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+
+        def train_step(state, batch):
+            state, metrics = step(state, batch)
+            scale = jnp.where(state.step == 3, jnp.inf, state.params["logit_scale"])
+            return state.replace(params=state.params | {"logit_scale": scale}), metrics
+
+        return train_step
+
+    monkeypatch.setattr(run, "make_train_step", make)
+
+
+def test_not_finite_steps_stop_the_run_and_name_rows(damaged_at_step_3, tmp_path):
+    config = small(("train.max_skipped_steps", "2"), ("train.save_every_steps", "100"), *NO_EVALS)
+    with pytest.raises(RunError, match="2 steps in a row .* not finite") as error:
         train(config, str(tmp_path), TWO)
-    assert "2 steps in a row" in str(error.value)
-    assert "shapes/train/" in str(error.value)
+    assert all(text in str(error.value) for text in ("step 4: ", "step 5: ", "shapes/train/"))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(damaged_at_step_3, tmp_path):
+    config = small(("train.save_every_steps", "1"), *NO_EVALS)
+    with pytest.raises(RunError, match="step 3 holds NaN or infinity in params/logit_") as error:
+        train(config, str(tmp_path), TWO)
+    assert "step 2 is saved and intact" in str(error.value) and "\n" not in str(error.value)
+    assert Checkpoints(tmp_path).steps == [1, 2]
+    opened, state = restore(tmp_path, devices=TWO)
+    assert not not_finite(state)
+    checkpoints = Checkpoints(tmp_path)
+    moments = jax.tree.map(lambda x: x + jnp.nan if x.ndim else x, state.opt_state)
+    damaged = state.replace(step=state.step + 1, opt_state=moments)
+    checkpoints.save(3, damaged, checkpoints.restore_run(2), {})
+    checkpoints.close()
+    with pytest.raises(RunError, match="checkpoint of step 3 holds NaN or infinity in opt_state/"):
+        train(config, str(tmp_path), TWO)
 
 
 def test_a_workdir_that_is_a_file(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator, evaluate_all
-from clipx.training import episodes, fit
+from clipx.training import episodes, finite, fit
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.feed import TrainingData, feed, loader
@@ -80,6 +80,12 @@ class Trainer:
                 refresh = episode is not None and step % episode == 0 and not last
                 if stopping or evaluate or save or refresh:
                     self._drain(pending, 0)
+                if save and self._skipped and not last:
+                    save = False  # the state may be at fault: keep the checkpoints before it
+                    self.metrics.say(
+                        f"step {step:,} is not saved: the last {len(self._skipped)} step(s) "
+                        "were not finite"
+                    )
                 results: dict[str, float] | None = {}
                 if evaluate and not stopping:
                     results = self._evaluate(state, step)
@@ -204,8 +210,12 @@ class Trainer:
         self.checkpoints.wait()
 
     def _save(self, state: TrainState, step: int, results: dict[str, float]) -> None:
-        """Starts to save `state`; `results` are the evals' metrics of that state."""
+        """Starts to save `state`; `results` are the evals' metrics of that state. Raises `RunError`
+        for a state that is not finite."""
         with self.clock.time("save"):
+            if names := finite.not_finite(state):
+                self.checkpoints.wait()  # for a write that has started
+                raise RunError(finite.refuse_save(names, step, self.checkpoints.latest))
             extra = {
                 "config": self.run.complete,
                 "tokenizer": self.run.tokenizer.save(),

@@ -22,7 +22,7 @@ from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, fit, guesses, stored, whitening
+from clipx.training import encoders, finite, fit, guesses, stored, whitening
 from clipx.training.checkpoint import (
     Checkpoints,
     prepare_workdir,
@@ -101,6 +101,8 @@ class Session:
         if self.saved is None or step is None:
             return init(self.run), None
         state = self.checkpoints.restore(step, self.run.state)
+        if names := finite.not_finite(state):
+            raise RunError(finite.refuse_start(names, step))
         tell(f"continuing from step {step:,} in {self.folder}")
         return state, self.saved["seconds"]
 
