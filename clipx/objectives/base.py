@@ -101,6 +101,11 @@ class Objective(nn.Module):
         """The loss over all rows, its metrics, and the memory for the next step."""
         raise TypeError(f"{type(self).__name__} does not implement loss")
 
+    def chance(self, rows: int) -> dict[str, float]:
+        """The metrics that compare images with captions, and what each is in a batch of `rows` rows
+        if the outputs are the same for all rows. {}: the loss is compared with `loss/chance`."""
+        return {}
+
     def init_memory(self) -> PyTree:
         """The memory at step 0; {} for an objective that keeps none."""
         return {}

@@ -114,6 +114,9 @@ class CLIPLite(Objective):
     def compares(self) -> tuple[str, ...]:
         return ("unit",) if _CRITICS[self.critic][0] is DotCritic else ("raw",)
 
+    def chance(self, rows: int) -> dict[str, float]:
+        return {"loss/cross_modal": 2 * math.log(2)}
+
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> CLIPLiteFeatures:
         towers = super()
 

@@ -158,6 +158,9 @@ class DeCLIP(Objective):
         views = super().views
         return views._replace(pictures=views.pictures * 2, texts=("caption", self.second_text))
 
+    def chance(self, rows: int) -> dict[str, float]:
+        return {"loss/contrastive": math.log(rows)}
+
     def init_memory(self) -> PyTree:
         if not self.neighbour_weight:
             return {}

@@ -178,6 +178,9 @@ class ProtoCLIP(Objective):
         """The entries of `_PAIRS` whose term has a weight."""
         return tuple(pair for pair in _PAIRS if getattr(self, f"{pair[0]}_weight"))
 
+    def chance(self, rows: int) -> dict[str, float]:
+        return {"loss/contrastive": math.log(rows)}
+
     def init_memory(self) -> PyTree:
         rows, table_shape = self.episode_steps * self.batch_size, (self.k, self.projection_dim)
         clustered = list(dict.fromkeys(name for _, _, name in self._pairs))

@@ -71,6 +71,9 @@ class SLIP(CLIP):
         views = super().views
         return views._replace(pictures=(*views.pictures, distorted, distorted))
 
+    def chance(self, rows: int) -> dict[str, float]:
+        return {"loss/contrastive": math.log(rows // self.groups)}
+
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> SLIPFeatures:
         features = super().embed(batch, keys, train=train)
 

@@ -26,6 +26,7 @@ from clipx.training.metrics import Metrics
 from clipx.training.run import OpenRun
 from clipx.training.stop import Stop
 from clipx.training.survey import Survey
+from clipx.training.watch import Watch
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
@@ -57,6 +58,10 @@ class Trainer:
     @functools.cached_property
     def survey(self) -> Survey:
         return Survey(self.run, self.data)
+
+    @functools.cached_property
+    def _watch(self) -> Watch:
+        return Watch.of(self.run)
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """(the last state, whether the run is finished). If not finished, it was asked to stop.
@@ -181,7 +186,10 @@ class Trainer:
         metrics |= fit.logged(self.needs) | fit.measured(
             self.run.mesh.local_devices[0], self.needs, metrics["step_seconds"]
         )
-        self.metrics.log(step, metrics)
+        warnings = self._watch.look(step, metrics)
+        self.metrics.log(step, metrics | {"warnings": self._watch.holding})
+        for line in warnings:
+            self.metrics.say(line)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Runs every eval, and logs and returns their metrics; None if the run is asked to stop

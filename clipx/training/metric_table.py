@@ -34,6 +34,8 @@ TRAINING: Mapping[str, Metric] = {
     "images_per_second": Metric("more", headline=True, curve=Curve("Images per second")),
     "data_wait_fraction": Metric("less", curve=Curve("Share of time")),
     "mfu": Metric("more", curve=Curve("Share of time")),
+    # of unit embeddings: the mean squared distance from their mean; 0 once a tower has collapsed
+    "batch/*_variance": Metric(curve=Curve("Variance of the embeddings")),
     "batch/modality_gap": Metric(curve=Curve("Modality gap")),
     **{
         f"batch/{rows}_from_{labels}": Metric("more", curve=_PICKS)
@@ -47,6 +49,7 @@ TRAINING: Mapping[str, Metric] = {
         curve=Curve("Rows whose labels are the same number", smooth=False)
     ),
     "loss/*": Metric("less", curve=Curve("Parts of the loss", from_zero=False)),
+    "warnings": Metric("less"),  # that hold: see `training.watch`
     "batch/accuracy": Metric("more"),
     "batch/*R@1": Metric("more"),
     "episode/seconds": Metric("less"),

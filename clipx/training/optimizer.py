@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipx.config.durations import duration
+from clipx.config.durations import Duration, duration
 from clipx.config.ranges import (
     Count,
     CountOrZero,
@@ -83,6 +83,16 @@ class OptimizerConfig:
                 )
 
 
+def _warmup(config: OptimizerConfig) -> Duration | None:
+    return duration(dataclasses.asdict(config), "warmup", where=WHERE, optional=True)
+
+
+def warmup_steps(config: OptimizerConfig, *, batch_size: int, rows: int | None) -> int | None:
+    """Steps of the warm-up, 0 without one; None for a length in epochs if `rows` is None."""
+    warmup = _warmup(config)
+    return warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
+
+
 def make_schedule(
     config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
 ) -> Callable[..., Any]:
@@ -95,8 +105,8 @@ def make_schedule(
     schedule, with which a run can be traced and planned but not trained. rows: of training data,
     for a warm-up in epochs. Raises `ConfigError` for a warm-up longer than the run or a horizon.
     """
-    warmup = duration(dataclasses.asdict(config), "warmup", where=WHERE, optional=True)
-    warm = warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
+    warmup = _warmup(config)
+    warm = warmup_steps(config, batch_size=batch_size, rows=rows)
     if steps is None or warm is None:
         constant = optax.constant_schedule(config.learning_rate)
         return lambda count, horizon=1.0: constant(count)

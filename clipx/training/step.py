@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key
 
+from clipx.models.layers import unit
 from clipx.objectives.base import Objective, caption_ids, tower_keys
 from clipx.training.optimizer import updates_done
 from clipx.training.parameter_rules import frozen
@@ -183,6 +184,26 @@ def _shared_captions(batch: Batch) -> Float[Array, ""]:
     return jnp.mean(equal[1:] | equal[:-1], dtype=jnp.float32)
 
 
+def embedding_variance(features: Features) -> Metrics:
+    """`batch/image_variance` and `batch/text_variance`: the mean squared distance of a tower's unit
+    rows from their mean. 0: all rows are the same; 1: they point everywhere.
+
+    Rows are `features.image` and `features.text`, or else the means of `image_tokens` and
+    `text_tokens`. A tower without either has no metric.
+    """
+    metrics = {}
+    for tower in ("image", "text"):
+        rows = getattr(features, tower, None)
+        tokens = getattr(features, f"{tower}_tokens", None)
+        if rows is None and tokens is not None:
+            rows = jnp.mean(tokens, axis=1, dtype=jnp.float32)
+        if rows is not None:
+            rows = unit(jax.lax.stop_gradient(rows))
+            apart = rows - jnp.mean(rows, axis=0)
+            metrics[f"batch/{tower}_variance"] = jnp.mean(jnp.sum(apart * apart, axis=-1))
+    return metrics
+
+
 def batch_loss(
     objective: Objective,
     params: PyTree,
@@ -208,6 +229,7 @@ def batch_loss(
         method="loss",
         mutable=["batch_stats"],
     )
+    loss = loss._replace(metrics=loss.metrics | embedding_variance(features))
     return loss.value, (loss, changed.get("batch_stats", stats))
 
 
