@@ -131,16 +131,13 @@ class Watch:
     def _at_chance(self, metric: str, value: float, chance: float) -> Iterator[tuple[str, Cause]]:
         name = f"{metric} is at chance"
         if chance > 0 and value >= chance * (_AT_CHANCE - 0.02 * (name in self._causes)):
-            yield (
-                name,
-                Cause(
-                    int(value > 1.5 * chance),
-                    f"{name} after the warm-up ({value:.4g}; equal outputs give {chance:.4g}): images "
-                    "and captions are not told apart. Likely captions do not belong to their pictures "
-                    "(look: python -m clipx.dataset preview), or the learning rate "
-                    f"({self.learning_rate:g}) does not suit: try a fifth, and three times as much",
-                ),
+            text = (
+                f"{name} after the warm-up ({value:.4g}; equal outputs give {chance:.4g}): no "
+                "pair is told from another. Likely captions do not belong to their pictures "
+                "(look: python -m clipx.dataset preview), or the learning rate "
+                f"({self.learning_rate:g}) does not suit: try a fifth, and three times as much"
             )
+            yield name, Cause(int(value > 1.5 * chance), text)
 
     def _at_bound(self, metric: str, scale: float) -> Iterator[tuple[str, Cause]]:
         name = f"{metric} is at its clamp"
