@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Sequence
 from typing import Any
 
+from clipx.data import regular, tars
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.data.tables.formats import ENDS
 from clipx.errors import DataError
@@ -118,8 +119,11 @@ class Folder:
 def class_folders_in(path: str) -> bool:
     """Whether a tar has pictures in several folders, and no captions or labels."""
     ends, folders = set(), set()
-    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
-        for member in itertools.islice(tar, _MEMBERS):
+    with (
+        contextlib.suppress(tarfile.TarError, OSError),
+        open(path, "rb", opener=regular.only) as file,
+    ):
+        for member in itertools.islice(tars.headers(file), _MEMBERS):
             if member.isfile():
                 end = member.name.lower().rpartition(".")[2]
                 ends.add(end)
@@ -157,7 +161,7 @@ def written(path: str, kept: Sequence[str], names: Sequence[str]) -> str | list[
 def read_json(path: str) -> Any:
     """The value of a json file; None if there is none that can be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=regular.only) as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError):
         return None

@@ -10,11 +10,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
-import io
 import math
 import os
-import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -23,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from clipx.data import raster, regular
 from clipx.data.base import Example
 from clipx.errors import BadSample, DataError
 
@@ -33,9 +31,9 @@ _Result = TypeVar("_Result")
 TRIES = 10  # random boxes per crop before the fallback to a centre crop
 _RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
 _MOST_PIXELS = 1 << 26  # larger pictures are refused: 200 MB when decoded
-# JPEG, PNG and WebP, which OpenCV decodes as Pillow does. Other formats may get other colours:
-# transparent GIF, and Lab or floats in TIFF.
-_OPENCV = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP", re.DOTALL)
+# OpenCV decodes these as Pillow does. Other formats may get other colours: transparent GIF, and Lab
+# or floats in TIFF.
+_OPENCV = ("JPEG", "PNG", "WEBP")
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _READ_REDUCED = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -131,7 +129,7 @@ def header(example: Example) -> tuple[int, int, str]:
     if isinstance(example.image, np.ndarray):
         return example.image.shape[1], example.image.shape[0], ""
     with _unreadable(example):
-        head = Image.open(io.BytesIO(example.image))
+        head = raster.opened(example.image)
         width, height = head.size
         if width * height > _MOST_PIXELS:
             raise ValueError(
@@ -146,14 +144,14 @@ def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
     formats at full size from Pillow, as evaluation reads them."""
     if isinstance(example.image, np.ndarray):
         return example.image
-    if _OPENCV.match(example.image):
-        data = np.frombuffer(example.image, np.uint8)
-        with contextlib.suppress(cv2.error):
-            pixels = cv2.imdecode(data, _READ | _READ_REDUCED.get(reduce, 0))
-            if pixels is not None:
-                return pixels
     with _unreadable(example):
-        return np.asarray(_rgb(Image.open(io.BytesIO(example.image))))
+        if raster.kind(example.image) in _OPENCV:
+            data = np.frombuffer(example.image, np.uint8)
+            with contextlib.suppress(cv2.error):
+                pixels = cv2.imdecode(data, _READ | _READ_REDUCED.get(reduce, 0))
+                if pixels is not None:
+                    return pixels
+        return np.asarray(_rgb(raster.opened(example.image)))
 
 
 def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
@@ -164,7 +162,7 @@ def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
     else:
         header(example)
         with _unreadable(example):
-            picture = _rgb(Image.open(io.BytesIO(example.image)))
+            picture = _rgb(raster.opened(example.image))
     width, height = picture.size
     if min(width, height) != side:
         if width <= height:
@@ -211,7 +209,8 @@ class Pictures:
 
     def _checked(self, path: str | os.PathLike, function: Callable[[Example], _Result]) -> _Result:
         try:
-            data = pathlib.Path(path).read_bytes()
+            with open(path, "rb", opener=regular.only) as file:
+                data = file.read()
             return function(Example(data, (), 0, str(path)))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None

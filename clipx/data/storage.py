@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from clipx.data import regular
 from clipx.data.base import expand_user
 from clipx.errors import DataError, listed, optional
 
@@ -90,10 +91,12 @@ def _match_local(pattern: str) -> list[Shard]:
 
 def _of_file(path: str) -> Shard:
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
+        if not os.path.isdir(path):  # `refuse_folder` says what to do with a folder
+            regular.refuse(path, status)
     except OSError as error:  # such as a dangling link
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return Shard(path, stat.st_size, str(stat.st_mtime_ns))
+    return Shard(path, status.st_size, str(status.st_mtime_ns))
 
 
 def _match_remote(pattern: str) -> list[Shard]:
@@ -168,7 +171,7 @@ def open_shard(path: str) -> BinaryIO:
     if is_remote(path):
         fs, name = _filesystem(path)
         return fs.open(name, "rb")
-    return open(path, "rb")
+    return open(path, "rb", opener=regular.only)
 
 
 def read(path: str, places: list[tuple[int, int]]) -> list[bytes | None]:
@@ -211,7 +214,7 @@ def _reading(path: str) -> Iterator[Callable[[int, int], bytes]]:
         except Exception as error:  # every filesystem has its own exceptions
             raise OSError(errno.EIO, str(error) or type(error).__name__) from error
         return
-    file = os.open(path, os.O_RDONLY)
+    file = regular.only(path)
     try:
         yield lambda offset, size: checked(os.pread(file, size, offset), size)
     finally:

@@ -11,8 +11,8 @@ import dataclasses
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, cast
 
 from clipx.data.base import Account, Skipped, printable
 from clipx.data.storage import open_shard
@@ -21,6 +21,10 @@ BLOCK = tarfile.BLOCKSIZE  # the data of every member starts at a multiple of it
 _CHUNK = 1 << 16  # bytes to read at once behind an end mark
 _EXAMPLES = 3  # names kept for each reason
 _LINKS = 40  # most links to follow from one name, as Linux does
+_LONGEST_NAME = 4096  # characters of a path, as Linux allows
+_LONGEST_HEADER = 1 << 17  # bytes of the names and attributes before a member
+# what tarfile raises for damaged headers, beside its own errors
+_DAMAGED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 _DOTTED = re.compile(r"\./|//|/\.$|^/")  # what `normal` removes
 
 
@@ -109,6 +113,46 @@ def scan(path: str, size: int) -> Contents:
     return headers.contents()
 
 
+class _Bounded:
+    """A file that tarfile reads headers from. Sizes in damaged headers do not lead out of the file,
+    or all of it into memory."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.tell = file, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, place: int) -> int:
+        if not 0 <= place < 1 << 63:
+            raise tarfile.ReadError(f"a header at byte {place:,}")
+        return self._file.seek(place)
+
+
+def _headers(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """Yields (the byte after it and its data, member) of the archive that starts where `file` is,
+    each farther on than the one before. Raises `tarfile.ReadError` for a damaged header."""
+    try:
+        before, tar = file.tell(), tarfile.TarFile(fileobj=cast(BinaryIO, _Bounded(file)))
+        while (member := tar.next()) is not None:
+            # else tarfile keeps every member in memory
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+            if member.size < 0 or tar.offset <= before:
+                raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+            before = tar.offset
+            yield before, member
+    except _DAMAGED as error:
+        raise tarfile.ReadError(str(error)) from None
+
+
+def headers(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar's first archive. Raises `tarfile.ReadError` for a damaged header, and
+    for a file that is no tar."""
+    return (member for _, member in _headers(file))
+
+
 class _Headers:
     """Collects the members of a file of one or several archives."""
 
@@ -140,23 +184,22 @@ class _Headers:
     def _archive(self, file: BinaryIO, start: int) -> int:
         """Reads the archive that starts at a byte. Returns the byte after its last member."""
         file.seek(start)
+        end = start
         try:
-            tar = tarfile.TarFile(fileobj=file)
-        except tarfile.ReadError:
-            if not start:
-                raise
-            self._cut = True  # the first header of a further archive is incomplete
-            return start
-        try:
-            while (member := tar.next()) is not None:
-                # else tarfile keeps every member in memory
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+            for after, member in _headers(file):
+                end = after
                 self._add(member)
         except tarfile.ReadError:
+            if not end:
+                raise
             self._cut = True
-        return tar.offset
+        return end
 
     def _add(self, header: tarfile.TarInfo) -> None:
+        if max(len(header.name), len(header.linkname)) > _LONGEST_NAME:
+            self._found += 1
+            self._refuse(_LONG, header.name)
+            return
         name = normal(header.name)
         if header.offset_data + header.size <= self._size:
             self._last = header.name
@@ -230,6 +273,7 @@ class _Headers:
 UNREAD, NO_ENDING = "an ending that is not read", "a name without an ending"
 HIDDEN = "a name that starts with a dot"
 _NO_TARGET = "a link that leads to no file of the archive"
+_LONG = f"a name or a link of more than {_LONGEST_NAME:,} characters"
 _REPLACED = "a later member has the same name, and counts in its place"
 
 

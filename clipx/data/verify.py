@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import io
 import re
 import unicodedata
 from array import array
@@ -13,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from clipx.config.binding import bind
-from clipx.data import pictures
+from clipx.data import pictures, raster
 from clipx.data.base import Source
 from clipx.data.text import tokenizers
 from clipx.data.threads import in_order
@@ -116,7 +114,7 @@ def _mode(image: bytes | np.ndarray) -> tuple[str, bool]:
     """Pillow's mode, and whether an EXIF tag says that the picture is not upright."""
     if isinstance(image, np.ndarray):
         return "RGB", False
-    with Image.open(io.BytesIO(image)) as head:
+    with raster.opened(image) as head:
         turned = False
         if "exif" in head.info:
             with contextlib.suppress(Exception):  # a damaged tag counts as upright

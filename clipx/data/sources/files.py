@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from clipx.data import regular
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.captions import (
     SAMPLED,
@@ -130,7 +131,7 @@ class Files(Source):
 
     def _read(self, row: int, path: str) -> bytes:
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=regular.only) as file:
                 return file.read()
         except OSError as error:
             raise BadSample(self._key(row), f"{path} cannot be read ({error.strerror})") from None

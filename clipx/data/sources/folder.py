@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.data import tars
+from clipx.data import regular, tars
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.storage import read
 from clipx.data.tables.cells import PICTURE_ENDS
@@ -96,7 +96,8 @@ class Folder(Source):
             if self._tar:
                 (image,) = read(self._file, [tuple(self._places[row].tolist())])
             else:
-                with open(os.path.join(self._file, self._name(row)), "rb") as file:
+                path = os.path.join(self._file, self._name(row))
+                with open(path, "rb", opener=regular.only) as file:
                     image = file.read()
         except OSError as error:
             raise BadSample(key, f"cannot be read in {self._file} ({error.strerror})") from None
@@ -260,7 +261,7 @@ def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
         return tuple(folder.replace("_", " ").replace("/", " ") for folder in folders)
     path = expand_user(names)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=regular.only) as file:
             readable = json.load(file)
     except OSError as error:
         raise DataError(f"names={names}: cannot be read ({error.strerror}){_near(path)}") from None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clipx.data import regular
 from clipx.data.base import Account, Example, Guess, Skipped, Source
 from clipx.data.storage import ABSENT, read
 from clipx.data.tables import inference, paths
@@ -143,7 +144,7 @@ class Table(Source):
                 return image or b""
             if path.startswith(_MARK):
                 raise BadSample(key, "the path of the picture is empty")
-            with open(file, "rb") as opened:
+            with open(file, "rb", opener=regular.only) as opened:
                 return opened.read()
         except OSError as error:
             raise BadSample(key, f"{file} cannot be read ({error.strerror})") from None

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from clipx.data import regular
 from clipx.errors import DataError, data_flag
 
 _HEAD = 1 << 16  # bytes from which to tell the encoding and the line ends
@@ -28,7 +29,7 @@ def lines(path: str) -> Iterator[str]:
     file that cannot be read or is in another encoding.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular.only) as file:
             head = file.read(_HEAD)
             encoding = _encoding(head)
             if encoding == "utf-8" and (b"\n" in head or b"\r" not in head):
@@ -38,7 +39,7 @@ def lines(path: str) -> Iterator[str]:
         # `newline`: with "" each of LF, CR and CR LF ends a line, with "\r" CR alone does
         newline = "" if encoding != "utf-8" else "\r"
         encoding = "utf-8-sig" if encoding == "utf-8" else encoding
-        with open(path, encoding=encoding, newline=newline) as file:
+        with open(path, encoding=encoding, newline=newline, opener=regular.only) as file:
             for line in file:
                 yield line[:-1] + "\n" if line.endswith("\r") else line
     except UnicodeDecodeError as error:

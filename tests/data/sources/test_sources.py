@@ -341,7 +341,7 @@ def bomb(side: int) -> bytes:
     ("data", "reason"),
     [
         (b"", "the picture has no bytes"),
-        (b"<html>404</html>", "the picture (16 bytes) cannot be decoded: cannot identify"),
+        (b"<html>404</html>", "the picture (16 bytes) cannot be decoded: it starts with b'<html>"),
         (encode(photo(0, 200, 200), "JPEG")[:2000], "the picture (2000 bytes) cannot be decoded: "),
         (encode(photo(0, 200, 200), "PNG")[:2000], "the picture (2000 bytes) cannot be decoded: "),
         (encode(photo(), "JPEG")[:10], "the picture (10 bytes) cannot be decoded: "),
