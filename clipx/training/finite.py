@@ -19,13 +19,12 @@ def _finite(x: jax.Array) -> jax.Array:
 def not_finite(state: TrainState) -> list[str]:
     """The paths of the arrays of `state` that hold NaN or infinity, as `params/image/...` and
     `opt_state/...`. Checked on the devices; all processes must call it together."""
-    leaves = [
-        (path, x)
+    return [
+        path_name(path)
         for path, x in jax.tree.leaves_with_path(state)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
+        # one at a time: collectives of several programs at once can wait for each other for ever
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(_finite(x))
     ]
-    finite = jax.device_get([_finite(x) for _, x in leaves])
-    return [path_name(path) for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
 
 
 def refuse_save(names: list[str], step: int, saved: int | None) -> str:
