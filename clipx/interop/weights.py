@@ -7,14 +7,13 @@ import pathlib
 import re
 import shlex
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from clipx.errors import ConfigError, MissingLibrary
-from clipx.interop import libraries
+from clipx.errors import ConfigError
+from clipx.interop import torch_files
 from clipx.interop.base import read_json
 from clipx.interop.model import cpu
 from clipx.interop.rules import Arrays
@@ -39,12 +38,10 @@ UNREADABLE = {
 _WANTED = "a safetensors or torch file of open_clip or transformers"
 # module names that torch.compile, DDP, FSDP, activation checkpoints and DeepSpeed put into names
 _WRAPPERS = keys("module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module")
-# what stands before the image tower's name, which every CLIP or SigLIP has
-_IMAGE = re.compile(r"((?:[^.]+\.)*?)(?:visual|vision_model)\.")
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def read(file: pathlib.Path, where: str, known: re.Pattern[str] = _IMAGE) -> Arrays:
+def read(file: pathlib.Path, where: str, known: re.Pattern[str] = torch_files.IMAGE) -> Arrays:
     """Every array of a weights file, or of the files that an index (.json) lists, under the names
     that the model itself gives them.
 
@@ -83,7 +80,7 @@ def _incomplete(file: pathlib.Path, error: Exception, where: str) -> ConfigError
 
 def _file(file: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     if _is_torch(file, where):
-        return _torch(file, where, known)
+        return torch_files.read(file, where, known)
     import safetensors
     from safetensors.flax import load_file  # reads bfloat16; safetensors.numpy does not
 
@@ -122,8 +119,7 @@ def _is_torch(file: pathlib.Path, where: str) -> bool:
     name does where the content is cut short. Raises `ConfigError` for any other kind."""
     head, other = check_content(file, where), UNREADABLE.get(file.suffix)
     if head.startswith(b"PK") and zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
+        names = _members(file, where)
         if any(name.endswith(("/data.pkl", "/constants.pkl")) for name in names):
             return True
         other = UNREADABLE[".npz"] if any(n.endswith(".npy") for n in names) else "a ZIP archive"
@@ -142,13 +138,24 @@ def _is_torch(file: pathlib.Path, where: str) -> bool:
     raise ConfigError(where, f"{file}, {other or 'no weights file that clipx knows'}", _WANTED)
 
 
+def _members(file: pathlib.Path, where: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ConfigError(where, f"{file} ({error})", "a complete torch file") from None
+
+
 def _parts(index: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     """Every array of the files that an index lists."""
     parts = (read_json(index, where) or {}).get("weight_map")
     if not isinstance(parts, Mapping) or not parts:
         fix = f"name the folder {index.parent}"
         raise ConfigError(where, f"{index}, without a weight_map", "an index of weights", fix)
-    names = sorted(set(map(str, parts.values())))
+    for name in (names := sorted(set(map(str, parts.values())))):
+        if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
+            found = f"{index}, which lists {name!r}"
+            raise ConfigError(where, found, "parts in the folder of the index, and no others")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         found = f"no {missing[0]} beside {index.name}, which lists {len(names)} parts"
@@ -161,110 +168,11 @@ def _parts(index: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     return arrays
 
 
-def _torch(file: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
-    """Every array of a torch file: a state dict, a checkpoint of training, or a TorchScript model
-    such as OpenAI's. A state dict or checkpoint runs no pickled code (`weights_only`)."""
-    try:
-        torch = libraries.require("torch")
-    except MissingLibrary as error:
-        expected = "a safetensors file, or torch installed to read this one"
-        raise ConfigError(where, f"{file}, but {error}", expected, "pip install torch") from None
-    with libraries.quiet():
-        value = _load(torch, file, where)
-    state = model_state(value, torch.is_tensor, file, where, known)
-    try:
-        return {name: x.float().numpy() for name, x in state.items() if torch.is_tensor(x)}
-    except Exception as error:  # a quantized, sparse or meta tensor
-        found = f"{file} ({libraries.one_line(error)})"
-        raise ConfigError(where, found, "dense arrays of numbers") from None
-
-
-def _load(torch: Any, file: pathlib.Path, where: str) -> Any:
-    expected = "a complete torch file that holds only arrays"
-    try:
-        if _is_script(file):
-            return torch.jit.load(file, map_location="cpu").state_dict()
-        with torch.serialization.safe_globals(_plain_classes()):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if name := re.search(r"(?:GLOBAL|class|type) (\S+\.\S+)", str(error)):
-            found = f"{file}, with an object of {name[1]}, which only code of the file can make"
-            raise ConfigError(where, found, expected, _saved_again(file)) from None
-        found = f"{file} ({libraries.one_line(error)})"
-        raise ConfigError(where, found, expected) from None
-
-
-def _plain_classes() -> list[Any]:
-    """Classes beside the arrays of many checkpoints that run no code when they are read: numbers
-    of NumPy, and the arguments of a command."""
-    import argparse
-
-    from numpy.dtypes import Float32DType, Float64DType, Int32DType, Int64DType
-
-    scalar = np.float64(0).__reduce__()[0]  # the function that makes a number of NumPy
-    dtypes = [np.dtype, Float32DType, Float64DType, Int32DType, Int64DType]
-    return [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), *dtypes]
-
-
-def _saved_again(file: pathlib.Path, keys: tuple[str, ...] = ()) -> str:
-    """The command that saves the weights of a file alone. keys: where they are in it."""
-    new = file.parent / "weights.pt"
-    picked = "".join(f"[{key!r}]" for key in keys)
-    code = (
-        f"import torch; x = torch.load({str(file)!r}, map_location='cpu', weights_only=False)"
-        f"{picked}; torch.save(x.state_dict() if hasattr(x, 'state_dict') else x, {str(new)!r})"
-    )
-    return (
-        f"save the weights alone, and name {new} (this runs the code in the file, so trust its "
-        f"author): python -c {shlex.quote(code)}"
-    )
-
-
-def _is_script(file: pathlib.Path) -> bool:
-    """Whether the file is a TorchScript model, which contains code, as OpenAI's files do."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def model_state(
-    value: Any,
-    is_array: Callable[[Any], bool],
-    file: pathlib.Path,
-    where: str,
-    known: re.Pattern[str] = _IMAGE,
-) -> Mapping[str, Any]:
-    """The dict of `value`, a checkpoint's nested dicts, that holds a model's arrays. Raises
-    `ConfigError` at `where` if there is none, or more than one, such as averaged weights."""
-
-    def paths(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-        if not isinstance(tree, Mapping) or len(path) > 3:
-            return []
-        if any(is_array(x) and known.match(str(name)) for name, x in tree.items()):
-            return [path]
-        return [found for key, x in tree.items() for found in paths(x, (*path, key))]
-
-    found = paths(value)
-    if len(found) > 1:
-        names = ", ".join(".".join(map(str, path)) for path in found)
-        fix = _saved_again(file, found[0])
-        raise ConfigError(where, f"{file}, with the weights of {names}", "one model", fix)
-    if not found:
-        keys = ", ".join(map(str, list(value)[:6])) if isinstance(value, Mapping) else type(value)
-        found = f"{file}, with {keys or 'nothing'}"
-        expected = "arrays of a CLIP or SigLIP model, image tower included"
-        raise ConfigError(where, found, expected if known is _IMAGE else "arrays of an encoder")
-    for key in found[0]:
-        value = value[key]
-    return value
-
-
 def unwrapped(
     arrays: Mapping[str, np.ndarray],
     file: pathlib.Path,
     where: str,
-    known: re.Pattern[str] = _IMAGE,
+    known: re.Pattern[str] = torch_files.IMAGE,
 ) -> Arrays:
     """The same arrays under the names that the model itself gives them: without the wrappers of
     training, and without the name of the module that held the model.

@@ -13,7 +13,7 @@ from support.libraries import asked, missing
 from support.towers import BOTH, VIT, few_words, model
 
 from clipx.errors import ConfigError
-from clipx.interop import huggingface, libraries, load, open_clip, weights
+from clipx.interop import huggingface, libraries, load, open_clip, torch_files
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 
@@ -320,7 +320,7 @@ def test_the_dict_that_holds_the_model(keys, tmp_path):
     value = state
     for key in reversed(keys):
         value = {key: value, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": np.ones(2)}}}}
-    assert weights.model_state(value, is_array, tmp_path / "a.pt", "-") is state
+    assert torch_files.model_state(value, is_array, tmp_path / "a.pt", "-") is state
 
 
 def test_a_checkpoint_of_none_or_two_models_is_refused(tmp_path):
@@ -328,10 +328,10 @@ def test_a_checkpoint_of_none_or_two_models_is_refused(tmp_path):
     file = tmp_path / "a.pt"
     with pytest.raises(ConfigError, match="with the weights of state_dict, state_dict_ema"):
         twice = {"state_dict": state, "state_dict_ema": dict(state)}
-        weights.model_state(twice, is_array, file, "-")
+        torch_files.model_state(twice, is_array, file, "-")
     for value in ({"epoch": 1, "optimizer": {}}, {}, [1], {"bert.x": np.zeros(3)}):
         with pytest.raises(ConfigError, match="image tower included"):
-            weights.model_state(value, is_array, file, "-")
+            torch_files.model_state(value, is_array, file, "-")
 
 
 @pytest.mark.parametrize(
