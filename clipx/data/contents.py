@@ -8,14 +8,14 @@ import dataclasses
 import functools
 import glob
 import itertools
-import json
 import os
 import re
 import tarfile
 from collections.abc import Sequence
 from typing import Any
 
-from clipx.data import regular, tars
+from clipx.config import reading, regular
+from clipx.data import tars
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.data.tables.formats import ENDS
 from clipx.errors import DataError
@@ -161,7 +161,6 @@ def written(path: str, kept: Sequence[str], names: Sequence[str]) -> str | list[
 def read_json(path: str) -> Any:
     """The value of a json file; None if there is none that can be read."""
     try:
-        with open(path, encoding="utf-8", opener=regular.only) as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError):
+        return reading.read_json(path)
+    except (OSError, ValueError):
         return None

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from clipx.data import raster, regular
+from clipx.config import regular
+from clipx.data import raster
 from clipx.data.base import Example
 from clipx.errors import BadSample, DataError
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+from typing import TypedDict
+
+from clipx.config import reading
+
+_LARGEST = 1 << 30  # bytes; more than a run stops at bad rows
+
+
+class _Row(TypedDict):
+    row: int
 
 
 class Quarantine:
@@ -17,11 +27,10 @@ class Quarantine:
         self._path = pathlib.Path(path)
         self._rows: set[int] = set()
         if self._path.exists():
-            for line in self._path.read_text("utf-8", "replace").splitlines():
-                try:
-                    self._rows.add(json.loads(line)["row"])
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # a run that was killed may leave an incomplete last line
+            for line in reading.read_bytes(self._path, _LARGEST).splitlines():
+                # a run that was killed may leave an incomplete last line
+                with contextlib.suppress(ValueError):
+                    self._rows.add(reading.parse_json(line, _Row)["row"])
 
     def add(self, step: int, bad: str) -> list[str]:
         """Records one entry of a batch's `bad` (see `Loader.batches`). Returns "key: reason" of

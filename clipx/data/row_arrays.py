@@ -8,20 +8,27 @@ array belongs to the example with `Example.row` r, regardless of `data.fraction`
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from clipx.config import reading, regular
 from clipx.data.base import expand_user
 from clipx.data.row_writer import Rows, RowWriter
 from clipx.errors import DataError
 
 _TILE = 1 << 16  # rows to check at a time
 _AGAIN = "write it again with `python -m clipx.teacher`"
+
+
+class _About(TypedDict):
+    """The json file beside an array."""
+
+    fingerprint: str
+    rows: int
 
 
 def open_teacher(
@@ -69,17 +76,15 @@ def describe(path: str, again: str = _AGAIN) -> dict[str, Any]:
     """
     file = _path(path).with_suffix(".json")
     try:
-        about = json.loads(file.read_text("utf-8"))
+        about: _About = reading.read_json(file, _About)
     except FileNotFoundError:
         raise DataError(
             f"{file}: no such file, but only it says for which data {file.stem}.npy was written; "
             f"{_AGAIN} (for an array of your own: --features={file.stem}.npy --out=...)"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read ({error}); {again}") from None
-    if not isinstance(about, dict) or not {"fingerprint", "rows"} <= about.keys():
-        raise DataError(f"{file}: no fingerprint and rows, expected an object with both; {again}")
-    return about
+    return dict(about)
 
 
 def has(path: str, about: Mapping[str, Any]) -> bool:
@@ -92,7 +97,8 @@ def load(path: str) -> np.ndarray:
     """The array of a `.npy` file, memory-mapped. Raises `DataError` if there is none."""
     file = _path(path)
     try:
-        array = np.load(file, mmap_mode="r")
+        regular.refuse(file, file.stat())
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except Exception as error:  # NumPy parses a header as Python code, which fails in many ways

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from clipx.config import reading
+
 _SECONDS = 2.0  # between two times at which what is written is made safe
 
 
@@ -119,7 +121,7 @@ class RowWriter:
         if not self._keep:
             return
         try:
-            progress = json.loads(self._progress.read_text("utf-8"))
+            progress = reading.read_json(self._progress, dict[str, Any])
             written = {name: int(progress["written"][name]) for name in self._arrays}
             for name, file in self._files.items():
                 whole = len(self._header(name)) + written[name] * self._bytes(name)

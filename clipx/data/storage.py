@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipx.data import regular
+from clipx.config import regular
 from clipx.data.base import expand_user
 from clipx.errors import DataError, listed, optional
 

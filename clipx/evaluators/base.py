@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,11 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
+from clipx.config import reading
 from clipx.errors import ConfigError, install_hint
 from clipx.types import Encoded, Metric
+
+_LARGEST = 1 << 30  # bytes of a file of annotations
 
 ACCURACIES = {  # the metrics of `accuracies`
     "top1": Metric("more", "percent", column="top-1", benchmark="acc1"),
@@ -215,8 +217,8 @@ def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str,
     layout = ", ".join(f'"{key}": {kind.__name__}' for key, kind in keys.items())
     wanted = f"a JSON file: a list of {{{layout}}}"
     try:
-        entries = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON or not UTF-8
+        entries = reading.read_json(pathlib.Path(path).expanduser(), most=_LARGEST)
+    except (OSError, ValueError) as error:  # ValueError: not JSON or not UTF-8
         reason = getattr(error, "strerror", None) or f"not JSON: {error}"
         raise ConfigError(where, f"{path!r} ({reason})", wanted) from None
     if not isinstance(entries, list) or not entries:

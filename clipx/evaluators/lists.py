@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import json
 import pathlib
 from typing import Any
 
+from clipx.config import reading
 from clipx.config.binding import nearest
 from clipx.errors import ConfigError, listed
 
@@ -39,7 +39,7 @@ def entries(value: str, where: str, wanted: str) -> tuple[str, ...]:
 def text_of(path: str, where: str, wanted: str) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a mark, without its mark."""
     try:
-        data = pathlib.Path(path).expanduser().read_bytes()
+        data = reading.read_bytes(pathlib.Path(path).expanduser())
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -55,8 +55,8 @@ def _json(path: str, text: str, where: str, wanted: str) -> Any:
     """
     named = path.lower().endswith(".json")
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = reading.parse_json(text)
+    except ValueError as error:
         if named:
             raise ConfigError(where, f"{path!r} (not JSON: {error})", wanted) from None
         return None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clipx.config import reading
 from clipx.config.ranges import Count, Positive
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Encode, Evaluator, Pictures, need_scikit_learn, rows_of, unit
@@ -120,9 +121,10 @@ def _read(lists: pathlib.Path, classes: list[str], part: str) -> Split:
     for name in classes:
         file = lists / f"{name}_{part}.txt"
         try:
-            rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
-        except OSError as error:
-            raise ConfigError("voc.path", f"{file} ({error.strerror})", _TREE, _FIX) from None
+            rows = [line.split() for line in reading.read_text(file).splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError("voc.path", f"{file} ({reason})", _TREE, _FIX) from None
         for row in rows:
             if len(row) != 2 or row[1] not in ("-1", "0", "1"):
                 raise ConfigError(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from safetensors.numpy import save_file
 
+from clipx.config import reading
 from clipx.errors import ConfigError
 from clipx.interop.model import Model
 from clipx.interop.rules import Arrays
@@ -137,15 +138,15 @@ class Format(abc.ABC):
         `MissingLibrary`."""
 
 
-def read_json(path: pathlib.Path, where: str) -> Any:
-    """The object in a JSON file; None without the file. Raises `ConfigError` at `where` for a file
-    that is not JSON, or that holds something else."""
+def read_json(path: pathlib.Path, where: str, shape: Any = dict[str, Any]) -> Any:
+    """The value in a JSON file, by default an object; None without the file. Raises `ConfigError`
+    at `where` for a file that is not JSON, or of another `shape`, as `reading.parse_json` has it.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+        return reading.read_json(path, shape)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(where, f"{path} ({error})", "a JSON file") from None
-    if not isinstance(value, dict):
-        raise ConfigError(where, f"{path}, with {type(value).__name__}", "a JSON object")
-    return value
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        expected = f"a JSON file with {reading.spelled(shape)}"
+        raise ConfigError(where, f"{path} ({reason})", expected) from None

@@ -9,8 +9,9 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from clipx.config import reading
 from clipx.errors import ConfigError
 from clipx.interop import weights
 from clipx.interop.base import read_json
@@ -25,6 +26,25 @@ _SIGLIP_CLASSES = (None, SIGLIP, "SiglipTokenizerFast")
 _CLIP_SIZE = 49408
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _GOOGLE = re.compile(r"siglip(?!.*2)", re.IGNORECASE)  # SigLIP 2 has Gemma's tokenizer
+
+
+class _BytePairs(TypedDict):
+    """The model in a `tokenizer.json` of CLIP's kind."""
+
+    vocab: dict[str, int]
+    merges: list[str | list[str]]
+
+
+class _Added(TypedDict):
+    content: str
+    id: int
+
+
+class _Fast(TypedDict):
+    """A `tokenizer.json` of CLIP's kind."""
+
+    model: _BytePairs
+    added_tokens: NotRequired[list[_Added] | None]
 
 
 def siglip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
@@ -92,8 +112,9 @@ def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
             return found
         merges, ids = found
     elif (folder / MERGES).is_file():
-        merges, ids = _merges(folder / MERGES, where), read_json(folder / VOCABULARY, where) or {}
-        ids |= read_json(folder / "added_tokens.json", where) or {}
+        merges, ids = _merges(folder / MERGES, where), {}
+        for name in (VOCABULARY, "added_tokens.json"):
+            ids |= read_json(folder / name, where, dict[str, int]) or {}
     else:
         return None
     return _clip_fields(folder, merges, ids, size, context, where)
@@ -109,12 +130,13 @@ def _fast(
     if (model.get("type"), model.get("end_of_word_suffix")) != ("BPE", "</w>"):
         return f"{FAST} in {folder} has no byte pairs like CLIP's"
     try:
-        merges = [" ".join(m) if isinstance(m, list) else str(m) for m in model["merges"]]
-        added = {mark["content"]: mark["id"] for mark in fast.get("added_tokens") or []}
-        return merges, dict(model["vocab"]) | added
-    except (KeyError, TypeError, ValueError) as error:
-        found = f"{folder / FAST} ({type(error).__name__}: {error})"
+        read: _Fast = reading.shaped(fast, _Fast)
+    except ValueError as error:
+        found = f"{folder / FAST} ({error})"
         raise ConfigError(where, found, "a tokenizer that transformers saved") from None
+    merges = [" ".join(m) if isinstance(m, list) else m for m in read["model"]["merges"]]
+    added = {mark["content"]: mark["id"] for mark in read.get("added_tokens") or []}
+    return merges, read["model"]["vocab"] | added
 
 
 def _clip_fields(
@@ -145,7 +167,7 @@ def _merges(path: pathlib.Path, where: str) -> list[str]:
     """The merges of a file with a line for the version and one for each merge."""
     weights.check_content(path, where)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = reading.read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, f"{path} ({error})", "a file of merges") from None
     return [line for line in lines[1:] if len(line.split()) == 2]

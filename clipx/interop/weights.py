@@ -8,10 +8,12 @@ import re
 import shlex
 import zipfile
 from collections.abc import Mapping
+from typing import TypedDict
 
 import jax
 import numpy as np
 
+from clipx.config import reading
 from clipx.errors import ConfigError
 from clipx.interop import torch_files
 from clipx.interop.base import read_json
@@ -38,6 +40,14 @@ UNREADABLE = {
 _WANTED = "a safetensors or torch file of open_clip or transformers"
 # module names that torch.compile, DDP, FSDP, activation checkpoints and DeepSpeed put into names
 _WRAPPERS = keys("module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module")
+
+
+class _Index(TypedDict, total=False):
+    """The JSON file that says in which file each array is."""
+
+    weight_map: dict[str, str]
+
+
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -148,15 +158,16 @@ def _members(file: pathlib.Path, where: str) -> list[str]:
 
 def _parts(index: pathlib.Path, where: str, known: re.Pattern[str]) -> Arrays:
     """Every array of the files that an index lists."""
-    parts = (read_json(index, where) or {}).get("weight_map")
-    if not isinstance(parts, Mapping) or not parts:
+    content: _Index = read_json(index, where, _Index) or {}
+    if not (parts := content.get("weight_map")):
         fix = f"name the folder {index.parent}"
         raise ConfigError(where, f"{index}, without a weight_map", "an index of weights", fix)
-    for name in (names := sorted(set(map(str, parts.values())))):
-        if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
-            found = f"{index}, which lists {name!r}"
-            raise ConfigError(where, found, "parts in the folder of the index, and no others")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    names = sorted(set(parts.values()))
+    try:
+        missing = [name for name in names if not reading.inside(index.parent, name).is_file()]
+    except ValueError as error:
+        expected = "parts in the folder of the index, and no others"
+        raise ConfigError(where, f"{index}: {error}", expected) from None
     if missing:
         found = f"no {missing[0]} beside {index.name}, which lists {len(names)} parts"
         raise ConfigError(where, found, f"every part, in {index.parent}", "download that part")

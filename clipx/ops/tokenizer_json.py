@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from clipx.config import reading
 from clipx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def read(path: str, where: str = _WHERE) -> str:
     file = pathlib.Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     try:
-        return file.read_text(encoding="utf-8")
+        return reading.read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         found = f"{str(file)!r} ({getattr(error, 'strerror', None) or error})"
         fix = (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from clipx.config import reading
 from clipx.data.base import Source
 from clipx.errors import RunError
 from clipx.evaluators.base import Encode
@@ -53,9 +54,9 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
         raise RunError(f"no metrics in {folder / metrics.FILE}: is this the workdir of a run?")
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    except ValueError as error:
-        raise RunError(f"{config_file} is not JSON: {error}") from None
+        config = reading.read_json(config_file, dict[str, Any]) if config_file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{config_file} cannot be read: {error}") from None
     text = page(rows, config, samples, folder)
     path, part = folder / FILE, folder / f".{FILE}.{os.getpid()}"
     try:

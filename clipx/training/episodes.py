@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from clipx.config import reading
 from clipx.data.loader import Loader
 from clipx.errors import MetricsError
 from clipx.training.checkpoint import write_json
@@ -129,7 +129,7 @@ def files(workdir: pathlib.Path) -> list[pathlib.Path]:
 def read(path: pathlib.Path) -> Episode:
     """An episode from the file that `write` wrote. Raises `ValueError` for any other file."""
     try:
-        value = json.loads(path.read_text())
+        value = reading.read_json(path, dict[str, Any])
         return Episode(
             **value
             | {

@@ -6,11 +6,11 @@ config.json holds the values that were taken, and guesses.json says which of the
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
+from clipx.config import reading
 from clipx.config.binding import to_lists
 from clipx.data.base import Guess, Source
 from clipx.errors import ConfigError, damaged_file, readable
@@ -55,6 +55,13 @@ def lines(where: str, source: Source) -> list[str]:
     return [readable(line) for line in said]  # names of columns may be anything
 
 
+class _Saved(TypedDict):
+    """A guess as JSON."""
+
+    value: Any
+    reason: str
+
+
 def read(workdir: pathlib.Path) -> Guesses:
     """The guesses of the run in a workdir; none if its file does not exist.
 
@@ -62,11 +69,11 @@ def read(workdir: pathlib.Path) -> Guesses:
     """
     file = workdir / FILE
     try:
-        saved = json.loads(file.read_text("utf-8"))
+        saved: dict[str, _Saved] = reading.read_json(file, dict[str, _Saved])
         return {path: Guess(path, one["value"], one["reason"]) for path, one in saved.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise damaged_file(file, error) from None
 
 

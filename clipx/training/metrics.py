@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from clipx.config import ranges, reading
 from clipx.errors import MetricsError, optional
 from clipx.training.metric_table import HEADLINES, metric, short
 
 FILE = "metrics.jsonl"
+_LARGEST = 1 << 30  # bytes, of some million lines
 
 
 class Metrics:
@@ -170,7 +172,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     skipped.
     """
     path = pathlib.Path(workdir, FILE)
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    lines = reading.read_bytes(path, _LARGEST).splitlines() if path.is_file() else []
     rows = (_row(line) for line in lines)
     return [row for row in rows if row is not None]
 
@@ -178,12 +180,11 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """One line as a dict; None if it is not a line that `Metrics` wrote."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return None
-    try:
+        row = reading.parse_json(line, dict[str, Any])
+        if not all(isinstance(x, int | float | str) for x in row.values()):
+            return None
+        if not isinstance(step := row.get("step"), int) or not 0 <= step <= ranges.INT:
+            return None
         return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
     except ValueError:
         return None

@@ -14,7 +14,8 @@ from PIL import Image
 from support import ROOT
 from support.pictures import encode, photo
 
-from clipx.data import contents, pictures, raster, regular
+from clipx.config import regular
+from clipx.data import contents, pictures, raster
 from clipx.data.base import Example
 from clipx.data.sources.files import Files
 from clipx.data.sources.folder import Folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipx.data import regular
+from clipx.config import regular
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.captions import (
     SAMPLED,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
-import json
 import os
 import posixpath
 import tarfile
@@ -14,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.data import regular, tars
+from clipx.config import reading, regular
+from clipx.data import tars
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.storage import read
 from clipx.data.tables.cells import PICTURE_ENDS
@@ -261,14 +261,12 @@ def _readable(names: str, folders: list[str]) -> tuple[str, ...]:
         return tuple(folder.replace("_", " ").replace("/", " ") for folder in folders)
     path = expand_user(names)
     try:
-        with open(path, encoding="utf-8-sig", opener=regular.only) as file:
-            readable = json.load(file)
+        readable = reading.read_json(path, dict[str, str])
     except OSError as error:
         raise DataError(f"names={names}: cannot be read ({error.strerror}){_near(path)}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"names={names}: not a json file ({error})") from None
-    if not isinstance(readable, dict) or not all(isinstance(n, str) for n in readable.values()):
-        raise DataError(f"names={names}: expected a JSON object {{folder: class name}}")
+    except ValueError as error:
+        wanted = "a JSON object {folder: class name}"
+        raise DataError(f"names={names}: expected {wanted} ({error})") from None
     missing = [folder for folder in folders if folder not in readable]
     if missing:
         raise DataError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipx.data import regular
+from clipx.config import regular
 from clipx.data.base import Account, Example, Guess, Skipped, Source
 from clipx.data.storage import ABSENT, read
 from clipx.data.tables import inference, paths

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from clipx.data import regular
+from clipx.config import regular
 from clipx.errors import DataError, data_flag
 
 _HEAD = 1 << 16  # bytes from which to tell the encoding and the line ends

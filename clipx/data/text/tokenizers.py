@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from clipx.config import reading
 from clipx.data.text import cleaning, vocabulary
 from clipx.data.text.tokenizer_config import TokenizerConfig
 from clipx.errors import ConfigError, DataError
@@ -259,7 +260,7 @@ def load(saved: dict[str, Any]) -> Tokenizer:
         if not payload:
             return _BundledBPE(config)
         kinds = {"wordpiece": _WordPiece, "huggingface": _HuggingFace, "clip_bpe": _MergesBPE}
-        return kinds[config.name](config, zlib.decompress(payload).decode("utf-8"))
+        return kinds[config.name](config, reading.unpack(payload).decode("utf-8"))
     except ConfigError:
         raise
     except Exception as error:  # of packages, which raise many kinds

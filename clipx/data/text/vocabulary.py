@@ -5,13 +5,12 @@ A file that does not fit the config raises `ConfigError`, a damaged file `DataEr
 
 from __future__ import annotations
 
-import gzip
 import io
 import pathlib
-import zlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipx.config import reading
 from clipx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,16 +20,24 @@ CLIP_LETTERS = 512  # an id for each of the 256 bytes, and another for each at t
 SENTENCEPIECE_MARKS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
 MARKS = {"both": SENTENCEPIECE_MARKS, "end": {"unk": 2, "eos": 1}}  # ids by TokenizerConfig.marks
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # openai/CLIP's split
+_LONGEST = 10_000  # characters of a line of a vocabulary
 WORDPIECE_MARKS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 
 
 def _read(path: str, what: str) -> bytes:
     file = pathlib.Path(path).expanduser()
     try:
-        return file.read_bytes()
+        return reading.read_bytes(file)
     except OSError as error:
         found = f"{str(file)!r} ({error.strerror})"
         raise ConfigError("config.tokenizer.path", found, f"{what} that can be read") from None
+
+
+def _check_lengths(lines: Iterable[str]) -> None:
+    """Raises `ValueError` for a line that is longer than a part of a word is."""
+    for number, line in enumerate(lines, 1):
+        if len(line) > _LONGEST:
+            raise ValueError(f"line {number} has {len(line):,} characters, at most {_LONGEST:,}")
 
 
 def read_merges(path: str, vocab_size: int, marks: int) -> str:
@@ -41,10 +48,12 @@ def read_merges(path: str, vocab_size: int, marks: int) -> str:
     """
     data = _read(path, "a merges file")
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        text = (reading.unpack(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        lines = text.split("\n")
+        _check_lengths(lines)
+    except ValueError as error:
         raise DataError(f"{path}: not a merges file ({error})") from None
-    merges = [line for line in text.split("\n")[1:] if len(line.split()) == 2]
+    merges = [line for line in lines[1:] if len(line.split()) == 2]
     least = CLIP_LETTERS + marks
     if not 0 <= vocab_size - least <= len(merges):
         raise ConfigError(
@@ -64,9 +73,10 @@ def read_wordpieces(path: str, vocab_size: int) -> str:
     data = _read(path, "BERT's vocab.txt")
     try:
         text = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
+        pieces = text.split("\n")
+        _check_lengths(pieces)
+    except ValueError as error:
         raise DataError(f"{path}: not a vocabulary of word pieces ({error})") from None
-    pieces = text.split("\n")
     ids = {piece: i for i, piece in enumerate(pieces)}
     if any(ids.get(mark) != i for mark, i in WORDPIECE_MARKS.items()):
         listed = ", ".join(f"{mark} {ids.get(mark, 'missing')}" for mark in WORDPIECE_MARKS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from typing import Any
+from typing import Any, TypedDict
 
+from clipx.config import reading
 from clipx.errors import ConfigError
 from clipx.interop.base import read_json
 from clipx.interop.settings import Section, keys
@@ -28,6 +28,14 @@ _POOLS = {  # flags of old versions, and the names that `pooling_mode` has for t
 _HAVE = ("cls", "max", "mean")
 _SENTENCE = "sentence_embedding"
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize")  # in this order, the last two if any
+
+
+class _Module(TypedDict):
+    """An entry of `modules.json`."""
+
+    idx: int
+    type: str
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +78,15 @@ def read(folder: pathlib.Path, where: str) -> Modules | None:
 def _listed(file: pathlib.Path, where: str) -> list[tuple[str, str]] | None:
     """(kind, folder) of each module. sentence-transformers has had several paths for one kind, and
     all end with its name. Dropout does nothing to a trained model."""
-    if not file.is_file():
+    entries: list[_Module] | None = read_json(file, where, list[_Module])
+    if entries is None:
         return None
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
-        entries = sorted(entries, key=lambda entry: entry["idx"])
-        found = [(str(entry["type"]), str(entry["path"])) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(where, f"{file} ({error!r})", "a list of modules") from None
-    for kind, _ in found:
+    found = [(entry["type"], entry["path"]) for entry in sorted(entries, key=lambda e: e["idx"])]
+    for kind, path in found:
+        try:
+            reading.inside(file.parent, path)
+        except ValueError as error:
+            raise ConfigError(where, f"{file}: {error}", "folders beside it") from None
         last = kind.rpartition(".")[2]
         if not kind.startswith("sentence_transformers.") or last not in (*_KINDS, "Dropout"):
             known = ", ".join(_KINDS)

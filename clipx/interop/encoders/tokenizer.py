@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
+from clipx.config import reading
 from clipx.errors import ConfigError, DataError
 from clipx.interop import weights
 from clipx.interop.base import read_json
@@ -77,7 +77,7 @@ def find(
     if rows > size:
         found = f"{file} with {rows} ids, and a model of {size}"
         raise ConfigError(where, found, "the tokenizer that belongs to the model")
-    differences = _differences(json.loads(content), settings)
+    differences = _differences(reading.parse_json(content), settings)
     if missing := _added(folder, content, where):
         differences.append(f"text.tokenizer: {missing!r} of {ADDED} is not in {file.name}")
     if kind not in ("bert", "distilbert") and ids["pad"] != pad_id:
@@ -147,7 +147,8 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _added(folder: pathlib.Path, content: str, where: str) -> str | None:
     """A token of `added_tokens.json` that `tokenizer.json` does not have, or with another id."""
-    added, source = read_json(folder / ADDED, where) or {}, str(folder / tokenizer_json.FILE)
+    added: dict[str, int] = read_json(folder / ADDED, where, dict[str, int]) or {}
+    source = str(folder / tokenizer_json.FILE)
     ids = {token: tokenizer_json.token_id(content, source, token) for token in added}
     return next((token for token, i in added.items() if ids[token] != i), None)
 
@@ -159,7 +160,10 @@ def _word_pieces(file: pathlib.Path, settings: Section, where: str, size: int) -
     wrong = [f"another {key}" for key in uncased if settings.get(key, True) is not True]
     settings.get("split_special_tokens")  # which is how word pieces do it
     weights.check_content(file, where)
-    pieces = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        pieces = reading.read_bytes(file).decode(errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(where, f"{file} ({error.strerror})", "a list of word pieces") from None
     if any(pieces[i : i + 1] != [mark] for mark, i in _WORDPIECE_MARKS.items()):
         wrong.append("other ids of its marks")
     if wrong:
