@@ -35,7 +35,8 @@ def train(
     session = open_session(config, workdir, devices)
     state, finished = session.train(stop)
     if not finished:
-        saved = f"saved step {int(state.step):,}" if session.saved or int(state.step) else "no step"
+        steps = session.checkpoints.steps
+        saved = f"saved step {steps[-1]:,}" if steps else "no step"
         tell(f"stopped on request, {saved}; run the same command to continue")
         return cli.EXIT_PREEMPTED
     try:

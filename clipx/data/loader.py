@@ -218,7 +218,7 @@ class Loader:
                 if len(out):
                     pictures.views(example, self.crops, draws, flips, out)
             except BadSample as error:
-                bad.append({"row": row, "key": error.key, "reason": error.reason})
+                bad.append({"row": self._id(row), "key": error.key, "reason": error.reason})
                 continue
             texts = self._texts(example.texts, chosen, another, flips[0], step, position)
             place = schedule.place(step, position)
@@ -228,6 +228,10 @@ class Loader:
             f"{candidates} consecutive rows cannot be used; the first is "
             "{key}: {reason}".format(**bad[0])
         )
+
+    def _id(self, index: int) -> int:
+        """`Example.row` of a row of the source."""
+        return index if self.row_ids is None else int(self.row_ids[index])
 
     def _read(self, index: int) -> Example:
         """The source's row, without what is stored. Captions whose features are stored are their
@@ -239,7 +243,7 @@ class Loader:
         else:
             stored["image"].check(index)
             if texts is not None:
-                row = index if self.row_ids is None else int(self.row_ids[index])
+                row = self._id(index)
                 return Example(b"", texts, row, f"row {row}")  # pyright: ignore[reportArgumentType]
             example = self.source.glance(index)
         return example if texts is None else example._replace(texts=texts)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NONE = np.zeros(0, np.int64)
 _ROW = 3  # random stream that selects rows; 0 to 2: a row's image and texts, 4: the survey's crops
+_INSTEAD = 5  # and all after it: streams that select what stands in for a row that is left out
 
 
 def order(
@@ -52,6 +53,7 @@ class Sampling:
     episode_steps: int | None = None  # steps per episode: places count within an episode then
     with_replacement: bool = False  # sample every row of a batch independently
     clusters: Int32[np.ndarray, " rows"] | None = None  # the cluster of each row: see `order`
+    left_out: frozenset[int] = frozenset()  # rows that are never sampled
 
 
 EPOCHS = Sampling()
@@ -73,7 +75,16 @@ class Schedule:
         return self.rows // self.batch_size
 
     def row(self, step: int, position: int, skip: int = 0) -> int:
-        """The row at a position, or its replacement after `skip` bad rows."""
+        """The row at a position, or its replacement after `skip` bad rows. A row that is left out
+        is replaced by a random one: its neighbours in the order may be left out too."""
+        row = self._row(step, position, skip)
+        if row in self.sampling.left_out:
+            draws = self.rng(step, position, _INSTEAD + skip)
+            while row in self.sampling.left_out:
+                row = int(draws.integers(self.rows))
+        return row
+
+    def _row(self, step: int, position: int, skip: int) -> int:
         if self.sampling.with_replacement:
             sampled = int(self.rng(step, position, _ROW).integers(self.rows))
             return (sampled + skip) % self.rows

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from clipx.config import reading
 
@@ -32,10 +32,10 @@ class Quarantine:
                 with contextlib.suppress(ValueError):
                     self._rows.add(reading.parse_json(line, _Row)["row"])
 
-    def add(self, step: int, bad: str) -> list[str]:
-        """Records one entry of a batch's `bad` (see `Loader.batches`). Returns "key: reason" of
-        each new row."""
-        new = [row for row in json.loads(bad) if row["row"] not in self._rows]
+    def add(self, step: int, rows: list[dict[str, Any]]) -> list[str]:
+        """Records rows of a step: `row`, `key` and `reason` of each. Returns "key: reason" of each
+        new row."""
+        new = [row for row in rows if row["row"] not in self._rows]
         if new:
             with self._path.open("a", encoding="utf-8") as file:
                 for row in new:

@@ -32,6 +32,7 @@ _FREE = (
     "config.train.keep",
     "config.train.best",
     "config.train.tensorboard",
+    "config.train.rollback",
     "config.evals",
 )
 # folders that may lie elsewhere, but not be left out or named anew: what they hold is checked

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -155,7 +154,7 @@ class Embedder:
     def _report(self, row: int, error: BadSample) -> None:
         """Lists and names a bad row."""
         bad = {"row": row, "key": error.key, "reason": error.reason}
-        for reason in self._quarantine.add(0, json.dumps([bad])):
+        for reason in self._quarantine.add(0, [bad]):
             self.tell(f"bad row, without features: {reason}")
 
     @functools.cached_property

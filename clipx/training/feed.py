@@ -38,6 +38,7 @@ class TrainingData:
     # captions
     features: Mapping[str, FeatureRows] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what to say of it when the run starts
+    left_out: frozenset[int] = frozenset()  # row ids that the run no longer trains on
 
     def __len__(self) -> int:
         return len(self.source)
@@ -89,7 +90,9 @@ def loader(
     if a text that the objective asks for cannot be made, and `DataError` for less than one batch of
     data.
     """
-    objective = run.objective
+    objective, left_out = run.objective, data.left_out
+    if left_out and data.rows is not None:
+        left_out = frozenset(np.flatnonzero(np.isin(data.rows, list(left_out))).tolist())
     return Loader(
         data.source,
         run.tokenizer,
@@ -99,7 +102,9 @@ def loader(
         batch_size=run.batch_size,
         positions=positions,
         image_size=objective.image.image_size,
-        sampling=Sampling(objective.episode_steps, objective.with_replacement, data.clusters),
+        sampling=Sampling(
+            objective.episode_steps, objective.with_replacement, data.clusters, left_out
+        ),
         survey=survey,
         features=data.features,
         tokens=objective.reads_tokens,

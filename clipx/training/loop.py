@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from clipx.evaluators.base import Evaluator, evaluate_all
 from clipx.training import episodes, finite, fit
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
-from clipx.training.feed import TrainingData, feed, loader
+from clipx.training.feed import TrainingData, feed, loader, quarantine_file
 from clipx.training.metrics import Metrics
+from clipx.training.rollback import NotFinite, Rollback, Skipped
 from clipx.training.run import OpenRun
 from clipx.training.stop import Stop
 from clipx.training.survey import Survey
@@ -31,7 +33,7 @@ from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
 
-# steps whose metrics are not fetched yet: (step, [(row, key), ...], metrics)
+# steps whose metrics are not fetched yet: (step, [(row id, key), ...], metrics)
 Pending = collections.deque[tuple[int, list[tuple[int, str]], dict[str, jax.Array]]]
 
 
@@ -49,8 +51,8 @@ class Trainer:
     quarantine: Quarantine
     stop: Stop
     needs: fit.Needs | None  # of the compiled step; None if no step is left
-    # the last steps in a row that were not finite: (step, [(row, key), ...])
-    _skipped: list[tuple[int, list[tuple[int, str]]]] = dataclasses.field(default_factory=list)
+    rollback: Rollback
+    _skipped: Skipped = dataclasses.field(default_factory=list)  # the last steps in a row
     _read: int = 0  # rows loaded
     _bad: int = 0  # rows that could not be used
     _logged: int = 0  # the last logged step
@@ -66,9 +68,22 @@ class Trainer:
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """(the last state, whether the run is finished). If not finished, it was asked to stop.
 
-        Both cases have saved the state. The order at each step is evaluate, save, refresh, load a
-        batch, step, log. So a checkpoint is never behind the batches that were loaded, and an
-        episode that starts at a saved step starts again after a resume.
+        Both cases have saved the state. Raises `RunError` if the run cannot go on.
+        """
+        if self.run.config.train.rollback and self.checkpoints.latest is None:
+            self._save(state, start, {})  # something to go back to
+        while True:
+            try:
+                return self._train(state, start)
+            except NotFinite:
+                state, start = self._go_back()
+
+    def _train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
+        """`train`, until too many steps in a row are not finite: raises `NotFinite` then.
+
+        The order at each step is evaluate, save, refresh, load a batch, step, log. So a checkpoint
+        is never behind the batches that were loaded, and an episode that starts at a saved step
+        starts again after a resume.
         """
         train, episode = self.run.config.train, self.run.objective.episode_steps
         pending: Pending = collections.deque()
@@ -79,23 +94,19 @@ class Trainer:
             )
             surveyed = stack.enter_context(contextlib.closing(self.survey.batches(start=start)))
             for step in range(start, self.run.steps + 1):
-                last, stopping = step == self.run.steps, self.stop()
+                last, asked = step == self.run.steps, self.stop()
                 evaluate = last or _due(step, train.eval_every_steps)
                 save = last or (_due(step, train.save_every_steps) and step > start)
                 refresh = episode is not None and step % episode == 0 and not last
-                if stopping or evaluate or save or refresh:
+                if asked or evaluate or save or refresh:
                     self._drain(pending, 0)
-                if save and self._skipped and not last:
-                    save = False  # the state may be at fault: keep the checkpoints before it
-                    self.metrics.say(
-                        f"step {step:,} is not saved: the last {len(self._skipped)} step(s) "
-                        "were not finite"
-                    )
+                # with `rollback`, no checkpoint may stand between steps that are not finite
+                stopping = asked and not (self._skipped and train.rollback and not last)
                 results: dict[str, float] | None = {}
-                if evaluate and not stopping:
+                if evaluate and not asked:
                     results = self._evaluate(state, step)
                     stopping, results = results is None, results or {}
-                save = stopping or save or train.best in results
+                save = self._may_save(step, save or train.best in results, last or stopping)
                 if save:
                     self._save(state, step, results)
                 if last or stopping:
@@ -104,7 +115,7 @@ class Trainer:
                     renewed = self._refresh(state, step, surveyed)
                     if renewed is None:
                         stopping = True
-                        if not save:
+                        if not save and self._may_save(step, True, not train.rollback):
                             self._save(state, step, results)
                         break
                     state = renewed
@@ -118,6 +129,38 @@ class Trainer:
         with self.clock.time("save"):
             self.checkpoints.wait()
         return state, last and not stopping
+
+    def _may_save(self, step: int, due: bool, must: bool) -> bool:
+        """Whether a checkpoint is written. One that is only `due` is not, between steps that are
+        not finite: their cause may be the state."""
+        if (due or must) and self._skipped:
+            how = "saved, though" if must else "not saved:"
+            count = len(self._skipped)
+            self.metrics.say(f"step {step:,} is {how} the last {count} step(s) were not finite")
+        return must or (due and not self._skipped)
+
+    def _go_back(self) -> tuple[TrainState, int]:
+        """(state, step) of the last checkpoint, from which the run goes on without the rows of the
+        last steps. Raises `RunError` without `train.rollback`, and if that would not help."""
+        skipped, self._skipped = self._skipped, []
+        self.checkpoints.wait()
+        back = self.checkpoints.latest
+        if not self.run.config.train.rollback or back is None:
+            raise RunError(self._not_finite(skipped))
+        self.rollback = self.rollback.after(skipped, back, self.run.rows)
+        self.data = dataclasses.replace(self.data, left_out=self.rollback.left_out)
+        for name in ("survey", "_watch"):  # made anew, for other rows
+            self.__dict__.pop(name, None)
+        for step, rows in skipped:
+            reason = f"left out: the loss or gradient of step {step} was not finite"
+            self._quarantine(step, [{"row": int(r), "key": k, "reason": reason} for r, k in rows])
+        self.metrics.back(back)
+        self.metrics.say(
+            f"steps {skipped[0][0]:,} to {skipped[-1][0]:,} were not finite: going back to step "
+            f"{back:,}, and on without their rows ({len(self.rollback.left_out):,} left out so "
+            f"far, which {quarantine_file(self.folder).name} names)"
+        )
+        return self.checkpoints.restore(back, self.run.state), back
 
     def _refresh(self, state: TrainState, step: int, batches: Iterator[Batch]) -> TrainState | None:
         """The state with the memory of the episode that starts at `step`; None if the run is asked
@@ -160,7 +203,7 @@ class Trainer:
 
     def _drain(self, pending: Pending, keep: int) -> None:
         """Waits for the metrics of all but the newest `keep` pending steps, and logs those that are
-        due. Raises `RunError` if too many steps in a row were not finite."""
+        due. Raises `NotFinite` if too many steps in a row were not finite."""
         train = self.run.config.train
         while len(pending) > keep:
             step, rows, metrics = pending.popleft()
@@ -169,7 +212,7 @@ class Trainer:
             if metrics["skipped"]:
                 self._skipped.append((step, rows))
                 if len(self._skipped) >= train.max_skipped_steps:
-                    raise RunError(self._not_finite())
+                    raise NotFinite
             else:
                 self._skipped.clear()
             if _due(step, train.log_every_steps) or step == self.run.steps:
@@ -181,6 +224,8 @@ class Trainer:
         metrics = dict(metrics) | speed
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
+        if self.rollback.left_out:
+            metrics["data/left_out"] = len(self.rollback.left_out)
         metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
         assert self.needs is not None  # a step has run
         metrics |= fit.logged(self.needs) | fit.measured(
@@ -231,6 +276,7 @@ class Trainer:
                 "fingerprint": self.data.fingerprint,
                 "seconds": self.clock.totals,
                 "mesh": fit.mesh_known(self.run),
+                **self.rollback.dump(),
             }
             self.checkpoints.save(step, state, extra, results)
 
@@ -240,11 +286,7 @@ class Trainer:
         self._read += len(host["row"])
         for bad in filter(None, host["bad"].tolist()):
             self._bad += 1
-            try:
-                reasons = self.quarantine.add(step, bad)
-            except OSError as error:
-                raise RunError(f"{error.filename}: cannot be written ({error.strerror})") from None
-            for reason in reasons:
+            for reason in self._quarantine(step, json.loads(bad)):
                 self.metrics.say(f"bad row, replaced by another: {reason}")
         limit = self.run.data.max_bad_fraction
         if self._bad > limit * max(self._read, 10_000):
@@ -253,13 +295,20 @@ class Trainer:
                 f"config.data.max_bad_fraction={limit}; quarantine.jsonl names them"
             )
 
-    def _not_finite(self) -> str:
+    def _quarantine(self, step: int, rows: list[dict[str, Any]]) -> list[str]:
+        """Records rows in quarantine.jsonl; returns "key: reason" of each new one."""
+        try:
+            return self.quarantine.add(step, rows)
+        except OSError as error:
+            raise RunError(f"{error.filename}: cannot be written ({error.strerror})") from None
+
+    def _not_finite(self, skipped: Skipped) -> str:
         """The message about steps that were not finite, with rows of each."""
         lines = [
-            f"{len(self._skipped)} steps in a row had a loss or gradient that is not finite "
+            f"{len(skipped)} steps in a row had a loss or gradient that is not finite "
             "(config.train.max_skipped_steps). They changed no parameter. Their rows:"
         ]
-        for step, rows in self._skipped:
+        for step, rows in skipped:
             names = ", ".join(f"{row} ({key})" for row, key in rows[:4])
             lines.append(f"  step {step}: {names}, ... ({len(rows)} rows)")
         latest = self.checkpoints.latest

@@ -110,6 +110,13 @@ class Metrics:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def back(self, step: int) -> None:
+        """Goes back to `step`, as a run that is started again from there does."""
+        if self._main:
+            self._open.close()
+        self._start, self._first = step, None
+        self.__enter__()
+
     def say(self, line: str) -> None:
         """Prints a line: above the bar if there is one, else on stdout."""
         if self._bar is not None:

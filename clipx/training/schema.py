@@ -38,7 +38,9 @@ class TrainConfig:
     eval_every_steps: Count | None = None  # None: only after the last step
     keep: Count = 2  # number of newest checkpoints to keep
     best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
-    max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite
+    max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite, or
+    # with rollback go back to the last checkpoint and train without the rows of these steps
+    rollback: bool = False
     tensorboard: bool = False
     cca_rows: Count = 20_000  # of towers with head_init=cca: the rows that it is fitted to
     cca_regularizer: NonNegative = 1.0  # times the mean variance of each tower's features

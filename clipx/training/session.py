@@ -36,6 +36,7 @@ from clipx.training.feed import TrainingData, loader, open_data, quarantine_file
 from clipx.training.initial import init, open_tokenizer
 from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
+from clipx.training.rollback import Rollback
 from clipx.training.run import OpenRun, Run, assemble, checked, with_data
 from clipx.training.stop import Stop
 from clipx.types import Device, TrainState
@@ -79,9 +80,10 @@ class Session:
             if self.saved is None:
                 state = whitening.start(self.run, data, state, tell)
             needs = self._compile() if int(state.step) < self.run.steps else None
+            rollback = Rollback.of(self.saved)
             trainer = Trainer(
                 run=self.run,
-                data=data,
+                data=dataclasses.replace(data, left_out=rollback.left_out),
                 folder=self.folder,
                 evaluators=self.evaluators,
                 checkpoints=self.checkpoints,
@@ -90,6 +92,7 @@ class Session:
                 quarantine=Quarantine(quarantine_file(self.folder)),
                 stop=stop,
                 needs=needs,
+                rollback=rollback,
             )
             state, finished = trainer.train(state, int(state.step))
         self.checkpoints.close()

@@ -281,6 +281,26 @@ def test_substitutes_wrap_around_and_skip_other_bad_rows():
     assert keys == [[f"key{last[0]}", f"key{last[1]}"], [f"key{last[1]}"]]
 
 
+@pytest.mark.parametrize("with_replacement", [False, True])
+def test_rows_that_are_left_out_are_replaced_by_random_ones(with_replacement):
+    """Also where all their neighbours in the order are left out; all other rows keep their places,
+    and what stands in is a function of (seed, step, position)."""
+    options = {"episode_steps": None, "with_replacement": with_replacement}
+    plain = joined(list(loader(**options).batches(0, 8)))
+    left_out = frozenset(plain["row"][:30].tolist())
+    parts = [
+        loader(**options, left_out=left_out, positions=np.arange(BATCH)[i::2]) for i in range(2)
+    ]
+    odd, even = (joined(list(part.batches(0, 8))) for part in parts)
+    rows = np.stack([odd["row"].reshape(8, -1), even["row"].reshape(8, -1)], axis=2).ravel()
+    kept = ~np.isin(plain["row"], list(left_out))
+    assert np.array_equal(rows[kept], plain["row"][kept]) and not left_out & set(rows.tolist())
+    assert len(set(rows[~kept].tolist())) > 10
+    bad = Pictures(bad=tuple(set(range(ROWS)) - left_out - {0, 1, 2}))
+    few = loader(bad, **options, left_out=left_out).load(0, np.arange(BATCH))
+    assert set(few["row"].tolist()) <= {0, 1, 2}
+
+
 def test_a_data_set_without_usable_rows_stops_the_run():
     source = Pictures(bad=tuple(range(ROWS)))
     with pytest.raises(DataError, match=r"^50 consecutive rows cannot be used; the first is key"):

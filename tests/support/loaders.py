@@ -8,7 +8,7 @@ from clipx.data.config import DataConfig
 from clipx.data.loader import Loader
 from clipx.data.order import Sampling
 
-_SAMPLING = ("episode_steps", "with_replacement", "clusters")
+_SAMPLING = ("episode_steps", "with_replacement", "clusters", "left_out")
 
 
 def build_loader(
