@@ -69,12 +69,31 @@ def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
     info = find_process(os.environ)
     if info is None:
         return
-    values = {n: flags.FLAGS[n].value for n in ("config", "workdir") if n in flags.FLAGS}
+    names = ("config", "workdir", "deterministic")
+    values = {n: flags.FLAGS[n].value for n in names if n in flags.FLAGS}
     config = {}
     if spec := values.get("config"):
         with contextlib.suppress(ConfigError):  # the command reports it when it loads the config
             config = load_config(spec, overrides)
-    processes.start(info, config, workdir=values.get("workdir"), overrides=dict(overrides))
+    command = {name: values.get(name) for name in names[1:]}
+    processes.start(info, config, overrides=dict(overrides), **command)
+
+
+def be_deterministic() -> None:
+    """Makes every computation on a GPU give the same bits each time, if it is slower so; CPUs and
+    TPUs do that anyway. XLA reads the flag when JAX starts its devices: raises `RunError` if it has
+    done so already."""
+    kept = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    try:  # JAX refuses to change this setting once its devices have started
+        jax.config.update("jax_num_cpu_devices", 1 if kept != 1 else 2)
+    except RuntimeError:
+        raise RunError(
+            "--deterministic comes too late: JAX has started its devices already. Start the "
+            "command in a process of its own, as `python -m clipx.train --deterministic ...`"
+        ) from None
+    jax.config.update("jax_num_cpu_devices", kept)
+    flags_of_xla = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags_of_xla} --xla_gpu_deterministic_ops=true".strip()
 
 
 def use_compile_cache() -> None:
@@ -98,6 +117,8 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and raises its errors anyway
+        if "deterministic" in flags.FLAGS and flags.FLAGS["deterministic"].value:
+            be_deterministic()
         start_processes(overrides)
         use_compile_cache()
         return main(overrides)

@@ -68,5 +68,6 @@ def main(overrides: list[tuple[str, str]]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.")
+    flags.DEFINE_bool("deterministic", False, "The same bits each time on a GPU too; slower.")
 
     cli.run(main, required=("config", "workdir"))

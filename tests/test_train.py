@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import backend
+from support import ROOT
 from support.runs import NO_EVALS, finish, parameters, rows, small, start, wait_for
 
 from clipx import cli
@@ -171,3 +175,35 @@ def test_evaluate_gives_the_numbers_of_training(whole, capsys):
     }  # fmt: skip
     with pytest.raises(ConfigError, match="one of"):
         evaluate(str(whole), "5", config)
+
+
+TAKEN = b"\xa0\x09\x01"  # field 148 of xla.proto's DebugOptions: xla_gpu_deterministic_ops, true
+DETERMINISTIC = f"""
+from absl import flags
+from jax.extend import backend
+import jax
+from clipx import cli
+
+flags.DEFINE_bool("deterministic", False, "")
+
+
+def main(overrides):
+    options = backend.get_compile_options(num_replicas=1, num_partitions=1)
+    print("taken:", {TAKEN} in options.SerializeAsString(), jax.device_count())
+    cli.be_deterministic()
+
+
+cli.run(main, required=())
+"""
+
+
+def test_deterministic_reaches_xla_and_refuses_to_come_too_late():
+    done = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC, "--deterministic"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["taken: True 8"]
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
+    assert done.stderr.strip().startswith("--deterministic comes too late: JAX has started")
+    options = backend.get_compile_options(num_replicas=1, num_partitions=1)
+    assert TAKEN not in options.SerializeAsString()
