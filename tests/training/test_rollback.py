@@ -4,17 +4,14 @@ ends in the same bits however often it is stopped meanwhile."""
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import elastic
 from support.runs import NO_EVALS, parameters, rows, small
 
 from clipx.data.order import order
 from clipx.errors import RunError
-from clipx.objectives.clip import CLIP
-from clipx.training import loop
 from clipx.training.checkpoint import Checkpoints
-from clipx.training.feed import feed
 from clipx.training.session import open_session
 
 ONE = jax.devices()[:1]
@@ -24,27 +21,11 @@ BATCHES = [{ORDER(0, BATCH * step + i) for i in range(BATCH)} for step in (5, 6)
 POISON = [min(batch) for batch in BATCHES]  # of the batches that end in steps 6 and 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def poisoned():
-    """The features of the rows `POISON` are infinite."""
-    embed = CLIP.embed
-
-    def infinite(self, batch, keys, *, train):
-        features = embed(self, batch, keys, train=train)
-        bad = jnp.isin(batch.row, jnp.array(POISON))[:, None]
-        return features.replace(image=jnp.where(bad, jnp.inf, features.image))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CLIP, "embed", infinite)
-        yield
-
-
 class StopAt:
-    """Asks a run to stop at a step, as a signal does: from then on it is always asked."""
+    """Asks a run to stop once it has loaded a step, as a signal does: from then on always."""
 
-    def __init__(self, step=None):
-        self.step = step
-        self.seen = []
+    def __init__(self, step, loaded):
+        self.step, self.loaded = step, loaded
 
     def __enter__(self):
         return self
@@ -53,25 +34,20 @@ class StopAt:
         pass
 
     def __call__(self):
-        return self.step in self.seen
+        return self.step in self.loaded
+
+
+def config(**train):
+    overrides = [(f"train.{key}", str(value)) for key, value in train.items()]
+    options = [("train.rollback", "true"), ("train.max_skipped_steps", "2"), *NO_EVALS]
+    return small(*options, *overrides)
 
 
 def run(folder, stop=None, **train):
     """Trains until the end or until it is asked to stop; (its last step, the rows of each step)."""
-    overrides = [(f"train.{key}", str(value)) for key, value in train.items()]
-    options = [("train.rollback", "true"), ("train.max_skipped_steps", "2"), *NO_EVALS]
-    stop, batches = StopAt(stop), {}
-
-    def watched(run, data, *, start):
-        for step, (batch, host) in enumerate(feed(run, data, start=start), start):
-            batches[step] = set(host["row"].tolist())
-            stop.seen.append(step)
-            yield batch, host
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "feed", watched)
-        state, _ = open_session(small(*options, *overrides), str(folder), ONE).train(stop)
-    return int(state.step), batches
+    with elastic.poison(POISON), elastic.watched() as batches:
+        state, _ = open_session(config(**train), str(folder), ONE).train(StopAt(stop, batches))
+    return int(state.step), {step: set(rows) for step, rows in batches.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +90,17 @@ def test_the_same_place_twice_ends_the_run(tmp_path):
     with pytest.raises(RunError, match="again after the run went back to step 0 .* 32 rows"):
         run(tmp_path, max_skipped_steps=1, save_every_steps=100)
     assert Checkpoints(tmp_path).steps == [0]
+
+
+@pytest.mark.slow  # starts two processes
+def test_two_processes_leave_the_rows_of_both_out(whole, tmp_path):
+    given = {"workdir": str(tmp_path / "two"), "config": config(), "devices": None}
+    parts = elastic.start(tmp_path / "of", [given | {"poisoned": POISON}], 1, processes=2)
+    seen = [part[0]["rows"] for part in parts]
+    assert {step: set(seen[0][str(step)] + seen[1][str(step)]) for step in range(12)} == whole[1]
+    losses = [row["loss"] for row in rows(whole[0]) if "loss" in row]
+    np.testing.assert_allclose(list(parts[0][0]["losses"].values()), losses, rtol=1e-4)
+    kept = [Checkpoints(f).restore_run(12)["rollback"] for f in (whole[0], tmp_path / "two")]
+    assert kept[0] == kept[1]
+    named = [len((tmp_path / f"two/quarantine-{i}.jsonl").read_text().splitlines()) for i in (0, 1)]
+    assert named == [32, 32]
