@@ -33,17 +33,15 @@ def train(name, dtype, processes, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["declip", "slip", "clip"])
+@pytest.mark.parametrize("name", ["declip", "slip"])  # with BatchNorm in their heads
 def test_the_drift_of_four_processes_is_rounding(name, tmp_path):
-    """It falls with the unit of rounding, as 2^-23 / 2^-52: a fault, such as statistics of a
-    process's own rows, would be the same in float64."""
+    """It falls with the unit of rounding, by 2^29 from float32 to float64. A fault, such as
+    statistics of a process's own rows or random keys of its own, would be as large in float64."""
     drifts = {}
     for dtype in ("float32", "float64"):
         one, four = (train(name, dtype, count, tmp_path) for count in (1, PROCESSES))
-        for what in ("loss", "parameters"):
-            scale = np.abs(one[what]).max()
-            drifts[dtype, what] = np.abs(one[what] - four[what]).max() / scale
+        drifts[dtype] = {x: np.abs(one[x] - four[x]).max() / np.abs(one[x]).max() for x in one}
     print(name, drifts)
-    for what in ("loss", "parameters"):
-        assert drifts["float32", what] < 1e-2
-        assert drifts["float64", what] < 1e-10
+    assert 0 < drifts["float32"]["loss"] < 1e-3 and drifts["float64"]["loss"] < 1e-11
+    for what, drift in drifts["float32"].items():
+        assert drifts["float64"][what] < 1e-6 * drift

@@ -28,7 +28,7 @@ def train(name, dtype, steps, devices=None):
     state = tiny.as_dtype(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state), dtype)
     memory = tiny.as_dtype(jax.tree.map(np.asarray, tiny.memory(module)), dtype)
     state = state.replace(
-        params=variables["params"], batch_stats=variables["batch_stats"], memory=memory
+        params=variables["params"], batch_stats=variables.get("batch_stats", {}), memory=memory
     )
     data = [tiny.batch(module, seed=seed) for seed in range(BATCHES)]
     with jax.set_mesh(mesh):
