@@ -15,7 +15,7 @@ MESHES = [
     (4, {"data": 2, "tensor": 2}),
     (16, {"data": 4, "fsdp": 2, "tensor": 2}),
 ]
-DECLIP = {"simsiam_width": 16, "queue_size": 48}
+DECLIP = {"simsiam_width": 16, "queue_size": 48, "second_text": "other"}
 OBJECTIVES = {  # fields that make a method small
     "clip": {},
     "siglip": {},
