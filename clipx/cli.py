@@ -22,6 +22,7 @@ from clipx.errors import (
     HostsError,
     MetricsError,
     RunError,
+    StuckError,
 )
 from clipx.parallel import processes
 from clipx.parallel.environment import find_process
@@ -132,6 +133,9 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
 
     def fail(error: Exception | str, code: int) -> NoReturn:
         print(f"\n{error}", file=sys.stderr, flush=True)
+        if isinstance(error, StuckError) and not processes.hosts():
+            sys.stdout.flush()
+            os._exit(code)  # a thread waits for ever, and Python would wait for the thread
         leave(code)
 
     def leave(code: int) -> NoReturn:

@@ -100,6 +100,25 @@ class RunError(Exception):
     """The run cannot continue. One block that says why, and what is saved. Exit code 1."""
 
 
+class StorageError(RunError):
+    """A file of the data cannot be read as it was when the data was opened. One line.
+
+    passing: whether the error may pass by itself, as that of a network.
+    """
+
+    def __init__(self, path: str, reason: str, passing: bool = False):
+        super().__init__(path, reason, passing)
+        self.path, self.reason, self.passing = path, reason, passing
+
+    def __str__(self) -> str:
+        return readable(f"{self.path}: {self.reason}")
+
+
+class StuckError(RunError):
+    """A read of the data never ends. One line. Threads that wait for it cannot be joined: the
+    process has to be ended without them."""
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be written or read. One line that says what is saved. Exit code 1."""
 

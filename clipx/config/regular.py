@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a pipe that took a file's place must not block `open`
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a pipe that took a file's place must not block `open`
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISCHR, "a character device"),
@@ -29,7 +29,7 @@ def only(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
     """A file descriptor, as the `opener` of `open`. Raises `OSError` for what is no regular file,
     before it is opened."""
     refuse(path, os.stat(path))
-    handle = os.open(path, flags | _NO_WAIT)
+    handle = os.open(path, flags | NO_WAIT)
     try:
         refuse(path, os.fstat(handle))
     except BaseException:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from clipx.data.limits import Limits
 from clipx.errors import BadSample, DataError
 
 # half a surrogate pair, but for those that stand for a byte of a file's name
@@ -102,16 +103,22 @@ class Source(Protocol):
     Each file in `clipx/data/sources/` holds one subclass, and a config selects it by the file's
     name. A subclass is a frozen dataclass whose fields are its config keys. It opens its files in
     the constructor, never on import. It raises `DataError` if the data set is unusable, and
-    `BadSample` from `__getitem__` if one example is. It can be pickled and read by many threads.
+    `BadSample` from `__getitem__` if one example is, or `StorageError` if its file is no longer as
+    it was when the source was opened. It can be pickled and read by many threads.
     """
 
     classes: tuple[str, ...]  # names of the labels; () if the data set has no labels
     # True: rows are made, not read, so that a look at a few is a look at all
     alike: ClassVar[bool] = False
+    limits: Limits = Limits()  # a row beyond them is bad; no key of the source
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Example: ...
+
+    def limit(self, limits: Limits) -> None:
+        """Sets the limits of the rows. A source that reads others sets theirs."""
+        object.__setattr__(self, "limits", limits)  # sources are frozen dataclasses
 
     def keys(self) -> Iterator[str]:
         """The key of every row, in order.

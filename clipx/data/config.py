@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from clipx.config.ranges import CountOrZero, Fraction, Range, Share
+from clipx.config.ranges import CountOrZero, Fraction, Positive, Range, Share
+from clipx.data.limits import Limits
 from clipx.data.manifests import MANIFESTS
 from clipx.data.text.augment import TextAugmentConfig
+
+TIMEOUT = 300.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +47,7 @@ class DataConfig:
     # the published data set that this data is a copy of, in whole or in part
     manifest: Literal[*MANIFESTS] | None = None  # pyright: ignore[reportInvalidTypeForm]
     max_bad_fraction: Fraction = 0.01  # tolerated share of bad rows; a higher one stops the run
+    limits: Limits = Limits()  # a row beyond one is a bad row
+    # seconds: so long an error of a remote file is tried again; a read that takes longer stops the
+    # run
+    timeout: Positive = TIMEOUT

@@ -12,6 +12,9 @@ from jaxtyping import UInt8
 
 from clipx.data import class_ids, pictures
 from clipx.data.base import Example, Source
+from clipx.data.config import TIMEOUT
+from clipx.data.reading import patiently
+from clipx.data.supply import Supply
 from clipx.errors import BadSample, DataError
 
 
@@ -26,6 +29,7 @@ class EvaluationSet:
     source: Source
     image_size: int
     limit: int | None = None
+    timeout: float = TIMEOUT  # `DataConfig.timeout`
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -42,7 +46,15 @@ class EvaluationSet:
         return self._example(row).label
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        """Yields uint8 images in row order, `size` per batch; the last batch may be smaller."""
+        """Yields uint8 images in row order, `size` per batch; the last batch may be smaller. Raises
+        `StuckError` for a read that does not end in `timeout` seconds."""
+        supply = Supply(lambda: self._batches(size), -(-len(self) // size), None, self.timeout)
+        try:
+            yield from supply
+        finally:
+            supply.close()
+
+    def _batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
         with concurrent.futures.ThreadPoolExecutor(pictures.threads()) as pool:
             for start in range(0, len(self), size):
                 rows = range(start, min(start + size, len(self)))
@@ -50,7 +62,7 @@ class EvaluationSet:
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         try:
-            return pictures.evaluation(self._example(row), self.image_size)
+            return pictures.evaluation(self._example(row), self.image_size, self.source.limits)
         except BadSample as error:
             raise DataError(f"row {row} of the evaluation set: {error}") from None
 
@@ -58,6 +70,6 @@ class EvaluationSet:
         if not 0 <= row < len(self):
             raise IndexError(row)
         try:
-            return self.source[row]
+            return patiently(lambda: self.source[row], self.timeout)
         except BadSample as error:
             raise DataError(f"row {row} of the evaluation set: {error}") from None

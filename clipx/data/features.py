@@ -25,7 +25,9 @@ from jaxtyping import Bool, Float, Int
 
 from clipx.data import row_arrays
 from clipx.data.base import expand_user
+from clipx.data.reading import unchanged
 from clipx.data.row_writer import Rows
+from clipx.data.storage import of_file
 from clipx.errors import BadSample, DataError
 
 FILE = "features.json"
@@ -78,6 +80,7 @@ class FeatureRows:
         names = layout(self.about.get("tower", ""), views=0, width=0, tokens=(0, 0))
         if not self.about.get("tokens"):
             names.pop("tokens.npy")
+        self._files = tuple(of_file(str(path / name)) for name in names if (path / name).exists())
         arrays = {name[:-4]: _mapped(path / name) for name in names}
         self._bad: Bool[np.ndarray, " rows"] = arrays["bad"]
         self._arrays = arrays
@@ -141,5 +144,7 @@ class FeatureRows:
         return {"text": ids, **self._taken("text", numbers, tokens)}
 
     def _taken(self, tower: str, index: Any, tokens: bool) -> dict[str, np.ndarray]:
+        for file in self._files:  # a read of a mapped file that was cut would end the process
+            unchanged(file)
         taken = {f"{tower}_features": self._arrays["backbone"][index]}
         return taken | ({f"{tower}_tokens": self._arrays["tokens"][index]} if tokens else {})

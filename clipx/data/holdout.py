@@ -11,6 +11,7 @@ from jaxtyping import Int, UInt64
 from clipx.data import pictures
 from clipx.data.base import Account, Example, Guess, Source, fingerprint
 from clipx.data.config import DataConfig
+from clipx.data.limits import Limits
 from clipx.data.order import Subset, chosen
 from clipx.data.threads import in_order
 from clipx.errors import BadSample, ConfigError
@@ -33,7 +34,7 @@ class HeldOut:
     def __init__(self, source: Source, groups: Sequence[Int[np.ndarray, " n"]]):
         """groups: the rows of each picture, in their order."""
         self._source, self._groups = source, groups
-        self.classes = source.classes
+        self.classes, self.limits = source.classes, source.limits
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -57,6 +58,10 @@ class HeldOut:
     def keys(self) -> Iterator[str]:
         keys = list(self._source.keys())
         return (keys[group[0]] for group in self._groups)
+
+    def limit(self, limits: Limits) -> None:
+        self._source.limit(limits)
+        self.limits = limits
 
     def account(self) -> Account | None:
         return None  # the training data has the account of these files
@@ -205,7 +210,9 @@ def _digests(source: Source) -> tuple[UInt64[np.ndarray, " n"], np.ndarray]:
 
 def _decodes(source: Source, row: int) -> bool:
     try:
-        pictures.decode(source[int(row)])
+        example = source[int(row)]
+        pictures.header(example, source.limits)
+        pictures.decode(example)
     except BadSample:
         return False
     return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,14 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from clipx.data import pictures, worker
+from clipx.data import activity, pictures
 from clipx.data.base import Example, Source
 from clipx.data.config import DataConfig
 from clipx.data.features import FeatureRows
 from clipx.data.order import EPOCHS, Sampling, Schedule
+from clipx.data.reading import patiently
+from clipx.data.supply import Supply
 from clipx.data.text import cleaning
 from clipx.data.text.augment import TextAugment
 from clipx.data.text.tokenizers import Tokenizer
+from clipx.data.worker import Workers
 from clipx.errors import BadSample, DataError
 
 if TYPE_CHECKING:
@@ -120,36 +122,42 @@ class Loader:
         With stored features also `image_features` float32 [n, v, c] and `text_features` [n, u, c],
         and `image_tokens` and `text_tokens` if asked for. `image` has no views then.
 
-        Raises `DataError` after 100 consecutive bad rows.
+        Raises `DataError` after 100 consecutive bad rows, `StorageError` for a file that is no
+        longer as it was, and otherwise as `Supply`.
         """
         positions = np.asarray(self.positions)
         chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
-        iterator = iter(self._pieces(chunks, start, stop))
+        timeout, steps = self.data.timeout, range(start, stop)
+        workers = Workers(self.data.workers, timeout) if self.data.workers else None
+        supply = Supply(
+            lambda: iter(self._pieces(chunks, steps, workers)),
+            len(steps) * len(chunks),
+            workers,
+            timeout,
+        )
         try:
-            # grain starts its worker processes when the first chunk is requested
-            with worker.light_main() if self.data.workers else contextlib.nullcontext():
-                first = list(itertools.islice(iterator, 1))
-            loaded = itertools.chain(first, iterator)
-            for _ in range(start, stop):
-                pieces = [next(loaded) for _ in chunks]
+            for _ in steps:
+                pieces = [next(supply) for _ in chunks]
                 yield {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         finally:
-            iterator.close()
+            supply.close()
 
-    def _pieces(self, chunks: list[np.ndarray], start: int, stop: int) -> IterDataset[Pieces]:
-        """Every chunk of every step, in order, as a grain data set. Threads or worker processes
-        load chunks ahead of time."""
+    def _pieces(
+        self, chunks: list[np.ndarray], steps: range, workers: Workers | None
+    ) -> IterDataset[Pieces]:
+        """Every chunk of every step, in order, as a grain data set. Threads or `workers` load
+        chunks ahead of time."""
         import grain
 
-        pieces = grain.MapDataset.range(start * len(chunks), stop * len(chunks)).map(
-            functools.partial(_load_chunk, self, chunks)
+        load = functools.partial(_load_chunk, self, chunks)
+        pieces = grain.MapDataset.range(steps.start * len(chunks), steps.stop * len(chunks)).map(
+            workers.ship(load) if workers else load
         )
         size = sum(x.row_bytes for x in self.features.values())
         if "image" not in self.features:
             size += len(self.crops) * self.image_size**2 * 3
         ready = max(2, min(2 * len(chunks), _READY_BYTES // (CHUNK * size)))
-        workers = self.data.workers
-        if not workers:
+        if workers is None:
             threads = min(pictures.cores(), 16)
             return pieces.to_iter_dataset(
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ready, threads))
@@ -163,9 +171,9 @@ class Loader:
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
         return grain.experimental.WithOptionsIterDataset(data, options).mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=max(1, ready // workers)
+                num_workers=workers.count, per_worker_buffer_size=max(1, ready // workers.count)
             ),
-            worker_init_fn=worker.follow_parent,
+            worker_init_fn=workers.init,
         )
 
     def load(self, step: int, positions: np.ndarray) -> Pieces:
@@ -178,7 +186,8 @@ class Loader:
             numbers = np.array([each.texts for each in loaded], np.int64)
             texts = self.features["text"].texts(numbers, self.tokens)
         else:
-            ids = self.tokenizer([text for each in loaded for text in each.texts])
+            with activity.doing(f"tokenising the captions of step {step:,}"):
+                ids = self.tokenizer([text for each in loaded for text in each.texts])
             texts = {"text": ids.reshape(n, len(self.texts), -1)}
         stored = {}
         if "image" in self.features:
@@ -213,10 +222,11 @@ class Loader:
         for skip in range(candidates):
             row = schedule.row(step, position, skip)
             try:
-                example = self._read(row)
+                example = patiently(functools.partial(self._read, row), self.data.timeout)
                 chosen = self._choose(example, which, step // self.steps_per_epoch)
                 if len(out):
-                    pictures.views(example, self.crops, draws, flips, out)
+                    with activity.doing(f"decoding {example.key}"):
+                        pictures.views(example, self.crops, draws, flips, out, self.data.limits)
             except BadSample as error:
                 bad.append({"row": self._id(row), "key": error.key, "reason": error.reason})
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from clipx.data.base import Account, Example, Guess, Source
+from clipx.data.limits import Limits
 from clipx.data.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Subset:
     ):
         """guesses: what was guessed to choose the rows."""
         self._source, self._rows, self._guesses = source, rows, guesses
-        self.classes = source.classes
+        self.classes, self.limits = source.classes, source.limits
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -146,6 +147,10 @@ class Subset:
     def keys(self) -> Iterator[str]:
         keys = list(self._source.keys())
         return (keys[row] for row in self._rows)
+
+    def limit(self, limits: Limits) -> None:
+        self._source.limit(limits)
+        self.limits = limits
 
     def account(self) -> Account | None:
         return self._source.account()

@@ -91,6 +91,7 @@ def _print(source: Source, row: int) -> Print | None:
     """The print of a row's picture; None if it cannot be decoded."""
     try:
         example = source[row]
+        pictures.header(example, source.limits)
         pixels = pictures.decode(example)
     except BadSample:
         return None

@@ -147,7 +147,7 @@ def _sample(source: Source, row: int) -> _Members | BadSample:
     """The (extension, data) pairs of one row, or why it cannot be used."""
     try:
         example = source[row]
-        kind = pictures.header(example)[2]
+        kind = pictures.header(example, source.limits)[2]
         pixels = pictures.decode(example)
         if not example.texts and example.label is None:
             raise BadSample(example.key, "neither a caption nor a label")

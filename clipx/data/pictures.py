@@ -23,6 +23,7 @@ from PIL import Image
 from clipx.config import regular
 from clipx.data import raster
 from clipx.data.base import Example
+from clipx.data.limits import USUAL, Limits
 from clipx.errors import BadSample, DataError
 
 cv2.setNumThreads(0)  # pictures are decoded in parallel, one thread each
@@ -31,7 +32,6 @@ _Result = TypeVar("_Result")
 
 TRIES = 10  # random boxes per crop before the fallback to a centre crop
 _RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
-_MOST_PIXELS = 1 << 26  # larger pictures are refused: 200 MB when decoded
 # OpenCV decodes these as Pillow does. Other formats may get other colours: transparent GIF, and Lab
 # or floats in TIFF.
 _OPENCV = ("JPEG", "PNG", "WEBP")
@@ -49,6 +49,7 @@ def views(
     draws: Float[np.ndarray, "v 10 4"],
     flips: Sequence[bool],
     out: UInt8[np.ndarray, "v side side 3"],
+    limits: Limits = USUAL,
 ) -> None:
     """Decodes the picture and writes v crops to `out`.
 
@@ -58,24 +59,25 @@ def views(
     flips: whether to mirror each crop.
     """
     if None in crops:
-        middle = evaluation(example, out.shape[1])
+        middle = evaluation(example, out.shape[1], limits)
         for scale, flip, view in zip(crops, flips, out):
             if scale is None:
                 view[...] = middle[:, ::-1] if flip else middle
     drawn = [each for each in zip(crops, draws, flips, out) if each[0] is not None]
     if drawn:
-        _random_views(example, *zip(*drawn))
+        _random_views(example, limits, *zip(*drawn))
 
 
 def _random_views(
     example: Example,
+    limits: Limits,
     crops: Sequence[tuple[float, float]],
     draws: Sequence[Float[np.ndarray, "10 4"]],
     flips: Sequence[bool],
     out: Sequence[UInt8[np.ndarray, "side side 3"]],
 ) -> None:
     """The random crops of `views`, from one decoding of the picture."""
-    width, height, kind = header(example)
+    width, height, kind = header(example, limits)
     side = len(out[0])
     boxes = [crop_box(width, height, s, d) for s, d in zip(crops, draws)]
     smallest = min(min(w, h) for _, _, w, h in boxes)
@@ -121,22 +123,20 @@ def resize(crop: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "si
     return cv2.resize(crop, (side, side), interpolation=interpolation)
 
 
-def header(example: Example) -> tuple[int, int, str]:
+def header(example: Example, limits: Limits = USUAL) -> tuple[int, int, str]:
     """Returns (width, height, format) without decoding the pixels; format is "" for an array.
 
-    Raises `BadSample` for more than 67 megapixels, which would take hundreds of megabytes in every
-    thread.
+    Raises `BadSample` for more pixels than `limits` allow.
     """
     if isinstance(example.image, np.ndarray):
         return example.image.shape[1], example.image.shape[0], ""
     with _unreadable(example):
-        head = raster.opened(example.image)
+        try:
+            head = raster.opened(example.image)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{error} (config.data.limits.pixels)") from None
         width, height = head.size
-        if width * height > _MOST_PIXELS:
-            raise ValueError(
-                f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} in total; downscale "
-                "the picture"
-            )
+        limits.check_pixels(width, height)
         return width, height, head.format or ""
 
 
@@ -155,13 +155,15 @@ def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(_rgb(raster.opened(example.image)))
 
 
-def evaluation(example: Example, side: int) -> UInt8[np.ndarray, "side side 3"]:
+def evaluation(
+    example: Example, side: int, limits: Limits = USUAL
+) -> UInt8[np.ndarray, "side side 3"]:
     """open_clip's evaluation transform: the shorter side resized to `side` (Pillow, bicubic), then
     a centre crop."""
     if isinstance(example.image, np.ndarray):
         picture = Image.fromarray(example.image)
     else:
-        header(example)
+        header(example, limits)
         with _unreadable(example):
             picture = _rgb(raster.opened(example.image))
     width, height = picture.size

@@ -45,7 +45,7 @@ VERSION = 2  # format of the cached index
 class ShardIndex:
     """The samples of one tar, from its headers."""
 
-    path: str
+    shard: Shard
     keys: bytes  # the keys of all samples, concatenated
     key_sizes: Int32[np.ndarray, " n"]  # bytes
     places: Int32[np.ndarray, "n 4 2"]  # by role: offset in blocks of 512 bytes, size in bytes
@@ -61,13 +61,17 @@ class ShardIndex:
         return len(self.places)
 
     @property
+    def path(self) -> str:
+        return self.shard.path
+
+    @property
     def account(self) -> Account:
         """What became of every member of the tar."""
         used = int((self.places[..., 1] != ABSENT).sum())
         return Account("members", self.found, used, self.skipped)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All fields but the path, in the format that `of` reads."""
+        """All fields but the shard, in the format that `of` reads."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         return {
             "keys": np.frombuffer(self.keys, np.uint8),
@@ -77,12 +81,12 @@ class ShardIndex:
         }
 
     @classmethod
-    def of(cls, path: str, arrays: dict[str, np.ndarray]) -> ShardIndex:
-        """The index of the tar at `path`, from what `arrays` gave."""
+    def of(cls, shard: Shard, arrays: dict[str, np.ndarray]) -> ShardIndex:
+        """The index of a tar, from what `arrays` gave."""
         about = json.loads(arrays["about"].tobytes())
         about["skipped"] = tuple(Skipped(r, n, tuple(names)) for r, n, names in about["skipped"])
         samples = {name: arrays[name] for name in ("key_sizes", "places")}
-        return cls(path=path, keys=arrays["keys"].tobytes(), **samples, **about)
+        return cls(shard=shard, keys=arrays["keys"].tobytes(), **samples, **about)
 
     def complete(self) -> ShardIndex:
         """The index without what a cut or a tail leaves uncertain: members of the last sample of a
@@ -140,7 +144,7 @@ def index_shards(
 
 def _index(shard: Shard, *, keep: bool) -> ShardIndex:
     known = recall(shard, VERSION)
-    index = _scan(shard) if known is None else ShardIndex.of(shard.path, known)
+    index = _scan(shard) if known is None else ShardIndex.of(shard, known)
     if known is None:
         remember(shard, VERSION, index.arrays())
     if index.cut or index.tail:
@@ -236,7 +240,7 @@ def _scan(shard: Shard) -> ShardIndex:
     _add_unread(tally, unread)
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     return ShardIndex(
-        path=shard.path,
+        shard=shard,
         keys=b"".join(encoded),
         key_sizes=np.array([len(key) for key in encoded], np.int32),
         places=np.array(places, np.int32).reshape(-1, len(ROLES), 2),

@@ -8,14 +8,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import difflib
-import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from clipx.errors import DataError, listed, optional
 
 THREADS = 32  # for many files, where most of the time is waiting
 ABSENT = -1  # stands for the size of a member that does not exist
-_GAP = 1 << 16  # unneeded bytes that are worth reading to save a second read
 # keys of a filesystem's file info that change when the file does, most reliable first
 _CHANGES = ("etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "created")
 
@@ -56,7 +54,7 @@ def expand(pattern: str) -> list[Shard]:
     """
     full = expand_user(pattern)
     if not is_remote(full) and os.path.exists(full):
-        return [_of_file(full)]
+        return [of_file(full)]
     alternatives = _braces(full)
     if is_remote(full):
         with concurrent.futures.ThreadPoolExecutor(min(len(alternatives), THREADS)) as pool:
@@ -86,10 +84,11 @@ def refuse_folder(path: str, expected: str) -> None:
 
 def _match_local(pattern: str) -> list[Shard]:
     names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-    return [_of_file(name) for name in names]
+    return [of_file(name) for name in names]
 
 
-def _of_file(path: str) -> Shard:
+def of_file(path: str) -> Shard:
+    """The state of a local file, or of a folder. Raises `DataError` for anything else."""
     try:
         status = os.stat(path)
         if not os.path.isdir(path):  # `refuse_folder` says what to do with a folder
@@ -100,7 +99,7 @@ def _of_file(path: str) -> Shard:
 
 
 def _match_remote(pattern: str) -> list[Shard]:
-    fs, path = _filesystem(pattern)
+    fs, path = filesystem(pattern)
     # in a URL a question mark starts the query
     magic = r"[*\[]" if pattern.startswith("http") else r"[*?\[]"
     try:
@@ -121,6 +120,13 @@ def _match_remote(pattern: str) -> list[Shard]:
                 "cannot be read; copy it to a disk or a bucket"
             )
     return shards
+
+
+def look_again(path: str) -> Shard:
+    """The state of a remote file as its server says it now. Raises the server's exceptions."""
+    fs, name = filesystem(path)
+    fs.invalidate_cache(fs._parent(name))
+    return _of_info(fs, path, name, fs.info(name))
 
 
 def _of_info(fs: Any, url: str, name: str, info: Mapping[str, Any]) -> Shard:
@@ -151,7 +157,7 @@ def _nearest(pattern: str) -> str:
     """Describes what exists near a path that matches nothing."""
     folder = os.path.dirname(pattern) or "."
     if is_remote(pattern):
-        fs, path = _filesystem(folder)
+        fs, path = filesystem(folder)
         names = []
         with contextlib.suppress(Exception):  # not every remote folder can be listed
             names = [os.path.basename(name.rstrip("/")) for name in fs.ls(path, detail=False)]
@@ -169,59 +175,12 @@ def _nearest(pattern: str) -> str:
 def open_shard(path: str) -> BinaryIO:
     """The file, open for sequential reading. Raises the exceptions of its filesystem."""
     if is_remote(path):
-        fs, name = _filesystem(path)
+        fs, name = filesystem(path)
         return fs.open(name, "rb")
     return open(path, "rb", opener=regular.only)
 
 
-def read(path: str, places: list[tuple[int, int]]) -> list[bytes | None]:
-    """The bytes at each (offset, size) of a file; None for a size of `ABSENT`.
-
-    Ranges that are close together cost one read. The file is closed again, so any number of
-    threads may read any number of files. Raises OSError for every error of the filesystem.
-    """
-    ranges = [(offset, size) for offset, size in places if size > 0]
-    start = min((offset for offset, _ in ranges), default=0)
-    stop = max((offset + size for offset, size in ranges), default=0)
-    together = stop - start <= sum(size for _, size in ranges) + _GAP
-    with _reading(path) as get:
-        span = get(start, stop - start) if together and ranges else b""
-        contents: list[bytes | None] = []
-        for offset, size in places:
-            if size <= 0:
-                contents.append(None if size == ABSENT else b"")
-            else:
-                at = offset - start
-                contents.append(span[at : at + size] if together else get(offset, size))
-    return contents
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[Callable[[int, int], bytes]]:
-    """Context with a function (offset, size) -> bytes for one file."""
-
-    def checked(data: bytes, size: int) -> bytes:
-        if len(data) != size:
-            raise OSError(errno.EIO, "the file has become shorter since it was opened")
-        return data
-
-    if is_remote(path):
-        try:
-            fs, name = _filesystem(path)
-            yield lambda offset, size: checked(fs.cat_file(name, offset, offset + size), size)
-        except OSError:
-            raise
-        except Exception as error:  # every filesystem has its own exceptions
-            raise OSError(errno.EIO, str(error) or type(error).__name__) from error
-        return
-    file = regular.only(path)
-    try:
-        yield lambda offset, size: checked(os.pread(file, size, offset), size)
-    finally:
-        os.close(file)
-
-
-def _filesystem(path: str) -> tuple[Any, str]:
+def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's filesystem for a remote path, and the path inside it."""
     need = f"{path}: reading it needs a package that is not installed"
     try:

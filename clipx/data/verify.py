@@ -83,7 +83,7 @@ def _inspect(
 ) -> _Facts | BadSample:
     try:
         example = source[row]
-        width, height, kind = pictures.header(example)
+        width, height, kind = pictures.header(example, source.limits)
         pictures.decode(example)
     except BadSample as error:
         return error

@@ -52,12 +52,12 @@ def stages(loader: Loader, rows: int) -> list[Stage]:
     def decode() -> None:
         for example in examples:
             with contextlib.suppress(BadSample):
-                pictures.header(example)
+                pictures.header(example, loader.source.limits)
                 decoded.append(example._replace(image=pictures.decode(example)))
 
     def crop() -> None:
         for example, draw in zip(decoded, draws):
-            pictures.views(example, loader.crops, draw, flips, out)
+            pictures.views(example, loader.crops, draw, flips, out, loader.data.limits)
 
     def tokenise() -> None:
         for example in decoded:

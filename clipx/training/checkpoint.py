@@ -24,6 +24,7 @@ from clipx.types import Metric, TrainState
 _FREE = (
     "config.mesh.",
     "config.data.workers",
+    "config.data.timeout",
     "config.data.path",
     "config.train.microbatches",
     "config.train.log_every_steps",

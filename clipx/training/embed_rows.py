@@ -115,7 +115,8 @@ def picture_blocks(
             flips = [crop.flip and coin < 0.5 for crop, coin in zip(crops, draws[:, 0])]
             boxes = draws[:, 1:].reshape(len(crops), pictures.TRIES, 4)
             try:
-                pictures.views(source[row], [crop.scale for crop in crops], boxes, flips, out)
+                scales = [crop.scale for crop in crops]
+                pictures.views(source[row], scales, boxes, flips, out, source.limits)
             except BadSample as error:
                 report(row, error)
                 return out, True

@@ -104,7 +104,8 @@ class Trainer:
                 stopping = asked and not (self._skipped and train.rollback and not last)
                 results: dict[str, float] | None = {}
                 if evaluate and not asked:
-                    results = self._evaluate(state, step)
+                    with self._saved_first(state, step, start, pending):
+                        results = self._evaluate(state, step)
                     stopping, results = results is None, results or {}
                 save = self._may_save(step, save or train.best in results, last or stopping)
                 if save:
@@ -112,14 +113,15 @@ class Trainer:
                 if last or stopping:
                     break
                 if refresh:
-                    renewed = self._refresh(state, step, surveyed)
+                    with self._saved_first(state, step, start, pending):
+                        renewed = self._refresh(state, step, surveyed)
                     if renewed is None:
                         stopping = True
                         if not save and self._may_save(step, True, not train.rollback):
                             self._save(state, step, results)
                         break
                     state = renewed
-                with self.clock.time("data"):
+                with self.clock.time("data"), self._saved_first(state, step, start, pending):
                     batch, host = next(batches)
                 self._count_bad(step, host)
                 with jax.transfer_guard("disallow"):
@@ -245,22 +247,31 @@ class Trainer:
                 results = evaluate_all(self.evaluators, encode)
             except Interrupted:
                 return None
-            except DataError:
-                self._save_now(state, step)
-                raise
         self.metrics.log(step, results)
         best = self.run.config.train.best
         if best and best not in results:
-            self._save_now(state, step)
             raise ConfigError(
                 "config.train.best", repr(best), "one of " + ", ".join(sorted(results))
             )
         return results
 
-    def _save_now(self, state: TrainState, step: int) -> None:
-        """Saves and waits, so that an error of an evaluation does not lose the steps so far."""
-        self._save(state, step, {})
-        self.checkpoints.wait()
+    @contextlib.contextmanager
+    def _saved_first(
+        self, state: TrainState, step: int, start: int, pending: Pending
+    ) -> Iterator[None]:
+        """Context in which an error of the data or of an evaluation does not lose the steps so far:
+        they are saved before it goes on. Several processes cannot agree to, as only one may fail:
+        their last checkpoint stands."""
+        try:
+            yield
+        except (DataError, RunError, ConfigError):
+            if jax.process_count() == 1 and step > start and self.checkpoints.latest != step:
+                self._drain(pending, 0)
+                if self._may_save(step, True, not self.run.config.train.rollback):
+                    self._save(state, step, {})
+                    self.checkpoints.wait()
+                    self.metrics.say(f"saved step {step:,}, as the run cannot go on")
+            raise
 
     def _save(self, state: TrainState, step: int, results: dict[str, float]) -> None:
         """Starts to save `state`; `results` are the evals' metrics of that state. Raises `RunError`

@@ -240,7 +240,7 @@ def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) 
     data, source = data_section(bound.data)
     checks.check_clusters(data, train.batch_size, groups, objective.with_replacement)
     checks.check_episodes(train, data, objective, sections["objective"]["name"])
-    evals = tuple(EvalSpec.check(name, section) for name, section in bound.evals.items())
+    evals = tuple(EvalSpec.check(name, section, data) for name, section in bound.evals.items())
     checks.check_train(train, mesh, evals)
     checks.check_holdout(data, evals)
     schedule = make_schedule(

@@ -10,9 +10,10 @@ from clipx.config import binding as configs
 from clipx.config.binding import bind, find
 from clipx.config.ranges import BatchSize, Count, CountOrZero, LongCount, NonNegative, Seed
 from clipx.data.base import Source
-from clipx.data.config import DataConfig
+from clipx.data.config import TIMEOUT, DataConfig
 from clipx.data.evaluation import EvaluationSet
 from clipx.data.first_look import refuse_unfit
+from clipx.data.limits import Limits
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
 from clipx.errors import ConfigError, DataError, in_section
@@ -112,6 +113,7 @@ class SourceSpec:
     name: str
     cls: type[Source]
     values: dict[str, Any]  # the typed values of the section
+    limits: Limits = Limits()
 
     @classmethod
     def check(
@@ -131,7 +133,9 @@ class SourceSpec:
 
     def open(self) -> Source:
         """The source, open."""
-        return self.cls(**self.values)
+        source = self.cls(**self.values)
+        source.limit(self.limits)
+        return source
 
     def parts(self, where: str) -> Iterator[tuple[str, SourceSpec]]:
         """This source, or the sources of a mixture, each with its path in the config."""
@@ -141,7 +145,8 @@ class SourceSpec:
         for name, section in self.values["parts"].items():
             path, section = f"{where}.parts.{name}", dict(section)
             section.pop("weight", None)
-            yield from SourceSpec.check(section, section.pop("source"), path).parts(path)
+            part = SourceSpec.check(section, section.pop("source"), path)
+            yield from dataclasses.replace(part, limits=self.limits).parts(path)
 
     def dump(self) -> dict[str, Any]:
         """The complete section, as config.json holds it."""
@@ -158,7 +163,8 @@ def data_section(section: Mapping[str, Any] | None) -> tuple[DataConfig, SourceS
             "config.data", "nothing", "a section with a source", "set config.data.source"
         )
     data, rest = split(section, DataConfig, "config.data")
-    return data, SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
+    spec = SourceSpec.check(rest, data.source, "config.data", configs.fields(DataConfig))
+    return data, dataclasses.replace(spec, limits=data.limits)
 
 
 # fields of an evaluator that hold examples: {field: key of the eval's section}
@@ -175,10 +181,14 @@ class EvalSpec:
     evaluator: type[Evaluator]
     values: dict[str, Any]  # the typed values of the evaluator's keys
     sources: dict[str, SourceSpec]  # by the evaluator's field
+    timeout: float = TIMEOUT  # of `EvaluationSet`
 
     @classmethod
-    def check(cls, name: str, section: Mapping[str, Any]) -> EvalSpec:
-        """The section `config.evals.<name>`, checked. Raises `ConfigError`."""
+    def check(
+        cls, name: str, section: Mapping[str, Any], data: DataConfig | None = None
+    ) -> EvalSpec:
+        """The section `config.evals.<name>`, checked. data: has the limits of its rows. Raises
+        `ConfigError`."""
         where = f"config.evals.{name}"
         config, rest = split(section, EvalConfig, where)
         evaluator, evaluator_name, rest = named(
@@ -194,7 +204,10 @@ class EvalSpec:
         except ConfigError as error:
             error.where = f"{where}.{error.where.rpartition('.')[2]}"
             raise
-        return cls(name, config, evaluator, values, sources)
+        if data is None:
+            return cls(name, config, evaluator, values, sources)
+        limited = {f: dataclasses.replace(s, limits=data.limits) for f, s in sources.items()}
+        return cls(name, config, evaluator, values, limited, data.timeout)
 
     @staticmethod
     def _sources(
@@ -248,7 +261,7 @@ class EvalSpec:
         """
         limit = self.config.limit if field == "examples" else None
         if field == "examples" and self.held_out:
-            return EvaluationSet(held_out(), image_size, limit=limit)
+            return EvaluationSet(held_out(), image_size, limit, self.timeout)
         if field not in self.sources:
             return None
         try:
@@ -256,7 +269,7 @@ class EvalSpec:
         except DataError as error:
             section = f"evals.{self.name}.{EVAL_SOURCES[field]}"
             raise DataError(in_section(str(error), section)) from None
-        return EvaluationSet(source, image_size, limit=limit)
+        return EvaluationSet(source, image_size, limit, self.timeout)
 
     def look(self, evaluator: Evaluator) -> None:
         """Raises `DataError` if no row of the data of the open `evaluator` can be used."""

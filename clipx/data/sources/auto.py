@@ -10,6 +10,7 @@ from clipx.config import binding
 from clipx.data.base import Account, Example, Guess, Source
 from clipx.data.captions import Lines, Member
 from clipx.data.discover import discover
+from clipx.data.limits import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Auto(Source):
 
     def glance(self, row: int) -> Example:
         return self._inner.glance(row)
+
+    def limit(self, limits: Limits) -> None:
+        super().limit(limits)
+        self._inner.limit(limits)
 
     def keys(self) -> Iterator[str]:
         return self._inner.keys()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipx.config import regular
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
 from clipx.data.captions import (
     SAMPLED,
@@ -21,6 +20,7 @@ from clipx.data.captions import (
 )
 from clipx.data.contents import TEXT_ENDS, Folder
 from clipx.data.order import spread
+from clipx.data.reading import read_file, stamps
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.data.tars import Tally
 from clipx.errors import BadSample, DataError
@@ -51,6 +51,7 @@ class Files(Source):
         self._names: bytes  # the paths of all pictures, concatenated
         self._ends: np.ndarray  # the end of each path in `_names`
         self._has: np.ndarray  # bool [rows, 2]: whether there is a .txt, and a .json
+        self._stamps: np.ndarray  # int64 [rows, 3, 2]: of the picture, the .txt and the .json
         self._tops: tuple[str, str]  # the folders of pictures and of texts, where they differ
         self._account: Account
         self._reader: Reader
@@ -82,6 +83,8 @@ class Files(Source):
             ("_account", _account(inside, pictures, stems, has)),
         ):
             object.__setattr__(self, name, value)
+        paths = [path for row in range(len(names)) for path in self._paths(row)]
+        object.__setattr__(self, "_stamps", stamps(paths).reshape(-1, 1 + len(TEXT_ENDS), 2))
         reader, guesses = self._decide()
         object.__setattr__(self, "_reader", reader)
         object.__setattr__(self, "_guesses", guesses)
@@ -91,7 +94,7 @@ class Files(Source):
 
     def __getitem__(self, row: int) -> Example:
         example = self.glance(row)
-        image = self._read(row, os.path.join(self._root, self._name(row)))
+        image = self._read(row, 0)
         if not image:
             raise BadSample(example.key, "the picture has no bytes")
         return example._replace(image=image)
@@ -104,6 +107,7 @@ class Files(Source):
         captions = self._reader.of_row(key, self._texts(row))
         if captions is None:
             raise BadSample(key, "no caption (.txt or .json)")
+        self.limits.check_texts(key, captions)
         return Example(b"", captions, row, key)
 
     def keys(self) -> Iterator[str]:
@@ -121,20 +125,26 @@ class Files(Source):
     def _key(self, row: int) -> str:
         return printable(os.path.splitext(self._name(row))[0].replace(os.sep, "/"))
 
+    def _paths(self, row: int) -> list[str]:
+        """The picture, and the files that may have its captions."""
+        name = self._name(row)
+        stem = _text(os.path.splitext(name)[0], self._tops)
+        return [os.path.join(self._root, one) for one in (name, *(stem + e for e in TEXT_ENDS))]
+
     def _texts(self, row: int) -> Texts:
-        """The files that may have the captions of a row."""
-        stem = _text(os.path.splitext(self._name(row))[0], self._tops)
-        paths = [os.path.join(self._root, stem + end) for end in TEXT_ENDS]
+        """What the files have that may have the captions of a row."""
         return Texts(
-            *(self._read(row, p) if has else None for p, has in zip(paths, self._has[row]))
+            *(self._read(row, 1 + i) if has else None for i, has in enumerate(self._has[row]))
         )
 
-    def _read(self, row: int, path: str) -> bytes:
+    def _read(self, row: int, which: int) -> bytes:
+        """The contents of one of a row's `_paths`."""
+        path, stamp, key = self._paths(row)[which], self._stamps[row, which], self._key(row)
+        self.limits.check_bytes(key, int(stamp[0]))
         try:
-            with open(path, "rb", opener=regular.only) as file:
-                return file.read()
+            return read_file(path, stamp)
         except OSError as error:
-            raise BadSample(self._key(row), f"{path} cannot be read ({error.strerror})") from None
+            raise BadSample(key, f"{path} cannot be read ({error.strerror})") from None
 
     def _decide(self) -> tuple[Reader, tuple[Guess, ...]]:
         """The reader of the captions, and what was guessed for it from a sample of the rows."""

@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from clipx.config import reading, regular
+from clipx.config import reading
 from clipx.data import tars
 from clipx.data.base import Account, Example, Guess, Source, expand_user, printable
-from clipx.data.storage import read
+from clipx.data.reading import read, read_file, stamps
+from clipx.data.storage import Shard
 from clipx.data.tables.cells import PICTURE_ENDS
 from clipx.errors import BadSample, DataError
 
@@ -50,7 +51,8 @@ class Folder(Source):
     def __post_init__(self) -> None:
         self._initials: bool  # `classes_from` was guessed from folders of initials
         self._file: str
-        self._tar: bool
+        self._tar: Shard | None  # None: a folder
+        self._stamps: np.ndarray  # of each picture in a folder
         self._account: Account | None
         self._top: int  # length of the path components that all pictures share
         self._names: bytes  # the names of all rows, concatenated
@@ -59,9 +61,9 @@ class Folder(Source):
         self._places: np.ndarray  # offset and size of each picture in the tar
         path = expand_user(self.path)
         if os.path.isdir(path):
-            members, account = _in_folder(path), None
+            members, tar, account = _in_folder(path), None, None
         else:
-            members, account = _in_tar(path)
+            members, tar, account = _in_tar(path)
         pictures = [name for name in members if name.lower().endswith(PICTURE_ENDS)]
         top = _top(path, members, pictures)
         folders = sorted({posixpath.dirname(name) for name in pictures})
@@ -75,7 +77,8 @@ class Folder(Source):
             ("classes", _readable(self.names, order)),
             ("_initials", initials and not self.classes_from),
             ("_file", path),
-            ("_tar", not os.path.isdir(path)),
+            ("_tar", tar),
+            ("_stamps", stamps([] if tar else [os.path.join(path, n) for *_, n in rows])),
             ("_account", account),
             ("_top", len(top)),
             ("_names", b"".join(names)),
@@ -92,13 +95,13 @@ class Folder(Source):
         if not 0 <= row < len(self):
             raise IndexError(row)
         key = self._key(row)
+        size = self._places[row, 1] if self._tar else self._stamps[row, 0]
+        self.limits.check_bytes(key, int(size))
         try:
             if self._tar:
-                (image,) = read(self._file, [tuple(self._places[row].tolist())])
+                (image,) = read(self._tar, [tuple(self._places[row].tolist())])
             else:
-                path = os.path.join(self._file, self._name(row))
-                with open(path, "rb", opener=regular.only) as file:
-                    image = file.read()
+                image = read_file(os.path.join(self._file, self._name(row)), self._stamps[row])
         except OSError as error:
             raise BadSample(key, f"cannot be read in {self._file} ({error.strerror})") from None
         if not image:
@@ -140,12 +143,13 @@ def _in_folder(path: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-def _in_tar(path: str) -> tuple[dict[str, tuple[int, int]], Account]:
-    """((offset, size) of every member of a tar by name, what became of the members). The name of a
-    folder ends with a slash."""
+def _in_tar(path: str) -> tuple[dict[str, tuple[int, int]], Shard, Account]:
+    """((offset, size) of every member of a tar by name, the tar, what became of the members). The
+    name of a folder ends with a slash."""
     size = 0
     try:
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        size = status.st_size
         contents = tars.scan(path, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}){_near(path)}") from None
@@ -180,7 +184,8 @@ def _in_tar(path: str) -> tuple[dict[str, tuple[int, int]], Account]:
             members[f"{folder}/"] = (0, 0)
     skipped = tally.skipped()
     used = contents.found - sum(one.count for one in skipped)
-    return members, Account("members", contents.found, used, skipped)
+    tar = Shard(path, size, str(status.st_mtime_ns))
+    return members, tar, Account("members", contents.found, used, skipped)
 
 
 def _near(path: str) -> str:

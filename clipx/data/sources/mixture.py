@@ -13,6 +13,7 @@ import numpy as np
 
 from clipx.config import binding
 from clipx.data.base import Account, Example, Guess, Source
+from clipx.data.limits import Limits
 from clipx.errors import BadSample, ConfigError, DataError, in_section
 
 _MOST_ROWS = 2**31 - 1  # batches store row ids as int32
@@ -108,6 +109,11 @@ class Mixture(Source):
             key=f"{name}/{example.key}",
             label=example.label if self._labelled else None,
         )
+
+    def limit(self, limits: Limits) -> None:
+        super().limit(limits)
+        for source in self._sources:
+            source.limit(limits)
 
     def keys(self) -> Iterator[str]:
         for name, source, count in zip(self._names, self._sources, np.diff(self._starts).tolist()):

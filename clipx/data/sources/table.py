@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipx.config import regular
 from clipx.data.base import Account, Example, Guess, Skipped, Source
-from clipx.data.storage import ABSENT, read
+from clipx.data.reading import read, read_file, stamps
+from clipx.data.storage import ABSENT, Shard, of_file
 from clipx.data.tables import inference, paths
 from clipx.data.tables.cells import strings
 from clipx.data.tables.columnar import Columnar, Pictures
@@ -60,7 +60,9 @@ class Table(Source):
         self._labels: np.ndarray | None  # of each example; None without a column of labels
         self._captioned: bool  # the table has columns of captions
         self._roots: tuple[str, ...]  # the folder of the pictures, by table
-        self._containers: tuple[str, ...]  # the file that holds the pictures, by table
+        # the file that holds the pictures, by table
+        self._containers: tuple[Shard | None, ...]
+        self._stamps: np.ndarray  # of each example's file
         self._folder: str  # prefix of absolute paths that keys leave out
         # the arrays of `Rows.arrays`
         self._entries: np.ndarray
@@ -90,13 +92,14 @@ class Table(Source):
             ("_labels", labels),
             ("_captioned", bool(reader.captions)),
             ("_roots", tuple(rows.roots)),
-            ("_containers", tuple(rows.containers)),
+            ("_containers", tuple(of_file(file) if file else None for file in rows.containers)),
             ("_folder", rows.folder()),
             ("_account", reader.account()),
             ("_guesses", tuple(reader.guesses.values())),
             *((f"_{name}", value) for name, value in arrays.items()),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "_stamps", stamps(self._files()))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -119,6 +122,7 @@ class Table(Source):
         if self._captioned and not captions:
             raise BadSample(key, "empty caption")
         texts = tuple(cut(self._words, self._word_ends, i) for i in captions)
+        self.limits.check_texts(key, texts)
         label = None if self._labels is None else int(self._labels[row])
         return Example(b"", texts, row, key, None if label == -1 else label)
 
@@ -133,21 +137,44 @@ class Table(Source):
 
     def _image(self, row: int) -> bytes:
         """The encoded picture of an example."""
-        entry, key = self._entries[row], self._key(row)
-        table = np.searchsorted(self._root_ends, entry, side="right")
-        path = self._path(row)
-        file = os.path.join(self._roots[table], path)
+        key = self._key(row)
+        if (place := self._place(row)) is not None:
+            container = self._containers[self._table(row)]
+            assert container is not None  # it has a place in one
+            self.limits.check_bytes(key, place[1])
+            (image,) = read(container, [place])
+            return image or b""
+        if self._path(row).startswith(_MARK):
+            raise BadSample(key, "the path of the picture is empty")
+        file, stamp = (
+            os.path.join(self._roots[self._table(row)], self._path(row)),
+            self._stamps[row],
+        )
+        self.limits.check_bytes(key, int(stamp[0]))
         try:
-            if len(self._places) and self._places[entry][1] >= 0:
-                file = self._containers[table]
-                (image,) = read(file, [tuple(self._places[entry].tolist())])
-                return image or b""
-            if path.startswith(_MARK):
-                raise BadSample(key, "the path of the picture is empty")
-            with open(file, "rb", opener=regular.only) as opened:
-                return opened.read()
+            return read_file(file, stamp)
         except OSError as error:
             raise BadSample(key, f"{file} cannot be read ({error.strerror})") from None
+
+    def _table(self, row: int) -> int:
+        """The number of the table that has an example."""
+        return int(np.searchsorted(self._root_ends, self._entries[row], side="right"))
+
+    def _place(self, row: int) -> tuple[int, int] | None:
+        """Offset and size of an example's picture inside its table's container; None for a file."""
+        if not len(self._places):
+            return None
+        offset, size = self._places[self._entries[row]].tolist()
+        return (offset, size) if size >= 0 else None
+
+    def _files(self) -> list[str]:
+        """The file of each example's picture; "" for a picture that is inside a container."""
+        tables = np.searchsorted(self._root_ends, self._entries, side="right").tolist()
+        held = self._places[self._entries, 1] >= 0 if len(self._places) else np.zeros(len(self))
+        return [
+            "" if inside else os.path.join(self._roots[table], self._path(row))
+            for row, (table, inside) in enumerate(zip(tables, held.tolist()))
+        ]
 
     def _path(self, row: int) -> str:
         return cut(self._paths, self._path_ends, self._entries[row])
@@ -208,7 +235,7 @@ class _Reader:
         label = _one(cells[len(self.captions)]) if self._table.label else ""
         empty = f"{_MARK}{os.path.basename(file.path)} {file.unit} {number}"
         if held is None or held.places[number - 1][1] == ABSENT:
-            self.rows.add(_normal(path) if path else empty, texts, label)
+            self.rows.add(paths.normal(path) if path else empty, texts, label)
             return
         (offset, size), check = held.places[number - 1].tolist(), held.checks[number - 1]
         name = held.paths[number - 1]
@@ -304,12 +331,6 @@ def _path(file: File, number: int, column: str, cell: Any) -> str:
             f"{file.path}: {file.unit} {number}: column {column} holds a {kind}, expected a path"
         )
     return values[0] if values else ""
-
-
-def _normal(path: str) -> str:
-    """A path with one spelling, so that all rows of one picture have the same."""
-    longer = "./" in path or ("//" in path and "://" not in path)
-    return os.path.normpath(path) if longer else path
 
 
 def _words(file: File, number: int, columns: tuple[str, ...], cells: list[Any]) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from clipx.data.base import Example, Guess, Source, expand_user
+from clipx.data.reading import unchanged
+from clipx.data.storage import Shard, of_file
 from clipx.errors import BadSample, DataError, optional
 
 _CAPTIONS = ("captions", "caption", "texts", "text", "sentences", "description")  # likeliest first
@@ -44,15 +46,18 @@ class Tfds(Source):
     def __post_init__(self) -> None:
         self._roles: tuple[str, str, str, str]  # see the function `_roles`
         self._records: Sequence[Mapping[str, Any]]
+        self._files: tuple[Shard, ...]
         self._prefix: str  # of the keys
         self._guesses: tuple[Guess, ...]
         builder = self._builder()
         folder = str(builder.data_dir)
         image, text, inner, label = _roles(self, builder.info.features, folder)
+        records, files = self._open(builder)
         classes = () if not label else getattr(builder.info.features[label], "names", None) or ()
         for name, value in (  # the dataclass is frozen
             ("_roles", (image, text, inner, label)),
-            ("_records", self._open(builder)),
+            ("_records", records),
+            ("_files", tuple(of_file(file) for file in files)),
             ("_prefix", f"{builder.info.full_name}/{self.split}"),
             ("classes", tuple(classes)),
             ("_guesses", self._guessed(image, text, label)),
@@ -87,6 +92,8 @@ class Tfds(Source):
             record = self._records[row]
             picture = record[image]
         except Exception as error:  # the C++ reader raises no specific exceptions
+            for file in self._files:
+                unchanged(file)
             reason = f"the record cannot be read ({error})"
             raise BadSample(key, reason.replace("\n", " ")) from None
         if isinstance(picture, np.ndarray):
@@ -96,9 +103,12 @@ class Tfds(Source):
         texts = ()
         if text:
             texts = _texts(key, record[text][inner] if inner else record[text])
+        self.limits.check_bytes(key, len(picture))
+        self.limits.check_texts(key, texts)
         number = int(record[label]) if label else None
         # test splits with secret labels store -1
-        return Example(picture, texts, row, key, number if (number or 0) >= 0 else None)
+        number = number if (number or 0) >= 0 else None
+        return Example(picture, texts, row, key, number)
 
     def _builder(self) -> Any:
         """A DatasetBuilder made from the prepared files alone. The code that prepared them may need
@@ -117,8 +127,8 @@ class Tfds(Source):
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"{self.name} in {folder}: cannot be opened ({reason})") from None
 
-    def _open(self, builder: Any) -> Sequence[Mapping[str, Any]]:
-        """The rows as dicts, with pictures still encoded."""
+    def _open(self, builder: Any) -> tuple[Sequence[Mapping[str, Any]], list[str]]:
+        """(the rows as dicts, with pictures still encoded, the files that hold them)."""
         import tensorflow_datasets as tfds
 
         formats = builder.info.available_file_formats()
@@ -148,9 +158,10 @@ class Tfds(Source):
             for name, one in builder.info.features.items()
             if isinstance(one, tfds.features.Image)
         }
-        return builder.as_data_source(
+        records = builder.as_data_source(
             split=self.split, decoders=decoders, file_format=tfds.core.FileFormat.ARRAY_RECORD
         )
+        return records, [file.filename for file in files]
 
 
 def _fault(file: Any) -> str:

@@ -27,8 +27,9 @@ from clipx.data.captions import (
     decode,
 )
 from clipx.data.order import spread
+from clipx.data.reading import read
 from clipx.data.shard_index import PICTURES, ROLES, index_shards
-from clipx.data.storage import ABSENT, read, threads
+from clipx.data.storage import ABSENT, Shard, threads
 from clipx.data.tars import BLOCK, merged
 from clipx.errors import BadSample
 
@@ -61,7 +62,7 @@ class WebDataset(Source):
 
     def __post_init__(self) -> None:
         # a few flat arrays: compact, shared after a fork and quick to pickle
-        self._shards: tuple[str, ...]  # paths
+        self._shards: tuple[Shard, ...]
         self._shard_ends: np.ndarray  # the end of each shard's rows
         self._keys: bytes  # the keys of all rows, concatenated
         self._key_ends: np.ndarray  # the end of each row's key in `_keys`
@@ -71,7 +72,7 @@ class WebDataset(Source):
         self._guesses: tuple[Guess, ...]
         indexes = index_shards(self.path, keep=self.truncated == "keep")
         for name, value in (  # the dataclass is frozen
-            ("_shards", tuple(index.path for index in indexes)),
+            ("_shards", tuple(index.shard for index in indexes)),
             ("_shard_ends", np.cumsum([len(index) for index in indexes])),
             ("_keys", b"".join(index.keys for index in indexes)),
             ("_key_ends", np.concatenate([i.key_sizes for i in indexes]).cumsum(dtype=np.int64)),
@@ -90,13 +91,13 @@ class WebDataset(Source):
         """`Example.key` of every row, in order, without reading the data."""
         return map(self._key, range(len(self)))
 
-    def _shard(self, row: int) -> str:
+    def _shard(self, row: int) -> Shard:
         return self._shards[np.searchsorted(self._shard_ends, row, side="right")]
 
     def _key(self, row: int) -> str:
         start = self._key_ends[row - 1] if row else 0
         name = self._keys[start : self._key_ends[row]].decode("utf-8", "backslashreplace")
-        return f"{os.path.basename(self._shard(row))}/{name}"
+        return f"{os.path.basename(self._shard(row).path)}/{name}"
 
     def __getitem__(self, row: int) -> Example:
         key, (image, text, meta, label) = self._members(row, range(len(ROLES)))
@@ -104,7 +105,8 @@ class WebDataset(Source):
             raise BadSample(key, "no picture (" + ", ".join(f".{e}" for e in PICTURES) + ")")
         if not image:
             raise BadSample(key, "the picture has no bytes")
-        return Example(image, self._texts(key, text, meta, label), row, key, _label(key, label))
+        texts, number = self._texts(key, text, meta, label), _label(key, label)
+        return Example(image, texts, row, key, number)
 
     def glance(self, row: int) -> Example:
         """As `Source.glance`. Reads the caption and the label alone."""
@@ -112,7 +114,8 @@ class WebDataset(Source):
         size = int(self._places[row, 0, 1])
         if size <= 0:
             return self[row]  # raises what is wrong with it
-        return Example(b"", self._texts(key, text, meta, label), row, key, _label(key, label))
+        texts, number = self._texts(key, text, meta, label), _label(key, label)
+        return Example(b"", texts, row, key, number)
 
     def _members(self, row: int, roles: Sequence[int]) -> tuple[str, list[bytes | None]]:
         """(the key of a row, the bytes of its members by role; None for roles not asked for)."""
@@ -123,10 +126,8 @@ class WebDataset(Source):
             (block * BLOCK, size if role in roles else ABSENT)
             for role, (block, size) in enumerate(self._places[row].tolist())
         ]
-        try:
-            return key, read(shard, places)
-        except OSError as error:
-            raise BadSample(key, f"{shard} cannot be read ({error.strerror or error})") from None
+        self.limits.check_bytes(key, max(size for _, size in places))
+        return key, read(shard, places)
 
     def account(self) -> Account:
         """What became of every member of the shards."""
@@ -146,10 +147,12 @@ class WebDataset(Source):
                 _, (_, text, meta, _) = self._members(row, (1, 2))
                 return Texts(text, meta)
 
-        with concurrent.futures.ThreadPoolExecutor(threads(self._shards)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(
+            threads(shard.path for shard in self._shards)
+        ) as pool:
             samples = [one for one in pool.map(texts, rows.tolist()) if one is not None]
         labels = bool((self._places[:, 3, 1] != ABSENT).any())
-        return decide(self._shards[0], self, samples, labels=labels)
+        return decide(self._shards[0].path, self, samples, labels=labels)
 
     def _texts(
         self, key: str, text: bytes | None, meta: bytes | None, label: bytes | None
@@ -158,6 +161,7 @@ class WebDataset(Source):
         captions = self._reader.of_row(key, Texts(text, meta))
         if captions is None and label is None:
             raise BadSample(key, "no caption (.txt or .json)")
+        self.limits.check_texts(key, captions or ())
         return captions or ()
 
 

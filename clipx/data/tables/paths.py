@@ -163,3 +163,9 @@ def _most(spellings: Iterator[Spelling], paths: Sequence[str]) -> tuple[int, Spe
         if most == len(paths):
             break
     return most, found
+
+
+def normal(path: str) -> str:
+    """A path with one spelling, so that all rows of one picture have the same."""
+    longer = "./" in path or ("//" in path and "://" not in path)
+    return os.path.normpath(path) if longer else path

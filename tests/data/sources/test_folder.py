@@ -14,7 +14,7 @@ import pytest
 
 from clipx.data.base import fingerprint
 from clipx.data.sources.folder import Folder
-from clipx.errors import BadSample, DataError
+from clipx.errors import BadSample, DataError, StorageError
 
 FILES = ("dog/2.jpg", "dog/10.JPEG", "wild_cat/1.png", "wild_cat/0.webp", "ant/x.gif")
 
@@ -238,10 +238,11 @@ def test_a_bad_picture_is_named_and_its_neighbours_are_fine(tmp_path):
         assert data[1].key == "dog/10.JPEG"
     data = Folder(folder)
     os.remove(tmp_path / "set" / "dog" / "2.jpg")
-    assert message(lambda: data[2], BadSample).startswith("dog/2.jpg: cannot be read in")
+    said = message(lambda: data[2], StorageError)
+    assert said.startswith(f"{folder}/dog/2.jpg: gone since the data was opened")
     data = Folder(path)
     os.remove(path)
-    assert message(lambda: data[0], BadSample).startswith("ant/x.gif: cannot be read in")
+    assert message(lambda: data[0], StorageError).startswith(f"{path}: gone since the data was")
 
 
 def test_it_pickles_and_reads_from_many_threads(tmp_path):
