@@ -17,8 +17,7 @@ from clipx.config import files
 from clipx.data.resolve import resolve
 from clipx.errors import ConfigError
 from clipx.serving.evaluation import chosen, evaluate, evaluate_file
-from clipx.training import pretrained
-from clipx.training.checkpoint import read_config
+from clipx.training import pretrained, recovery
 
 
 def main(overrides: list[tuple[str, str]]) -> None:
@@ -35,7 +34,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
     if path and (run := pretrained.workdir(path)):
         path, workdir, step = "", str(run[0]), run[1] or step
     if workdir:
-        config = read_config(pathlib.Path(workdir).expanduser())
+        config = recovery.run_config(pathlib.Path(workdir).expanduser().absolute())
     if flags.FLAGS.config:
         config["evals"] = files.load(flags.FLAGS.config).get("evals", {})
     override(config, overrides)

@@ -22,7 +22,7 @@ from clipx.data.sources.webdataset import WebDataset
 from clipx.data.verify import script, token_counter, verify
 from clipx.errors import ConfigError, DataError
 from clipx.planning import feed_comparison, feed_speed
-from clipx.training.checkpoint import read_json
+from clipx.training.workdir import read_json
 
 CAPTIONS = [
     ("a red square", "a square"),

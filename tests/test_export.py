@@ -92,7 +92,7 @@ def test_a_refused_export_leaves_no_files(workdir, tmp_path, monkeypatch):
     for file in (cut / "checkpoints" / "3" / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="cannot read checkpoint 3"):
+    with pytest.raises(CheckpointError, match="checkpoint 3 is damaged .* has 500 of its"):
         export(cut, options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from clipx.config.binding import difference, to_lists
 from clipx.errors import ConfigError, HostsError
@@ -32,6 +35,7 @@ _PACKAGES = (
     *("flax", "optax", "orbax-checkpoint", "grain", "numpy"),
 )
 _names: list[str] = []  # the host of every process, once they have met
+_gathered = itertools.count()  # a barrier's name can be used once
 # what the error of a collective contains if another process has left it
 _LEFT = re.compile(
     r"gloo|nccl|unavailable|deadline_exceeded|barrier|coordination|connection (reset|closed)",
@@ -264,3 +268,17 @@ def lost(error: Exception, wait: float = 10.0) -> str:
         f"other processes are gone from this run: {who}.\nStart all processes again; they go on "
         f"from the last checkpoint, which is complete. ({line})"
     )
+
+
+def gather(name: str, text: str, wait: float | None = None) -> list[str]:
+    """The `text` of every process, in their order. All must call it with the same name. Raises
+    `HostsError` if some have not come after `wait` seconds, as `barrier` does."""
+    if jax.process_count() == 1:
+        return [text]
+    barrier(f"{name}/{next(_gathered)}", wait)  # a collective on CPUs waits only 30 s
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]

@@ -23,8 +23,8 @@ from clipx.errors import BadSample, DataError, RunError, install_hint
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
 from clipx.parallel.environment import read_metadata
-from clipx.training.checkpoint import prepare_workdir
 from clipx.training.schema import EvalSpec, data_section
+from clipx.training.workdir import prepare_workdir
 
 TPU_LOCK = "/tmp/libtpu_lockfile"
 _SLOW = 1e9  # bytes a second; networks between hosts or GPUs that train are faster

@@ -8,10 +8,10 @@ from typing import Any
 
 from clipx.reporting import page
 from clipx.training import guesses, metrics
-from clipx.training.checkpoint import read_json, refuse_other_config
 from clipx.training.metric_table import metric
 from clipx.training.run import assemble
 from clipx.training.session import resolved
+from clipx.training.workdir import read_json, refuse_other_config
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:

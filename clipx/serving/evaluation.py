@@ -16,10 +16,10 @@ from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, declared, evaluate_all
 from clipx.training import guesses, pretrained
-from clipx.training.checkpoint import prepare_workdir, write_json
 from clipx.training.initial import init
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
+from clipx.training.workdir import prepare_workdir, write_json
 from clipx.types import Device, TrainState
 
 _SOURCE_FLAGS = {"data": "examples", "train_data": "train_examples"}

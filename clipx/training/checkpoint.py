@@ -1,12 +1,13 @@
-"""The checkpoints of a workdir, through Orbax, and its JSON files."""
+"""The checkpoints of a workdir, through Orbax: written in the background, proven, and read only if
+nothing speaks against them."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import pathlib
-import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,140 +15,19 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clipx.config import binding as configs
-from clipx.errors import CheckpointError, ConfigError, damaged_file
-from clipx.training import guesses, metric_table, metrics
-from clipx.training.schema import Config
-from clipx.types import Metric, TrainState
+from clipx.errors import CheckpointError, ConfigError
+from clipx.parallel import processes
+from clipx.training import proof
+from clipx.training.checkpoint_reader import fault, line, read, read_metrics, say
+from clipx.training.metrics import FILE as LOG
+from clipx.training.scores import Scores
+from clipx.training.workdir import set_aside
+from clipx.types import TrainState
 
-# Keys that may change when a run is started again: where and how it computes, not what.
-_FREE = (
-    "config.mesh.",
-    "config.data.workers",
-    "config.data.timeout",
-    "config.data.path",
-    "config.train.microbatches",
-    "config.train.log_every_steps",
-    "config.train.save_every_steps",
-    "config.train.eval_every_steps",
-    "config.train.keep",
-    "config.train.best",
-    "config.train.tensorboard",
-    "config.train.rollback",
-    "config.evals",
-)
-# folders that may lie elsewhere, but not be left out or named anew: what they hold is checked
-_FOLDERS = ("config.data.features.image", "config.data.features.text")
-
-
-def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The absolute path of the workdir, created if it does not exist.
-
-    Raises `ConfigError` for a folder that cannot be written.
-    """
-    path = pathlib.Path(workdir).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test_{os.getpid()}"
-        probe.write_bytes(b"clipx")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            "--workdir", f"{path}: {error.strerror}", "a folder that can be written"
-        ) from None
-    return path
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically: a reader never sees half a file."""
-    aside = path.with_suffix(path.suffix + ".part")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    aside.replace(path)
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The JSON in a file of a workdir. Raises `ConfigError` if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            "--workdir", f"no {path.name} in {path.parent}", "the workdir of a clipx run"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged_file(path, error) from None
-
-
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a workdir. Raises `ConfigError` for a file that is missing or damaged."""
-    path = workdir / "config.json"
-    config = read_json(path)
-    try:
-        configs.check(Config, config)
-    except ConfigError as error:
-        error.file = str(path)
-        raise
-    return config
-
-
-def refuse_other_config(workdir: pathlib.Path, complete: Mapping) -> None:
-    """Raises `ConfigError` with a diff if the workdir's run has another config.
-
-    The mesh, micro-batches, workers, logging and evals may differ, and keys that only the new
-    config has. A setting that is left open has the value that the run guessed.
-    """
-    old = read_json(workdir / "config.json")
-    complete = guesses.fill(complete, guesses.read(workdir))
-    lines = [
-        line
-        for line in configs.difference(old, complete)
-        if not line.startswith(_FREE)
-        and ": '(absent)' -> " not in line
-        and not (line.startswith(_FOLDERS) and "None" not in line)
-    ]
-    if lines:
-        raise ConfigError(
-            "--workdir",
-            f"{workdir} holds a run of another config (old -> new):\n    " + "\n    ".join(lines),
-            "the run's own config, to continue from its last checkpoint",
-            "use another --workdir for a new run, or the old values",
-        )
-
-
-class Scores:
-    """The values of one metric at the steps of a run.
-
-    A checkpoint stores the metrics of its state. Where it stores none, as those of clipx 0.1, the
-    line of metrics.jsonl with the same step tells.
-    """
-
-    def __init__(self, workdir: pathlib.Path, name: str, evals: Mapping[str, Any]):
-        self.name = name
-        self._metric = metric_table.metric(name, evals) if name else Metric()
-        rows = metrics.read(workdir) if name else []
-        self._logged = {row["step"]: row[name] for row in rows if _finite(row.get(name))}
-
-    def best(self, stored: Mapping[int, Mapping[str, float] | None]) -> tuple[int, float] | None:
-        """The best (step, value) of checkpoints; None if none has a finite value.
-
-        stored: the metrics that each checkpoint stores, by its step.
-        """
-        values = {step: (kept or {}).get(self.name) for step, kept in stored.items()}
-        points = [
-            (step, self._logged.get(step) if value is None else value)
-            for step, value in sorted(values.items())
-        ]
-        return self._best([(step, value) for step, value in points if _finite(value)])
-
-    def logged(self) -> tuple[int, float] | None:
-        """The best (step, value) of metrics.jsonl, with a checkpoint or without."""
-        return self._best(sorted(self._logged.items()))
-
-    def _best(self, points: Sequence[tuple[int, Any]]) -> tuple[int, float] | None:
-        return metric_table.best(self._metric, points) if points else None
-
-    def better(self, value: float, other: float) -> bool:
-        """Whether `value` is better than `other`."""
-        return value < other if self._metric.better == "less" else value > other
+_SECONDS = 1200.0  # for one write; past it the storage hangs
+# Orbax reads the wall clock, which may jump: its own limits must never be reached. The one for
+# folders that are made in the background cannot be set.
+_NEVER = 100 * 365 * 86_400
 
 
 class _KeepBest(policies.PreservationPolicy):
@@ -167,7 +47,7 @@ class _KeepBest(policies.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, written asynchronously.
+    """The checkpoints of one workdir, written asynchronously. Reading them changes no file.
 
     keep: how many of the newest to keep. best: a metric; the checkpoint with its best value is kept
     too. "" keeps none beside the newest. evals: the config's section, whose evaluators declare
@@ -183,17 +63,29 @@ class Checkpoints:
         evals: Mapping[str, Any] | None = None,
     ):
         self.folder = workdir / "checkpoints"
+        self._keep = keep
         self._scores = Scores(workdir, best, evals or {})
-        keepers: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        self._last: int | None = None  # the step that was saved or restored last
+        self._proving: threading.Thread | None = None
+        self._failure: BaseException | None = None  # of the write in the background
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Writes, and deletes what is not kept."""
+        best = self._scores.name
+        keepers: list[policies.PreservationPolicy] = [policies.LatestN(self._keep)]
         if best:
             keepers.append(_KeepBest(self._scores))
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 # Orbax stores metrics only if it has a `best_fn`. What is kept, the policy says.
                 best_fn=lambda metrics: metrics.get(best, math.nan),
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=_NEVER, create_directories_asynchronously=False
+                ),
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "run"),
@@ -202,25 +94,88 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The newest step with a complete checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """The steps of all complete checkpoints, ascending."""
+        # Orbax renames a folder when it is complete.
+        names = (p.name for p in self.folder.glob("[0-9]*"))
+        return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+    def _at(self, step: int) -> pathlib.Path:
+        return self.folder / str(step)
+
+    def newest_proven(self, before: int | None = None) -> int | None:
+        """The newest step (of those `before`) whose checkpoint is what was saved; None if no
+        checkpoint was saved.
+
+        Damaged checkpoints are renamed to `<step>.damaged`, and one line tells which, why, and how
+        many steps are done again. The arrays of checkpoints older than the one that is taken are
+        not read. Raises `CheckpointError` if all that were saved are damaged. All processes must
+        call it together.
+        """
+        self.wait()
+        steps = self._agreed_steps()
+        if before is not None:
+            steps = [step for step in steps if step < before]
+        if not steps:
+            if before is None and (aside := self._set_aside()):
+                raise CheckpointError(
+                    f"no checkpoint is left in {self.folder}, only damaged ones: "
+                    f"{', '.join(aside)}; remove them to start again from step 0"
+                )
+            return None
+        chosen, faults = None, {}
+        for step in reversed(steps):
+            if why := fault(self._at(step), whole=chosen is None):
+                faults[step] = why
+            elif chosen is None:
+                chosen = step
+        if not faults:
+            return chosen
+        said = f"{self.folder}: {_listed(faults)}; renamed to {', '.join(self._rename(faults))}"
+        if chosen is None and before is None:
+            raise CheckpointError(f"{said}; no checkpoint is left to go on from")
+        if chosen is not None and (again := max(steps) - chosen):
+            said += f". Step {chosen} is taken: {again} steps are done again"
+        say(said)
+        return chosen
 
     def step(self, which: str | int = "latest") -> int:
         """The step that `latest`, `best` or a number names. "" is the best if the run keeps one,
         else the latest.
 
-        Prints a line if the best that is left is not the best that the run had. Raises
-        `ConfigError` if that checkpoint does not exist.
+        Where `latest` or "" names a damaged checkpoint, a line says so and the next one is taken.
+        Also prints a line if the best that is left is not the best that the run had. Raises
+        `ConfigError` if that checkpoint does not exist, and `CheckpointError` for a damaged one
+        that was named, and if all are damaged.
         """
-        steps = self.steps
-        if not steps:
+        if not self.steps:
+            aside = self._set_aside()
             raise ConfigError(
-                "--workdir", f"no checkpoint in {self.folder}", "a run that has saved a checkpoint"
+                "--workdir",
+                f"no checkpoint in {self.folder}"
+                + f", only damaged ones: {', '.join(aside)}" * bool(aside),
+                "a run that has saved a checkpoint",
             )
+        steps, faults = self._agreed_steps(), {}
+        if which in ("", "best") and self._scores.name:  # reads the metrics of all
+            faults = {step: why for step in steps if (why := fault(self._at(step), whole=False))}
+        while left := [step for step in steps if step not in faults]:
+            chosen = self._named(which, left)
+            if why := fault(self._at(chosen), whole=True):
+                faults[chosen] = why
+                if which not in ("", "latest"):
+                    raise CheckpointError(f"{self.folder}: {_listed(faults)}")
+                continue
+            if faults:
+                say(f"{self.folder}: {_listed(faults)}. Step {chosen} is taken.")
+            return chosen
+        raise CheckpointError(f"{self.folder}: {_listed(faults)}; no checkpoint is left")
+
+    def _named(self, which: str | int, steps: list[int]) -> int:
+        """The one of `steps` that `which` names."""
         if which in ("", "best") and self._scores.name:
             return self._best(steps, required=which == "best")
         if which == "best":
@@ -236,18 +191,18 @@ class Checkpoints:
         """The step of `steps` with the best value. Without any value: a `ConfigError` if it is
         `required`, else the latest step."""
         scores, listed = self._scores, ", ".join(map(str, steps))
-        best = scores.best({step: self._manager.metrics(step) for step in steps})
+        best = scores.best({step: read_metrics(self._at(step)) for step in steps})
         if best is None:
             missing = f"no checkpoint with a value of {scores.name}, which config.train.best names"
             if required:
                 expected = f"a checkpoint that was evaluated; the steps here are {listed}"
                 raise ConfigError("--step", f"best, but {missing}", expected, "--step=latest")
-            _say(f"{self.folder}: {missing}. The latest, step {steps[-1]}, is taken.")
+            say(f"{self.folder}: {missing}. The latest, step {steps[-1]}, is taken.")
             return steps[-1]
         step, value = best
         logged = scores.logged()
         if logged and logged[0] not in steps and scores.better(logged[1], value):
-            _say(
+            say(
                 f"{self.folder}: {scores.name} was best at step {logged[0]} ({logged[1]:.4g}), "
                 f"which has no checkpoint. Step {step} ({value:.4g}) is the best of {listed}."
             )
@@ -262,10 +217,11 @@ class Checkpoints:
         state; {} for a state that was not evaluated. An error of this write, or of the one before
         it, raises `CheckpointError`.
         """
-        if step == self.latest:
+        if step == self._last:
             return
+        self.wait()
         try:
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(run))
@@ -274,67 +230,109 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(step, error) from error
+        if not written:
+            raise CheckpointError(
+                f"cannot write the checkpoint of step {step} to {self.folder}, which already holds "
+                f"step {self.latest}"
+            )
+        self._last, log = step, self.folder.parent / LOG
+        logged = log.stat().st_size if log.is_file() else 0
+        self._proving = threading.Thread(target=self._prove, args=(step, logged), name="proof")
+        self._proving.start()
 
-    def wait(self) -> None:
-        """Waits until all started writes are done. Raises `CheckpointError` if one has failed."""
+    def _prove(self, step: int, logged: int) -> None:
+        """Waits until the checkpoint of `step` is complete, and writes this process's proof. Before
+        that process 0 copies the first `logged` bytes of metrics.jsonl into it."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(None, error) from error
+            process, count = jax.process_index(), jax.process_count()
+            if logged and process == 0:
+                copy = self._at(step) / LOG
+                with open(self.folder.parent / LOG, "rb") as log:
+                    copy.with_suffix(".part").write_bytes(log.read(logged))
+                copy.with_suffix(".part").replace(copy)
+            proof.write(self._at(step), process=process, processes=count)
+        except BaseException as error:
+            self._failure = error
+
+    def wait(self, seconds: float = _SECONDS) -> None:
+        """Waits until the started write is done and proven. Raises `CheckpointError` if it has
+        failed, or takes longer than `seconds`."""
+        if self._proving is None:
+            return
+        self._proving.join(seconds)
+        if self._proving.is_alive():
+            raise self._failed(self._last, TimeoutError(f"it is not written after {seconds:g} s"))
+        self._proving = None
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            step, self._last = self._last, None
+            raise self._failed(step, error) from error
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The state of `step`, sharded as the abstract `state` says, on any mesh.
 
-        Raises `CheckpointError` if it cannot be read.
+        Raises `CheckpointError` if it cannot be read, or is the state of another step.
         """
-        try:
-            return self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
-            )["state"]
-        except Exception as error:
+        restored = read(self._at(step), state=ocp.args.StandardRestore(state))
+        if int(restored.step) != step:
             raise CheckpointError(
-                f"cannot read checkpoint {step} in {self.folder}: {_line(error)}"
-            ) from error
+                f"checkpoint {step} in {self.folder} holds the state of step {int(restored.step)}"
+            )
+        self._last = step
+        return restored
 
     def restore_run(self, step: int) -> dict[str, Any]:
-        """The JSON `run` that `save` wrote with `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-            "run"
-        ]
+        """The JSON `run` that `save` wrote with `step`. Raises `CheckpointError` if it cannot be
+        read."""
+        return read(self._at(step), run=ocp.args.JsonRestore())
 
-    def close(self) -> None:
-        """Waits for started writes, and releases Orbax's threads."""
-        self._manager.close()
+    def close(self, seconds: float = _SECONDS) -> None:
+        """Waits for the started write, and releases Orbax's threads. Raises as `wait` does."""
+        failed = None
+        try:
+            self.wait(seconds)
+        except CheckpointError as error:
+            failed = error
+        if "_manager" in self.__dict__ and self._proving is None:  # else it still writes
+            manager = self.__dict__.pop("_manager")
+            try:
+                manager.close()
+            except Exception as error:
+                failed = failed or self._failed(self._last, error)
+        if failed is not None:
+            raise failed
 
-    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
+    def _agreed_steps(self) -> list[int]:
+        """The steps that process 0 sees."""
+        return json.loads(processes.gather("steps", json.dumps(self.steps))[0])
+
+    def _set_aside(self) -> list[str]:
+        """The names of the checkpoints that were set aside."""
+        return sorted(p.name for p in self.folder.glob("[0-9]*.damaged*"))
+
+    def _rename(self, faults: Mapping[int, str]) -> list[str]:
+        """Sets damaged checkpoints aside, and returns their new names, which Orbax passes over."""
+        renamed = []
+        for step, why in faults.items() if jax.process_index() == 0 else ():
+            try:
+                renamed.append(set_aside(self._at(step)))
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} is damaged ({why}) and cannot be renamed "
+                    f"to {step}.damaged: {error.strerror}"
+                ) from None
+        names = json.loads(processes.gather("renamed", json.dumps(renamed))[0])
+        if "_manager" in self.__dict__:
+            self._manager.reload()
+        return names
+
+    def _failed(self, step: int | None, error: BaseException) -> CheckpointError:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        last = max(_complete_steps(self.folder), default=None)
+        last = self.latest
         safe = "no checkpoint was saved before" if last is None else f"step {last} is saved"
-        return CheckpointError(f"cannot write {which} to {self.folder}: {_line(error)}; {safe}")
+        return CheckpointError(f"cannot write {which} to {self.folder}: {line(error)}; {safe}")
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _say(line: str) -> None:
-    """Prints a line on process 0, beside what a command prints as its result."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _complete_steps(folder: pathlib.Path) -> list[int]:
-    """The steps of the complete checkpoints: Orbax renames a folder when it is complete."""
-    return [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-
-
-def _line(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
-
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    for reason in ("No space left on device", "RESOURCE_EXHAUSTED", "Permission denied"):
-        if reason in text:
-            return reason.replace("RESOURCE_EXHAUSTED", "out of space or memory")
-    return text[:300]
+def _listed(faults: Mapping[int, str]) -> str:
+    return ", ".join(f"checkpoint {step} is damaged ({why})" for step, why in faults.items())

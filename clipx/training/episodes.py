@@ -20,7 +20,7 @@ from PIL import Image
 from clipx.config import reading
 from clipx.data.loader import Loader
 from clipx.errors import MetricsError
-from clipx.training.checkpoint import write_json
+from clipx.training.workdir import write_json
 
 FOLDER = "episodes"
 COLOURED = 10  # the map colours this many of the largest clusters of each labelling

@@ -145,8 +145,7 @@ class Trainer:
         """(state, step) of the last checkpoint, from which the run goes on without the rows of the
         last steps. Raises `RunError` without `train.rollback`, and if that would not help."""
         skipped, self._skipped = self._skipped, []
-        self.checkpoints.wait()
-        back = self.checkpoints.latest
+        back = self.checkpoints.newest_proven()
         if not self.run.config.train.rollback or back is None:
             raise RunError(self._not_finite(skipped))
         self.rollback = self.rollback.after(skipped, back, self.run.rows)

@@ -24,10 +24,10 @@ from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, Words, cpu, make_model
 from clipx.models.base import Tower
 from clipx.objectives.base import Objective
-from clipx.training import encoders
-from clipx.training.checkpoint import read_json
+from clipx.training import encoders, recovery
 from clipx.training.run import restore
 from clipx.training.schema import Config
+from clipx.training.workdir import read_json
 from clipx.types import PyTree, TrainState
 
 WHERE = "config.init_from"
@@ -114,15 +114,12 @@ def open_tokenizer(path: str) -> Tokenizer | None:
 def _find_tokenizer(path: str) -> Tokenizer | str | None:
     """The tokenizer of the model at `path`, or what `_library_tokenizer` says in its place."""
     file = pathlib.Path(path).expanduser()
-    if run := workdir(path):
-        saved = run[0] / "tokenizer.json"
-    else:
-        folder = file if file.is_dir() else file.parent
-        saved = folder / files.CLIPX
-        if not saved.is_file():
-            return _library_tokenizer(folder)
+    saved = (file if file.is_dir() else file.parent) / files.CLIPX
+    run = workdir(path)
+    if run is None and not saved.is_file():
+        return _library_tokenizer(saved.parent)
     try:
-        return tokenizers.load(read_json(saved))
+        return tokenizers.load(recovery.run_tokenizer(*run) if run else read_json(saved))
     except ConfigError as error:
         error.where = WHERE
         raise

@@ -28,9 +28,10 @@ from clipx.ops import flops
 from clipx.parallel import mesh as meshes
 from clipx.training import checks, encoders, stored
 from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
-from clipx.training.checkpoint import Checkpoints, read_config
+from clipx.training.checkpoint import Checkpoints
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
+from clipx.training.recovery import refuse_strange_config, run_config
 from clipx.training.samples import held_out_pairs
 from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.training.step import batch_loss, make_train_step
@@ -327,7 +328,7 @@ def restore(
     such checkpoint, and `CheckpointError` for a checkpoint that cannot be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
-    saved_config = read_config(folder)
+    saved_config = run_config(folder)
     base = dict(saved_config if config is None else config)
     if not evals:
         base |= {"evals": {}, "train": {**base["train"], "best": ""}}
@@ -335,16 +336,11 @@ def restore(
     batch = -(-base["train"]["batch_size"] // count) * count  # divides over any mesh
     train = {**base["train"], "microbatches": 1, "batch_size": batch}
     run = assemble({**base, "mesh": mesh or {}, "train": train}, devices)
-    checkpoints = Checkpoints(
-        folder,
-        keep=run.config.train.keep,
-        best=saved_config["train"]["best"],
-        evals=saved_config["evals"],
-    )
+    best = saved_config["train"]["best"]
+    checkpoints = Checkpoints(folder, best=best, evals=saved_config["evals"])
     chosen = checkpoints.step(step)
     saved = checkpoints.restore_run(chosen)
+    refuse_strange_config(folder, chosen, saved["config"])
     tokenizer = tokenizers.load(saved["tokenizer"])
     opened = with_data(run, saved["rows"], tokenizer, saved.get("fingerprint", ""))
-    state = checkpoints.restore(chosen, opened.state)
-    checkpoints.close()
-    return opened, state
+    return opened, checkpoints.restore(chosen, opened.state)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,28 +19,26 @@ from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.data.resolve import resolve
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, DataError, Interrupted, RunError
+from clipx.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, finite, fit, guesses, stored, whitening
-from clipx.training.checkpoint import (
-    Checkpoints,
-    prepare_workdir,
-    read_json,
-    refuse_other_config,
-    write_json,
-)
+from clipx.training import encoders, finite, fit, guesses, recovery, stored, whitening
+from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.embedding import with_features
 from clipx.training.feed import TrainingData, loader, open_data, quarantine_file
 from clipx.training.initial import init, open_tokenizer
 from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
+from clipx.training.metrics import read as metric_lines
 from clipx.training.rollback import Rollback
 from clipx.training.run import OpenRun, Run, assemble, checked, with_data
 from clipx.training.stop import Stop
+from clipx.training.workdir import prepare_workdir, read_json, refuse_other_config, write_json
 from clipx.types import Device, TrainState
+
+_AFTER_ERROR = 60.0  # seconds that a run which ends with an error waits for a started write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Session:
     evaluators: dict[str, Evaluator]
     folder: pathlib.Path
     checkpoints: Checkpoints
-    saved: dict[str, Any] | None  # the JSON of the checkpoint to continue from; None: a new run
+    start: int | None  # the step of the checkpoint to continue from; None: a new run
+    saved: dict[str, Any] | None  # the JSON of that checkpoint
 
     def train(self, stop: Stop | None = None) -> tuple[TrainState, bool]:
         """Trains to the end, or until it is asked to stop; the state is saved in both cases.
@@ -59,6 +59,22 @@ class Session:
         Returns (the last state, whether the run is finished). stop: asked at every step; None
         listens to signals. Raises `RunError` for a step that does not fit the devices.
         """
+        with self._saving():
+            return self._train(stop)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Waits for the started write, also after an error, which is then the one that is raised:
+        Python cannot end cleanly while Orbax writes."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.close(_AFTER_ERROR)
+            raise
+        self.checkpoints.close()
+
+    def _train(self, stop: Stop | None) -> tuple[TrainState, bool]:
         state, seconds = self._start()
         metrics = Metrics(
             self.folder,
@@ -75,7 +91,6 @@ class Session:
                     self.run, self.data, state, self.folder / "features", stop=stop, tell=tell
                 )
             except Interrupted:
-                self.checkpoints.close()
                 return state, False
             if self.saved is None:
                 state = whitening.start(self.run, data, state, tell)
@@ -94,19 +109,16 @@ class Session:
                 needs=needs,
                 rollback=rollback,
             )
-            state, finished = trainer.train(state, int(state.step))
-        self.checkpoints.close()
-        return state, finished
+            return trainer.train(state, int(state.step))
 
     def _start(self) -> tuple[TrainState, dict[str, float] | None]:
         """(the state to start from, the run's `Clock.totals` so far)."""
-        step = self.checkpoints.latest
-        if self.saved is None or step is None:
+        if self.saved is None or self.start is None:
             return init(self.run), None
-        state = self.checkpoints.restore(step, self.run.state)
+        state = self.checkpoints.restore(self.start, self.run.state)
         if names := finite.not_finite(state):
-            raise RunError(finite.refuse_start(names, step))
-        tell(f"continuing from step {step:,} in {self.folder}")
+            raise RunError(finite.refuse_start(names, self.start))
+        tell(f"continuing from step {self.start:,} in {self.folder}")
         return state, self.saved["seconds"]
 
     def _compile(self) -> fit.Needs:
@@ -139,10 +151,13 @@ def open_session(
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
-    start, saved = checkpoints.latest, None
+    start, saved = checkpoints.newest_proven(), None
     if start is not None:
-        refuse_other_config(folder, run.complete)
         saved = checkpoints.restore_run(start)
+        recovery.mend(folder, start, saved)
+        refuse_other_config(folder, run.complete)
+    elif lines := len(metric_lines(folder)):
+        tell(f"no checkpoint in {folder}: step 0 again; the {lines:,} line(s) of its metrics go")
     data = open_data(run, look=True)
     evaluators = run.evaluators(data.held_out)
     sources = guesses.sources(data.source, evaluators)
@@ -174,7 +189,7 @@ def open_session(
         else:
             (folder / guesses.FILE).unlink(missing_ok=True)  # of an earlier run without checkpoints
         write_json(folder / "config.json", opened.complete)
-    return Session(opened, data, evaluators, folder, checkpoints, saved)
+    return Session(opened, data, evaluators, folder, checkpoints, start, saved)
 
 
 def tell(text: str) -> None:
@@ -192,8 +207,9 @@ def resolved(
     """The config with the towers and sources that lie at its paths in place of `name=auto` and
     `source=auto`: those of the run in `workdir` if it holds one. What is wrong with the config
     itself is raised first."""
-    file = pathlib.Path(workdir).expanduser() / "config.json"
-    saved = read_json(file) if file.exists() else None
+    folder = pathlib.Path(workdir).expanduser().absolute()
+    begun = (folder / "config.json").exists() or Checkpoints(folder).steps
+    saved = recovery.run_config(folder) if begun else None
     config = encoders.resolve(config, saved, say)
     checked(config, devices)
     try:
@@ -227,7 +243,7 @@ def _tokenizer(
     """The run's tokenizer: the workdir's when resuming, else a new one that process 0 makes and
     writes to the workdir. All processes read that file."""
     path = folder / "tokenizer.json"
-    if not (resuming and path.exists()) and jax.process_index() == 0:
+    if not resuming and jax.process_index() == 0:
         write_json(path, open_tokenizer(run, data.source).save())
     if jax.process_count() > 1:
         processes.barrier("tokenizer")

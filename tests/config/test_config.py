@@ -21,8 +21,8 @@ from clipx.errors import ConfigError
 from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training import schema
-from clipx.training.checkpoint import refuse_other_config, write_json
 from clipx.training.run import assemble, with_data
+from clipx.training.workdir import refuse_other_config, write_json
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CLIP_SMALL = str(ROOT / "configs" / "clip.py") + ":small"

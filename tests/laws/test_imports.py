@@ -51,7 +51,7 @@ ONLY = {
     },
     "grain": ("clipx/data/*",),
     "tensorflow_datasets": ("clipx/data/*",),
-    "orbax": ("clipx/training/checkpoint.py", "clipx/parallel/processes.py"),
+    "orbax": ("clipx/training/checkpoint*.py", "clipx/parallel/processes.py"),
     "torch": (),
     "jax._src": (),
     # grain reads an absl flag: the loader marks flags as parsed if no command has done so

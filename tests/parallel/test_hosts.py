@@ -1,6 +1,7 @@
 """Processes find each other, or report within a bounded time who is missing and what differs."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from absl import flags
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
-from support import ROOT
+from support import ROOT, broken_runs
 from support.runs import SMALL, free_port, parameters, rows, small, wait_for
 from support.shards import pairs, shard
 
@@ -433,6 +434,27 @@ def test_told_to_stop_then_killed_they_go_on(tmp_path):
     assert train(small(*LONG), str(tmp_path / "one")) == 0
     two, one = ([r["loss"] for r in rows(tmp_path / n) if "loss" in r] for n in ("two", "one"))
     np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+@pytest.mark.slow  # two whole starts
+def test_two_processes_prove_and_check_together(tmp_path):
+    """Each proves what it wrote. After one bit of the second one's part has changed, both go on
+    from the checkpoint before, and end where they had ended."""
+    ten = ("train.total_steps", "10")
+    with pair(tmp_path, ten) as processes:
+        said, codes = ended(processes)
+    assert codes == [0, 0], said
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    newest = tmp_path / "checkpoints" / "10"
+    proven = json.loads((newest / "proof_1.json").read_text())["files"]
+    assert proven and all("process_1" in name for name in proven)
+    broken_runs.flip(newest / max(proven, key=proven.__getitem__))
+    with pair(tmp_path, ten) as processes:
+        said, codes = ended(processes)
+    assert codes == [0, 0], said
+    assert "other bytes than were written); renamed to 10.damaged. Step 5 is taken" in said[0]
+    assert "damaged" not in said[1] and "continuing from step 5" in said[0]
+    assert [row["loss"] for row in rows(tmp_path) if "loss" in row] == losses
 
 
 @pytest.mark.slow  # two whole starts

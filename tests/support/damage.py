@@ -32,7 +32,7 @@ from clipx.errors import BadSample
 from clipx.evaluators.bias import Bias
 from clipx.evaluators.grounding import Grounding
 from clipx.evaluators.zero_shot import ZeroShot
-from clipx.training import checkpoint, guesses, metrics
+from clipx.training import guesses, metrics, workdir
 from support import ROOT
 from support.pictures import encode, photo
 
@@ -265,12 +265,12 @@ KINDS = (
     Kind("pictures.parquet", embedded, lambda p: rows(Table(str(p), label="label"))),
     Kind("coco.json", coco, lambda p: rows(Table(str(p))), _PICTURES),
     Kind("words.model", sentencepiece, lambda p: tokenize("sentencepiece", p, 60)),
-    Kind("tokenizer.json", saved_tokenizer, lambda p: tokenizers.load(checkpoint.read_json(p))),
+    Kind("tokenizer.json", saved_tokenizer, lambda p: tokenizers.load(workdir.read_json(p))),
     *(
         Kind(name, lambda name=name: wordnet()[name], look_up, wordnet())
         for name in ("index.noun", "data.noun", "noun.exc")
     ),
-    Kind("config.json", run_config, lambda p: checkpoint.read_config(p.parent)),
+    Kind("config.json", run_config, lambda p: workdir.read_config(p.parent)),
     Kind("guesses.json", guessed, lambda p: guesses.read(p.parent)),
     Kind(
         "metrics.jsonl",

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from clipx.data.text import tokenizers
-from clipx.training.checkpoint import Checkpoints, write_json
+from clipx.training.checkpoint import Checkpoints
 from clipx.training.run import assemble, with_data
+from clipx.training.workdir import write_json
 from support import tiny
 
 CAPTIONS = ["two men riding horses", "a dog with a red ball", "the quick brown fox"] * 40

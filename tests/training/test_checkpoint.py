@@ -1,11 +1,17 @@
 """Which checkpoints are kept, and which one `best` names. A "run" here saves a tiny state."""
 
+import errno
+import itertools
 import json
+import os
+import threading
+import time
 
 import jax.numpy as jnp
 import pytest
 
-from clipx.errors import ConfigError
+from clipx.errors import CheckpointError, ConfigError
+from clipx.training import proof
 from clipx.training.checkpoint import Checkpoints
 from clipx.types import TrainState
 
@@ -107,3 +113,91 @@ def test_old_checkpoints_without_metrics(tmp_path, capsys):
 def test_a_step_that_is_none(tmp_path, which):
     with pytest.raises(ConfigError, match=r"one of \[1, 2\], latest or best"):
         run(tmp_path, [(1, 0.9), (2, 0.5)], keep=2).step(which)
+
+
+def damage(folder, step):
+    """One other bit in the largest file of a checkpoint."""
+    path = max((folder / "checkpoints" / str(step)).rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
+    """The run goes on from the one before; without any it ends, and never starts again silently."""
+    run(tmp_path, [(2, None), (4, None), (6, None)], keep=3)
+    assert Checkpoints(tmp_path).newest_proven() == 6
+    assert Checkpoints(tmp_path).newest_proven(before=6) == 4
+    assert capsys.readouterr().err == ""
+    damage(tmp_path, 6)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.step("latest") == 4  # reading renames nothing
+    with pytest.raises(CheckpointError, match="6 is damaged .*other bytes than were written"):
+        checkpoints.step(6)
+    capsys.readouterr()
+    assert checkpoints.newest_proven() == 4
+    assert checkpoints.steps == [2, 4]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "renamed to 6.damaged. Step 4 is taken: 2 steps" in said
+    checkpoints.save(6, state(6), {}, {})  # saved again, and damaged again
+    checkpoints.close()
+    for step in (4, 6):
+        damage(tmp_path, step)
+    for match in ("renamed to 6.damaged.2, 4.damaged; no", "only damaged ones: 4.dam"):
+        with pytest.raises(CheckpointError, match=match):
+            Checkpoints(tmp_path).newest_proven()
+
+
+def test_a_clock_that_jumps_ends_no_save(tmp_path, monkeypatch):
+    """Every look at the wall clock finds it ten days later. Orbax counts its own limit by it."""
+    real, looks = time.time, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 864_000 * next(looks))
+        run(tmp_path, [(2, None)])
+    assert next(looks) > 5
+    assert Checkpoints(tmp_path).newest_proven() == 2
+
+
+def test_a_write_that_hangs_is_named(tmp_path, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(proof, "write", lambda *arguments, **named: go.wait(60))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state(2), {}, {})
+    with pytest.raises(CheckpointError, match="of step 2 .*it is not written after 0.1 s"):
+        checkpoints.wait(0.1)
+    go.set()
+    checkpoints.close()
+
+
+def test_a_proof_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(proof, "write", full)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state(2), {}, {})
+    with pytest.raises(CheckpointError, match="checkpoint of step 2 .*: No space left on device;"):
+        checkpoints.close()
+
+
+def test_each_process_proves_and_checks_its_share(tmp_path):
+    """Files carry the number of the process that writes them. Without the proof of one, and read by
+    any number of processes, the others' files are still held to theirs."""
+    folder = tmp_path / "7"
+    names = ["state/ocdbt.process_0/d/a", "state/ocdbt.process_1/d/b", "run/metadata"]
+    names += [f"state/array_metadatas/process_{i}" for i in range(2)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    proof.write(folder, process=1, processes=2)
+    assert proof.check(folder) == proof.Finding()  # the other was killed before
+    proof.write(folder, process=0, processes=2)
+    files = [json.loads((folder / f"proof_{i}.json").read_text())["files"] for i in range(2)]
+    assert sorted(files[1]) == [names[4], names[1]] and len(files[0]) == 3
+    (folder / names[1]).write_text(names[1][::-1])
+    for count in (1, 2, 3, 8):
+        found = [proof.check(folder, process=i, processes=count) for i in range(count)]
+        assert all(one.proven for one in found)
+        assert [one.fault for one in found if one.fault] == [
+            "state/ocdbt.process_1/d/b has other bytes than were written"
+        ]

@@ -2,15 +2,18 @@
 
 import json
 import subprocess
+import time
 
 import jax
 import pytest
-from support.runs import finish, small
+from support.runs import NO_EVALS, finish, small
 from support.shards import pairs, shard
 
 from clipx.errors import CheckpointError, ConfigError, DataError, MetricsError, RunError
 from clipx.train import train
+from clipx.training import loop, proof
 from clipx.training.checkpoint import Checkpoints
+from clipx.training.feed import feed
 
 TWO = jax.devices()[:2]
 
@@ -114,6 +117,29 @@ def test_a_full_disk_keeps_checkpoints_and_the_run_resumes_with_free_space(disk,
     assert Checkpoints(workdir).latest == 4
     (disk / "ballast").unlink()
     assert train(small(), str(workdir)) == 0
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    """Python cannot end cleanly while Orbax writes, and what was saved is kept."""
+
+    def fails(run, data, *, start):
+        for step, batch in enumerate(feed(run, data, start=start), start):
+            if step == 4:
+                raise RunError("broken")
+            yield batch
+
+    def slow(*arguments, **named):
+        time.sleep(0.5)
+        write(*arguments, **named)
+
+    write = proof.write
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "feed", fails)
+        patch.setattr(proof, "write", slow)
+        with pytest.raises(RunError, match="broken"):
+            train(small(*NO_EVALS), str(tmp_path), TWO)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert Checkpoints(tmp_path).newest_proven() == 4
 
 
 def test_a_read_only_workdir(disk):

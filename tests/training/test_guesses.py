@@ -12,9 +12,10 @@ from clipx.data.sources.webdataset import WebDataset
 from clipx.errors import ConfigError
 from clipx.reporting.comparison import finished
 from clipx.training import guesses, session
-from clipx.training.checkpoint import Checkpoints, refuse_other_config
+from clipx.training.checkpoint import Checkpoints
 from clipx.training.run import assemble
 from clipx.training.session import open_session
+from clipx.training.workdir import refuse_other_config
 
 COMPLETE = {
     "seed": 0,
@@ -129,10 +130,11 @@ def test_a_run_says_saves_and_keeps_its_guesses(tmp_path, monkeypatch, capsys):
     assert "evals.retrieval.data.classes = ['a']: the only name" in said
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["data"]["classes"] == saved["evals"]["retrieval"]["data"]["classes"] == ["a"]
-    monkeypatch.setattr(Checkpoints, "latest", 1)  # as if it had been trained
-    run = {"rows": 48, "fingerprint": fingerprint(WebDataset(config["data"]["path"]))}
-    monkeypatch.setattr(Checkpoints, "restore_run", lambda self, step: run)
+    monkeypatch.setattr(Checkpoints, "newest_proven", lambda self: 1)  # as if it had been trained
     tokenizer = (tmp_path / "run" / "tokenizer.json").read_text()
+    run = {"rows": 48, "fingerprint": fingerprint(WebDataset(config["data"]["path"]))}
+    run |= {"config": saved, "tokenizer": json.loads(tokenizer)}
+    monkeypatch.setattr(Checkpoints, "restore_run", lambda self, step: run)
     for classes in ((), ("a",)):
         config["data"]["classes"] = classes
         session = open_session(config, str(tmp_path / "run"))

@@ -57,8 +57,9 @@ def test_the_rows_are_said_saved_and_the_same_when_the_run_goes_on(
     saved = json.loads((folder / "config.json").read_text())
     assert saved["data"]["holdout"] == 4
     assert keys(assemble(saved)) == tested  # what `clipx.evaluate` opens
-    monkeypatch.setattr(Checkpoints, "latest", 1)  # as if it had been trained
-    run = {"rows": 44, "fingerprint": session.data.fingerprint}
+    monkeypatch.setattr(Checkpoints, "newest_proven", lambda self: 1)  # as if it had been trained
+    run = {"rows": 44, "fingerprint": session.data.fingerprint, "config": saved}
+    run["tokenizer"] = session.run.tokenizer.save()
     monkeypatch.setattr(Checkpoints, "restore_run", lambda self, step: run)
     assert keys(open_session(config, str(folder), jax.devices()[:2]).run) == tested
     config["evals"]["retrieval"]["data"]["path"] = str(tar)  # a test set that was found later

@@ -193,7 +193,8 @@ def test_one_line_for_what_cannot_be_read(sources, tmp_path, monkeypatch):
     fails(tmp_path / "run", "no tokenizer.json|no config.json")
     shutil.copytree(sources["workdir"], tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer.json").write_text('{"config": {"na')
-    fails(tmp_path / "cut", "tokenizer.json, which is damaged")
+    cut, given = (pretrained.open_tokenizer(str(x)) for x in (tmp_path / "cut", sources["workdir"]))
+    assert cut.save() == given.save()  # of the checkpoint
     (tmp_path / "model.pt").write_bytes(b"x")
 
     def none(name):
