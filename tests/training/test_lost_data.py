@@ -88,7 +88,9 @@ def test_a_shard_that_is_lost_in_mid_run_loses_no_step_and_no_row(tmp_path, whol
 
 def workers_of(process):
     done = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
+        ["ps", "--ppid", str(process.pid), "-o", "pid=", "-o", "args="],
+        capture_output=True,
+        text=True,
     )
     lines = [line.split(None, 1) for line in done.stdout.splitlines()]
     return [int(pid) for pid, command in lines if "spawn_main" in command]
