@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from clipx.config import files
+from clipx.config import files, secrets
 from clipx.errors import (
     BadSample,
     CheckpointError,
@@ -104,11 +104,12 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "clipx", "jax")))
 
 
+@secrets.guarded()
 def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[str]) -> None:
     """Parses the flags, calls `main(overrides)` and exits with the code that it returns.
 
     An exception of `clipx.errors` becomes one block of text on stderr and its exit code. `required`
-    names the flags that must be set.
+    names the flags that must be set. What is printed has no secrets, tracebacks included.
     """
 
     def checked_main(argv: list[str]) -> int | None:
@@ -166,10 +167,7 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
     except HostsError as error:  # the processes never connected, or a connected one is gone
         fail(error, EXIT_LOST if processes.hosts() else EXIT_FAILED)
     except Exception as error:
-        if not processes.hosts():
-            raise
-        if lost := processes.lost(error):
+        if processes.hosts() and (lost := processes.lost(error)):
             fail(lost, EXIT_LOST)
-
-        traceback.print_exc()
+        traceback.print_exc()  # here, where secrets are cut
         leave(EXIT_FAILED)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from clipx import cli
-from clipx.config import files
+from clipx.config import files, reading
 from clipx.errors import ConfigError
 from clipx.reporting import comparison
 from clipx.train import train
@@ -31,7 +31,10 @@ def compare(
             raise ConfigError("--variants", repr(name), "one of " + ", ".join(known))
     rows: dict[str, dict[str, str]] = {}
     for name in chosen or known:
-        folder = pathlib.Path(workdir, name)
+        try:
+            folder = reading.inside(pathlib.Path(workdir), name)
+        except ValueError as error:
+            raise ConfigError("--variants", str(error), "names of folders in --workdir") from None
         values = cli.load_config(f"{config}:{name}", overrides)
         done = comparison.finished(folder, values)
         print(f"\n{name}{': already finished' if done else ''}", flush=True)

@@ -30,6 +30,7 @@ from typing import Any
 from absl import flags
 
 from clipx import cli
+from clipx.config import secrets
 from clipx.data import holdout, overlap, pictures, storage
 from clipx.data import pack as packing
 from clipx.data import verify as verifying
@@ -50,11 +51,11 @@ _BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_loader.py
 
 
 def _write(path: str, text: str) -> pathlib.Path:
-    """Writes a file atomically, and returns its absolute path."""
+    """Writes a file atomically, without secrets, and returns its absolute path."""
     file = pathlib.Path(path).expanduser().absolute()
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, "utf-8", "backslashreplace")
+        unfinished.write_text(secrets.cut(text), "utf-8", "backslashreplace")
         unfinished.replace(file)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
+from clipx.config import secrets
+
 DISTRIBUTION = "clipx-jax"  # what pip calls it: on the index `clipx` is another project
 
 
@@ -21,12 +23,12 @@ _LONGEST = 2000  # characters of a line of an error
 
 
 def readable(text: str) -> str:
-    """`text` without what a damaged file may bring into it: the middle of very long lines, and
-    characters that a terminal does not print."""
-    cut = _LONGEST // 2
+    """`text` without secrets, and without what a damaged file may bring into it: the middle of very
+    long lines, and characters that a terminal does not print."""
+    half = _LONGEST // 2
     lines = (
-        line if len(line) <= _LONGEST else f"{line[:cut]} [...] {line[-cut:]}"
-        for line in text.split("\n")
+        line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
+        for line in secrets.cut(text).split("\n")
     )
     return "\n".join(
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
@@ -49,7 +51,15 @@ def in_section(message: str, section: str) -> str:
     return message.replace("--config.data.", f"--config.{section}.")
 
 
-class ConfigError(Exception):
+class Said(Exception):
+    """An exception whose text is printed: it has no secrets, and no characters that a terminal does
+    not print."""
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
+
+
+class ConfigError(Said):
     """A config, command line, workdir or file is wrong. Exit code 2.
 
     where: the config key, flag or file. found, expected: what it holds, and what it should hold.
@@ -78,14 +88,11 @@ def damaged_file(path: str | os.PathLike, error: Exception) -> ConfigError:
     return ConfigError("--workdir", found, "the file as the run wrote it")
 
 
-class DataError(Exception):
+class DataError(Said):
     """The data does not match the config. One line, exit code 2."""
 
-    def __str__(self) -> str:
-        return readable(super().__str__())
 
-
-class BadSample(Exception):
+class BadSample(Said):
     """One example cannot be used. `key` names the example, `reason` says why."""
 
     def __init__(self, key: str, reason: str):
@@ -96,7 +103,7 @@ class BadSample(Exception):
         return readable(f"{self.key}: {self.reason}")
 
 
-class RunError(Exception):
+class RunError(Said):
     """The run cannot continue. One block that says why, and what is saved. Exit code 1."""
 
 
@@ -119,15 +126,15 @@ class StuckError(RunError):
     process has to be ended without them."""
 
 
-class CheckpointError(Exception):
+class CheckpointError(Said):
     """A checkpoint cannot be written or read. One line that says what is saved. Exit code 1."""
 
 
-class MetricsError(Exception):
+class MetricsError(Said):
     """The metrics cannot be written. One line; the lines before it are intact. Exit code 1."""
 
 
-class HostsError(Exception):
+class HostsError(Said):
     """The processes of a run cannot connect. One block that names the missing ones.
 
     Exit code 134 once they have connected, 1 before.
@@ -138,7 +145,7 @@ class Interrupted(Exception):
     """The run was asked to stop during an evaluation or the pass before an episode."""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(Said):
     """A program does not fit the device's memory, says the compiler.
 
     used: bytes that the program needs. limit: bytes that the device has. Both are None if the
@@ -154,15 +161,15 @@ class HloError(ValueError):
     """The cost of a compiled program cannot be read from its HLO text."""
 
 
-class NotExpressible(Exception):
+class NotExpressible(Said):
     """An export format cannot hold a model. One reason, and what to do instead."""
 
 
-class MissingLibrary(Exception):
+class MissingLibrary(Said):
     """A library is not installed, or its import fails. One line that says why."""
 
 
-class NotProven(Exception):
+class NotProven(Said):
     """A library that loads an export computes other values than clipx. One line that says which."""
 
 

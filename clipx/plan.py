@@ -18,6 +18,7 @@ import jax
 from absl import flags
 
 from clipx import cli
+from clipx.config import secrets
 from clipx.errors import ConfigError
 from clipx.parallel import chips
 from clipx.planning import losses
@@ -83,7 +84,7 @@ def _write(records: list[dict[str, Any]]) -> None:
     path = flags.FLAGS.json
     if path:
         try:
-            pathlib.Path(path).write_text(json.dumps(records, indent=2) + "\n")
+            pathlib.Path(path).write_text(json.dumps(secrets.cut_all(records), indent=2) + "\n")
         except OSError as error:
             found = f"{path}: {error.strerror}"
             raise ConfigError("--json", found, "a file that can be written") from None

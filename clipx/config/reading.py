@@ -17,6 +17,7 @@ from clipx.config import regular
 
 LARGEST = 64 << 20  # bytes, unless the caller says otherwise; the largest tokenizer.json has half
 _DEEPEST = 100  # lists and objects within each other; a few functions recurse on them
+_LONGEST = 250  # bytes of a file's name
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -86,8 +87,11 @@ def read_json(path: str | os.PathLike, shape: Any = Any, most: int = LARGEST) ->
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The file `name` of a folder. Raises `ValueError` for a name that leads out of it."""
+    """The file `name` of a folder. Raises `ValueError` for a name that leads out of it, and for one
+    that is too long for a file."""
     parts = pathlib.PurePath(name)
+    if len(os.fsencode(name)) > _LONGEST:
+        raise ValueError(f"a name of {len(name):,} characters: {_shown(name)}")
     if parts.is_absolute() or ".." in parts.parts or "\0" in name:
         raise ValueError(f"the name {_shown(name)} leads out of the folder {folder}")
     return folder / name

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from clipx.config import secrets
 from clipx.data.limits import Limits
 from clipx.errors import BadSample, DataError
 
@@ -20,14 +20,11 @@ _HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 def expand_user(path: str) -> str:
     """`path` with ~ and $NAME expanded. Raises `DataError` for a variable that is not set."""
-    full = os.path.expandvars(os.path.expanduser(path))
-    for name in re.findall(r"\$\{?(\w+)", full):
-        if name not in os.environ:
-            raise DataError(
-                f"{path}: the environment variable {name} is not set; "
-                f"set it first: export {name}=FOLDER"
-            )
-    return full
+    try:
+        return secrets.expand(path)
+    except secrets.MissingVariable as error:
+        fix = f"set it first: export {error.name}=FOLDER"
+        raise DataError(f"{path}: {error}; {fix}") from None
 
 
 def printable(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from clipx.config import secrets
 from clipx.data import pictures
 from clipx.data.base import Source, fingerprint
 from clipx.data.sources.webdataset import WebDataset
@@ -70,7 +71,7 @@ def pack(
             "classes": source.classes,
             "skipped": packed.skipped,
         }
-        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(secrets.cut_all(about), indent=1, ensure_ascii=False) + "\n"
         (unfinished / FILE).write_text(text, "utf-8", "backslashreplace")
         os.replace(unfinished, folder)
     except OSError as error:

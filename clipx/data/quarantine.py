@@ -8,7 +8,7 @@ import os
 import pathlib
 from typing import Any, TypedDict
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 
 _LARGEST = 1 << 30  # bytes; more than a run stops at bad rows
 
@@ -38,7 +38,7 @@ class Quarantine:
         new = [row for row in rows if row["row"] not in self._rows]
         if new:
             with self._path.open("a", encoding="utf-8") as file:
-                for row in new:
+                for row in map(secrets.cut_all, new):
                     file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         self._rows.update(row["row"] for row in new)
-        return ["{key}: {reason}".format(**row) for row in new]
+        return [secrets.cut("{key}: {reason}".format(**row)) for row in new]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 
 _SECONDS = 2.0  # between two times at which what is written is made safe
 
@@ -127,7 +127,7 @@ class RowWriter:
                 whole = len(self._header(name)) + written[name] * self._bytes(name)
                 if _part(file).stat().st_size < whole:
                     return
-            if progress["identity"] == self._identity:
+            if progress["identity"] == secrets.cut_all(self._identity):
                 self.done, self.written = int(progress["done"]), written
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return  # none, or damaged: begin anew
@@ -148,7 +148,7 @@ class RowWriter:
 
     def _say(self, contents: Mapping[str, Any]) -> None:
         """Writes the json file's part, atomically."""
-        text = json.dumps(contents, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(secrets.cut_all(contents), indent=1, ensure_ascii=False) + "\n"
         aside = self._progress.with_suffix(".new")
         aside.write_text(text, "utf-8")
         aside.replace(self._progress)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipx.config import regular
+from clipx.config import regular, secrets
 from clipx.data.base import expand_user
 from clipx.errors import DataError, listed, optional
 
@@ -182,6 +182,11 @@ def open_shard(path: str) -> BinaryIO:
 
 def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's filesystem for a remote path, and the path inside it."""
+    if secrets.hidden(path):
+        raise DataError(
+            f"{path}: the password or signature was not stored with the run; name it by a variable "
+            "(https://$LOGIN@host/...), or give the path again on the command line"
+        )
     need = f"{path}: reading it needs a package that is not installed"
     try:
         with optional("remote", DataError, need):  # fsspec, or the package for this kind of path
@@ -230,8 +235,10 @@ def remember(shard: Shard, version: int, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _cache_entry(shard: Shard, version: int) -> tuple[str, bytes]:
-    """Returns (cache file of a shard, the identity that a valid cache file contains)."""
+    """Returns (cache file of a shard, the identity that a valid cache file contains). Neither has
+    the path, which may have a password in it."""
     path = shard.path if is_remote(shard.path) else os.path.abspath(shard.path)
     name = hashlib.sha1(os.fsencode(path)).hexdigest()
-    identity = json.dumps({"version": version} | shard._asdict() | {"path": path})
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    identity = json.dumps({"version": version} | shard._asdict() | {"path": digest})
     return os.path.join(cache_folder(), "index", f"{name}.npz"), identity.encode()

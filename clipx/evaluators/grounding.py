@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -184,7 +185,8 @@ class Grounding(Evaluator):
         folder = pathlib.Path(self.overlay_folder).expanduser()
         for i in range(min(self.overlays - start, len(pictures))):
             image = Image.fromarray(overlay(pictures[i], heat[i], texts[i]))
-            image.save(folder / f"{prefix}{start + i:03}.png")
+            name = re.sub(r"[^\w.-]", "_", prefix)  # splits are named by a file of annotations
+            image.save(folder / f"{name}{start + i:03}.png")
 
     def _references(self) -> dict[str, list[Reference]]:
         """The expressions of each split. Raises `ConfigError` for a missing or wrong file."""

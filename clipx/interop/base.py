@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from safetensors.numpy import save_file
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 from clipx.errors import ConfigError
 from clipx.interop.model import Model
 from clipx.interop.rules import Arrays
@@ -67,7 +67,7 @@ class Format(abc.ABC):
     def write_configs(self, model: Model, folder: pathlib.Path, at: str) -> None:
         """Writes the JSON files into `folder`, for an export that will be loaded from `at`."""
         for name, value in self.configs(model, at).items():
-            text = json.dumps(value, indent=2) + "\n"
+            text = json.dumps(secrets.cut_all(value), indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
 
     def write(self, model: Model, folder: pathlib.Path, at: str) -> Arrays:

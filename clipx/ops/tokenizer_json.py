@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 from clipx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ _NAMES = {"pad": ("[PAD]", "<pad>"), "unknown": ("[UNK]", "<unk>"), "mask": ("[M
 def read(path: str, where: str = _WHERE) -> str:
     """The content of a `tokenizer.json`. path: the file or its folder. Raises `ConfigError` at
     `where` for a path without one."""
-    file = pathlib.Path(path).expanduser()
-    file = file / FILE if file.is_dir() else file
+    file = pathlib.Path(path)
     try:
+        file = pathlib.Path(secrets.expand(path))
+        file = file / FILE if file.is_dir() else file
         return reading.read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, secrets.MissingVariable) as error:
         found = f"{str(file)!r} ({getattr(error, 'strerror', None) or error})"
         fix = (
             f'python -c "from transformers import AutoTokenizer as A; f = {str(file.parent)!r}; '

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
+from clipx.config import reading
+from clipx.errors import damaged_file
 from clipx.reporting import page
 from clipx.training import guesses, metrics
 from clipx.training.metric_table import metric
 from clipx.training.run import assemble
 from clipx.training.session import resolved
 from clipx.training.workdir import read_json, refuse_other_config
+
+
+class _Config(TypedDict):
+    evals: dict[str, Any]
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
@@ -22,14 +28,23 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     complete = assemble(resolved(config, str(folder), say=lambda line: None)).complete
     refuse_other_config(folder, complete)
     evals = guesses.fill(complete, guesses.read(folder))["evals"]
-    return read_json(folder / "config.json")["evals"] == evals
+    return _evals(folder) == evals
 
 
 def cells(folder: pathlib.Path) -> dict[str, str]:
     """The metrics of a workdir's evals at the last step that has any, formatted, by column
     heading."""
-    evals = read_json(folder / "config.json")["evals"]
+    evals = _evals(folder)
     return columns(results(metrics.read(folder), evals), evals)
+
+
+def _evals(folder: pathlib.Path) -> dict[str, Any]:
+    """The evals of a workdir's config. Raises `ConfigError`."""
+    path = folder / "config.json"
+    try:
+        return reading.shaped(read_json(path), _Config)["evals"]
+    except ValueError as error:
+        raise damaged_file(path, error) from None
 
 
 def results(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 from clipx.data.base import Source
 from clipx.errors import RunError
 from clipx.evaluators.base import Encode
@@ -57,10 +57,10 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
         config = reading.read_json(config_file, dict[str, Any]) if config_file.is_file() else {}
     except (OSError, ValueError) as error:
         raise RunError(f"{config_file} cannot be read: {error}") from None
-    text = page(rows, config, samples, folder)
+    text = page(rows, secrets.cut_all(config), samples, folder)
     path, part = folder / FILE, folder / f".{FILE}.{os.getpid()}"
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(secrets.cut(text), encoding="utf-8")
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from clipx.config import binding, files
+from clipx.config import binding, files, secrets
 from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, declared, evaluate_all
@@ -75,7 +75,8 @@ def dataset(spec: EvalSpec) -> str:
         return "held_out"
     source = spec.config.data or spec.values
     path = source.get("path") or source.get("name") or source.get("source") or spec.name
-    first = path if isinstance(path, str) else path[0]
+    first = secrets.cut(path if isinstance(path, str) else path[0])
+    first = first.partition("?")[0] if "://" in first else first
     names = [re.sub(r"\{.*?\}|\*|\.\w+$", "", name) for name in first.split("/")[-2:]]
     names.append(str(source.get("split", "")))
     slugs = (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names)

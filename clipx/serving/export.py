@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from clipx.config import secrets
 from clipx.errors import (
     ConfigError,
     MissingLibrary,
@@ -149,7 +150,7 @@ class _Job:
         if self.options.with_heads and self.heads:
             heads = {name: np.ascontiguousarray(x) for name, x in self.heads.items()}
             save_file(heads, aside / card.HEADS)
-        text = card.card(self._facts(proof, why))
+        text = secrets.cut(card.card(self._facts(proof, why)))
         (aside / "README.md").write_text(text, encoding="utf-8")
         return proof, why
 
@@ -173,7 +174,7 @@ class _Job:
             for name, data in files.items():
                 data = data if isinstance(data, bytes) else data.encode("utf-8")
                 (aside / name).write_bytes(data)
-            saved = pretrained.without_mask(self.run.tokenizer.save())
+            saved = secrets.cut_all(pretrained.without_mask(self.run.tokenizer.save()))
             text = json.dumps(saved, indent=2) + "\n"
             (aside / tokenizer.CLIPX).write_text(text, encoding="utf-8")
         if self.options.pt:

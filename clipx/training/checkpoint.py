@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from clipx.config import secrets
 from clipx.errors import CheckpointError, ConfigError
 from clipx.parallel import processes
 from clipx.training import proof
@@ -224,7 +225,7 @@ class Checkpoints:
             written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(run))
+                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(secrets.cut_all(run))
                 ),
                 metrics=dict(metrics) or None,
             )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +35,17 @@ def describe(side: str, path: str) -> Encoder:
         full = expand_user(path)
     except DataError as error:
         raise ConfigError(where, str(error), "the folder or file of a pretrained encoder") from None
-    return _DESCRIBE[side](full, where)
+    return _unexpanded(_DESCRIBE[side](full, where), pathlib.Path(full), pathlib.Path(path))
+
+
+def _unexpanded(encoder: Encoder, full: pathlib.Path, path: pathlib.Path) -> Encoder:
+    """The encoder with a tokenizer's path as the config spells it: configs keep `$NAME`."""
+    found = pathlib.Path(encoder.tokenizer.get("path") or "")
+    for folder, spelled in ((full, path), (full.parent, path.parent)):
+        if found != pathlib.Path() and found.is_relative_to(folder):
+            section = {**encoder.tokenizer, "path": str(spelled / found.relative_to(folder))}
+            return dataclasses.replace(encoder, tokenizer=section)
+    return encoder
 
 
 def resolve(

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clipx.config import binding
+from clipx.config import binding, secrets
 from clipx.config.binding import bind
 from clipx.config.durations import duration
 from clipx.data import holdout
@@ -44,7 +44,7 @@ class Run:
     traces."""
 
     config: Config
-    complete: dict[str, Any]  # the config with all defaults, as config.json holds it
+    complete: dict[str, Any]  # the config with all defaults and no secrets, as config.json holds it
     mesh: Mesh
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -265,14 +265,11 @@ def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None)
     optimizer, state = abstract_state(objective, bound, schedule, batch, mesh)
     meshes.refuse_whole(bound.mesh, mesh, state.params)
     objective = stored.checked(lock(objective, bound.optimizer.freeze, state.params), data)
+    complete = {**binding.dump(bound), **sections, "evals": {e.name: e.dump() for e in evals}}
+    complete["data"] = {**binding.dump(data), **source.dump()}
     return Run(
         config=bound,
-        complete={
-            **binding.dump(bound),
-            **sections,
-            "data": {**binding.dump(data), **source.dump()},
-            "evals": {spec.name: spec.dump() for spec in evals},
-        },
+        complete=secrets.cut_all(complete),
         mesh=mesh,
         objective=objective,
         optimizer=optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -169,6 +170,7 @@ def data_section(section: Mapping[str, Any] | None) -> tuple[DataConfig, SourceS
 
 # fields of an evaluator that hold examples: {field: key of the eval's section}
 EVAL_SOURCES = {"examples": "data", "train_examples": "train_data"}
+_NAME = re.compile(r"[A-Za-z0-9][\w+.:@-]*")  # of an eval
 _EVAL_GIVEN = (*EVAL_SOURCES, "pictures")
 
 
@@ -190,6 +192,9 @@ class EvalSpec:
         """The section `config.evals.<name>`, checked. data: has the limits of its rows. Raises
         `ConfigError`."""
         where = f"config.evals.{name}"
+        if not _NAME.fullmatch(name):  # it becomes part of a file's name
+            expected = "a name of letters, digits and _-+.:@, with a letter or digit first"
+            raise ConfigError("config.evals", f"an eval named {name!r}", expected)
         config, rest = split(section, EvalConfig, where)
         evaluator, evaluator_name, rest = named(
             "evaluators", Evaluator, {**rest, "name": config.evaluator or name}, where

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clipx.config import secrets
 from clipx.data import manifests
 from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
@@ -234,6 +235,11 @@ def describe(run: OpenRun, fingerprint: str) -> list[str]:
         manifests.describe(run.rows, fingerprint, run.data.source, run.data.manifest),
         f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
         f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",
+        *(
+            f"{key}: its password or signature is stored nowhere; name it by a variable, such as "
+            "https://$LOGIN@host/..., if config.json shall be enough to open it"
+            for key in secrets.hidden_keys(run.complete)
+        ),
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipx.config import binding as configs
+from clipx.config import secrets
 from clipx.errors import ConfigError, damaged_file
 from clipx.training import guesses
 from clipx.training.schema import Config
@@ -55,7 +56,7 @@ def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes `value` as JSON, atomically: a reader never sees half a file."""
     aside = path.with_suffix(path.suffix + ".part")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    aside.write_text(json.dumps(secrets.cut_all(value), indent=2, sort_keys=True) + "\n")
     aside.replace(path)
 
 

@@ -98,3 +98,4 @@ def test_compressed_files_are_unpacked_up_to_a_size():
 def test_names_that_lead_out_of_a_folder_are_refused(name):
     assert "leads out of the folder" in said(reading.inside, pathlib.Path("models"), name)
     assert reading.inside(pathlib.Path("models"), "a/b") == pathlib.Path("models/a/b")
+    assert "a name of 300 characters" in said(reading.inside, pathlib.Path("models"), "a" * 300)

@@ -258,7 +258,8 @@ class _Survey:
 
 def _shape(cell: str) -> str:
     """A cell with each run of digits (and letters among them) as 0, and of letters as a."""
-    return re.sub(r"[^\W\d_]+", "a", re.sub(r"[^\W_]*\d[^\W_]*", "0", cell))
+    # one pattern for both: to look for a digit from every letter of a long word takes minutes
+    return re.sub(r"[^\W_]+", lambda word: "0" if re.search(r"\d", word[0]) else "a", cell)
 
 
 def _is_row(first: list[str], look: _Look, start: list[str], separator: str) -> bool:

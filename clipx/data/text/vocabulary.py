@@ -6,11 +6,10 @@ A file that does not fit the config raises `ConfigError`, a damaged file `DataEr
 from __future__ import annotations
 
 import io
-import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipx.config import reading
+from clipx.config import reading, secrets
 from clipx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,11 +24,10 @@ WORDPIECE_MARKS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]
 
 
 def _read(path: str, what: str) -> bytes:
-    file = pathlib.Path(path).expanduser()
     try:
-        return reading.read_bytes(file)
-    except OSError as error:
-        found = f"{str(file)!r} ({error.strerror})"
+        return reading.read_bytes(secrets.expand(path))
+    except (OSError, secrets.MissingVariable) as error:
+        found = f"{path!r} ({getattr(error, 'strerror', None) or error})"
         raise ConfigError("config.tokenizer.path", found, f"{what} that can be read") from None
 
 

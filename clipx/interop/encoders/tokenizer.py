@@ -27,7 +27,7 @@ _HARMLESS = keys(
     "tokenizer_type transformers_version init_inputs from_slow"
 )
 _TOKENS = {"pad": "pad_token", "unknown": "unk_token", "mask": "mask_token"}
-_LONGEST = 2**16
+_SHORTEST, _LONGEST = 3, 2**16  # tokens of a text
 # which `TokenizerConfig` has for wordpiece
 _WORDPIECE_MARKS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 
@@ -58,6 +58,9 @@ def find(
     settings = Section(read_json(folder / SETTINGS, where) or {}, SETTINGS, SETTINGS, _HARMLESS)
     length = settings.get("model_max_length", _LONGEST)
     length = int(length) if isinstance(length, int | float) and length < _LONGEST else _LONGEST
+    if length < _SHORTEST:
+        found = f"{folder / SETTINGS} with model_max_length {length}"
+        raise ConfigError(where, found, f"at least {_SHORTEST} tokens, marks included")
     file = folder / tokenizer_json.FILE
     if not file.is_file() and (folder / PIECES).is_file() and kind in ("bert", "distilbert"):
         section = _word_pieces(folder / PIECES, settings, where, size)
