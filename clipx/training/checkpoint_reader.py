@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
@@ -24,6 +25,7 @@ _ARRAYS = "state/"  # where Orbax stores the item of this name
 def read(folder: pathlib.Path, **item: ocp.args.CheckpointArgs) -> Any:
     """One item of the checkpoint in `folder`. Raises `CheckpointError` if it cannot be read."""
     (name,) = item
+    _drop_late_reports()
     try:
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         return reader.restore(folder, args=ocp.args.Composite(**item))[name]
@@ -78,6 +80,7 @@ def _unsound(folder: pathlib.Path) -> str:
 
 def _unsound_state(folder: pathlib.Path) -> str:
     """What is wrong with the arrays of a checkpoint, all of which are read; "" if nothing."""
+    _drop_late_reports()
     try:
         reader, path = ocp.PyTreeCheckpointHandler(), epath.Path(folder)
         tree = reader.metadata(path).tree
@@ -92,6 +95,19 @@ def _unsound_state(folder: pathlib.Path) -> str:
         if jax.numpy.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             return f"{jax.tree_util.keystr(path, simple=True, separator='/')} is not finite"
     return ""
+
+
+@functools.cache  # once in a process
+def _drop_late_reports() -> None:
+    """Lets Python print no traceback for reads that end after another one has failed: they report
+    to Orbax's event loop, which is closed by then."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def say(text: str) -> None:

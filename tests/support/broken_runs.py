@@ -178,10 +178,12 @@ def _cases() -> list[Case]:
     for name in OWN:
         for how in HOW:
             what = "missing" if how is remove else "damaged"
-            said = f"{name} was {what}" if name != "metrics.jsonl" or how is not truncate else ""
-            cases.append(
-                Case(f"{name}: {how.__name__}", lambda w, n=name, h=how: h(w / n), 8, said)
-            )
+            case = Case(f"{name}: {how.__name__}", lambda w, n=name, h=how: h(w / n), 8)
+            if (name, how) == ("tokenizer.json", flip):  # one other letter: a valid vocabulary
+                said = "tokenizer: another vocabulary"
+                cases.append(case._replace(step=None, said=said, error=ConfigError))
+            else:
+                cases.append(case._replace(said=f"{name} was {what}"))
     other = "which is not of the run of checkpoint 8"
     cases += [
         Case("config.json: nested", _nested, 8, "config.json was damaged"),
