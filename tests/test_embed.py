@@ -170,7 +170,7 @@ class Broken:
     """A source of which row 5 cannot be read."""
 
     def __init__(self, source):
-        self._source = source
+        self._source, self.limits = source, source.limits
 
     def __len__(self):
         return len(self._source)

@@ -346,7 +346,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
         (lambda f: f.write_bytes(b"12345"), "not a complete .npy file"),
         (lambda f: f.with_suffix(".json").unlink(), "only it says for which data t.npy was"),
         (lambda f: f.with_suffix(".json").write_text("{"), "cannot be read"),
-        (lambda f: f.with_suffix(".json").write_text("[]"), "no fingerprint and rows"),
+        (lambda f: f.with_suffix(".json").write_text("[]"), "an object {.fingerprint.: a text"),
         (lambda f: np.save(f, np.zeros((ROWS, 4))), "float64 of shape .*, expected a teacher's"),
         (lambda f: np.save(f, np.zeros(ROWS, np.int32)), "int32 of shape"),
         (lambda f: np.save(f, np.zeros((9, 4), np.float32)), "9 rows, 30 by its json"),

@@ -365,7 +365,7 @@ def test_a_command_tells_its_config(monkeypatch):
     cli.start_processes([("seed", "7")])
     [(place, config, command)] = told
     assert place == "a place" and config["seed"] == 7 and "data" in config
-    assert command == {"workdir": "w", "overrides": {"seed": "7"}}
+    assert command == {"workdir": "w", "deterministic": None, "overrides": {"seed": "7"}}
 
 
 @pytest.mark.slow  # two whole starts

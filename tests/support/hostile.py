@@ -146,7 +146,11 @@ def _hook(event: str, given: tuple) -> None:
     elif event in _WRITES or (event == "open" and given[2] & _WRITING):
         if isinstance(given[0], int) or os.fsdecode(given[0]) == os.devnull:
             return
-        if not pathlib.Path(os.fsdecode(given[0])).resolve().is_relative_to(_reading[0]):
+        path = pathlib.Path(os.fsdecode(given[0])).resolve()
+        programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # JAX's own, of a tower that is read
+        if programs and path.is_relative_to(pathlib.Path(programs).resolve()):
+            return
+        if not path.is_relative_to(_reading[0]):
             _watched.append(f"file outside: {event} {given!r:.100}")
 
 
