@@ -50,6 +50,7 @@ def leaks(folder, said):
     ]
 
 
+@pytest.mark.slow  # trains, evaluates, reports; tests/config/test_secrets.py covers the function
 def test_no_secret_of_a_run_leaves_it(tmp_path):
     config = pairs(PATH)
     config["data"]["max_bad_fraction"] = 0.1
