@@ -19,7 +19,7 @@ from clipx.config import secrets
 from clipx.errors import CheckpointError, ConfigError
 from clipx.parallel import processes
 from clipx.training import proof
-from clipx.training.checkpoint_reader import fault, line, read, read_metrics, say
+from clipx.training.checkpoint_reader import drop_late_reports, fault, line, read, read_metrics, say
 from clipx.training.metrics import FILE as LOG
 from clipx.training.scores import Scores
 from clipx.training.workdir import set_aside
@@ -221,6 +221,7 @@ class Checkpoints:
         if step == self._last:
             return
         self.wait()
+        drop_late_reports()
         try:
             written = self._manager.save(
                 step,

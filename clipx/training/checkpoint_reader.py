@@ -25,7 +25,7 @@ _ARRAYS = "state/"  # where Orbax stores the item of this name
 def read(folder: pathlib.Path, **item: ocp.args.CheckpointArgs) -> Any:
     """One item of the checkpoint in `folder`. Raises `CheckpointError` if it cannot be read."""
     (name,) = item
-    _drop_late_reports()
+    drop_late_reports()
     try:
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         return reader.restore(folder, args=ocp.args.Composite(**item))[name]
@@ -80,7 +80,7 @@ def _unsound(folder: pathlib.Path) -> str:
 
 def _unsound_state(folder: pathlib.Path) -> str:
     """What is wrong with the arrays of a checkpoint, all of which are read; "" if nothing."""
-    _drop_late_reports()
+    drop_late_reports()
     try:
         reader, path = ocp.PyTreeCheckpointHandler(), epath.Path(folder)
         tree = reader.metadata(path).tree
@@ -98,9 +98,9 @@ def _unsound_state(folder: pathlib.Path) -> str:
 
 
 @functools.cache  # once in a process
-def _drop_late_reports() -> None:
-    """Lets Python print no traceback for reads that end after another one has failed: they report
-    to Orbax's event loop, which is closed by then."""
+def drop_late_reports() -> None:
+    """Lets Python print no traceback for reads and writes that end after another one has failed:
+    they report to Orbax's event loop, which is closed by then."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
