@@ -51,10 +51,13 @@ class Fault:
     disk: bool = False  # needs a file system of its own
 
 
-def at(moment: str, act: Callable[[], None], rng: random.Random) -> Callable[[], None]:
-    """A hook that calls `act` at a random time from the `moment` on."""
+def at(
+    moment: str, act: Callable[[], None], rng: random.Random | None = None
+) -> Callable[[], None]:
+    """A hook that calls `act` at a random time from the `moment` on; without `rng` before it, in
+    the run's own thread."""
     cls, name, calls, most = MOMENTS[moment]
-    delay = rng.uniform(0, most)
+    delay = rng.uniform(0, most) if rng else None
 
     def hook() -> None:
         inner, left = getattr(cls, name), [calls]
@@ -62,27 +65,10 @@ def at(moment: str, act: Callable[[], None], rng: random.Random) -> Callable[[],
         @functools.wraps(inner)
         def broken(*args, **kwargs):
             left[0] -= 1
-            if left[0] == 0:
-                threading.Timer(delay, act).start()
-            return inner(*args, **kwargs)
-
-        setattr(cls, name, broken)
-
-    return hook
-
-
-def at_once(moment: str, act: Callable[[], None]) -> Callable[[], None]:
-    """A hook that calls `act` in the run's own thread, before the `moment`."""
-    cls, name, calls, _ = MOMENTS[moment]
-
-    def hook() -> None:
-        inner, left = getattr(cls, name), [calls]
-
-        @functools.wraps(inner)
-        def broken(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
+            if left[0] == 0 and delay is None:
                 act()
+            elif left[0] == 0:
+                threading.Timer(delay, act).start()
             return inner(*args, **kwargs)
 
         setattr(cls, name, broken)
@@ -189,9 +175,7 @@ def running(method: str) -> list[Fault]:
         ]
     made.append(Fault("stopped, goes on", (0,), lambda rng, _: at("step", stop_and_go_on, rng)))
     for name, seconds in (("a week ahead", 7 * 86400.0), ("a day back", -86400.0)):
-        made.append(
-            Fault(f"clock {name}", (0,), lambda rng, _, s=seconds: at_once("step", clock(s)))
-        )
+        made.append(Fault(f"clock {name}", (0,), lambda rng, _, s=seconds: at("step", clock(s))))
         made.append(
             Fault(f"clock {name} (save)", (0,), lambda rng, _, s=seconds: at("save", clock(s), rng))
         )
@@ -217,7 +201,7 @@ def shards(method: str) -> list[Fault]:
                 shutil.copy2(_shard(folder), folder / "kept.tar")
                 change(_shard(folder))
 
-            return at_once("compile", act)
+            return at("compile", act)
 
         def undo(folder):
             if not (folder / "kept.tar").exists():
@@ -252,14 +236,14 @@ def disks(method: str) -> list[Fault]:
         Fault(
             "full disk (save)",
             (1,),
-            lambda rng, folder: at_once("save", lambda: _fill(folder / "run")),
+            lambda rng, folder: at("save", lambda: _fill(folder / "run")),
             undo=lambda folder: (folder / "run" / "ballast").unlink(missing_ok=True),
             disk=True,
         ),
         Fault(
             "disk read-only (save)",
             (1,),
-            lambda rng, folder: at_once("save", lambda: _mounted(folder / "run", "ro")),
+            lambda rng, folder: at("save", lambda: _mounted(folder / "run", "ro")),
             undo=lambda folder: _mounted(folder / "run", "rw"),
             disk=True,
         ),

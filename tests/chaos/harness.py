@@ -41,6 +41,7 @@ from support.runs import free_port  # noqa: E402
 from support.shards import shard  # noqa: E402
 
 ROWS = 64
+NONE = Fault("none", (0,))  # a start that nothing breaks
 BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 
 
@@ -116,7 +117,7 @@ class Harness:
         """What a run without a fault comes to."""
         key = (case.method, case.processes)
         if key not in self.expected:
-            plain = Case(Fault("none", (0,)), *key)
+            plain = Case(NONE, *key)
             folder = self.new()
             started = self.start(plain, folder)
             forks.wait(started)
@@ -185,11 +186,10 @@ class Harness:
         saved = faults.steps(folder)
         before = len(_starts(folder))
         if any(c != "0" for c in codes.split()) or not codes:
-            started = self.start(dataclasses.replace(case, fault=Fault("", (0,))), folder)
+            plain = Case(NONE, case.method, case.processes)
+            started = self.start(plain, folder)
             forks.wait(started)
-            wrong += _faults_of(
-                Case(Fault("", (0,)), case.method, case.processes), started, "second start"
-            )
+            wrong += _faults_of(plain, started, "second start: ")
             starts = _starts(folder)[before:]
             enough = (saved[-2] if fault.newest and len(saved) > 1 else saved[-1]) if saved else 0
             enough = min(enough, SAVE) if fault.newest else enough
@@ -215,17 +215,17 @@ class Harness:
 
 
 def _faults_of(case: Case, started: list[forks.Process], which: str = "") -> list[str]:
-    """What a start of a case did that none may do."""
+    """What a start of a case did that none may do, each after the words `which`."""
     wrong = []
-    where = f"{which}: " if which else ""
+    peers = () if case.fault is NONE else (134, 1, 42)
     for i, process in enumerate(started):
-        right = case.fault.codes if i == case.at else (*case.fault.codes, 134, 1, 42)
+        right = case.fault.codes if i == case.at else (*case.fault.codes, *peers)
         if process.hung:
-            wrong.append(f"{where}process {i} hangs")
+            wrong.append(f"{which}process {i} hangs")
         elif process.code not in right:
-            wrong.append(f"{where}process {i} ended with {process.code}")
+            wrong.append(f"{which}process {i} ended with {process.code}")
         if "Traceback (most recent call last)" in process.text:
-            wrong.append(f"{where}process {i} printed a traceback")
+            wrong.append(f"{which}process {i} printed a traceback")
     return wrong
 
 
@@ -241,7 +241,7 @@ def _mount(folder: pathlib.Path) -> bool:
 
 
 def cases(harness: Harness) -> Iterator[Case]:
-    files = list(at_rest.kinds(harness.half(Case(Fault("", (0,)), VARIANTS[0]))))
+    files = list(at_rest.kinds(harness.half(Case(NONE, VARIANTS[0]))))
     for method in VARIANTS:
         for fault in (
             *faults.running(method),
