@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 HIDDEN = "***"
@@ -61,7 +61,12 @@ def cut(text: str) -> str:
     The value of a variable that a path names stays where it is a path itself, without a secret
     name: a message about a missing file must say which.
     """
-    for value, name in _values():
+    return _cut(text, _values())
+
+
+def _cut(text: str, secret: Sequence[tuple[str, str]]) -> str:
+    """`cut`, with what `_values` gives."""
+    for value, name in secret:
         if value in text:
             text = text.replace(value, f"${name}")
     if "://" in text:
@@ -80,11 +85,16 @@ def _cut_signed(found: re.Match[str]) -> str:
 
 def cut_all(value: Any) -> Any:
     """A copy of a value as JSON holds it, with every text in it cut."""
-    if isinstance(value, str):
-        return cut(value)
-    if isinstance(value, Mapping):
-        return {cut(k) if isinstance(k, str) else k: cut_all(x) for k, x in value.items()}
-    return [cut_all(x) for x in value] if isinstance(value, list | tuple) else value
+    secret = _values()  # once: a vocabulary has tens of thousands of texts
+
+    def each(value: Any) -> Any:
+        if isinstance(value, str):
+            return _cut(value, secret)
+        if isinstance(value, Mapping):
+            return {each(k) if isinstance(k, str) else k: each(x) for k, x in value.items()}
+        return [each(x) for x in value] if isinstance(value, list | tuple) else value
+
+    return each(value)
 
 
 def hidden(path: str) -> bool:

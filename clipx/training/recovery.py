@@ -31,12 +31,9 @@ def mend(folder: pathlib.Path, step: int, saved: Mapping[str, Any]) -> None:
     step, saved: the checkpoint that the run goes on from, and its JSON. Raises `ConfigError` with
     the difference for a valid config or tokenizer that is not the checkpoint's.
     """
-    refuse_strange_config(folder, step, saved["config"])
-    config, why = _config(folder)
-    if config is None:
+    if why := refuse_strange_config(folder, step, saved["config"]):
         _restore(folder / "config.json", why, step, lambda p: write_json(p, saved["config"]))
-    why = _tokenizer_fault(folder, step, saved["tokenizer"])
-    if why:
+    if why := _tokenizer_fault(folder, step, saved["tokenizer"]):
         _restore(folder / "tokenizer.json", why, step, lambda p: write_json(p, saved["tokenizer"]))
     if jax.process_index() == 0:
         _mend_metrics(folder, step)
@@ -78,12 +75,14 @@ def run_tokenizer(folder: pathlib.Path, step: str = "") -> dict[str, Any]:
     raise CheckpointError(f"{checkpoints.folder}: {', '.join(faults)}")
 
 
-def refuse_strange_config(folder: pathlib.Path, step: int, saved: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` if config.json is valid and not the config of the checkpoint of `step`,
-    which is `saved`. Settings that a run may change when it goes on may differ."""
-    config, _ = _config(folder)
+def refuse_strange_config(folder: pathlib.Path, step: int, saved: Mapping[str, Any]) -> str:
+    """What is wrong with config.json; "" for a valid file. Raises `ConfigError` if it is valid and
+    not the config of the checkpoint of `step`, which is `saved`. Settings that a run may change
+    when it goes on may differ."""
+    config, why = _config(folder)
     if config is not None and (lines := other_settings(saved, config)):
         _refuse(folder / "config.json", step, lines)
+    return why
 
 
 def _tokenizer_fault(folder: pathlib.Path, step: int, saved: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipx.config import binding as configs
-from clipx.config import secrets
+from clipx.config import reading, secrets
 from clipx.errors import ConfigError, damaged_file
 from clipx.training import guesses
 from clipx.training.schema import Config
@@ -63,12 +63,12 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def read_json(path: pathlib.Path) -> Any:
     """The JSON in a file of a workdir. Raises `ConfigError` if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return reading.read_json(path)
     except FileNotFoundError:
         raise ConfigError(
             "--workdir", f"no {path.name} in {path.parent}", "the workdir of a clipx run"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise damaged_file(path, error) from None
 
 

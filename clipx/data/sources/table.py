@@ -146,10 +146,8 @@ class Table(Source):
             return image or b""
         if self._path(row).startswith(_MARK):
             raise BadSample(key, "the path of the picture is empty")
-        file, stamp = (
-            os.path.join(self._roots[self._table(row)], self._path(row)),
-            self._stamps[row],
-        )
+        file = os.path.join(self._roots[self._table(row)], self._path(row))
+        stamp = self._stamps[row]
         self.limits.check_bytes(key, int(stamp[0]))
         try:
             return read_file(file, stamp)

@@ -107,8 +107,7 @@ class Tfds(Source):
         self.limits.check_texts(key, texts)
         number = int(record[label]) if label else None
         # test splits with secret labels store -1
-        number = number if (number or 0) >= 0 else None
-        return Example(picture, texts, row, key, number)
+        return Example(picture, texts, row, key, number if (number or 0) >= 0 else None)
 
     def _builder(self) -> Any:
         """A DatasetBuilder made from the prepared files alone. The code that prepared them may need

@@ -105,8 +105,7 @@ class WebDataset(Source):
             raise BadSample(key, "no picture (" + ", ".join(f".{e}" for e in PICTURES) + ")")
         if not image:
             raise BadSample(key, "the picture has no bytes")
-        texts, number = self._texts(key, text, meta, label), _label(key, label)
-        return Example(image, texts, row, key, number)
+        return Example(image, self._texts(key, text, meta, label), row, key, _label(key, label))
 
     def glance(self, row: int) -> Example:
         """As `Source.glance`. Reads the caption and the label alone."""
@@ -114,8 +113,7 @@ class WebDataset(Source):
         size = int(self._places[row, 0, 1])
         if size <= 0:
             return self[row]  # raises what is wrong with it
-        texts, number = self._texts(key, text, meta, label), _label(key, label)
-        return Example(b"", texts, row, key, number)
+        return Example(b"", self._texts(key, text, meta, label), row, key, _label(key, label))
 
     def _members(self, row: int, roles: Sequence[int]) -> tuple[str, list[bytes | None]]:
         """(the key of a row, the bytes of its members by role; None for roles not asked for)."""
