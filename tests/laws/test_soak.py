@@ -1,25 +1,34 @@
-"""Hours of data loading within minutes: memory does not grow.
+"""Hours within minutes: memory, open files and compiled programs do not grow.
 
-Opt-in: CLIPX_SOAK=1 python -m pytest -m slow tests/laws/test_soak.py
+Opt-in, and the training runs take 20 minutes: CLIPX_SOAK=1 python -m pytest -m slow -s
+tests/laws/test_soak.py. CLIPX_SOAK=300 trains for 300 seconds.
 """
 
 from __future__ import annotations
 
 import csv
+import gc
+import json
 import os
 import pathlib
 import resource
+import time
+from typing import NamedTuple
 
 import cv2
+import jax
 import numpy as np
 import pytest
+from chaos.config import get_config
 from support.loaders import build_loader
+from support.shards import shard
 
 from clipx.data import pack
 from clipx.data.sources.table import Table
 from clipx.data.sources.webdataset import WebDataset
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import TokenizerConfig
+from clipx.training.session import open_session
 
 SAMPLES, BATCH, ROWS, SIDE = 200_000, 125, 1000, 64
 WARM = 40_000  # samples before the first measurement of memory
@@ -82,3 +91,74 @@ def test_memory_is_flat(shards, workers):
     assert seen == SAMPLES
     print(f"workers {workers}: {[round(look / 2**20) for look in looks]} MiB")
     assert max(looks) < 1.05 * looks[0]
+
+
+def minutes():
+    """How long the training run is to last."""
+    asked = float(os.environ["CLIPX_SOAK"])
+    return (asked if asked > 1 else 1200) / 60
+
+
+class Look(NamedTuple):
+    memory: int  # resident bytes, with the data worker's
+    files: int  # open
+    threads: int
+    programs: int  # compiled so far
+
+
+class Sampler:
+    """A `Stop` that ends a run after some minutes, and looks at its process until then."""
+
+    asked = False
+
+    def __init__(self, end: float):
+        self.end, self.looks, self.next, self.programs = end, [], 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, seconds: float, **_) -> None:
+        self.programs += event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        jax.monitoring.clear_event_listeners()
+
+    def __call__(self):
+        now = time.monotonic()
+        if now >= self.next:
+            self.next = now + 5
+            gc.collect()
+            process = pathlib.Path("/proc/self")
+            files, threads = (len(list((process / x).iterdir())) for x in ("fd", "task"))
+            self.looks.append(Look(resident(os.getpid()), files, threads, self.programs))
+        self.asked = now > self.end
+        return self.asked
+
+
+@pytest.mark.parametrize("method", ["protoclip"])  # it does all that a run can
+def test_training_is_flat(method, tmp_path, monkeypatch, capsys):
+    shard(tmp_path / "pairs.tar", 64)
+    monkeypatch.setenv("CHAOS_DATA", str(tmp_path))
+    config = get_config(method)
+    config.data.workers = 1
+    config.train.update(
+        total_steps=10**7, save_every_steps=60, eval_every_steps=40, log_every_steps=10, best=""
+    )
+    config.objective.episode_size = 64
+    stop = Sampler(time.monotonic() + 60 * minutes())
+    session = open_session(json.loads(config.to_json()), str(tmp_path / "run"), jax.devices()[:1])
+    _, finished = session.train(stop)
+    assert not finished
+    looks = stop.looks
+    with capsys.disabled():
+        step = session.checkpoints.latest
+        print(f"\n{method}: {step:,} steps in {minutes():.0f} minutes, {len(looks)} looks")
+        for i in range(0, len(looks), max(len(looks) // 12, 1)):
+            memory, *rest = looks[i]
+            print(f"  {memory / 2**20:.0f} MiB, files, threads, programs: {rest}")
+    warm, half, last = looks[len(looks) // 4], looks[len(looks) // 2 :], looks[-1]
+    assert last.programs == warm.programs
+    assert max(x.files for x in half) <= warm.files + 4
+    assert max(x.threads for x in half) <= warm.threads + 4
+    assert max(x.memory for x in half) < 1.05 * warm.memory
