@@ -103,7 +103,7 @@ def kill_worker() -> None:
         workers = [
             pid
             for pid in children()
-            if b"multiprocessing" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         if workers:
             for pid in workers:
@@ -227,8 +227,14 @@ def _fill(folder: pathlib.Path) -> None:
             return
 
 
-def _mounted(folder: pathlib.Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+def _read_only(folder: pathlib.Path) -> None:
+    """What is opened below `folder` from now on is on a mount that takes no writes."""
+    for how in (["--bind", str(folder)], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *how, str(folder)], check=True)
+
+
+def _writable(folder: pathlib.Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def disks(method: str) -> list[Fault]:
@@ -243,8 +249,10 @@ def disks(method: str) -> list[Fault]:
         Fault(
             "disk read-only (save)",
             (1,),
-            lambda rng, folder: at("save", lambda: _mounted(folder / "run", "ro")),
-            undo=lambda folder: _mounted(folder / "run", "rw"),
+            lambda rng, folder: at("save", lambda: _read_only(folder / "run")),
+            undo=lambda folder: (
+                subprocess.run(["umount", str(folder / "run")], check=True) and None
+            ),
             disk=True,
         ),
     ]

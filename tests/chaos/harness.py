@@ -3,7 +3,8 @@
 Each case trains CLIP, DeCLIP or ProtoCLIP in one, two or four processes, lets one fault happen,
 starts the same command again, and holds the end to a run without a fault: the same bits of the
 state, and the same metrics. `--only=REGEX` picks cases by name, `--every=N` each N-th of them.
-`--write` puts the table into README.md. Exits with 1 if a case went wrong.
+`--write` puts the outcomes into README.md's table, which keeps the rows of other
+cases. Exits with 1 if a case went wrong.
 """
 
 from __future__ import annotations
@@ -256,15 +257,35 @@ def cases(harness: Harness) -> Iterator[Case]:
                 yield Case(fault, method, processes, at=i % processes)
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The table of README.md."""
-    lines = ["| Case | Exit codes | Steps done twice | Outcome |", "|---|---|---|---|"]
-    for o in outcomes:
-        what = f"skipped: {o.skipped}" if o.skipped else o.wrong or "same bits"
-        if not o.wrong and o.case.fault.refused:
-            what = "refused by name"
-        lines.append(f"| {o.case.name} | {o.codes} | {o.again} | {what} |")
-    return "\n".join(lines)
+HEADS = ["| Case | Exit codes | Steps done twice | Outcome |", "|---|---|---|---|"]
+
+
+def row(outcome: Outcome) -> str:
+    """A case's row of the table."""
+    case, wrong, skipped = outcome.case, outcome.wrong, outcome.skipped
+    right = "refused by name" if case.fault.refused else "same bits"
+    what = f"skipped: {skipped}" if skipped else f"wrong: {wrong}" if wrong else right
+    return f"| {case.name} | {outcome.codes} | {outcome.again} | {what} |"
+
+
+def write(outcomes: list[Outcome]) -> None:
+    """Puts the outcomes into the table of README.md, which keeps its other rows."""
+    path = HERE / "README.md"
+    head, rest = path.read_text().split(BEGIN)
+    before, tail = rest.split(END)
+    rows = {line.split(" | ")[0]: line for line in before.splitlines() if line.startswith("| ")}
+    rows.pop("| Case", None)
+    rows |= {line.split(" | ")[0]: line for line in map(row, outcomes)}
+    counts = {
+        what: sum(f"| {what}: " in line for line in rows.values()) for what in ("skipped", "wrong")
+    }
+    parts = [f"{sum(f', {n} processes: ' in name for name in rows)} in {n}" for n in (2, 4)]
+    summary = (
+        f"{len(rows)} faults, {', '.join(parts)} processes: {counts['wrong']} wrong, "
+        f"{counts['skipped']} skipped."
+    )
+    lines = "\n".join([*HEADS, *rows.values()])
+    path.write_text(f"{head}{BEGIN}\n{summary}\n\n{lines}\n{END}{tail}")
 
 
 def main() -> int:
@@ -273,7 +294,9 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="each N-th case alone")
     parser.add_argument("--seed", type=int, default=0, help="of the times at which faults come")
     parser.add_argument("--list", action="store_true", help="print the cases' names alone")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the outcomes into README.md's table"
+    )
     args = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="clipx-chaos-"))
     outcomes, begun = [], time.monotonic()
@@ -292,16 +315,10 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     wrong = [o for o in outcomes if o.wrong]
     skipped = sum(bool(o.skipped) for o in outcomes)
-    summary = (
-        f"{len(outcomes)} faults, {skipped} skipped, {len(wrong)} wrong, "
-        f"{time.monotonic() - begun:.0f} s"
-    )
-    print(summary)
+    took = time.monotonic() - begun
+    print(f"{len(outcomes)} faults, {skipped} skipped, {len(wrong)} wrong, {took:.0f} s")
     if args.write:
-        path = HERE / "README.md"
-        head, rest = path.read_text().split(BEGIN)
-        tail = rest.split(END)[1]
-        path.write_text(f"{head}{BEGIN}\n{summary}\n\n{table(outcomes)}\n{END}{tail}")
+        write(outcomes)
     return int(bool(wrong))
 
 
