@@ -24,6 +24,7 @@ _OBJECTIVES = {
 
 def get_config(variant="clip"):
     data = {"source": "webdataset", "path": "$CHAOS_DATA/*.tar"}
+    words = {"text_augment": {"operations": ("swap", "delete")}}  # need no WordNet
     return ConfigDict(
         {
             "objective": {"name": variant, **_OBJECTIVES[variant]},
@@ -35,7 +36,7 @@ def get_config(variant="clip"):
                 "context": 12,
                 "mask": variant == "declip",
             },
-            "data": {**data, "max_bad_fraction": 0.01},
+            "data": {**data, **(words if variant == "declip" else {}), "max_bad_fraction": 0.01},
             "train": {
                 "batch_size": BATCH,
                 "total_steps": STEPS,

@@ -309,6 +309,8 @@ def main() -> int:
                 continue
             outcome = harness.run(case)
             outcomes.append(outcome)
+            if args.write:
+                write([outcome])
             what = outcome.skipped or outcome.wrong or "as it must be"
             print(f"{i + 1}/{len(chosen)}  {case.name}  [{outcome.codes}]  {what}", flush=True)
     finally:
@@ -317,8 +319,6 @@ def main() -> int:
     skipped = sum(bool(o.skipped) for o in outcomes)
     took = time.monotonic() - begun
     print(f"{len(outcomes)} faults, {skipped} skipped, {len(wrong)} wrong, {took:.0f} s")
-    if args.write:
-        write(outcomes)
     return int(bool(wrong))
 
 
