@@ -10,7 +10,7 @@ from clipx.data.base import Source
 from clipx.data.text import tokenizers
 from clipx.interop import load
 from clipx.parallel import mesh as meshes
-from clipx.training import pretrained
+from clipx.training import pretrained, programs
 from clipx.training.assemble import abstract_batch
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
@@ -51,5 +51,7 @@ def init(run: Run) -> TrainState:
 
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
+    key = ("init", run.program_key)
+    jitted = programs.kept(key, lambda: jax.jit(create, out_shardings=shardings))
     with jax.set_mesh(run.mesh):
-        return jax.jit(create, out_shardings=shardings)(meshes.put_parts(entries, kinds))
+        return jitted(meshes.put_parts(entries, kinds))

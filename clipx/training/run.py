@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -26,7 +26,7 @@ from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
-from clipx.training import checks, encoders, stored
+from clipx.training import checks, encoders, programs, stored
 from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.encode import Encode
@@ -81,18 +81,25 @@ class Run:
         )
 
     @functools.cached_property
+    def program_key(self) -> Hashable:
+        """Equal for runs whose step is the same program."""
+        length = (self.steps, getattr(self, "rows", None))  # of the schedule
+        return programs.key(
+            self.objective, self.config.optimizer, self.mesh, (self.state, self.batch),
+            length, self.config.seed, self.microbatches, make_train_step,
+        )  # fmt: skip
+
+    @property
     def traced(self) -> jax.stages.Traced:
         """The training step, traced for this mesh."""
-        seed, freeze = self.config.seed, self.config.optimizer.freeze
-        step = make_train_step(
-            self.objective, self.optimizer, seed=seed, microbatches=self.microbatches, freeze=freeze
-        )
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        jitted = jax.jit(
-            step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(self.mesh))
-        )
-        with jax.set_mesh(self.mesh):
-            return jitted.trace(self.state, self.batch)
+
+        def trace() -> jax.stages.Traced:
+            config, count = self.config, self.microbatches
+            options = {"seed": config.seed, "freeze": config.optimizer.freeze}
+            step = make_train_step(self.objective, self.optimizer, microbatches=count, **options)
+            return programs.traced(step, self.state, self.batch, self.mesh)
+
+        return programs.kept(("traced", self.program_key), trace)
 
     def lower(self) -> jax.stages.Lowered:
         """The training step, lowered for this mesh. `.compile()` makes it callable; a call donates
@@ -103,7 +110,7 @@ class Run:
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
         """The compiled step, (state, batch) -> (state, metrics). A call donates the state."""
-        return self.lower().compile()
+        return programs.kept(("compiled", self.program_key), lambda: self.lower().compile())
 
     @property
     def step_flops(self) -> int:

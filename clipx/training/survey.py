@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipx.parallel import mesh as meshes
+from clipx.training import programs
 from clipx.training.feed import TrainingData, loader, own_rows, to_batch
 from clipx.training.run import OpenRun
 from clipx.training.step import make_refresh, make_survey_step, put_features
@@ -51,6 +52,11 @@ class Survey:
         state: at the step where the episode starts; donated. next_batch: returns the episode's next
         batch. The features are [b, episode_steps, ...]. Compiles at the first call.
         """
+        return programs.kept(("refresh", self.run.program_key), self._make_refresh)
+
+    def _make_refresh(
+        self,
+    ) -> Callable[[TrainState, Callable[[], Batch]], tuple[TrainState, Features]]:
         run, options = self.run, {"seed": self.run.config.seed}
         embed = make_survey_step(run.objective, microbatches=run.microbatches, **options)
         extra: dict[str, Any] = dict(run.batch.extra)
@@ -100,7 +106,10 @@ class Survey:
             by_name = {"image": features.image, "text": features.text}
             return {name: x.reshape(-1, *x.shape[2:])[places] for name, x in by_name.items()}
 
-        select_jitted = jax.jit(select, out_shardings=meshes.replicated(self.run.mesh))
+        def jitted() -> Callable[..., dict[str, jax.Array]]:
+            return jax.jit(select, out_shardings=meshes.replicated(self.run.mesh))
+
+        select_jitted = programs.kept(("gather", self.run.mesh), jitted)
 
         def gather(features: Features, places: np.ndarray) -> dict[str, jax.Array]:
             with jax.set_mesh(self.run.mesh):

@@ -1,0 +1,57 @@
+"""Jitted functions that this process has made before: a run that goes on, and another of the same
+config, share what was traced and compiled."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import jax
+
+from clipx.config import binding
+from clipx.objectives.base import Objective
+from clipx.parallel import mesh as meshes
+from clipx.parallel.mesh import Mesh
+from clipx.training.optimizer import OptimizerConfig
+from clipx.types import Batch, PyTree, TrainState
+
+T = TypeVar("T")
+
+_MOST = 16  # kept: those that were asked for last
+_made: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+
+def kept(key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returned when this process last called it for `key`, or returns now."""
+    if key not in _made:
+        _made[key] = make()
+    _made.move_to_end(key)
+    while len(_made) > _MOST:
+        _made.popitem(last=False)
+    return _made[key]
+
+
+def key(
+    objective: Objective, optimizer: OptimizerConfig, mesh: Mesh, arrays: PyTree, *numbers: Hashable
+) -> Hashable:
+    """Equal for runs with the same programs. arrays: the abstract arrays that these take."""
+    leaves, tree = jax.tree.flatten(arrays)
+    shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    methods = (type(objective).embed, type(objective).loss)
+    section = json.dumps(binding.dump(optimizer))
+    return objective, methods, section, mesh, tree, shapes, numbers
+
+
+def traced(
+    step: Callable[[TrainState, Batch], tuple[TrainState, PyTree]],
+    state: TrainState,
+    batch: Batch,
+    mesh: Mesh,
+) -> jax.stages.Traced:
+    """A training step, traced for a mesh. The state is donated and keeps its shardings; metrics are
+    replicated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state), meshes.replicated(mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=shardings).trace(state, batch)
