@@ -106,55 +106,60 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _in_range(_convert(value, args[0], where), hint, where)
-    shown = "None" if value is None else f"{_shown(value)} ({type(value).__name__})"
-    wrong = ConfigError(where, shown, _describe(hint), _respelled(value, hint, where))
     if hint is Any:
         return value
     if origin in _UNIONS:
-        return _any_of(value, args, where, wrong)
+        return _any_of(value, hint, where)
     if origin is typing.Literal:
         return _one_of(value, args, where)
     if hint in (None, type(None)):
         if value is None:
             return None
-        raise wrong
+        raise _wrong(value, hint, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # a config file may build it
             check(hint, {name: getattr(value, name) for name in fields(hint)}, where=where)
             return value
         if not isinstance(value, Mapping):
-            raise wrong
+            raise _wrong(value, hint, where)
         return bind(hint, value, where=where)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            raise wrong
+            raise _wrong(value, hint, where)
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
         if len(args) != len(value):
-            raise wrong
+            raise _wrong(value, hint, where)
         return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise wrong
+            raise _wrong(value, hint, where)
         return {k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
-            raise wrong from None
+            raise _wrong(value, hint, where) from None
     if isinstance(hint, type) and not isinstance(value, hint):
-        raise wrong
+        raise _wrong(value, hint, where)
     if isinstance(value, str) and "\0" in value:  # no path, name or text has one
         raise ConfigError(where, repr(value), "a text without null characters")
     if hint is int and isinstance(value, bool):
-        raise wrong
+        raise _wrong(value, hint, where)
     return value
 
 
-def _any_of(value: Any, options: Sequence[Any], where: str, wrong: ConfigError) -> Any:
-    """`value` as the first of the types `options` that it has. Raises `wrong` if it has none."""
+def _wrong(value: Any, hint: Any, where: str) -> ConfigError:
+    """The error about a value that is not of type `hint`."""
+    shown = "None" if value is None else f"{_shown(value)} ({type(value).__name__})"
+    return ConfigError(where, shown, _describe(hint), _respelled(value, hint, where))
+
+
+def _any_of(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the first of the types of the union `hint` that it has. Raises `ConfigError` if it
+    has none."""
     errors = []
-    for option in options:
+    for option in typing.get_args(hint):
         try:
             return _convert(value, option, where)
         except ConfigError as error:
@@ -162,6 +167,7 @@ def _any_of(value: Any, options: Sequence[Any], where: str, wrong: ConfigError) 
     for error in errors:
         if error.where != where or isinstance(error, _OutOfRange):  # they say more
             raise error
+    wrong = _wrong(value, hint, where)
     wrong.fix = next((error.fix for error in errors if error.fix), "")
     raise wrong
 
@@ -282,6 +288,12 @@ def _subclasses(package: str, name: str, base: type) -> list[type[Any]]:
     ]
 
 
+@functools.cache
+def _files(folders: tuple[str, ...]) -> list[str]:
+    """The names of the modules in `folders`, in order."""
+    return sorted(module.name for module in pkgutil.iter_modules(folders))
+
+
 def find(package: str, name: str, base: type) -> type[Any]:
     """The only subclass of `base` in the file `name` of a package, such as "data.sources".
 
@@ -289,7 +301,7 @@ def find(package: str, name: str, base: type) -> type[Any]:
     """
     folder = f"clipx/{package.replace('.', '/')}"
     parent = importlib.import_module(f"clipx.{package}")
-    files = sorted(m.name for m in pkgutil.iter_modules(parent.__path__))
+    files = _files(tuple(parent.__path__))
     classes = _subclasses(package, name, base) if name in files else []
     if len(classes) == 1:
         return classes[0]
@@ -303,12 +315,7 @@ def find(package: str, name: str, base: type) -> type[Any]:
     for other in files:
         with contextlib.suppress(ImportError):  # the file needs a package that is not installed
             names += [other] * (len(_subclasses(package, other, base)) == 1)
-    raise ConfigError(
-        folder,
-        repr(name),
-        "one of " + ", ".join(names),
-        nearest(str(name), names),
-    )
+    raise ConfigError(folder, repr(name), "one of " + ", ".join(names), nearest(str(name), names))
 
 
 def to_lists(value: Any) -> Any:
@@ -335,5 +342,4 @@ def difference(old: Mapping, new: Mapping, prefix: str = "config") -> list[str]:
 
 
 def _has_sections(value: Any) -> bool:
-
     return isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)

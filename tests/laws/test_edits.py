@@ -44,7 +44,7 @@ def outcome(call, *args, said):
 
 
 @pytest.mark.parametrize(
-    "count, traced", [(2000, 30), pytest.param(20_000, 300, marks=pytest.mark.slow)]
+    "count, traced", [(2000, 12), pytest.param(20_000, 300, marks=pytest.mark.slow)]
 )
 def test_edited_configs(count, traced, capsys):
     rng, devices = np.random.default_rng(count), jax.devices()[:1]
