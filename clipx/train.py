@@ -62,7 +62,8 @@ def train(
 
 
 def main(overrides: list[tuple[str, str]]) -> int:
-    return train(cli.load_config(flags.FLAGS.config, overrides), flags.FLAGS.workdir)
+    config = cli.load_config(flags.FLAGS.config, overrides)
+    return train(config, flags.FLAGS.workdir, stop=Stop(kill=True))
 
 
 if __name__ == "__main__":

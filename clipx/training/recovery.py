@@ -14,8 +14,10 @@ from clipx.data.text import tokenizers
 from clipx.errors import CheckpointError, ConfigError, DataError
 from clipx.parallel import processes
 from clipx.training import metrics
+from clipx.training.assemble import bind_objective
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.checkpoint_reader import fault, say
+from clipx.training.schema import Config, EvalSpec, data_section
 from clipx.training.workdir import other_settings, read_config, read_json, set_aside, write_json
 
 _REMOVE = (
@@ -78,11 +80,26 @@ def run_tokenizer(folder: pathlib.Path, step: str = "") -> dict[str, Any]:
 def refuse_strange_config(folder: pathlib.Path, step: int, saved: Mapping[str, Any]) -> str:
     """What is wrong with config.json; "" for a valid file. Raises `ConfigError` if it is valid and
     not the config of the checkpoint of `step`, which is `saved`. Settings that a run may change
-    when it goes on may differ."""
+    when it goes on may differ. A file with an unknown key or a wrong type is damaged."""
     config, why = _config(folder)
     if config is not None and (lines := other_settings(saved, config)):
+        if not _binds(config):
+            return "damaged"
         _refuse(folder / "config.json", step, lines)
     return why
+
+
+def _binds(config: Mapping[str, Any]) -> bool:
+    """Whether the sections of a config have known keys alone, with values of their types."""
+    try:
+        bound = configs.bind(Config, config)
+        bind_objective(bound)
+        data, _ = data_section(bound.data)
+        for name, section in bound.evals.items():
+            EvalSpec.check(name, section, data)
+    except ConfigError:
+        return False
+    return True
 
 
 def _tokenizer_fault(folder: pathlib.Path, step: int, saved: dict[str, Any]) -> str:

@@ -16,10 +16,13 @@ class Stop:
 
     A single process listens to SIGTERM and SIGINT. With several processes JAX's preemption notice
     decides, and all of them get True at the same call. So all must call it at the same places.
+
+    kill: a second signal ends the process as the system does. Python's KeyboardInterrupt, which a
+    notebook needs, may come in a callback that swallows it.
     """
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, *, kill: bool = False):
+        self.asked, self._kill = False, kill
         self._calls = 0
         self._old: dict[int, Any] = {}  # the handlers before this one, by signal
 
@@ -35,7 +38,8 @@ class Stop:
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         self.asked = True
-        signal.signal(number, self._old[number])  # a second signal ends the process at once
+        # a second signal ends the process at once
+        signal.signal(number, signal.SIG_DFL if self._kill else self._old[number])
 
     def __call__(self) -> bool:
         if jax.process_count() > 1 and not self.asked:

@@ -187,6 +187,9 @@ def _cases() -> list[Case]:
     other = "which is not of the run of checkpoint 8"
     cases += [
         Case("config.json: nested", _nested, 8, "config.json was damaged"),
+        Case("config.json: a letter of a key",
+             _edit("config.json", lambda c: c["text"].update(widtl=c["text"].pop("width"))), 8,
+             "config.json was damaged"),
         Case("config.json: another seed", _edit("config.json", lambda c: c.update(seed=7)), None,
              other, ConfigError),
         Case("config.json: another learning rate",
@@ -219,6 +222,7 @@ QUICK = {  # one for each thing that may come of it
     "all are flipped",
     "all were set aside",
     "config.json: truncate",
+    "config.json: a letter of a key",
     "config.json: another seed",
     "config.json: logs more often",
     "tokenizer.json: remove",
