@@ -69,6 +69,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.18"],
         "interop": [
             *("open_clip_torch>=3.0", "transformers>=5.0", "timm>=1.0"),
             *("torch>=2.6", "torchvision>=0.21"),

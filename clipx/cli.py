@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import sys
@@ -24,8 +25,9 @@ from clipx.errors import (
     RunError,
     StuckError,
 )
-from clipx.parallel import processes
+from clipx.parallel import environment, processes
 from clipx.parallel.environment import find_process
+from clipx.training import reference
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the config, the workdir or the data is wrong: fix it, then start again
@@ -57,8 +59,7 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, An
     """The config of `spec` (`clip:small`, `path.py`, `path.py:variant`) as a plain dict, with
     `overrides` applied."""
     config = files.load(spec, dict(overrides).get("objective.name"))
-    for path, text in overrides:
-        files.override(config, path, text)
+    files.override_all(config, overrides)
     return config
 
 
@@ -97,6 +98,15 @@ def be_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{flags_of_xla} --xla_gpu_deterministic_ops=true".strip()
 
 
+def use_no_absent_tpu() -> None:
+    """Takes the CPU on a machine with libtpu and no accelerator. JAX would ask libtpu for a TPU
+    first, which prints several lines of errors. Whoever sets JAX_PLATFORMS is obeyed."""
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
+        return
+    if not environment.has_accelerator():
+        jax.config.update("jax_platforms", "cpu")
+
+
 def use_compile_cache() -> None:
     """Turns on JAX's compilation cache, in JAX_COMPILATION_CACHE_DIR or ~/.cache/clipx/jax."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,9 +114,33 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "clipx", "jax")))
 
 
+def help_text(doc: str, sections: Sequence[str] = ()) -> str:
+    """What `--help` prints: the command's docstring, its flags, and the keys of a config, with the
+    values of `--config` where it is given. sections: the config's sections that the command reads;
+    (): all."""
+    known = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    heads = {f"  --{flag.name}={flag.default_as_str or ''}": flag.help or "" for flag in known}
+    width = max(map(len, heads), default=0)
+    text = [doc.strip(), "", "flags:", *(f"{head:{width}}  {x}" for head, x in heads.items())]
+    if "config" not in flags.FLAGS:
+        return "\n".join(text)
+    given = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("--config=")]
+    config = load_config(given[-1], ()) if given else None
+    hint = "and their defaults (with --config=NAME: those of NAME)"
+    of = f"of {given[-1]}" if given else hint
+    keys = reference.lines(reference.keys(config, sections))
+    return "\n".join([*text, "", f"config keys {of}:", *keys])
+
+
 @secrets.guarded()
-def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[str]) -> None:
+def run(
+    main: Callable[[list[tuple[str, str]]], int | None],
+    required: Sequence[str],
+    sections: Sequence[str] = (),
+) -> None:
     """Parses the flags, calls `main(overrides)` and exits with the code that it returns.
+
+    sections: as for `help_text`.
 
     An exception of `clipx.errors` becomes one block of text on stderr and its exit code. `required`
     names the flags that must be set. What is printed has no secrets, tracebacks included.
@@ -118,6 +152,7 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         for name in required:
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
+        use_no_absent_tpu()
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and raises its errors anyway
         if "deterministic" in flags.FLAGS and flags.FLAGS["deterministic"].value:
             be_deterministic()
@@ -129,7 +164,8 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
-            known = [*(f"--{name}" for name in required), "--config.x.y=..."]
+            own = (flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+            known = [f"--{name}" for name in dict.fromkeys((*required, *own))]
             raise ConfigError("command line", str(error), ", ".join(known)) from None
 
     def fail(error: Exception | str, code: int) -> NoReturn:
@@ -149,6 +185,10 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], required: Sequence[
         sys.exit(code)
 
     try:
+        if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
+            doc = getattr(main, "func", main).__globals__["__doc__"] or ""
+            print(help_text(doc, sections))
+            sys.exit(0)
         argv, overrides = take_overrides(sys.argv)
         app.run(checked_main, argv=argv, flags_parser=parse)
     except (ConfigError, DataError, BadSample) as error:

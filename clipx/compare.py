@@ -1,5 +1,6 @@
 """`python -m clipx.compare --config=configs/compare_flickr8k.py --workdir=DIR`: trains the variants
-of a config one after another, each in its own folder, and prints one table of their evals.
+of a config one after another, each in its own folder, prints one table of their evals, and writes
+a page that compares them.
 
 The same command, started again, skips finished variants and continues the unfinished one.
 """
@@ -13,8 +14,8 @@ from absl import flags
 
 from clipx import cli
 from clipx.config import files, reading
-from clipx.errors import ConfigError
-from clipx.reporting import comparison
+from clipx.errors import ConfigError, RunError
+from clipx.reporting import comparison, runs_page
 from clipx.train import train
 
 
@@ -41,6 +42,13 @@ def compare(
         if not done and (code := train(values, str(folder))):
             return code
         rows[name] = comparison.cells(folder)
+    folders = [str(pathlib.Path(workdir, name)) for name in rows]
+    try:
+        out = str(pathlib.Path(workdir, runs_page.FILE))
+        page = runs_page.compare(folders, out, print, list(rows))
+        print(f"\n{page}: the runs compared; open it in a browser")
+    except RunError as error:  # the runs themselves are complete
+        print(f"\nno {runs_page.FILE}: {error}")
     print("\n" + "\n".join(comparison.table(rows)))
     return 0
 

@@ -4,7 +4,8 @@
     preview      writes a page of pictures, captions, views and tokens as the model will see them
     verify       decodes every row; reports bad rows, sizes, captions and duplicates; exits with 2
                  if too many rows are bad; --against=TEST counts pictures of a test set in the data
-    fingerprint  prints the number of rows and the digest of their keys
+    fingerprint  prints the number of rows and the digest of their keys. Tars and a table of one
+                 set of pictures name their rows otherwise, and have two
     pack         writes any source as tar shards into --output
     bench        times data loading stage by stage, and says how many cores a model needs
 
@@ -20,8 +21,6 @@ import functools
 import json
 import os
 import pathlib
-import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +38,10 @@ from clipx.data.manifests import describe
 from clipx.data.resolve import resolve
 from clipx.data.shard_index import index_shards
 from clipx.data.threads import progress_bar
-from clipx.errors import ConfigError, DataError, RunError
+from clipx.errors import ConfigError, RunError
 from clipx.planning import feed_comparison, feed_speed
 from clipx.reporting import data_page
-from clipx.serving import evaluation
+from clipx.serving import given_source
 from clipx.training import guesses
 from clipx.training.alone import open_alone
 from clipx.training.schema import EVAL_SOURCES, EvalSpec, SourceSpec, data_section
@@ -107,7 +106,9 @@ def verify(config: Mapping[str, Any], output: str = "", against: str = "") -> in
     else 0.
     """
     data, spec = data_section(config.get("data"))
-    test = _test_source(against) if against else None
+    test = None
+    if against:
+        test = given_source.opened(given_source.sections(against, "--against"), "--against")
     count, reports = verifying.token_counter(config.get("tokenizer")), {}
     sources = []
     for where, part in spec.parts("config.data"):
@@ -136,34 +137,6 @@ def verify(config: Mapping[str, Any], output: str = "", against: str = "") -> in
         f"{data.max_bad_fraction}: a run would stop"
     )
     return cli.EXIT_CONFIG
-
-
-def _test_source(text: str) -> Source:
-    """The source that `--against` names."""
-    where, values = "--against", {"source": "auto", "path": text}
-    if text.startswith("source="):
-        values = evaluation.section(text, where)
-
-    def say(line: str) -> None:
-        print(line.replace("evals.against.data", where))
-
-    try:
-        evals = {"against": {"data": values}}
-        values = resolve({"evals": evals}, say=say)["evals"]["against"]["data"]
-        given = dict(values)
-        return SourceSpec.check(given, given.pop("source"), where).open()
-    except DataError as error:
-        raise DataError(_against_flags(str(error), values)) from None
-
-
-def _against_flags(message: str, values: Mapping[str, Any]) -> str:
-    """The message of a source with flags of --against in place of the config's. `values`: what is
-    known of the source."""
-    key = r"--config\.(?:evals\.against\.)?data\."
-    message = re.sub(rf"{key}source=(\S+) {key}", r"--against=source=\1,", message)
-    message = re.sub(rf"{key}path=", "--against=", message)
-    known = shlex.quote(",".join(f"{name}={value}" for name, value in values.items()))
-    return re.sub(key, lambda _: f"--against={known},", message)
 
 
 def show_fingerprint(config: Mapping[str, Any]) -> None:

@@ -82,10 +82,33 @@ class ConfigError(Said):
         return readable("\n".join(lines))
 
 
+class UnknownKeys(ConfigError):
+    """One or several keys of a config that do not exist: an error of each, one below the other.
+    `where` and the other attributes are those of the first."""
+
+    def __init__(self, errors: Sequence[ConfigError]):
+        first = errors[0]
+        super().__init__(first.where, first.found, first.expected, first.fix, first.file)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        if len(self.errors) == 1:
+            return super().__str__()
+        parts = [(e.where, e.found, e.expected, e.fix, e.file or self.file) for e in self.errors]
+        return "\n".join(str(ConfigError(*part)) for part in parts)
+
+
 def damaged_file(path: str | os.PathLike, error: Exception) -> ConfigError:
     """What to raise for a file of a workdir that cannot be read because of `error`."""
     found = f"{os.fspath(path)}, which is damaged ({error})"
     return ConfigError("--workdir", found, "the file as the run wrote it")
+
+
+def at_key(message: str, key: str) -> str:
+    """The message of a source, which names the config key or flag that it is about: `key`, unless
+    it names one already."""
+    named = message.startswith("--") or any(f"config.{s}" in message for s in ("data", "evals"))
+    return message if named else f"{key}: {message}"
 
 
 class DataError(Said):

@@ -90,4 +90,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("train_data", "", "Data to train probes on, as source=...,path=...")
     flags.DEFINE_string("step", "latest", "The checkpoint: a step, latest or best.")
 
-    cli.run(main, required=())
+    cli.run(main, required=(), sections=("evals",))

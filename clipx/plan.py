@@ -4,7 +4,8 @@ that is not here, what does a step cost there, and how long will the run take?
 For TPUs (v4, v5e, v5p, v6e; `2xv5e:16x16` is two slices) the training step itself is compiled,
 which takes minutes and needs no TPU. For GPUs (`h100:8x8` is 8 nodes of 8; h200, a100) an analytic
 model estimates it. Several configs and topologies, separated by commas, make a table. Exits with 0
-if all of them fit, with 1 otherwise. `--losses` prints the memory and time of the losses alone.
+if all of them fit, with 1 otherwise; with `--search`, if all fit with some number of micro-batches.
+`--losses` prints the memory and time of the losses alone.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
         for topology, price in zip(topologies, prices):
             started = time.perf_counter()
             run, prediction = plan(config, topology)
-            lines = describe(name, topology, run, prediction, price)
+            searched = []
             if flags.FLAGS.search:
-                lines.append(search(config, topology, run, prediction))
+                run, prediction, line = search(config, topology, run, prediction)
+                searched = [line]
+            lines = [*describe(name, topology, run, prediction, price), *searched]
             seconds = time.perf_counter() - started
             print("\n".join([*lines, f"({seconds:.0f} s)", ""]), flush=True)
             rows.append(Row(name, topology, run, prediction, price))

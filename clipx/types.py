@@ -135,10 +135,12 @@ Metrics = dict[str, jax.Array]
 class Curve(NamedTuple):
     """How the report plots a training metric."""
 
-    chart: str  # title of the chart; metrics with the same title share a chart
+    # title of the chart; metrics with the same title share a chart. For the metrics of a pattern
+    # "loss/*", a * in the title stands for what the metric's own name has in its place
+    chart: str
     from_zero: bool = True  # the vertical axis starts at 0
     smooth: bool = True  # plot a running mean over the noisy values
-    level: bool = False  # plot only the last value, as a dashed line
+    level: bool = False  # what the chart's other curves are compared with: a dashed line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,4 +261,4 @@ def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch)
     for batch, expected in ((64, "fit: 8, 8.25"), (4, "doubling: 8 at 1 micro-batch(es), 8.25")):
         config = small(("train.batch_size", str(batch)))
         run, told = plans.plan(config, where)
-        assert expected in plans.search(config, where, run, told)
+        assert expected in plans.search(config, where, run, told)[2]

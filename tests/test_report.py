@@ -10,7 +10,9 @@ import types
 import numpy as np
 import pytest
 
+from clipx import report as command
 from clipx.errors import RunError
+from clipx.reporting import gallery
 from clipx.reporting import page as report
 from clipx.reporting.charts import Figure
 from clipx.reporting.gallery import Samples
@@ -33,7 +35,7 @@ def workdir(tmp_path):
             loss = math.nan if step == 90 else 2 / step
             metrics.log(
                 step,
-                {"loss": loss, "loss/chance": 4.85, "learning_rate": 0.1, "logit_scale": 14.3},
+                {"loss": loss, "chance_loss": 4.85, "learning_rate": 0.1, "logit_scale": 14.3},
             )
             if step % 100 == 0:
                 metrics.log(step, {"knn/top1": 0.9 - step / 1000, "retrieval/x_median_rank": step})
@@ -213,14 +215,30 @@ def test_metrics_of_clusters_have_curves(tmp_path):
             clusters = {"clusters/image_empty": 3, "clusters/text_empty": 0}
             metrics.log(step, {"loss": 1.0, "batch/text_from_image": 0.5, **clusters})
     page = read(report.write(tmp_path))
-    titles = ["Loss", "Rows that pick their own prototype", "Empty clusters"]
+    titles = ["Loss", "Rows that pick their own prototype, %", "Empty clusters"]
     assert [text for text in page.text if text in titles] == titles
     assert {"clusters/image_empty", "clusters/text_empty"} < set(page.text)
 
 
+class Examples:
+    """Twelve pictures."""
+
+    def __len__(self):
+        return 12
+
+    def batches(self, size):
+        yield samples().pictures
+
+    def picture(self, row):
+        return samples().pictures[row]
+
+
 class Run:
     def samples(self, held_out):
-        return samples().pictures, ["a", "b"], [0, 3]
+        return Examples(), ["a", "b"], [0, 3]
+
+    def evaluators(self, held_out):
+        return {}
 
 
 class Encode:
@@ -244,7 +262,11 @@ def test_every_process_encodes_and_process_0_writes(workdir, monkeypatch):
 
 
 def test_a_run_without_pairs_to_look_at(workdir):
-    path = report.write_run(workdir, types.SimpleNamespace(samples=lambda held_out: None), Encode())
+    path = report.write_run(
+        workdir,
+        types.SimpleNamespace(samples=lambda held_out: None, evaluators=lambda held_out: {}),
+        Encode(),
+    )
     assert read(path).tags.count("article") == 0
 
 
@@ -284,3 +306,126 @@ def test_shares_are_in_percent_and_the_best_of_a_bias_is_the_least(tmp_path):
     assert re.search(r"bias/gap_after +0.5 +1 +0.75", text)
     assert re.search(r"mine/x +4 +2 +4", text)
     assert "<figcaption>near, %</figcaption>" in html
+
+
+def test_a_term_of_the_loss_has_a_panel_with_its_chance(tmp_path):
+    """The dashed lines have a name, and a level that changes is drawn as it changes."""
+    with Metrics(tmp_path, total_steps=2, batch_size=8) as metrics:
+        for step in (1, 2):
+            terms = {"loss/contrastive": 2.0, "loss/prototype": 3.0, "batch/R@1": 0.5}
+            chances = {"chance_loss/contrastive": 2.1, "chance_loss/prototype": 4.0}
+            metrics.log(step, {"loss": 2.0 * step, "chance_loss": 2.1 * step, **terms, **chances})
+    path = report.write(tmp_path)
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>(.*?)</figure>", path.read_text(), re.S)
+    drawn = {title: re.findall("</i>(.*?)</span>", rest) for title, rest in figures}
+    assert drawn == {
+        "Loss": ["loss", "chance"],
+        "R@1 inside the batch, %": [],
+        "Loss: contrastive": ["loss/contrastive", "chance"],
+        "Loss: prototype": ["loss/prototype", "chance"],
+    }
+    assert all('class="dashed"' in rest for title, rest in figures if title.startswith("Loss"))
+
+
+def test_chance_and_sizes_stand_beside_the_scores(workdir):
+    looked = report.Looked(None, {"knn/top1": 0.1}, {"knn": {"pictures": 2000, "classes": 10}})
+    text = re.sub(r"\s*<[^>]+>\s*", " ", report.write(workdir, looked=looked).read_text())
+    assert re.search(r"knn/top1 +80.0 % +100 +70.0 % +10.0 %", text)
+    assert "knn : 2,000 pictures, 10 classes." in text
+
+
+def test_what_was_evaluated_afterwards(workdir):
+    entry = {
+        "dataset": "cifar10-test",
+        "metrics": {"acc1": 0.25, "acc5": 0.75, "class/cat": 0.5, "other": 3.0},
+        "eval": {"evaluator": "zero_shot"},
+        "sizes": {"pictures": 10_000},
+        "chance": {"acc1": 0.1},
+    }
+    old = {"dataset": "x", "metrics": {"image_retrieval_recall@5": 0.5}}
+    for step, name, content in (
+        (1000, "cifar10-test_cifar", entry),
+        (200, "x_retrieval", old),
+        (200, "broken", [1]),
+    ):
+        folder = workdir / f"evaluation_{step}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    html = report.write(workdir).read_text()
+    after = html[html.index("Evaluated afterwards") : html.index("<h2>Training")]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in after.split("<tr>")[2:]]
+    assert rows == [
+        ["retrieval/image_retrieval_recall@5", "x", "", "200", "50.0 %", ""],
+        ["cifar/acc1", "cifar10-test", "10,000 pictures", "1,000", "25.0 %", "10.0 %"],
+        ["cifar/acc5", "cifar10-test", "10,000 pictures", "1,000", "75.0 %", ""],
+        ["cifar/other", "cifar10-test", "10,000 pictures", "1,000", "3", ""],
+    ]
+
+
+class Scores:
+    """An encoder whose score of a caption and a picture is minus the distance of their numbers."""
+
+    def image(self, pictures):
+        return Encoded(unit=pictures[:, 0, 0, :1].astype(np.float32))
+
+    def text(self, texts):
+        return Encoded(unit=np.array([[float(text)] for text in texts], np.float32))
+
+    def similarity(self, images, texts):
+        return -np.abs(images.unit - texts.unit.T)
+
+
+def test_queries_rank_the_whole_test_set():
+    """600 pictures in three batches, of which the last is padded; two have each number."""
+    numbers = np.arange(600) // 2 % 256
+    pictures = np.broadcast_to(numbers[:, None, None, None], (600, 4, 4, 3)).astype(np.uint8)
+    read = []
+
+    class Set:
+        def __len__(self):
+            return 600
+
+        def batches(self, size):
+            yield from (pictures[i : i + size] for i in range(0, 600, size))
+
+        def picture(self, row):
+            read.append(row)
+            return pictures[row]
+
+    owner = np.repeat(np.arange(600), 2)
+    captions = [str(numbers[i]) for i in owner]
+    looked = gallery.look(Scores(), Set(), captions, owner)
+    assert looked.similarity.shape[0] == 600 and len(looked.columns) < 30 and read == []
+    for query in gallery.queries(looked):
+        right = np.flatnonzero(numbers == int(query.caption))
+        assert (query.rank, query.pictures) == (1, 600)
+        assert [hit.picture for hit in query.hits if hit.right] == right[:5].tolist()
+        assert looked.pictures[query.hits[0].picture][0, 0, 0] == int(query.caption)
+
+
+def test_following_a_run_until_it_writes_its_own(workdir, capsys):
+    """The page is written when there are metrics to add, and refreshes itself until the end."""
+    log, lines = workdir / "metrics.jsonl", []
+    text = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(text[:50]))
+
+    def stop():
+        page = workdir / "report.html"
+        lines.append("http-equiv" in page.read_text() if page.exists() else None)
+        if len(lines) == 20:
+            log.write_text("".join(text))
+        if len(lines) == 40:
+            report.write(workdir)  # as the run does at its end
+        assert len(lines) < 500
+        return False
+
+    path = command.follow(str(workdir), stop, seconds=0.01)
+    assert path == workdir / "report.html" and "http-equiv" not in path.read_text()
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["step 50", "step 200"]
+    assert True in lines
+
+
+def test_following_that_is_stopped_leaves_a_page_that_stays(workdir):
+    calls = iter([False, True, True, True])
+    assert "http-equiv" not in command.follow(str(workdir), lambda: next(calls)).read_text()

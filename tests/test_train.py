@@ -40,9 +40,9 @@ def whole(tmp_path_factory):
 def test_a_run_writes_metrics_config_and_report(whole, capsys):
     training = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 13))
-    assert {"loss/chance", "batch/R@1", "logit_scale", "learning_rate", "grad_norm", "param_norm",
+    assert {"chance_loss", "batch/R@1", "logit_scale", "learning_rate", "grad_norm", "param_norm",
             "images_per_second", "data_wait_fraction"} <= training[0].keys()  # fmt: skip
-    assert np.isclose(training[0]["loss/chance"], np.log(32))
+    assert np.isclose(training[0]["chance_loss"], np.log(32))
     evaluation = rows(whole)[-1]
     assert {"zero_shot/top1", "retrieval/text_to_image_R@1"} <= evaluation.keys()
     assert json.loads((whole / "config.json").read_text())["optimizer"]["b2"] == 0.98

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import pkgutil
@@ -16,18 +15,13 @@ import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from clipx.config import ranges
-from clipx.errors import ConfigError
+from clipx.config import ranges, unknown
+from clipx.config.unknown import nearest
+from clipx.errors import ConfigError, UnknownKeys
 
 _MISSING = dataclasses.MISSING
 _UNIONS = (types.UnionType, typing.Union)
 T = TypeVar("T")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A fix for a misspelt name, "did you mean ...?"; "" if none of `names` is close to it."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -202,24 +196,16 @@ def check(
     cls: a dataclass or a Linen module, whose annotated fields are the keys. where: the section's
     path, for messages. given: fields that the caller sets and a config may not. beside: keys of the
     section that the caller has taken out before; an unknown key may be one of them, misspelt.
-    Raises `ConfigError` for an unknown key (with the nearest name), a value of the wrong type or
-    outside its range, and a missing key without a default.
+    Raises `UnknownKeys` for keys that do not exist (with the nearest names), and `ConfigError` for
+    a value of the wrong type or outside its range, and a missing key without a default.
     """
     section = plain(section)
     if not isinstance(section, Mapping):
         raise ConfigError(where, repr(section), _describe(cls))
     allowed = {k: f for k, f in fields(cls).items() if k not in given}
-    for key in section:
-        if key not in allowed:
-            known = [*allowed, *beside]
-            raise ConfigError(
-                f"{where}.{key}",
-                f"unknown key {key!r}",
-                "one of " + ", ".join(known) if known else "no keys",
-                f"remove {where}.{key}: other sections set it"
-                if key in given
-                else nearest(str(key), known),
-            )
+    if strange := [key for key in section if key not in allowed]:
+        known = [*allowed, *beside]
+        raise UnknownKeys([unknown.error(str(key), where, known, key in given) for key in strange])
     hints = types_of(cls)
     values = {k: _convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in section.items()}
     for key, field in allowed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -30,6 +31,15 @@ class Duration:
             raise ConfigError(self.where, f"{steps:,} steps", f"at most {INT:,} steps")
         return steps
 
+    def spelled(self, steps: int, *, batch_size: int, rows: int | None) -> str:
+        """At most `steps` steps, in this length's unit, as a config spells it."""
+        if self.unit == "steps":
+            return str(steps)
+        if self.unit == "examples":
+            return str(steps * batch_size)
+        assert rows is not None  # a length in epochs was counted in steps
+        return f"{math.floor(1e3 * steps / max(rows // batch_size, 1)) / 1e3:g}"
+
     def _steps(self, batch_size: int, rows: int | None) -> int | None:
         """`steps`, however many there are."""
         if self.unit == "steps":
@@ -54,6 +64,19 @@ class Duration:
         return int(round(self.amount * (rows // batch_size)))
 
 
+UNITS = ("steps", "epochs", "examples")
+_LENGTHS = ("train.total", "optimizer.warmup")  # the keys of a config without their unit
+
+
+def others(path: str) -> list[str]:
+    """The keys that set the same length as the key `path` of a config in other units; none for a
+    key that sets no length."""
+    name, _, unit = path.rpartition("_")
+    if name not in _LENGTHS or unit not in UNITS:
+        return []
+    return [f"{name}_{other}" for other in UNITS if other != unit]
+
+
 @typing.overload
 def duration(
     values: Mapping[str, Any], name: str, *, where: str, optional: Literal[False] = False
@@ -69,9 +92,8 @@ def duration(
 
     Raises `ConfigError` unless exactly one is set. With `optional`, returns None if none is set.
     """
-    units = ("steps", "epochs", "examples")
-    keys = [f"{name}_{unit}" for unit in units]
-    amounts = {u: values.get(k) for u, k in zip(units, keys) if values.get(k) is not None}
+    keys = [f"{name}_{unit}" for unit in UNITS]
+    amounts = {u: values.get(k) for u, k in zip(UNITS, keys) if values.get(k) is not None}
     if optional and not amounts:
         return None
     if len(amounts) != 1:

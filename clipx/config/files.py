@@ -11,11 +11,13 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clipx import configs
-from clipx.config.binding import nearest, plain, to_lists
+from clipx.config import durations
+from clipx.config.binding import plain, to_lists
+from clipx.config.unknown import nearest
 from clipx.errors import ConfigError
 
 
@@ -138,6 +140,20 @@ def _execute(file: pathlib.Path) -> types.ModuleType:
                 continue
             del sys.modules[name]
     return module
+
+
+def override_all(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
+    """Applies overrides, pairs of a path and a text as for `override`. One that sets a length, such
+    as train.total_steps, clears what the config has of it in other units."""
+    for path, text in overrides:
+        section = config.get(path.partition(".")[0])
+        if parse(text) is None or not isinstance(section, dict):
+            continue
+        for other in durations.others(path):
+            if (key := other.partition(".")[2]) in section:
+                section[key] = None
+    for path, text in overrides:
+        override(config, path, text)
 
 
 def override(config: dict[str, Any], path: str, text: str) -> None:

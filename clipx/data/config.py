@@ -29,7 +29,7 @@ class FeaturesConfig:
 class DataConfig:
     """The keys of `config.data` that every source shares."""
 
-    source: str
+    source: str  # what the data is: auto, webdataset, table, files, folder, tfds, shapes, mixture
     fraction: Share = 1.0  # share of the rows to train on; every run selects the same rows
     # rows to keep apart and evaluate on; auto: the smaller of 10 % and 1,000 if the data of an eval
     # has an empty path, else none. They are chosen by a hash of the picture

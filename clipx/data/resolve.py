@@ -9,7 +9,7 @@ from clipx.config import binding
 from clipx.data.contents import TEST, TRAIN
 from clipx.data.discover import Found, discover
 from clipx.data.sources.auto import Auto
-from clipx.errors import DataError, in_section
+from clipx.errors import DataError, at_key, in_section
 
 _UNREAD = "webdataset"  # any source that has a path
 
@@ -77,7 +77,8 @@ def _section(
         found = discover(given.pop("path"), given, wanted)
     except DataError as error:
         if before.get("source") in (None, "auto"):
-            raise DataError(in_section(str(error), where)) from None
+            said = in_section(str(error), where)
+            raise DataError(at_key(said, f"config.{where}.path")) from None
         values = {k: before[k] for k in ("path", "where") if before.get(k)}
         found = Found(before["source"], values, "as before")
     say(found.line(where))

@@ -114,6 +114,16 @@ class Evaluator(Protocol):
         """What to say before the first evaluation, in lines: how the data set was understood."""
         return []
 
+    def sizes(self) -> dict[str, int]:
+        """What the open evaluator counts its metrics over, such as {"pictures": 1000}."""
+        examples = getattr(self, "examples", None)
+        return {} if examples is None else {"pictures": len(examples)}
+
+    def chance(self) -> dict[str, float]:
+        """The metrics, by name, of a model that tells nothing apart. Those are left out for which
+        no number is known."""
+        return {}
+
 
 def declared(metrics: Mapping[str, Metric], name: str) -> str | None:
     """The key of `metrics` for `name`: the name itself, or the first pattern that matches; None
@@ -209,6 +219,14 @@ def accuracies(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) 
         metrics["top5"] = float(np.mean(rank <= 5))
     recalls = [np.mean(rank[labels == label] <= 1) for label in np.unique(labels)]
     return metrics | {"mean_per_class": float(np.mean(recalls))}
+
+
+def chance_of(classes: int) -> dict[str, float]:
+    """The `accuracies` of a guess among so many classes; {} if their number is not known."""
+    if not classes:
+        return {}
+    top5 = {"top5": 5 / classes} if classes > 5 else {}
+    return {"top1": 1 / classes, **top5, "mean_per_class": 1 / classes}
 
 
 def read_entries(path: str, where: str, keys: dict[str, type]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from clipx.evaluators.base import (
     Evaluator,
     Examples,
     accuracies,
+    chance_of,
     rows_of,
     split_labels,
     unit,
@@ -61,6 +62,13 @@ class Knn(Evaluator):
                 f"{max(self.neighbours)} of {len(self.train_examples)} training examples",
                 "at most as many neighbours as training examples",
             )
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "training pictures": len(self.train_examples)}
+
+    def chance(self) -> dict[str, float]:
+        chance = chance_of(len(self.examples.classes))
+        return {f"k{k}/{name}": x for k in self.neighbours for name, x in chance.items()}
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         train, test = split_labels(self.train_examples, self.examples, "knn")

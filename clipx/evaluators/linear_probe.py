@@ -21,6 +21,7 @@ from clipx.evaluators.base import (
     Evaluator,
     Examples,
     accuracies,
+    chance_of,
     rows_of,
     split_labels,
 )
@@ -107,6 +108,12 @@ class LinearProbe(Evaluator):
     def __post_init__(self):
         if not self.costs:
             raise ConfigError("linear_probe.costs", "none", "at least one number")
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "training pictures": len(self.train_examples)}
+
+    def chance(self) -> dict[str, float]:
+        return chance_of(len(self.examples.classes))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         train, test = split_labels(self.train_examples, self.examples, "linear_probe")

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from clipx.config import reading
-from clipx.config.binding import nearest
+from clipx.config.unknown import nearest
 from clipx.errors import ConfigError, listed
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ class Retrieval(Evaluator):
     chunk: Count = 256
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        texts, picture_of = captions_of(self.examples, "retrieval.examples", most=self.captions)
+        texts, picture_of = self._captions
         size = self.batch_size
         images = _encode(encode.image, self.examples.batches(size))
         captions = _encode(encode.text, (texts[i : i + size] for i in range(0, len(texts), size)))
@@ -81,13 +82,25 @@ class Retrieval(Evaluator):
             "image_to_text": _rank(similarity, images, captions, texts_of, self.chunk),
             "text_to_image": _rank(transposed, captions, images, pictures_of, self.chunk),
         }
-        recalls = {
-            f"{direction}_R@{k}": float(np.mean(found.within(k)))
-            for direction, found in places.items()
-            for k in _DEPTHS
+        return _metrics(places)
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "captions": len(self._captions[0])}
+
+    def chance(self) -> dict[str, float]:
+        pictures, captions = len(self.examples), len(self._captions[0])
+        own = np.bincount(self._captions[1], minlength=pictures)  # captions of each picture
+        none, one = np.zeros(pictures, int), np.ones(captions, int)
+        places = {
+            "image_to_text": Places(none, own, captions - own),
+            "text_to_image": Places(0 * one, one, (pictures - 1) * one),
         }
-        medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in places.items()}
-        return {**recalls, "mean_recall": float(np.mean(list(recalls.values()))), **medians}
+        return _metrics(places)
+
+    @functools.cached_property
+    def _captions(self) -> tuple[list[str], Int[np.ndarray, " t"]]:
+        """(the captions, the picture that each belongs to)."""
+        return captions_of(self.examples, "retrieval.examples", most=self.captions)
 
 
 class Places(NamedTuple):
@@ -109,6 +122,17 @@ class Places(NamedTuple):
     def rank(self) -> Float[np.ndarray, " q"]:
         """The expected rank, from 1."""
         return 1 + self.above + self.wrong / (self.right + 1)
+
+
+def _metrics(places: Mapping[str, Places]) -> dict[str, float]:
+    """The metrics of the places of both directions."""
+    recalls = {
+        f"{direction}_R@{k}": float(np.mean(found.within(k)))
+        for direction, found in places.items()
+        for k in _DEPTHS
+    }
+    medians = {f"{name}_median_rank": float(np.median(p.rank())) for name, p in places.items()}
+    return {**recalls, "mean_recall": float(np.mean(list(recalls.values()))), **medians}
 
 
 def _rank(

@@ -14,7 +14,15 @@ from jaxtyping import Float, Int
 
 from clipx.config.ranges import Count
 from clipx.errors import ConfigError
-from clipx.evaluators.base import ACCURACIES, Encode, Evaluator, Examples, labels_of, unit
+from clipx.evaluators.base import (
+    ACCURACIES,
+    Encode,
+    Evaluator,
+    Examples,
+    chance_of,
+    labels_of,
+    unit,
+)
 from clipx.evaluators.class_names import by_label, check_names, refuse_ids
 from clipx.evaluators.prompts import SETS, braces, check, names, published
 from clipx.types import Encoded, Metric
@@ -112,6 +120,12 @@ class ZeroShot(Evaluator):
             f"prompts of {len(classes):,} classes x {len(templates)} template(s), such as "
             + ", ".join(map(repr, prompts))
         ]
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "classes": len(self._class_names())}
+
+    def chance(self) -> dict[str, float]:
+        return chance_of(len(self._class_names()))
 
     @functools.cached_property  # of the file that the config names, or of an installed open_clip
     def _templates(self) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class Facts:
     towers: str
     data: str
     seen: str  # samples seen in training
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, str]  # their values as people read them
     proof: Proof | None
     unproven: str  # why there is no proof
     left_out: Collection[str]  # names of the heads
@@ -150,10 +150,10 @@ def _code(text: str) -> str:
     return f"```python\n{text}\n```"
 
 
-def _metrics(metrics: Mapping[str, float]) -> str:
+def _metrics(metrics: Mapping[str, str]) -> str:
     if not metrics:
         return "The run was not evaluated at this step."
-    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())]
+    rows = [f"| {name} | {value} |" for name, value in sorted(metrics.items())]
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 

@@ -92,6 +92,7 @@ def fit(
     ignore: Collection[str] = (),
     faults: Collection[str] = (),
     where: str = "config.init_from",
+    resized: list[str] | None = None,
 ) -> dict[str, PyTree]:
     """{"params": {"image": ..., "text": ...}, "batch_stats": ...} of `model`, in the layout of the
     towers `image` and `text`.
@@ -102,7 +103,8 @@ def fit(
 
     ignore: differences to accept, as patterns with wildcards such as "*": "image.activation" for a
     setting; "text.projection" for arrays, which are then left out; "text" for a complete tower.
-    faults: further differences that the caller found, as "name: description".
+    faults: further differences that the caller found, as "name: description". resized: gets a line
+    about each array of another size.
 
     Raises one `ConfigError` at `where` that lists every difference that is not ignored.
     """
@@ -115,7 +117,7 @@ def fit(
         params = dict(model.params[name])
         if name == "text" and type(getattr(model, name)) is type(tower):
             _mask(params, tower, model.words.dropped, mask_id)
-        params = fit_tower(name, getattr(model, name), params, tower, ignore, faults)
+        params = fit_tower(name, getattr(model, name), params, tower, ignore, faults, resized)
         if params is None:
             continue
         params_by_tower[name] = params
@@ -132,9 +134,10 @@ def fit_tower(
     tower: Tower,
     ignore: Collection[str],
     faults: list[str],
+    resized: list[str] | None = None,
 ) -> PyTree | None:
     """The `params` of the tower `given`, without what is ignored, in the layout of `tower`; None
-    for a tower of another kind. Appends to `faults` what differs.
+    for a tower of another kind. Appends to `faults` what differs, and to `resized` what is resized.
 
     name: "image" or "text". ignore: as for `fit`.
     """
@@ -148,7 +151,8 @@ def fit_tower(
         for field, value in tower.unseen_settings.items()
         if settings[field] != value
     ]
-    _resize(params, tower)
+    if change := _resize(params, tower):
+        (resized if resized is not None else []).append(f"{name}.{change}")
     _compare(name, params, tower, faults)
     kept = {k: x for k, x in params.items() if not ignored(f"{name}.{k}", ignore)}
     stacked = stack_blocks(kept) if getattr(tower, "scan", False) else kept
@@ -195,26 +199,29 @@ def _compare(name: str, params: PyTree, tower: Tower, faults: list[str]) -> None
             faults.append(f"{name}.{key}: {both} in the config")
 
 
-def _resize(params: PyTree, tower: Tower) -> None:
+def _resize(params: PyTree, tower: Tower) -> str:
     """Resizes the positional embedding in `params` to the tower's size, if only the number of
-    positions differs."""
+    positions differs. Returns what was done; "" for nothing."""
     table = tower.position_table
     if table is None:
-        return
+        return ""
     *parents, leaf = table.path
     for name in parents:
         if name not in params:
-            return
+            return ""
         params[name] = params = dict(params[name])  # a copy: the model's own dict must not change
-    rows = params[leaf]
+    rows, name = params[leaf], ".".join(table.path)
     if len(table.shape) == 1:
-        if len(rows) != table.shape[0]:
-            params[leaf] = resize_line(rows, table.shape[0])
-        return
+        if len(rows) == table.shape[0]:
+            return ""
+        params[leaf] = resize_line(rows, table.shape[0])
+        return f"{name} from {len(rows)} to {table.shape[0]} positions"
     first, side = table.first, table.shape[0]
     old = round((len(rows) - first) ** 0.5)
-    if old != side and len(rows) == first + old**2:
-        params[leaf] = resize_grid(rows, first, side)
+    if old == side or len(rows) != first + old**2:
+        return ""
+    params[leaf] = resize_grid(rows, first, side)
+    return f"{name} from {old} x {old} to {side} x {side} positions"
 
 
 def _mask(params: PyTree, tower: Tower, given: int | None, wanted: int | None) -> None:

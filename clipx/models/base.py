@@ -93,11 +93,12 @@ class Tower(nn.Module):
     embed_dim: WidthOrZero = 512  # of the shared space; 0: no projection, `raw` is `backbone`
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of compute; parameters: float32
     projection_bias: bool = False  # CLIP's projections have no bias, DeCLIP's text tower has one
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp"] = "linear"  # of the projection; mlp adds a hidden layer
     head_width: Width = 1024  # of the hidden layer of an mlp
-    head_dropout: Rate = 0.0
+    head_dropout: Rate = 0.0  # of the head's input and hidden layer
+    # cca: a canonical correlation analysis of both towers' features
     head_init: Literal["random", "cca"] = "random"
-    init_from: str = ""
+    init_from: str = ""  # a folder or file of pretrained weights of another library
     lora_rank: CountOrZero = 0  # of the adapters of attention and MLP kernels (`Lora`); 0: none
     lora_alpha: Positive = 16.0  # adapters are scaled by lora_alpha / lora_rank
     # BatchNorm uses its running statistics in training too, and keeps them: batches of a small data

@@ -40,7 +40,7 @@ class Objective(nn.Module):
     crop_scale: Crop | None = None  # area share; None: the augmentation's
     false_negatives: Literal["keep", "mask"] = "keep"  # mask: equal captions are not negatives
     mean: Rgb = photometry.OPENAI_MEAN  # of RGB in 0..1
-    std: RgbDeviation = photometry.OPENAI_STD
+    std: RgbDeviation = photometry.OPENAI_STD  # of RGB in 0..1
     # Set by the run: towers that are frozen completely, and those that are frozen below their heads
     locked: tuple[str, ...] = ()
     locked_features: tuple[str, ...] = ()
@@ -103,8 +103,13 @@ class Objective(nn.Module):
 
     def chance(self, rows: int) -> dict[str, float]:
         """The metrics that compare images with captions, and what each is in a batch of `rows` rows
-        if the outputs are the same for all rows. {}: the loss is compared with `loss/chance`."""
+        if the outputs are the same for all rows. {}: the loss is compared with `chance_loss`."""
         return {}
+
+    def term_chances(self, rows: int) -> dict[str, float]:
+        """What each term `loss/<name>` is, before its weight, in a batch of `rows` rows if the
+        outputs are the same for all rows. A term that no number is known for is left out."""
+        return self.chance(rows)
 
     def init_memory(self) -> PyTree:
         """The memory at step 0; {} for an objective that keeps none."""

@@ -45,7 +45,7 @@ class CLIP(Objective):
         )
         metrics = {
             "loss": value,
-            "loss/chance": math.log(image.shape[0] // self.groups),
+            "chance_loss": math.log(image.shape[0] // self.groups),
             "batch/R@1": jnp.mean(losses.recall_at_1(image, text, groups=self.groups)),
             "logit_scale": scale,
         }

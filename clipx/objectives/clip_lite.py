@@ -117,6 +117,13 @@ class CLIPLite(Objective):
     def chance(self, rows: int) -> dict[str, float]:
         return {"loss/cross_modal": 2 * math.log(2)}
 
+    def term_chances(self, rows: int) -> dict[str, float]:
+        parts = {"image": self.image_terms, "text": self.text_terms}
+        chances = {f"loss/{name}": 2 * math.log(2) for name, there in parts.items() if there}
+        if self.prior != "off":
+            chances["loss/prior"] = 4 * math.log(2)  # of both modalities
+        return self.chance(rows) | chances
+
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> CLIPLiteFeatures:
         towers = super()
 
@@ -176,7 +183,7 @@ class CLIPLite(Objective):
         positive, negative = scores["cross_modal"]
         metrics = {
             "loss": value,
-            "loss/chance": 2 * math.log(2) * chance,
+            "chance_loss": 2 * math.log(2) * chance,
             **{f"loss/{name}": term for name, term in terms.items()},
             "batch/accuracy": jnp.mean(positive > negative, dtype=jnp.float32),
         }

@@ -161,6 +161,12 @@ class DeCLIP(Objective):
     def chance(self, rows: int) -> dict[str, float]:
         return {"loss/contrastive": math.log(rows)}
 
+    def term_chances(self, rows: int) -> dict[str, float]:
+        chances = {"neighbour": math.log(rows), "simsiam": 0.0, "late_interaction": math.log(rows)}
+        chances["masked_lm"] = math.log(self.text.vocab_size)
+        present = {f"loss/{k}": x for k, x in chances.items() if getattr(self, f"{k}_weight")}
+        return self.chance(rows) | present
+
     def init_memory(self) -> PyTree:
         if not self.neighbour_weight:
             return {}
@@ -239,7 +245,7 @@ class DeCLIP(Objective):
         value = sum(weights[name] * term for name, (term, _) in terms.items())
         metrics |= {
             "loss": value,
-            "loss/chance": sum(weights[name] * chance for name, (_, chance) in terms.items()),
+            "chance_loss": sum(weights[name] * chance for name, (_, chance) in terms.items()),
             **{f"loss/{name}": term for name, (term, _) in terms.items()},
             "batch/R@1": jnp.mean(losses.recall_at_1(images[0], texts[0])),
             "logit_scale": scale,

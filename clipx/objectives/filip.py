@@ -212,6 +212,10 @@ class FILIP(Objective):
         tokens = self.late_interaction.text_tokens(tokens, ids, self.text.eot_id)
         return encoded.replace(tokens=tokens)
 
+    def term_chances(self, rows: int) -> dict[str, float]:
+        names = ("late_interaction", *(["contrastive"] if self.contrastive_weight else []))
+        return dict.fromkeys((f"loss/{name}" for name in names), math.log(rows // self.groups))
+
     def loss(self, features: FILIPFeatures, memory: PyTree, *, train: bool) -> Loss:
         late = jnp.mean(self.late_interaction(features.image_tokens, features.text_tokens))
         value = self.late_interaction_weight * late
@@ -231,7 +235,7 @@ class FILIP(Objective):
             }
             value += self.contrastive_weight * jnp.mean(per_row)
         weight = self.late_interaction_weight + self.contrastive_weight
-        metrics = {"loss": value, "loss/chance": weight * chance, **metrics}
+        metrics = {"loss": value, "chance_loss": weight * chance, **metrics}
         return Loss(value, metrics, memory)  # pyright: ignore[reportArgumentType]
 
     def similarity(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:

@@ -181,6 +181,10 @@ class ProtoCLIP(Objective):
     def chance(self, rows: int) -> dict[str, float]:
         return {"loss/contrastive": math.log(rows)}
 
+    def term_chances(self, rows: int) -> dict[str, float]:
+        terms = dict.fromkeys((f"loss/{term}" for term, *_ in self._pairs), math.log(self.k))
+        return self.chance(rows) | terms
+
     def init_memory(self) -> PyTree:
         rows, table_shape = self.episode_steps * self.batch_size, (self.k, self.projection_dim)
         clustered = list(dict.fromkeys(name for _, _, name in self._pairs))
@@ -264,7 +268,7 @@ class ProtoCLIP(Objective):
         others = sum(getattr(self, f"{name}_weight") for name in terms) * math.log(self.k)
         metrics = {
             "loss": value,
-            "loss/chance": jnp.where(active, self.contrastive_weight * chance + others, chance),
+            "chance_loss": jnp.where(active, self.contrastive_weight * chance + others, chance),
             "loss/contrastive": contrastive,
             **{f"loss/{name}": term for name, term in terms.items()},
             "batch/R@1": jnp.mean(losses.recall_at_1(image, text)),

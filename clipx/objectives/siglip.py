@@ -47,7 +47,7 @@ class SigLIP(CLIP):
         rows = image.shape[0] // self.groups  # chance: each pair matches with probability 1/rows
         metrics = {
             "loss": value,
-            "loss/chance": math.log(rows) + (rows - 1) * math.log(rows / max(rows - 1, 1)),
+            "chance_loss": math.log(rows) + (rows - 1) * math.log(rows / max(rows - 1, 1)),
             "batch/R@1": jnp.mean(losses.recall_at_1(image, text, groups=self.groups)),
             "logit_scale": scale,
             "logit_bias": self.logit_bias,

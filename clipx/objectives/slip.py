@@ -74,6 +74,9 @@ class SLIP(CLIP):
     def chance(self, rows: int) -> dict[str, float]:
         return {"loss/contrastive": math.log(rows // self.groups)}
 
+    def term_chances(self, rows: int) -> dict[str, float]:
+        return self.chance(rows) | {"loss/ssl": math.log(2 * (rows // self.groups) - 1)}
+
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> SLIPFeatures:
         features = super().embed(batch, keys, train=train)
 
@@ -105,7 +108,7 @@ class SLIP(CLIP):
         rows = len(a) // self.groups
         metrics = clip.metrics | {
             "loss": value,
-            "loss/chance": math.log(rows) + self.ssl_weight * math.log(2 * rows - 1),
+            "chance_loss": math.log(rows) + self.ssl_weight * math.log(2 * rows - 1),
             "loss/contrastive": contrastive,
             "loss/ssl": ssl,
             "batch/ssl_R@1": jnp.mean(losses.recall_at_1(a, b, groups=self.groups)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from clipx.errors import ConfigError
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
 _TPU_PORT = 8482
+_GOOGLE = "0x1ae0"  # the maker of TPUs, on the PCI bus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,19 @@ class ProcessInfo:
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
+
+
+def has_accelerator(root: str = "/") -> bool:
+    """Whether this machine has a GPU or a TPU, by its device files and its PCI bus.
+
+    root: the folder that has `dev` and `sys`.
+    """
+    files = ("dev/accel[0-9]*", "dev/vfio/[0-9]*", "dev/nvidia[0-9]*", "dev/kfd", "dev/dxg")
+    folder = pathlib.Path(root)
+    if any(True for pattern in files for _ in folder.glob(pattern)):
+        return True
+    vendors = folder.glob("sys/bus/pci/devices/*/vendor")
+    return any(file.read_text().strip() == _GOOGLE for file in vendors)
 
 
 def find_process(

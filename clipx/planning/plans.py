@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from clipx.data.threads import shown
 from clipx.errors import RunError
 from clipx.parallel.chips import Topology
 from clipx.planning import estimate, gpu_model
@@ -39,7 +40,8 @@ def plan(config: dict[str, Any], where: Topology) -> tuple[Run, Prediction]:
             return run, needs
         run = run.with_microbatches(fit.counts(run)[-1])
     try:
-        return run, _estimator(where)(run)
+        with shown(f"planning on {where.name}"):
+            return run, _estimator(where)(run)
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"{where.name}: the compiler fails: {error}") from None
 
@@ -62,15 +64,24 @@ def tell_trial(prediction: Needs) -> None:
     print(f"  tried {sizes}: {verdict}, {gib(prediction.need)}", file=sys.stderr, flush=True)
 
 
-def search(config: dict[str, Any], where: Topology, run: Run, prediction: Prediction) -> str:
-    """One line. If the step does not fit: the fewest micro-batches with which it does. If it fits:
-    the largest batch, found by doubling, that fits too."""
+def search(
+    config: dict[str, Any], where: Topology, run: Run, prediction: Prediction
+) -> tuple[Run, Prediction, str]:
+    """(run, prediction, one line). If the step does not fit: the run with the fewest micro-batches
+    with which it does. If it fits: the run as given, and in the line the largest batch, found by
+    doubling, that fits too."""
     if not prediction.fits:
         fewest = fit.fewest(run, fits, tell_trial, _estimator(where))
         if fewest is None:
             most = fit.counts(run)[-1]
-            return f"no number of micro-batches fits, not even the largest possible, {most}"
-        return f"fewest micro-batches that fit: {fewest[1].microbatches}, {gib(fewest[1].need)}"
+            line = f"no number of micro-batches fits, not even the largest possible, {most}"
+            return run, prediction, line
+        needs, before = fewest[1], prediction.microbatches
+        assert isinstance(needs, Prediction)  # `_estimator` returns nothing else
+        count = needs.microbatches
+        line = f"fewest micro-batches that fit: {count}, {gib(needs.need)} (with the config's "
+        line += f"{before} it does not: {gib(prediction.need)}); config.train.microbatches={count}"
+        return fewest[0], needs, line
     largest, slices = prediction, prediction.microbatches
     while True:
         sizes = {"batch_size": 2 * largest.batch, "microbatches": slices}
@@ -78,7 +89,7 @@ def search(config: dict[str, Any], where: Topology, run: Run, prediction: Predic
         tell_trial(larger)
         if not larger.fits:
             sizes = f"{largest.batch:,} at {slices} micro-batch(es), {gib(largest.need)}"
-            return f"largest batch that fits, by doubling: {sizes}"
+            return run, prediction, f"largest batch that fits, by doubling: {sizes}"
         largest = larger
 
 

@@ -13,14 +13,16 @@ import numpy as np
 from clipx.errors import RunError
 from clipx.evaluators.base import declared
 from clipx.training.metric_table import TRAINING, metric
-from clipx.types import Curve
+from clipx.types import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = Sequence[tuple[int, float]]  # (step, value)
+Places = Sequence[tuple[float, float]]  # (place on the horizontal axis, value)
 
 COLOURS = ("#3d7fc1", "#d4802a", "#3c9a62", "#8b65c4", "#c8565b", "#2f9aa0", "#b3902f", "#868c95")
+DASHED = "dashed"  # in place of a colour: the dashed line of a chart
 _MOST = 800  # points drawn per curve, at most
 _INK = "#010203"  # a placeholder, replaced by the page's text colour
 
@@ -30,15 +32,16 @@ class Figure(NamedTuple):
 
     title: str
     svg: str
-    legend: Sequence[tuple[str, str]] = ()  # (colour, name)
+    legend: Sequence[tuple[str, str]] = ()  # (colour, or DASHED, name)
 
 
 class Line(NamedTuple):
     """One curve of a chart."""
 
     name: str
-    points: Points
+    points: Places
     smooth: bool = True  # whether a running mean is drawn over many points
+    dashed: bool = False  # what the other lines are compared with, in the text's colour
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -47,37 +50,50 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     by_name: dict[str | None, list[tuple[str, Points]]] = {}
     for key, points in series(rows).items():
         by_name.setdefault(declared(TRAINING, key), []).append((key, points))
-    charts: dict[str, list[tuple[Curve, str, Points]]] = {}
+    charts: dict[str, list[tuple[Metric, Line]]] = {}
     for name, known in TRAINING.items():
-        if known.curve:
-            drawn = ((known.curve, *pair) for pair in by_name.get(name, ()))
-            charts.setdefault(known.curve.chart, []).extend(drawn)
+        if known.curve is None:
+            continue
+        for key, points in by_name.get(name, ()):
+            title = known.curve.chart.replace("*", key.partition("/")[2])
+            label = "chance" if known.curve.level else key
+            line = Line(label, points, known.curve.smooth, known.curve.level)
+            charts.setdefault(title, []).append((known, line))
     figures = (_of_training(title, drawn) for title, drawn in charts.items())
     return [figure for figure in figures if figure]
 
 
-def _of_training(title: str, drawn: Sequence[tuple[Curve, str, Points]]) -> Figure | None:
+def _of_training(title: str, drawn: Sequence[tuple[Metric, Line]]) -> Figure | None:
     """One chart of training metrics; None if it has no lines."""
-    lines = [Line(name, points, curve.smooth) for curve, name, points in drawn if not curve.level]
-    levels = [points[-1][1] for curve, _, points in drawn if curve.level]
-    from_zero = all(curve.from_zero for curve, *_ in drawn)
-    return _chart(title, lines, from_zero=from_zero, levels=levels) if lines else None
+    lines = [line for _, line in drawn]
+    if all(line.dashed for line in lines):
+        return None
+    if all(known.shown == "percent" for known, _ in drawn):
+        title = f"{title}, %"
+        lines = [line._replace(points=percent(line.points)) for line in lines]
+    from_zero = all(known.curve and known.curve.from_zero for known, _ in drawn)
+    return chart(title, lines, from_zero=from_zero)
+
+
+def percent(points: Places) -> Places:
+    """Shares as percentages."""
+    return [(step, 100 * value) for step, value in points]
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Figure]:
     """One chart for the percentages of each eval, and one for each of its other metrics. Metrics
     with a single value have no chart. rows: of metrics.jsonl. evals: the config's section."""
     charts: dict[str, list[Line]] = {}
-    for key, points in series(rows).items():
-        kind = metric(key, evals)
+    for key, found in series(rows).items():
+        kind, points = metric(key, evals), found
         if len(points) < 2 or kind.detail:
             continue
         name, _, own = key.partition("/")
         title = key
         if kind.shown == "percent":
-            title, points = f"{name}, %", [(step, 100 * value) for step, value in points]
+            title, points = f"{name}, %", percent(points)
         charts.setdefault(title, []).append(Line(own or key, points))
-    return [_chart(title, lines, from_zero=True) for title, lines in charts.items()]
+    return [chart(title, lines, from_zero=True) for title, lines in charts.items()]
 
 
 def series(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Points]:
@@ -125,22 +141,31 @@ def svg(salt: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> s
     return text.replace(_INK, "currentColor")
 
 
-def _chart(
-    title: str, lines: Sequence[Line], *, from_zero: bool, levels: Sequence[float] = ()
+def chart(
+    title: str, lines: Sequence[Line], *, from_zero: bool, x: str = "step", salt: str = ""
 ) -> Figure:
+    """One chart. x: what the horizontal axis counts. salt: as for `svg`; default: the title."""
+    dashed = [line for line in lines if line.dashed]
+    drawn = list(zip(itertools.cycle(COLOURS), [line for line in lines if not line.dashed]))
+
     def draw(axes: Axes) -> None:
-        for colour, line in zip(itertools.cycle(COLOURS), lines):
+        for colour, line in drawn:
             _draw(axes, line, colour)
-        for level in levels:
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+        for line in dashed:
+            points = [*line.points]
+            if len(points) == 1:  # a level, as long as a step
+                points.append((points[0][0] + 1, points[0][1]))
+            xs, ys = np.array(points, np.float64).T
+            style = {"color": _INK, "linewidth": 0.8, "linestyle": (0, (4, 3)), "alpha": 0.6}
+            axes.plot(xs, ys, **style)  # pyright: ignore[reportArgumentType]: a dash pattern
         if from_zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel(x)
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
 
-    names = [line.name for line in lines]
-    legend = list(zip(itertools.cycle(COLOURS), names)) if len(names) > 1 else []
-    return Figure(title, svg(title, (4.6, 2.5), draw), legend)
+    legend = [(colour, line.name) for colour, line in drawn]
+    legend += [(DASHED, line.name) for line in dashed]
+    return Figure(title, svg(salt or title, (4.6, 2.5), draw), legend if len(lines) > 1 else [])
 
 
 def _draw(axes: Axes, line: Line, colour: str) -> None:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from clipx.evaluators.base import Encode, Examples
+
 DEPTH = 5  # pictures shown per query
 _QUERIES = 8
+_BATCH = 256  # pictures that are encoded at a time
 _MATRIX = 20  # pictures in the matrix: more would be too small to see
+
+
+class Pictures(Protocol):
+    """Pictures by their row."""
+
+    def __getitem__(self, row: int, /) -> UInt8[np.ndarray, "h w 3"]: ...
 
 
 class Samples(NamedTuple):
     """A model's similarities of held-out pairs. A picture may have several captions."""
 
-    pictures: UInt8[np.ndarray, "n h w 3"]
+    pictures: Pictures
     captions: Sequence[str]
-    similarity: Float[np.ndarray, "n t"]
+    similarity: Float[np.ndarray, "n c"]
     owner: Int[np.ndarray, " t"]  # the picture that each caption belongs to
+    columns: Sequence[int] | None = None  # captions of the similarities; None: all of them
+
+    def scores(self, captions: Sequence[int]) -> Float[np.ndarray, "n k"]:
+        """The similarities of all pictures with some captions."""
+        if self.columns is not None:
+            places = {caption: place for place, caption in enumerate(self.columns)}
+            captions = [places[caption] for caption in captions]
+        return np.asarray(self.similarity, np.float64)[:, list(captions)]
 
 
 class Cell(NamedTuple):
@@ -59,10 +77,9 @@ class Query(NamedTuple):
 
 def matrix(samples: Samples) -> Matrix:
     """Similarities of the first 20 pictures with each other's first captions."""
-    captions = _first_captions(samples)[:_MATRIX]
-    pictures = samples.owner[captions]
-    places = np.ix_(pictures, captions)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    scores = np.asarray(samples.similarity, np.float64)[places].T
+    captions = _of_matrix(samples.owner)
+    pictures = np.asarray(samples.owner)[captions]
+    scores = samples.scores(captions)[pictures].T
     finite = scores[np.isfinite(scores)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     shade = np.nan_to_num((scores - low) / max(high - low, 1e-12))
@@ -75,18 +92,16 @@ def matrix(samples: Samples) -> Matrix:
 
 
 def queries(samples: Samples) -> list[Query]:
-    """Searches with at most eight distinct captions, spread evenly over the samples.
+    """Searches among all pictures with at most eight distinct captions, spread evenly.
 
     Every picture that has the same caption counts as right. NaN scores rank last.
     """
-    distinct = _first_captions(samples, distinct=True)
-    places = np.linspace(0, len(distinct) - 1, min(_QUERIES, len(distinct))).round().astype(int)
-    shown = []
-    for caption in (distinct[int(place)] for place in places):
+    shown, chosen = [], _of_queries(samples.captions, samples.owner)
+    for caption, score in zip(chosen, samples.scores(chosen).T):
         text = samples.captions[caption]
         same = [i for i, other in enumerate(samples.captions) if other == text]
         right = {int(samples.owner[i]) for i in same}
-        score = np.nan_to_num(samples.similarity[:, caption].astype(np.float64), nan=-np.inf)
+        score = np.nan_to_num(score, nan=-np.inf)
         order = np.argsort(-score, kind="stable").tolist()
         hits = [Hit(p, float(score[p]), p in right) for p in order[:DEPTH]]
         rank = 1 + next(i for i, p in enumerate(order) if p in right)
@@ -94,13 +109,47 @@ def queries(samples: Samples) -> list[Query]:
     return shown
 
 
-def _first_captions(samples: Samples, distinct: bool = False) -> list[int]:
-    """Indices of the first caption of each picture, in the order of the pictures. distinct: keeps
-    only the first index of every distinct caption."""
+def look(
+    encode: Encode, examples: Examples, captions: Sequence[str], owner: Int[np.ndarray, " t"]
+) -> Samples:
+    """The similarities that `matrix` and `queries` show, of all pictures of `examples`. owner: the
+    picture that each caption belongs to."""
+    columns = sorted({*_of_matrix(owner), *_of_queries(captions, owner)})
+    texts = encode.text([captions[i] for i in columns])
+    rows, size = [], min(_BATCH, len(examples))
+    for batch in examples.batches(size):
+        last = np.repeat(batch[-1:], size - len(batch), axis=0)  # one program serves all batches
+        images = encode.image(np.concatenate([batch, last]))
+        rows.append(encode.similarity(images, texts)[: len(batch)])
+    return Samples(_Decoded(examples), captions, np.concatenate(rows), np.asarray(owner), columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """Pictures of examples, decoded when they are asked for."""
+
+    examples: Any  # `Examples` that decode single pictures
+
+    def __getitem__(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        return self.examples.picture(row)
+
+
+def _of_matrix(owner: Sequence[int] | np.ndarray) -> list[int]:
+    """The captions of the matrix."""
+    return _first_captions(owner)[:_MATRIX]
+
+
+def _of_queries(captions: Sequence[str], owner: Sequence[int] | np.ndarray) -> list[int]:
+    """The captions of the queries: distinct ones, spread evenly over the pictures."""
+    first = _first_captions(owner)
+    distinct = list({captions[c]: c for c in reversed(first)}.values())[::-1]
+    places = np.linspace(0, len(distinct) - 1, min(_QUERIES, len(distinct))).round().astype(int)
+    return [distinct[int(place)] for place in places]
+
+
+def _first_captions(owner: Sequence[int] | np.ndarray) -> list[int]:
+    """Indices of the first caption of each picture, in the order of the pictures."""
     first: dict[int, int] = {}
-    for caption, picture in enumerate(samples.owner):
+    for caption, picture in enumerate(owner):
         first.setdefault(int(picture), caption)
-    chosen = [first[picture] for picture in sorted(first)]
-    if distinct:
-        chosen = list({samples.captions[c]: c for c in reversed(chosen)}.values())[::-1]
-    return chosen
+    return [first[picture] for picture in sorted(first)]

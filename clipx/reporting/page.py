@@ -13,9 +13,11 @@ import numpy as np
 
 from clipx.config import reading, secrets
 from clipx.data.base import Source
+from clipx.data.threads import shown
 from clipx.errors import RunError
 from clipx.evaluators.base import Encode
-from clipx.reporting import charts, episode_maps, gallery
+from clipx.reporting import afterwards, charts, episode_maps, gallery
+from clipx.reporting.afterwards import spelled_sizes
 from clipx.reporting.gallery import Samples
 from clipx.reporting.templates import render
 from clipx.training import episodes, guesses, metrics
@@ -39,11 +41,30 @@ class Score(NamedTuple):
     best: str
     step: str  # step of the best value
     last: str
+    chance: str  # of a model that tells nothing apart; "" if no number is known
 
 
-def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> pathlib.Path:
-    """Writes report.html from the workdir's metrics.jsonl and config.json, and returns its path.
-    The file is replaced as a whole or not at all.
+class Looked(NamedTuple):
+    """What a look at a run's evals with its model adds to the page."""
+
+    samples: Samples | None = None
+    chance: Mapping[str, float] = {}  # by `<eval>/<metric>`
+    sizes: Mapping[str, Mapping[str, int]] = {}  # by eval, as `Evaluator.sizes` has them
+
+
+_UNSEEN = Looked()
+
+
+def write(
+    workdir: str | os.PathLike,
+    *,
+    samples: Samples | None = None,
+    looked: Looked = _UNSEEN,
+    refresh: int = 0,
+) -> pathlib.Path:
+    """Writes report.html from the workdir's files, and returns its path. The file is replaced as a
+    whole or not at all. samples: those of `looked`, without the rest. refresh: seconds after
+    which a browser opens it again; 0: it does not.
 
     Raises `RunError` without metrics, without matplotlib or jinja2, for a broken file, or if the
     page cannot be written.
@@ -57,7 +78,8 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
         config = reading.read_json(config_file, dict[str, Any]) if config_file.is_file() else {}
     except (OSError, ValueError) as error:
         raise RunError(f"{config_file} cannot be read: {error}") from None
-    text = page(rows, secrets.cut_all(config), samples, folder)
+    looked = looked if samples is None else looked._replace(samples=samples)
+    text = page(rows, secrets.cut_all(config), looked, folder, refresh)
     path, part = folder / FILE, folder / f".{FILE}.{os.getpid()}"
     try:
         part.write_text(secrets.cut(text), encoding="utf-8")
@@ -71,8 +93,8 @@ def write(workdir: str | os.PathLike, *, samples: Samples | None = None) -> path
 def write_run(
     workdir: str | os.PathLike, run: Any, encode: Encode, held_out: Source | None = None
 ) -> pathlib.Path | None:
-    """Writes report.html with the similarities that `encode` gives for the run's held-out samples,
-    and returns its path.
+    """Writes report.html with what `encode` finds among the pictures and captions of the run's
+    first eval that has both, and returns its path.
 
     run: a `training.run.Run`. held_out: the rows that it holds out of its training data, if they
     are open already; else they are read again. Every process must call this function, because
@@ -81,17 +103,27 @@ def write_run(
     """
     samples = None
     if (pairs := run.samples(held_out)) is not None:
-        pictures, captions, owner = pairs
-        similarity = encode.similarity(encode.image(pictures), encode.text(captions))
-        samples = Samples(pictures, captions, similarity, np.asarray(owner))
-    return write(workdir, samples=samples) if jax.process_index() == 0 else None
+        samples = look(encode, pairs)
+    if jax.process_index() != 0:
+        return None
+    evaluators = run.evaluators(held_out)
+    chance = {f"{n}/{k}": x for n, e in evaluators.items() for k, x in e.chance().items()}
+    sizes = {name: evaluator.sizes() for name, evaluator in evaluators.items()}
+    return write(workdir, looked=Looked(samples, chance, sizes))
+
+
+def look(encode: Encode, pairs: Any) -> Samples:
+    """What a model finds among the pairs of an eval, a `training.samples.Pairs`."""
+    with shown("searching for the report", silent=jax.process_index() != 0):
+        return gallery.look(encode, *pairs)
 
 
 def page(
     rows: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
-    samples: Samples | None,
+    looked: Looked,
     workdir: pathlib.Path,
+    refresh: int = 0,
 ) -> str:
     """The page as HTML. Without samples it has no similarity matrix and no queries.
 
@@ -101,10 +133,16 @@ def page(
         [row for row in rows if _kind(row) == kind] for kind in ("training", "eval", "episode")
     )
     evals = config.get("evals") or {}
-    scores = _scores(evaluations, evals)
+    scores = _scores(evaluations, evals, looked.chance)
+    samples = looked.samples
+    matrix = gallery.matrix(samples) if samples else None
+    queries = gallery.queries(samples) if samples else []
+    used = {hit.picture for query in queries for hit in query.hits}
+    used |= set(matrix.pictures) if matrix else set()
     primary = config.get("train", {}).get("best", "")
     return render(
         "report.html",
+        refresh=refresh,
         title=_title(config, workdir),
         workdir=workdir.resolve(),
         facts=_facts(rows[-1], training, config),
@@ -114,10 +152,12 @@ def page(
         evaluations=charts.evaluations(evaluations, evals),
         renewals=charts.evaluations(renewals, evals),
         episodes=episode_maps.sheets(workdir),
-        matrix=gallery.matrix(samples) if samples else None,
-        queries=gallery.queries(samples) if samples else None,
+        afterwards=afterwards.evaluations(workdir),
+        sizes=[(name, spelled_sizes(sizes)) for name, sizes in looked.sizes.items() if sizes],
+        matrix=matrix,
+        queries=queries,
         depth=gallery.DEPTH,
-        uris=[episodes.thumbnail(picture) for picture in samples.pictures] if samples else [],
+        uris={i: episodes.thumbnail(samples.pictures[i]) for i in sorted(used)} if samples else {},
         files=[(name, about) for name, about in _FILES.items() if (workdir / name).exists()],
         config=json.dumps(config, indent=2, ensure_ascii=False) if config else "",
     )
@@ -151,15 +191,17 @@ def _facts(
         facts.append((f"{size:,}", "batch"))
     if training:
         facts.append((short(training[-1]["loss"]), "last loss"))
-        if "loss/chance" in training[-1]:
-            facts.append((short(training[-1]["loss/chance"]), "loss at chance"))
+        if "chance_loss" in training[-1]:
+            facts.append((short(training[-1]["chance_loss"]), "loss at chance"))
         speeds = [row["images_per_second"] for row in training if "images_per_second" in row]
         if speeds:
             facts.append((short(float(np.median(speeds))), "images/s (median)"))
     return facts
 
 
-def _scores(evaluations: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> list[Score]:
+def _scores(
+    evaluations: Sequence[Mapping[str, Any]], evals: Mapping[str, Any], chance: Mapping[str, float]
+) -> list[Score]:
     """The best and last value of every evaluation metric; metrics of detail are left out."""
     scores = []
     for name, points in charts.series(evaluations).items():
@@ -167,5 +209,6 @@ def _scores(evaluations: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) 
         if not kind.detail:
             step, value = best(kind, points)
             last = spelled(kind, points[-1][1])
-            scores.append(Score(name, spelled(kind, value), f"{step:,}", last))
+            at_chance = spelled(kind, chance[name]) if name in chance else ""
+            scores.append(Score(name, spelled(kind, value), f"{step:,}", last, at_chance))
     return scores

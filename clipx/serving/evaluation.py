@@ -14,11 +14,13 @@ import jax
 from clipx.config import binding, files, secrets
 from clipx.config.binding import find
 from clipx.errors import ConfigError
-from clipx.evaluators.base import Evaluator, declared, evaluate_all
+from clipx.evaluators.base import Evaluator, declared
 from clipx.training import guesses, pretrained
 from clipx.training.initial import init
+from clipx.training.metric_table import metric, spelled
 from clipx.training.run import OpenRun, Run, assemble, restore, with_data
 from clipx.training.schema import EvalSpec
+from clipx.training.shown import evaluated
 from clipx.training.workdir import prepare_workdir, write_json
 from clipx.types import Device, TrainState
 
@@ -84,12 +86,17 @@ def dataset(spec: EvalSpec) -> str:
 
 
 def results(
-    run: Run, workdir: pathlib.Path, step: int | None, metrics: Mapping[str, float]
+    run: Run,
+    workdir: pathlib.Path,
+    step: int | None,
+    metrics: Mapping[str, float],
+    evaluators: Mapping[str, Evaluator] | None = None,
 ) -> dict[str, Any]:
     """One JSON entry for each eval that has metrics, by file name.
 
     The layout is that of LAION's CLIP_benchmark, whose `build` command makes one table of many such
-    files. The key "eval", which holds the eval's config section, is clipx's addition.
+    files. clipx's additions: "eval", the eval's config section; and of the open `evaluators`
+    "sizes", what the metrics are of, and "chance", the metrics of a model that tells nothing apart.
     """
     names = (run.complete[part]["name"] for part in ("objective", "image", "text"))
     model, entries = "-".join(names), {}
@@ -107,6 +114,11 @@ def results(
             "language": "en",
             "eval": run.complete["evals"][spec.name],
         }
+        if evaluators:
+            opened, entry = evaluators[spec.name], entries[f"{dataset(spec)}_{spec.name}.json"]
+            chance = opened.chance().items()
+            entry["sizes"] = opened.sizes()
+            entry["chance"] = {_benchmark_name(spec.evaluator, key): x for key, x in chance}
     return entries
 
 
@@ -116,10 +128,10 @@ def _benchmark_name(evaluator: type[Evaluator], key: str) -> str:
     return known and evaluator.metrics[known].benchmark or key
 
 
-def table(metrics: Mapping[str, float]) -> list[str]:
-    """Lines of aligned names and values."""
-    width = max(map(len, metrics))
-    return [f"  {name:{width}}  {value:.4f}" for name, value in metrics.items()]
+def table(metrics: Mapping[str, float], evals: Mapping[str, Any] | None = None) -> list[str]:
+    """Lines of aligned names and values. evals: the config's section."""
+    width, known = max(map(len, metrics)), evals or {}
+    return [f"  {key:{width}}  {spelled(metric(key, known), x)}" for key, x in metrics.items()]
 
 
 def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, float]:
@@ -163,11 +175,11 @@ def _evaluate(
     for key, evaluator in evaluators.items():
         if first:
             print("".join(f"{key}: {note}\n" for note in evaluator.notes()), end="", flush=True)
-        values = evaluate_all({key: evaluator}, encode)
+        values = evaluated({key: evaluator}, encode)
         metrics |= values
         if first:
-            print("\n".join(table(values)))
-            for file, entry in results(run, name, step, values).items():
+            print("\n".join(table(values, run.complete["evals"])))
+            for file, entry in results(run, name, step, values, {key: evaluator}).items():
                 write_json(into / file, entry)
                 print(f"written to {into / file}", flush=True)
     return metrics

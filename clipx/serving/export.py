@@ -35,6 +35,7 @@ from clipx.objectives.base import Objective
 from clipx.serving.tokenizer_files import tokenizer_files
 from clipx.training import metrics, pretrained
 from clipx.training.checkpoint import Checkpoints
+from clipx.training.metric_table import metric, spelled
 from clipx.training.run import OpenRun, restore
 from clipx.types import TrainState
 
@@ -216,14 +217,15 @@ class _Job:
             notes=self._notes(),
         )
 
-    def _metrics(self, step: int) -> dict[str, float]:
-        """The metrics of the run's evaluations at a step."""
+    def _metrics(self, step: int) -> dict[str, str]:
+        """The metrics of the run's evaluations at a step, as people read them."""
+        known = self.run.complete["evals"]
         evals = tuple(f"{name}/" for name in self.run.complete["evals"])
         values: dict[str, float] = {}
         for row in metrics.read(self.workdir):
             if row["step"] == step:
                 values |= {k: float(v) for k, v in row.items() if k.startswith(evals or "\0")}
-        return values
+        return {key: spelled(metric(key, known), value) for key, value in values.items()}
 
     def _notes(self) -> list[str]:
         """Notes for users of the folder, for the model card."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import scipy.special
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from clipx.data.pictures import Pictures
@@ -53,6 +56,8 @@ class Model:
         objective: the Linen module of the method.
         variables: its {"params", "batch_stats"}.
         step: the training step of the weights; None for weights of another library.
+        batch_size: rows that each program takes, a multiple of the devices.
+        image_size: pixels of a picture's side.
         inner_product: whether `similarity` is the inner product of `encode_image` and
             `encode_text`. False for FILIP's tokens and for CLIP-Lite's critics other than "dot".
     """
@@ -69,6 +74,8 @@ class Model:
         self._encode = run.encode(state, rows=batch_size)
         assert self._encode.rows is not None
         self._rows = self._encode.rows
+        self.batch_size: int = self._rows
+        self.image_size: int = run.objective.image.image_size
         self._pictures = Pictures(run.objective.image.image_size)
         self._devices = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} device(s)"
         with jax.set_mesh(run.mesh):
@@ -93,6 +100,25 @@ class Model:
         """
         batches = list(self._encoded_images(images, ("unit",)))
         return self._unit(jax.tree.map(lambda *rows: np.concatenate(rows), *batches))
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return np.asarray(self._encoded_texts("", ("unit",)).unit).shape[1]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of the weights and of the tokenizer: equal ones give equal embeddings."""
+        found = hashlib.sha256(json.dumps(self.tokenizer.save(), sort_keys=True).encode())
+        for path, x in jax.tree_util.tree_flatten_with_path(self.variables)[0]:
+            values = np.ascontiguousarray(jax.device_get(x))
+            found.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+            found.update(values.data)
+        return found.hexdigest()[:16]
+
+    def encode_pixels(self, pixels: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
+        """As `encode_image`, of pictures that have the evaluation transform behind them."""
+        return np.asarray(self._encode.image(pixels, ("unit",)).unit, np.float32)
 
     def encode_text(self, texts: str | Iterable[str]) -> Float[np.ndarray, "n d"]:
         """Embeddings of the texts: float32 rows of length 1.

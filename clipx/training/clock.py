@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 import typing
@@ -30,6 +31,8 @@ class Clock:
         self.totals = dict.fromkeys(("train", *_PARTS), 0.0) | dict(totals or {})
         self._start = now()
         self._parts = dict.fromkeys(_PARTS, 0.0)
+        # (images, seconds of stepping, of them waiting for data) of the last intervals
+        self._intervals: collections.deque[tuple[int, float, float]] = collections.deque()
 
     @contextlib.contextmanager
     def time(self, part: Part) -> Iterator[None]:
@@ -46,17 +49,22 @@ class Clock:
             return sum(self.totals.values()) + self._now() - self._start
         return self.totals[part] + self._parts[part]
 
-    def interval(self, images: int) -> dict[str, float]:
+    def interval(self, images: int, window: int = 0) -> dict[str, float]:
         """`images_per_second` and `data_wait_fraction` since the last call, of the time in `train`
-        and `data` alone. Ends the interval and adds its seconds to `totals`."""
+        and `data` alone. Ends the interval and adds its seconds to `totals`.
+
+        window: the least images to measure over. For fewer, earlier intervals count too: steps that
+        were computed ahead are fetched in no time.
+        """
 
         now = self._now()
         parts = {"train": now - self._start - sum(self._parts.values()), **self._parts}
         for part, seconds in parts.items():
             self.totals[part] += seconds
         self._start, self._parts = now, dict.fromkeys(self._parts, 0.0)
-        stepping = max(parts["train"] + parts["data"], 1e-9)
-        return {
-            "images_per_second": images / stepping,
-            "data_wait_fraction": parts["data"] / stepping,
-        }
+        self._intervals.append((images, parts["train"] + parts["data"], parts["data"]))
+        while sum(n for n, *_ in self._intervals) - self._intervals[0][0] >= max(window, 1):
+            self._intervals.popleft()
+        images, stepping, waiting = map(sum, zip(*self._intervals))
+        stepping = max(stepping, 1e-9)
+        return {"images_per_second": images / stepping, "data_wait_fraction": waiting / stepping}

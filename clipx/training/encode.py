@@ -28,6 +28,7 @@ class Encode:
 
     Attributes:
         rows: the rows of every program, a multiple of the devices; None if calls differ.
+        done: how many rows it has encoded.
     """
 
     heat_chunk = 32  # rows of heat maps at a time, which score all pairs of a chunk
@@ -44,6 +45,7 @@ class Encode:
     ):
         """rows: pad every call to a multiple of so many rows, so that one program serves all sizes;
         None: up to 256 rows are padded to the devices alone, and each size has its own program."""
+        self.done = 0
         self.rows = None if rows is None else _rounded(rows, mesh.devices.size)
         self._objective, self._variables, self._mesh = objective, variables, mesh
         self._tokenizer, self._interrupted = tokenizer, interrupted
@@ -101,6 +103,7 @@ class Encode:
                     *(meshes.put(x, sharding) for x in full),
                 )
             out.append(jax.tree.map(np.asarray, computed))
+            self.done += min(chunk, rows - start)
         return jax.tree.map(lambda *chunks: np.concatenate(chunks)[:rows], *out)
 
 

@@ -133,12 +133,16 @@ def _section(tower: Tower) -> dict[str, Any]:
 
 
 def entries(
-    objective: Objective, config: Config, tokenizer: Tokenizer | None
+    objective: Objective,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    resized: list[str] | None = None,
 ) -> dict[str, dict[str, PyTree]]:
     """The parts of a run's `params` and `batch_stats` that the towers' own files give.
 
-    tokenizer: the run's; None if it is not known yet. Raises one `ConfigError` for a tower that
-    lists what differs between file and config and that `config.init_ignore` does not name.
+    tokenizer: the run's; None if it is not known yet. resized: as for `load.fit`. Raises
+    one `ConfigError` for a tower that lists what differs between file and config and that
+    `config.init_ignore` does not name.
     """
     parts: dict[str, dict[str, PyTree]] = {"params": {}, "batch_stats": {}}
     for side in ("image", "text"):
@@ -153,7 +157,7 @@ def entries(
         params = _first_blocks(params, encoder.tower, tower)
         plain = tower.headless
         ignore = config.init_ignore
-        fitted = load.fit_tower(side, encoder.tower, params, plain, ignore, faults)
+        fitted = load.fit_tower(side, encoder.tower, params, plain, ignore, faults, resized)
         load.refuse(faults, ignore, f"config.{side}.init_from={tower.init_from}")
         if fitted is not None:
             parts["params"][side] = fitted

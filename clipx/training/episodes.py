@@ -158,10 +158,10 @@ def loading(loader: Loader, step: int) -> Load:
     return load
 
 
-def thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """The picture as a JPEG data URI, scaled down to at most 128 pixels a side."""
+def thumbnail(pixels: UInt8[np.ndarray, "h w 3"], side: int = _SIDE) -> str:
+    """The picture as a JPEG data URI, scaled down to at most `side` pixels a side."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((side, side))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from clipx.data.base import Source
 from clipx.data.text import tokenizers
 from clipx.interop import load
 from clipx.parallel import mesh as meshes
-from clipx.training import pretrained, programs
+from clipx.training import notes, pretrained, programs
 from clipx.training.assemble import abstract_batch
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
@@ -31,15 +33,18 @@ def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
     return tokenizers.build(config.tokenizer, loader.captions(source))
 
 
-def init(run: Run) -> TrainState:
+def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState:
     """The state of step 0, created in its shardings, with the pretrained weights that the config
-    names.
+    names. `say` gets lines about what was loaded, what is new and what was resized.
 
     Raises `ConfigError` for weights that do not fit the config. For an `OpenRun` that includes a
     tokenizer other than the run's.
     """
     tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
-    entries = pretrained.entries(run.objective, run.state.params, run.config, tokenizer)
+    resized: list[str] = []
+    entries = pretrained.entries(run.objective, run.state.params, run.config, tokenizer, resized)
+    for line in notes.weights(run, entries.get("params", {}), resized):
+        say(line)
 
     def create(pretrained: PyTree) -> TrainState:
         # pictures and captions, not stored features, so that whole towers are initialised

@@ -18,20 +18,23 @@ import numpy as np
 
 from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, DataError, Interrupted, RunError
-from clipx.evaluators.base import Evaluator, evaluate_all
+from clipx.evaluators.base import Evaluator
 from clipx.training import episodes, finite, fit
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.feed import TrainingData, feed, loader, quarantine_file
+from clipx.training.metric_table import RENAMED
 from clipx.training.metrics import Metrics
 from clipx.training.rollback import NotFinite, Rollback, Skipped
 from clipx.training.run import OpenRun
+from clipx.training.shown import evaluated
 from clipx.training.stop import Stop
 from clipx.training.survey import Survey
 from clipx.training.watch import Watch
 from clipx.types import Batch, Features, TrainState
 
 _AHEAD = 2  # steps that the host runs ahead of the devices
+_WINDOW = 5 * _AHEAD  # steps, at least, over which the speed is measured
 
 # steps whose metrics are not fetched yet: (step, [(row id, key), ...], metrics)
 Pending = collections.deque[tuple[int, list[tuple[int, str]], dict[str, jax.Array]]]
@@ -64,6 +67,10 @@ class Trainer:
     @functools.cached_property
     def _watch(self) -> Watch:
         return Watch.of(self.run)
+
+    @functools.cached_property
+    def _term_chances(self) -> dict[str, float]:
+        return self.run.objective.term_chances(self.run.batch_size)
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """(the last state, whether the run is finished). If not finished, it was asked to stop.
@@ -221,13 +228,15 @@ class Trainer:
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         steps, self._logged = step - self._logged, step
-        speed = self.clock.interval(steps * self.run.batch_size)
-        metrics = dict(metrics) | speed
+        batch = self.run.batch_size
+        speed = self.clock.interval(steps * batch, _WINDOW * batch)
+        metrics = {RENAMED.get(key, key): x for key, x in metrics.items()} | speed
+        metrics |= {f"chance_{term}": x for term, x in self._term_chances.items()}
         metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         if self.rollback.left_out:
             metrics["data/left_out"] = len(self.rollback.left_out)
-        metrics["step_seconds"] = self.run.batch_size / speed["images_per_second"]
+        metrics["step_seconds"] = batch / speed["images_per_second"]
         assert self.needs is not None  # a step has run
         metrics |= fit.logged(self.needs) | fit.measured(
             self.run.mesh.local_devices[0], self.needs, metrics["step_seconds"]
@@ -243,7 +252,7 @@ class Trainer:
         encode = self.run.encode(state, interrupted=self.stop)
         with self.clock.time("evaluate"):
             try:
-                results = evaluate_all(self.evaluators, encode)
+                results = evaluated(self.evaluators, encode)
             except Interrupted:
                 return None
         self.metrics.log(step, results)

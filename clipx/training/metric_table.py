@@ -26,19 +26,19 @@ _EMPTY = Curve("Empty clusters", smooth=False)
 TRAINING: Mapping[str, Metric] = {
     "loss": Metric("less", headline=True, curve=_LOSS),
     # the loss of a model whose outputs are the same for all rows
-    "loss/chance": Metric(headline=True, curve=_LOSS._replace(level=True)),
-    "batch/R@1": Metric("more", headline=True, curve=Curve("R@1 inside the batch")),
+    "chance_loss": Metric(headline=True, curve=_LOSS._replace(level=True)),
+    "batch/R@1": Metric("more", "percent", headline=True, curve=Curve("R@1 inside the batch")),
     "learning_rate": Metric(headline=True, curve=Curve("Learning rate", smooth=False)),
     "logit_scale": Metric(curve=Curve("Logit scale", from_zero=False, smooth=False)),
     "grad_norm": Metric(curve=Curve("Gradient norm")),
     "images_per_second": Metric("more", headline=True, curve=Curve("Images per second")),
-    "data_wait_fraction": Metric("less", curve=Curve("Share of time")),
-    "mfu": Metric("more", curve=Curve("Share of time")),
+    "data_wait_fraction": Metric("less", "percent", curve=Curve("Share of time")),
+    "mfu": Metric("more", "percent", curve=Curve("Share of time")),
     # of unit embeddings: the mean squared distance from their mean; 0 once a tower has collapsed
     "batch/*_variance": Metric(curve=Curve("Variance of the embeddings")),
     "batch/modality_gap": Metric(curve=Curve("Modality gap")),
     **{
-        f"batch/{rows}_from_{labels}": Metric("more", curve=_PICKS)
+        f"batch/{rows}_from_{labels}": Metric("more", "percent", curve=_PICKS)
         for labels in _LABELLINGS
         for rows in ("image", "text")
         if rows != labels
@@ -46,15 +46,21 @@ TRAINING: Mapping[str, Metric] = {
     **{f"clusters/{name}_inertia": Metric("less", curve=_INERTIA) for name in _LABELLINGS},
     **{f"clusters/{name}_empty": Metric("less", curve=_EMPTY) for name in _LABELLINGS},
     "clusters/equal_labels": Metric(
-        curve=Curve("Rows whose labels are the same number", smooth=False)
+        shown="percent", curve=Curve("Rows whose labels are the same number", smooth=False)
     ),
-    "loss/*": Metric("less", curve=Curve("Parts of the loss", from_zero=False)),
+    # the terms of a loss: each has a chart of its own, with its chance
+    "loss/*": Metric("less", curve=Curve("Loss: *", from_zero=False)),
+    "chance_loss/*": Metric(curve=Curve("Loss: *", from_zero=False, level=True)),
     "warnings": Metric("less"),  # that hold: see `training.watch`
-    "batch/accuracy": Metric("more"),
-    "batch/*R@1": Metric("more"),
+    "batch/accuracy": Metric("more", "percent"),
+    "batch/*R@1": Metric("more", "percent"),
+    "batch/duplicate_captions": Metric(shown="percent"),
+    "data/bad_fraction": Metric("less", "percent"),
     "episode/seconds": Metric("less"),
-    "episode/share_of_time": Metric("less"),
+    "episode/share_of_time": Metric("less", "percent"),
 }
+# names that older clipx, and objectives written for it, give metrics
+RENAMED = {"loss/chance": "chance_loss"}
 HEADLINES = tuple(name for name, metric in TRAINING.items() if metric.headline)
 
 

@@ -1,5 +1,5 @@
-"""A run's metrics: written to metrics.jsonl, shown as a progress bar or lines, and sent to
-TensorBoard if the config asks for it."""
+"""A run's metrics: written to metrics.jsonl, shown as a progress bar or lines, and replayed for
+TensorBoard and Weights & Biases if the config asks for it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.config import ranges, reading
-from clipx.errors import MetricsError, optional
-from clipx.training.metric_table import HEADLINES, metric, short
+from clipx.errors import MetricsError
+from clipx.training import mirrors
+from clipx.training.metric_table import HEADLINES, RENAMED, metric, spelled
 
 FILE = "metrics.jsonl"
 _LARGEST = 1 << 30  # bytes, of some million lines
@@ -35,8 +36,9 @@ class Metrics:
     an uninterrupted run. `total_steps` may be less than the steps that the file already holds.
 
     steps_per_epoch: None for a run without epochs. evals: the config's section, from which `metric`
-    learns each eval's evaluator. Raises `MetricsError` for a workdir that cannot be written, a full
-    disk, and a missing tensorboardX.
+    learns each eval's evaluator. wandb: the project of Weights & Biases; "": none. config: what it
+    shows as the run's config. Raises `MetricsError` for a workdir that cannot be written, a full
+    disk, and a missing tensorboardX or wandb.
     """
 
     def __init__(
@@ -49,15 +51,17 @@ class Metrics:
         step: int = 0,
         tensorboard: bool = False,
         evals: Mapping[str, Any] | None = None,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
     ):
         self._path = pathlib.Path(workdir, FILE)
         self._total, self._batch, self._epoch = total_steps, batch_size, steps_per_epoch
-        self._start, self._tensorboard = step, tensorboard
-        self._evals = evals or {}
+        self._start, self._evals = step, evals or {}
+        self._tensorboard, self._wandb, self._config = tensorboard, wandb, config or {}
         self._main = jax.process_index() == 0
         self._file: io.FileIO | None = None
         self._bar: tqdm | None = None
-        self._board: Any = None  # tensorboardX's SummaryWriter
+        self._mirrors: list[mirrors.Replay] = []
         self._first: tuple[int, float] | None = None  # (step, seconds) where the rate starts
 
     def __enter__(self) -> Metrics:
@@ -67,9 +71,7 @@ class Metrics:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = stack.enter_context(open(self._path, "ab", buffering=0))
             self._known = _rewind(self._path, self._start)
-            if self._tensorboard:
-                writer = _tensorboard_writer(self._path.parent / "tensorboard", self._start)
-                self._board = stack.enter_context(writer)
+            self._mirrors = [stack.enter_context(x) for x in self._opened(self._path.parent)]
             if sys.stderr.isatty():
                 bar = tqdm(total=self._total, initial=self._start, unit="step", dynamic_ncols=True)
                 self._bar = stack.enter_context(bar)
@@ -97,11 +99,19 @@ class Metrics:
             values = {key: v for key, v in values.items() if key not in self._known}
         if values:
             self._append(head | values)
-        if self._board is not None:
-            for key, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(key, value, step)
+            for mirror in self._mirrors:
+                mirror.send(head | values)
         self._show(head, values)
+
+    def _opened(self, folder: pathlib.Path) -> Iterator[contextlib.closing[mirrors.Replay]]:
+        """Where the metrics go too, with the file's lines sent that have not been."""
+        rows = read(folder) if self._tensorboard or self._wandb else []
+        opened = [mirrors.tensorboard(folder, self._start)] if self._tensorboard else []
+        if self._wandb:
+            opened.append(mirrors.wandb(folder, self._wandb, self._config))
+        for mirror in opened:
+            mirror.replay(rows)
+            yield contextlib.closing(mirror)
 
     def progress(self, step: int) -> None:
         """Moves the bar to `step`. It is cheap: call it after every step."""
@@ -146,15 +156,18 @@ class Metrics:
         else:  # one number per class would bury the others; the file has them all
             shown = {k: v for k, v in values.items() if not metric(k, self._evals).detail}
         if training and self._bar is not None:
-            self._bar.set_postfix({k: short(v) for k, v in shown.items()})
+            self._bar.set_postfix({k: self._spelled(k, v) for k, v in shown.items()})
         elif shown:
             words = [f"step {head['step']:,}/{self._total:,}"]
             if "epoch" in head:
                 words.append(f"epoch {head['epoch']:.2f}")
-            words += [f"{key} {short(value)}" for key, value in shown.items()]
+            words += [f"{key} {self._spelled(key, value)}" for key, value in shown.items()]
             if training and (left := self._seconds_left(head["step"])) is not None:
                 words.append(f"{tqdm.format_interval(left)} left")
             self.say("  ".join(words))
+
+    def _spelled(self, key: str, value: float) -> str:
+        return spelled(metric(key, self._evals), value)
 
     def _seconds_left(self, step: int) -> float | None:
         """Seconds until the last step at the rate so far; None before the second step."""
@@ -192,7 +205,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
             return None
         if not isinstance(step := row.get("step"), int) or not 0 <= step <= ranges.INT:
             return None
-        return {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+        known = {str(RENAMED.get(key, key)): value for key, value in row.items()}
+        return {k: float(v) if isinstance(v, str) else v for k, v in known.items()}
     except ValueError:
         return None
 
@@ -234,11 +248,3 @@ def _strict(value: int | float) -> int | float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _tensorboard_writer(folder: pathlib.Path, step: int) -> Any:
-    """tensorboardX's SummaryWriter, without the points after `step`."""
-    need = "config.train.tensorboard needs tensorboardX, which is not installed"
-    with optional("tensorboard", MetricsError, need):
-        import tensorboardX
-    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)

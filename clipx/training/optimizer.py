@@ -41,27 +41,27 @@ class LookaheadConfig:
 class OptimizerConfig:
     """`config.optimizer`."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd"] = "adamw"  # the optimizer
     learning_rate: LearningRate = 5e-4  # at the end of the warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up and hold
     final_learning_rate: LearningRate = 0.0  # at the run's last step
     warmup_from: LearningRate = 0.0  # the learning rate that a warm-up starts from
-    warmup_steps: CountOrZero | None = None
-    warmup_epochs: NonNegative | None = None
-    warmup_examples: LongCount | None = None
+    warmup_steps: CountOrZero | None = None  # the length of the linear warm-up in steps
+    warmup_epochs: NonNegative | None = None  # the same in passes over the data
+    warmup_examples: LongCount | None = None  # the same in pairs seen
     hold_steps: CountOrZero = 0  # updates at the peak, between the warm-up and the decay
-    weight_decay: NonNegative = 0.2
+    weight_decay: NonNegative = 0.2  # of the parameters whose rule decays them
     # decoupled: subtracted from the parameter, times the learning rate; coupled: L2, added to the
     # clipped gradient, so that it enters the moments
     decay: Literal["decoupled", "coupled"] = "decoupled"
-    b1: Rate = 0.9
-    b2: Rate = 0.98
-    eps: Positive = 1e-6
+    b1: Rate = 0.9  # decay of Adam's first moment
+    b2: Rate = 0.98  # decay of Adam's second moment
+    eps: Positive = 1e-6  # added to the root of Adam's second moment
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment or SGD's trace
     momentum: Rate = 0.9  # of SGD
     nesterov: bool = False  # of SGD
     clip_norm: Positive | None = None  # the largest global norm of the gradient
-    lookahead: LookaheadConfig | None = None
+    lookahead: LookaheadConfig | None = None  # slow weights beside the fast ones; None: none
     # regexes searched in a parameter's path: matching parameters never change and have no moments.
     # A tower that is frozen completely, as by ("^image/",), runs in evaluation mode without a
     # backward pass.
@@ -115,13 +115,15 @@ def make_schedule(
         too_long = warmup if warm > steps else None
         where = too_long.where if too_long else f"{WHERE}.hold_steps"
         hold = "" if too_long else f" and {config.hold_steps} more at the peak"
+        most, tenth = str(steps - warm), ""
+        if too_long:
+            sizes = {"batch_size": batch_size, "rows": rows}
+            most, tenth = (too_long.spelled(n, **sizes) for n in (steps, steps // 10))
         raise ConfigError(
             where,
             f"a warm-up of {warm} steps{hold}",
-            f"at most the run's {steps} steps",
-            f"{where}={steps // 10}"
-            if too_long and too_long.unit == "steps"
-            else f"a smaller {where}",
+            f"at most the run's {steps} steps, which is {where.rpartition('.')[2]}={most}",
+            f"{where}={tenth or most}",
         )
     ends = {1.0: steps}
     for i, rule in enumerate(config.rules):

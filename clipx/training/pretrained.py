@@ -211,24 +211,25 @@ def entries(
     params: PyTree,
     config: Config,
     tokenizer: Tokenizer | None,
+    resized: list[str] | None = None,
 ) -> dict[str, PyTree]:
     """The parts of a run's `params` and `batch_stats` that come from files: `config.init_from`, or
     the file that a tower names itself.
 
-    params: the run's, abstract. tokenizer: the run's; None if it is not known yet. Raises
-    `ConfigError` for a tower with two files, and for what `fit` refuses.
+    params: the run's, abstract. tokenizer: the run's; None if it is not known yet. resized: as for
+    `load.fit`. Raises `ConfigError` for a tower with two files, and for what `fit` refuses.
     """
     path, ignore = config.init_from, config.init_ignore
     if not path:
-        return encoders.entries(objective, config, tokenizer)
+        return encoders.entries(objective, config, tokenizer, resized)
     named = [name for name in ("image", "text") if getattr(objective, name).init_from]
     if twice := [name for name in named if not load.ignored(name, ignore)]:
         found = f"{path!r}, while config.{twice[0]} names a file too"
         fix = f"config.init_ignore=('{twice[0]}',), to take the tower from its own file"
         raise ConfigError(WHERE, found, "one file for each tower", fix)
     model, given = open_model(path)
-    parts = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore)
-    own = encoders.entries(objective, config, tokenizer)
+    parts = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore, resized)
+    own = encoders.entries(objective, config, tokenizer, resized)
     return {kind: parts.get(kind, {}) | own.get(kind, {}) for kind in parts.keys() | own.keys()}
 
 
@@ -240,6 +241,7 @@ def fit(
     model: Model,
     given: Tokenizer | None,
     ignore: Collection[str],
+    resized: list[str] | None = None,
 ) -> dict[str, PyTree]:
     """The parts of a run's `params` and `batch_stats` that come from `model`: both towers, and
     `logit_scale` and `logit_bias`. Heads are not taken.
@@ -264,9 +266,8 @@ def fit(
         faults += [x for x in model.differences if x.startswith("tokenizer:")]
         faults += _token_faults(model, config, tokenizer, given)
     mask_id = config.mask_id if config.name not in OWN_MASK else None
-    parts = load.fit(
-        model, objective.image, objective.text, mask_id=mask_id, ignore=ignore, faults=faults
-    )
+    towers, options = (objective.image, objective.text), {"ignore": ignore, "faults": faults}
+    parts = load.fit(model, *towers, mask_id=mask_id, resized=resized, **options)
     for name in _SCALARS:
         value = getattr(model, name)
         if name in params and value is not None and not load.ignored(name, ignore):

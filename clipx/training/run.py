@@ -8,16 +8,13 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from clipx.config import binding, secrets
-from clipx.config.binding import bind
-from clipx.config.durations import duration
 from clipx.data import holdout
 from clipx.data.base import Source
 from clipx.data.config import DataConfig
@@ -26,14 +23,15 @@ from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
-from clipx.training import checks, encoders, programs, stored
-from clipx.training.assemble import abstract_batch, abstract_state, bind_objective, lock
+from clipx.training import checks, programs, stored
+from clipx.training.assemble import abstract_batch, abstract_state, lock
+from clipx.training.checked import checked, total_steps
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.encode import Encode
 from clipx.training.optimizer import make_schedule
 from clipx.training.recovery import refuse_strange_config, run_config
-from clipx.training.samples import held_out_pairs
-from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
+from clipx.training.samples import Pairs, held_out_pairs
+from clipx.training.schema import Config, EvalSpec, SourceSpec
 from clipx.training.step import batch_loss, make_train_step
 from clipx.types import Batch, Device, TrainState
 
@@ -152,12 +150,9 @@ class Run:
         opened = functools.cache(self.held_out if held_out is None else lambda: held_out)
         return {spec.name: spec.open(size, opened) for spec in self.evals}
 
-    def samples(
-        self, held_out: Source | None = None
-    ) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        """Pairs of an eval for the report: (pictures uint8 [n, h, w, 3], captions, the index of
-        each caption's picture). None if no eval has examples with captions. held_out: as for
-        `evaluators`."""
+    def samples(self, held_out: Source | None = None) -> Pairs | None:
+        """The pairs of an eval for the report; None if no eval has examples with captions.
+        held_out: as for `evaluators`."""
         opened = self.held_out if held_out is None else lambda: held_out
         return held_out_pairs(self.evals, self.objective.image.image_size, opened)
 
@@ -209,55 +204,6 @@ def _forward_flops(objective: Objective, seed: int, leaves: tuple, tree: Any) ->
         return batch_loss(objective, state.params, state=state, batch=batch, seed=seed)[0]
 
     return flops.total(flops.products(jax.make_jaxpr(forward)(*tree.unflatten(leaves))))
-
-
-def total_steps(config: Config, rows: int | None) -> int | None:
-    """Steps of a run over `rows` rows; None for a length in epochs if `rows` is None."""
-    return duration(dataclasses.asdict(config.train), "total", where="config.train").steps(
-        batch_size=config.train.batch_size, rows=rows
-    )
-
-
-class Checked(NamedTuple):
-    """The sections of a config, bound and checked against one another. Nothing is traced."""
-
-    config: Config
-    mesh: Mesh
-    objective: Objective
-    sections: dict[str, dict[str, Any]]  # as `bind_objective` returns them
-    data: DataConfig
-    source: SourceSpec
-    evals: tuple[EvalSpec, ...]
-    schedule: Callable[..., Any]
-
-
-def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Checked:
-    """The sections of `config`, for `devices` (default: all).
-
-    Raises `ConfigError` for an unknown key, a wrong type, a number outside its range, a missing
-    field and settings that exclude each other.
-    """
-    config = encoders.resolve(config)
-    bound = bind(Config, config)
-    mesh = meshes.make_mesh(bound.mesh, devices)
-    train = bound.train
-    objective, sections = bind_objective(bound)
-    checks.check_towers(objective)
-    groups = getattr(objective, "groups", 1)
-    checks.check_groups(train, groups)
-    data, source = data_section(bound.data)
-    checks.check_clusters(data, train.batch_size, groups, objective.with_replacement)
-    checks.check_episodes(train, data, objective, sections["objective"]["name"])
-    evals = tuple(EvalSpec.check(name, section, data) for name, section in bound.evals.items())
-    checks.check_train(train, mesh, evals)
-    checks.check_holdout(data, evals)
-    schedule = make_schedule(
-        bound.optimizer,
-        steps=total_steps(bound, None),
-        batch_size=train.batch_size,
-        rows=None,
-    )
-    return Checked(bound, mesh, objective, sections, data, source, evals, schedule)
 
 
 def assemble(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Run:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from clipx.data.base import Source
+from clipx.data.evaluation import EvaluationSet
 from clipx.training.schema import EvalSpec
 
-_SAMPLES = 32  # pictures in the report
+_LOOK = 32  # rows of an eval of which one must have a caption
+
+
+class Pairs(NamedTuple):
+    """All pictures of an eval, and their captions."""
+
+    examples: EvaluationSet
+    captions: Sequence[str]
+    owner: Int[np.ndarray, " t"]  # the picture that each caption belongs to
 
 
 def held_out_pairs(
     evals: Sequence[EvalSpec], image_size: int, held_out: Callable[[], Source]
-) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-    """(pictures uint8 [n, h, w, 3], captions, the index of each caption's picture) of the first
-    eval that has examples with captions; None if none has. held_out: as for `EvalSpec.examples`."""
+) -> Pairs | None:
+    """The pairs of the first eval that has examples with captions; None if none has. held_out: as
+    for `EvalSpec.examples`."""
     for spec in evals:
         examples = spec.examples(image_size, held_out)
-        if examples is None:
+        if examples is None or not any(map(examples.texts, range(min(_LOOK, len(examples))))):
             continue
-        count = min(_SAMPLES, len(examples))
-        rows = [row for row in range(count) if examples.texts(row)]
-        if rows:
-            pictures = next(examples.batches(_SAMPLES))[rows]
-            captions = [(text, i) for i, row in enumerate(rows) for text in examples.texts(row)]
-            return pictures, [text for text, _ in captions], np.array([i for _, i in captions])
+        captions = [(text, i) for i in range(len(examples)) for text in examples.texts(i)]
+        return Pairs(examples, [text for text, _ in captions], np.array([i for _, i in captions]))
     return None

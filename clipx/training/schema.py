@@ -17,7 +17,7 @@ from clipx.data.first_look import refuse_unfit
 from clipx.data.limits import Limits
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
-from clipx.errors import ConfigError, DataError, in_section
+from clipx.errors import ConfigError, DataError, at_key, in_section
 from clipx.evaluators.base import Evaluator
 from clipx.models.base import Tower
 from clipx.parallel.mesh import MeshConfig
@@ -31,19 +31,20 @@ class TrainConfig:
     """`config.train`. Exactly one of the `total_*` keys sets the length of the run."""
 
     batch_size: BatchSize  # global: over all devices and micro-batches
-    total_steps: CountOrZero | None = None
-    total_epochs: NonNegative | None = None
-    total_examples: LongCount | None = None
+    total_steps: CountOrZero | None = None  # the length of the run in steps
+    total_epochs: NonNegative | None = None  # the same in passes over the data
+    total_examples: LongCount | None = None  # the same in pairs seen
     microbatches: Count | Literal["auto"] = 1  # auto: the fewest that fit the devices' memory
-    log_every_steps: Count = 10
-    save_every_steps: Count = 1000
+    log_every_steps: Count = 10  # steps between two lines of metrics.jsonl
+    save_every_steps: Count = 1000  # steps between two checkpoints; the last step is saved too
     eval_every_steps: Count | None = None  # None: only after the last step
     keep: Count = 2  # number of newest checkpoints to keep
     best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
     max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite, or
     # with rollback go back to the last checkpoint and train without the rows of these steps
     rollback: bool = False
-    tensorboard: bool = False
+    tensorboard: bool = False  # write the metrics for TensorBoard too
+    wandb: str = ""  # log the metrics to this project of Weights & Biases too
     cca_rows: Count = 20_000  # of towers with head_init=cca: the rows that it is fitted to
     cca_regularizer: NonNegative = 1.0  # times the mean variance of each tower's features
     episode_pictures: bool = False  # show each episode's map and some prototypes in report.html
@@ -63,16 +64,17 @@ class EvalConfig:
 class Config:
     """The sections of a config file."""
 
-    objective: dict[str, Any]
-    image: dict[str, Any]
-    text: dict[str, Any]
-    tokenizer: tokenizers.TokenizerConfig
-    data: dict[str, Any]
-    train: TrainConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
+    objective: dict[str, Any]  # the method: `name`, and the keys of its class
+    image: dict[str, Any]  # the image tower: `name`, and the keys of its class
+    text: dict[str, Any]  # the text tower: `name`, and the keys of its class
+    tokenizer: tokenizers.TokenizerConfig  # how texts become ids
+    data: dict[str, Any]  # the training data: `source`, and the keys of its class
+    train: TrainConfig  # batch, length, logging and checkpoints
+    optimizer: OptimizerConfig = OptimizerConfig()  # optimizer and learning rate
+    mesh: MeshConfig = MeshConfig()  # how a run is split over devices
+    # evaluations by name, each with the keys of its evaluator
     evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    seed: Seed = 0
+    seed: Seed = 0  # of the weights, the order of the rows, crops, captions and dropout
     # weights to start from: a workdir, one of its checkpoints, or a folder or file of open_clip or
     # transformers. A difference from the config is an error, unless `init_ignore` names it.
     init_from: str = ""
@@ -115,6 +117,7 @@ class SourceSpec:
     cls: type[Source]
     values: dict[str, Any]  # the typed values of the section
     limits: Limits = Limits()
+    where: str = ""  # the section, as messages name it: its path in the config, or a flag
 
     @classmethod
     def check(
@@ -130,11 +133,17 @@ class SourceSpec:
         values = configs.check(source, section, where=where, beside=beside)
         if hasattr(source, "check_section"):
             source.check_section(values, where)
-        return cls(name, source, values)
+        return cls(name, source, values, where=where)
 
     def open(self) -> Source:
-        """The source, open."""
-        source = self.cls(**self.values)
+        """The source, open. Raises `DataError`, which names the section."""
+        try:
+            source = self.cls(**self.values)
+        except DataError as error:
+            if not self.where:
+                raise
+            path = ".path" * (self.where.startswith("config.") and "path" in self.values)
+            raise DataError(at_key(str(error), self.where + path)) from None
         source.limit(self.limits)
         return source
 

@@ -24,7 +24,7 @@ from clipx.errors import CheckpointError, ConfigError, DataError, Interrupted, R
 from clipx.evaluators.base import Evaluator
 from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, finite, fit, guesses, recovery, stored, whitening
+from clipx.training import encoders, finite, fit, guesses, notes, recovery, stored, whitening
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.embedding import with_features
@@ -35,6 +35,7 @@ from clipx.training.metrics import Metrics
 from clipx.training.metrics import read as metric_lines
 from clipx.training.rollback import Rollback
 from clipx.training.run import OpenRun, Run, assemble, checked, with_data
+from clipx.training.shown import working
 from clipx.training.stop import Stop
 from clipx.training.workdir import prepare_workdir, read_json, refuse_other_config, write_json
 from clipx.types import Device, TrainState
@@ -85,6 +86,8 @@ class Session:
             step=int(state.step),
             tensorboard=self.run.config.train.tensorboard,
             evals=self.run.complete["evals"],
+            wandb=self.run.config.train.wandb,
+            config=self.run.complete,
         )
         with stop or Stop() as stop, metrics:
             try:
@@ -115,7 +118,7 @@ class Session:
     def _start(self) -> tuple[TrainState, dict[str, float] | None]:
         """(the state to start from, the run's `Clock.totals` so far)."""
         if self.saved is None or self.start is None:
-            return init(self.run), None
+            return init(self.run, tell), None
         state = self.checkpoints.restore(self.start, self.run.state)
         if names := finite.not_finite(state):
             raise RunError(finite.refuse_start(names, self.start))
@@ -125,7 +128,8 @@ class Session:
     def _compile(self) -> fit.Needs:
         """Compiles the step before the first one, so that no step's time includes it."""
         started = time.perf_counter()
-        needs = fit.measure(self.run)
+        with working("compiling"):
+            needs = fit.measure(self.run)
         if needs.refused:
             raise RunError(
                 f"the step does not fit the devices: {fit.describe_memory(needs)}, "
@@ -159,7 +163,8 @@ def open_session(
         refuse_other_config(folder, run.complete)
     elif lines := len(metric_lines(folder)):
         tell(f"no checkpoint in {folder}: step 0 again; the {lines:,} line(s) of its metrics go")
-    data = open_data(run, look=True)
+    with working("opening the data"):
+        data = open_data(run, look=True)
     evaluators = run.evaluators(data.held_out)
     sources = guesses.sources(data.source, evaluators)
     for where, source in sources.items():
@@ -177,7 +182,12 @@ def open_session(
     loader(opened, data, np.arange(0))  # raises what is wrong now, not after compiling
     tell(
         "\n".join(
-            [*describe(opened, data.fingerprint), *data.notes, *stored.describe(data.features)]
+            [
+                *describe(opened, data.fingerprint),
+                *notes.of_run(opened, new=saved is None),
+                *data.notes,
+                *stored.describe(data.features),
+            ]
         )
     )
     for name, evaluator in evaluators.items():
@@ -250,7 +260,8 @@ def _tokenizer(
     writes to the workdir. All processes read that file."""
     path = folder / "tokenizer.json"
     if not resuming and jax.process_index() == 0:
-        write_json(path, open_tokenizer(run, data.source).save())
+        with working("making the tokenizer"):
+            write_json(path, open_tokenizer(run, data.source).save())
     if jax.process_count() > 1:
         processes.barrier("tokenizer")
     return tokenizers.load(read_json(path))
@@ -283,7 +294,8 @@ def _refuse_other_data(saved: dict[str, Any], rows: int, fingerprint: str) -> No
         "config.data",
         found,
         expected,
-        "the same rows in the same order, or another --workdir for a new run",
+        "the same rows in the same order (a fingerprint is of the rows' keys, so tars and a table "
+        "of the same pictures have two), or another --workdir for a new run",
     )
 
 

@@ -105,7 +105,7 @@ class Watch:
         """(name, cause) of all that is wrong with the means of metrics over `span` steps."""
         for tower in ("image", "text"):
             yield from self._collapse(tower, mean.get(f"batch/{tower}_variance", math.nan))
-        for name, chance in (self.chance or {"loss": mean.get("loss/chance", math.nan)}).items():
+        for name, chance in (self.chance or {"loss": mean.get("chance_loss", math.nan)}).items():
             yield from self._at_chance(name, mean.get(name, math.nan), chance)
         for name, scale in mean.items():
             if name.startswith("logit_scale"):

@@ -28,6 +28,7 @@ _FREE = (
     "config.train.keep",
     "config.train.best",
     "config.train.tensorboard",
+    "config.train.wandb",
     "config.train.rollback",
     "config.evals",
 )

@@ -1,7 +1,8 @@
 """A line `::keys clipx.training.schema.TrainConfig` becomes a table of the class's fields.
 
-A field's meaning is the comment beside it or above it. The code is read as text, not imported,
-except for clipx/config/ranges.py, which needs Python alone.
+A field's meaning is what clipx/config/reference.py reads from the code, as `--help` does. The code
+is read as text, not imported, except for that file and clipx/config/ranges.py, which need Python
+alone.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import io
 import pathlib
 import re
 import sys
-import tokenize
 import typing
 from typing import Annotated, Any
 
@@ -27,16 +26,17 @@ GIVEN = {
 DECLARED = ("from_tokenizer", "filled")
 
 
-def _ranges() -> dict[str, Any]:
-    """The names of clipx/config/ranges.py."""
-    file = ROOT / "clipx" / "config" / "ranges.py"
-    spec = importlib.util.spec_from_file_location("clipx_config_ranges", file)
+def _alone(name: str) -> Any:
+    """The module clipx/config/<name>.py, without the packages above it."""
+    file = ROOT / "clipx" / "config" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"clipx_config_{name}", file)
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
-    return vars(sys.modules[spec.name])
+    return sys.modules[spec.name]
 
 
-RANGES = _ranges()
+RANGES = vars(_alone("ranges"))
+reference = _alone("reference")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -44,22 +44,19 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 @functools.cache
-def module(name: str) -> tuple[ast.Module, dict[int, tuple[str, bool]]]:
-    """A module's tree, and its comments by line: the text, and whether it has the line alone."""
-    text = (ROOT / f"{name.replace('.', '/')}.py").read_text()
-    comments = {
-        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return ast.parse(text), comments
+def code(name: str) -> str:
+    return (ROOT / f"{name.replace('.', '/')}.py").read_text()
+
+
+def module(name: str) -> ast.Module:
+    return reference.parsed(code(name))[0]
 
 
 def value_of(module_name: str, node: ast.expr) -> ast.expr:
     """The literal that a name stands for, in its module or where it is imported from."""
     if not isinstance(node, ast.Name):
         return node
-    for other in module(module_name)[0].body:
+    for other in module(module_name).body:
         if isinstance(other, ast.Assign) and other.targets[0].id == node.id:
             return other.value
         if isinstance(other, ast.ImportFrom) and node.id in [a.name for a in other.names]:
@@ -70,8 +67,7 @@ def value_of(module_name: str, node: ast.expr) -> ast.expr:
 def table(name: str) -> str:
     """The fields of a class as Markdown."""
     where, _, cls = name.rpartition(".")
-    tree, comments = module(where)
-    (node,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls]
+    (node,) = [n for n in module(where).body if isinstance(n, ast.ClassDef) and n.name == cls]
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
     given = set(GIVEN.get(where.rpartition(".")[0], ()))
     for field in fields:
@@ -79,13 +75,13 @@ def table(name: str) -> str:
             value = value_of(where, field.value)
             names = value.keys if isinstance(value, ast.Dict) else value.elts
             given |= {n.value for n in names}
-    rows = []
+    rows, said = [], reference.meanings(code(where), cls)
     for field in fields:
         kind = ast.unparse(field.annotation)
         if field.target.id in given or field.target.id.startswith("_") or "ClassVar" in kind:
             continue
         default = "" if field.value is None else f"`{ast.unparse(field.value)}`"
-        meaning = comment(comments, field.lineno, field.end_lineno)
+        meaning = said[field.target.id].replace("|", "\\|").replace("<", "&lt;")
         kind, allowed = declared(where, field.annotation)
         rows.append(f"| `{field.target.id}` | `{kind}` | {allowed} | {default} | {meaning} |")
     if not rows:
@@ -103,7 +99,7 @@ def declared(module_name: str, annotation: ast.expr) -> tuple[str, str]:
         def visit_Name(self, node: ast.Name) -> ast.expr:
             if typing.get_origin(RANGES.get(node.id)) in (Annotated, tuple):
                 return self.visit(spelled(RANGES[node.id], words))
-            own = [n.value for n in module(module_name)[0].body if assigns(n, node.id)]
+            own = [n.value for n in module(module_name).body if assigns(n, node.id)]
             return self.visit(own[0]) if own and "Annotated" in ast.unparse(own[0]) else node
 
         def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
@@ -134,12 +130,3 @@ def spelled(hint: Any, words: list[str]) -> ast.expr:
         inner = ", ".join(ast.unparse(spelled(arg, words)) for arg in args)
         return ast.parse(f"{hint.__origin__.__name__}[{inner}]", mode="eval").body
     return ast.parse(hint.__name__, mode="eval").body
-
-
-def comment(comments: dict[int, tuple[str, bool]], first: int, last: int) -> str:
-    """What stands beside a field, or in the lines above it."""
-    beside = [comments[i][0] for i in range(first, last + 1) if i in comments]
-    above: list[str] = []
-    while (line := comments.get(first - 1 - len(above))) and line[1]:
-        above.insert(0, line[0])
-    return " ".join([*above, *beside]).replace("|", "\\|").replace("<", "&lt;")

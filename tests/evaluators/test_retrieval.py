@@ -154,3 +154,12 @@ def test_errors_of_the_set(owner, rows, said):
 def test_a_count_below_one_is_a_config_error(name):
     with pytest.raises(ConfigError, match=f"retrieval.{name}"):
         bind(Retrieval, {name: 0}, where="retrieval", examples=None)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_chance_is_what_a_model_that_tells_nothing_apart_gets(each):
+    owner = np.repeat(np.arange(40), each)[: 40 * each - 1 + (each == 1)]
+    evaluator = Retrieval(Examples(owner, 40))
+    alike = Encode(np.ones((40, 2)), np.ones((len(owner), 2)))
+    assert evaluator.chance() == pytest.approx(evaluator(alike))
+    assert evaluator.sizes() == {"pictures": 40, "captions": len(owner)}

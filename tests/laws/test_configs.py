@@ -94,7 +94,7 @@ def test_traces(spec):
         jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (run.state, state)
     )
     assert before == after
-    assert {"loss", "loss/chance", "grad_norm", "skipped"} <= set(metrics)
+    assert {"loss", "chance_loss", "grad_norm", "skipped"} <= set(metrics)
     assert all(x.shape == () for x in metrics.values())
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("planning", "reporting", "serving"),
     (
         *("cli", "train", "evaluate", "export", "plan", "dataset"),
-        *("report", "compare", "teacher", "embed", "doctor", "bench"),
+        *("report", "compare", "teacher", "embed", "search", "doctor", "bench"),
     ),
 )
 SHARED = {"compare": ("cli", "train")}  # what a command may import; all others only cli

@@ -89,10 +89,10 @@ def test_the_total_is_weighted_as_the_authors_code_weights_it():
     terms = full["loss/cross_modal"] + full["loss/image"] + full["loss/text"]
     np.testing.assert_allclose(full["loss/prior"], FEATURES.prior.mean(), rtol=1e-6)
     np.testing.assert_allclose(full["loss"], 0.7 * terms + 0.3 * full["loss/prior"], rtol=1e-6)
-    np.testing.assert_allclose(full["loss/chance"], 2 * LN2 * (0.7 * 3 + 0.3 * 2))
+    np.testing.assert_allclose(full["chance_loss"], 2 * LN2 * (0.7 * 3 + 0.3 * 2))
     plain, _ = loss(lite(prior="off"))
     np.testing.assert_allclose(plain["loss"], 0.9 * plain["loss/cross_modal"], rtol=1e-6)
-    np.testing.assert_allclose(plain["loss/chance"], 0.9 * 2 * LN2)
+    np.testing.assert_allclose(plain["chance_loss"], 0.9 * 2 * LN2)
     assert not {"loss/prior", "loss/image", "loss/text"} & set(plain)
 
 
@@ -115,7 +115,7 @@ def test_chance_is_the_loss_of_a_critic_that_knows_nothing(critic):
         method="loss",
         mutable="batch_stats",
     )
-    np.testing.assert_allclose(out.value, out.metrics["loss/chance"], rtol=1e-6)
+    np.testing.assert_allclose(out.value, out.metrics["chance_loss"], rtol=1e-6)
     assert out.metrics["batch/accuracy"] == 0  # a tie is a miss
 
 

@@ -39,7 +39,7 @@ def test_the_loss_is_declips(wide):
             loss = module.apply({"params": params}, features, {}, train=True, method="loss")
             np.testing.assert_allclose(loss.value, ORACLE["dense_logits_filip"]["loss"], **close)
     np.testing.assert_allclose(loss.metrics["logit_scale_dense"], 1 / 0.07, rtol=1e-6)
-    assert loss.metrics["loss/chance"] == math.log(2) and loss.memory == {}
+    assert loss.metrics["chance_loss"] == math.log(2) and loss.memory == {}
 
 
 @WIDE

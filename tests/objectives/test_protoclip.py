@@ -209,7 +209,7 @@ def test_the_total_is_protoclips(fields):
     np.testing.assert_allclose(loss.value, total, rtol=2e-5)
     chance = weights.get("contrastive", 1.0) * math.log(32)
     chance += sum(weights[term] for term in terms) * math.log(5)
-    np.testing.assert_allclose(loss.metrics["loss/chance"], chance, rtol=1e-6)
+    np.testing.assert_allclose(loss.metrics["chance_loss"], chance, rtol=1e-6)
     assert loss.metrics["clusters/episode"] == 1
     jax.tree.map(np.testing.assert_array_equal, loss.memory, memory)
     arguments = before, EPISODE
@@ -236,7 +236,7 @@ def test_episodes_of_the_contrastive_loss_alone(late, first):
         expected = weight * loss.metrics["loss/contrastive"] + (rest if active else 0)
         np.testing.assert_allclose(loss.value, expected, rtol=1e-6)
         chance = weight * math.log(32) + (1.5 * math.log(5) if active else 0)
-        np.testing.assert_allclose(loss.metrics["loss/chance"], chance, rtol=1e-6)
+        np.testing.assert_allclose(loss.metrics["chance_loss"], chance, rtol=1e-6)
         assert slopes["logit_scale"] != 0
         for slope in jax.tree.leaves(slopes["heads"]):
             assert np.all(np.isfinite(slope)) and bool(np.any(slope)) == active

@@ -83,7 +83,7 @@ def test_the_total_is_clips_and_simclrs(variables):
     np.testing.assert_allclose(loss.metrics["loss/ssl"], ssl, rtol=1e-5)
     np.testing.assert_allclose(loss.value, clip + 0.5 * ssl, rtol=1e-5)
     chance = math.log(8) + 0.5 * math.log(15)
-    np.testing.assert_allclose(loss.metrics["loss/chance"], chance)
+    np.testing.assert_allclose(loss.metrics["chance_loss"], chance)
     assert loss.memory == {}
 
 

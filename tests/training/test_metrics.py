@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 import types
 
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 
 from clipx.config.binding import find
+from clipx.data.threads import progress_bar, shown
 from clipx.errors import MetricsError, install_hint
 from clipx.evaluators.base import Evaluator
 from clipx.training.clock import Clock
 from clipx.training.metric_table import metric
 from clipx.training.metrics import Metrics, read
+from clipx.training.mirrors import Replay
 
 
 def run(workdir, start, stop, **settings):
@@ -136,7 +139,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
     assert err == ""
     lines = out.splitlines()
     assert lines[0] == "step 10/40  epoch 1.00  loss 0.1"
-    assert lines[1] == "step 10/40  epoch 1.00  zero_shot/top1 0.25"
+    assert lines[1] == "step 10/40  epoch 1.00  zero_shot/top1 25.0 %"
 
 
 def test_the_time_left_leaves_compilation_out(tmp_path, capsys, monkeypatch):
@@ -164,7 +167,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     seen = os.read(ours, 100_000).decode()
     os.close(ours)
     assert done.returncode == 0
-    assert "4/4" in seen and "loss=2.5" in seen and "step 1/4  knn/top1 0.5" in seen
+    assert "4/4" in seen and "loss=2.5" in seen and "step 1/4  knn/top1 50.0 %" in seen
     assert done.stdout == b""
 
 
@@ -244,8 +247,8 @@ EVALS = {"cifar10": {"evaluator": "linear_probe"}, "voc": {}, "loss": {"evaluato
     [
         ("loss", "less", "number", False),
         ("loss/contrastive", "less", "number", False),
-        ("loss/chance", None, "number", False),
-        ("batch/R@1", "more", "number", False),
+        ("chance_loss", None, "number", False),
+        ("batch/R@1", "more", "percent", False),
         ("clusters/text_inertia", "less", "number", False),
         ("cifar10/top1", "more", "percent", False),
         ("cifar10/cost", None, "number", False),
@@ -279,3 +282,134 @@ def test_the_names_of_clip_benchmark():
         "linear_probe": "lp_acc1",
         "zeroshot_retrieval": "image_retrieval_recall@5",
     }
+
+
+def test_the_speed_of_logged_steps_is_measured_over_several():
+    """Two steps that were computed ahead are fetched at once: the second took no time."""
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+    rates = []
+    for seconds in (1, 1, 1, 2, 0):
+        now[0] += seconds
+        rates.append(clock.interval(images=8, window=16)["images_per_second"])
+    assert rates == [8, 8, 8, 16 / 3, 8]
+    assert clock.interval(images=80, window=16)["images_per_second"] > 1e9  # enough alone
+
+
+def test_older_names_are_read_by_the_new_ones(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0, "loss/chance": 4.5}\n')
+    assert read(tmp_path) == [{"step": 3, "loss": 2.0, "chance_loss": 4.5}]
+
+
+def test_shares_are_percentages_on_the_console(tmp_path, capsys):
+    with Metrics(tmp_path, total_steps=9, batch_size=8, evals={"a": {"evaluator": "knn"}}) as m:
+        m.log(1, {"loss": 2.0, "batch/R@1": 0.125})
+        m.log(1, {"a/k20/top1": 0.25})
+    assert "batch/R@1 12.5 %" in (out := capsys.readouterr().out) and "a/k20/top1 25.0 %" in out
+    assert read(tmp_path)[0]["batch/R@1"] == 0.125
+
+
+class Sent:
+    """Where a replay sends lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def send(self, step, values):
+        self.lines.append((step, *values))
+
+    def close(self):
+        self.lines.append("closed")
+
+
+@pytest.mark.parametrize("stops", [(7,), (3, 5), (0, 1, 2, 6)])
+def test_a_replay_sends_each_line_once(tmp_path, stops):
+    """However often the run is killed, and whatever of its last lines is written again."""
+    rows = [{"step": 0, "examples": 0, "a": 1}] + [
+        row
+        for step in range(1, 5)
+        for row in ({"step": step, "loss": 2.0}, {"step": step, "eval": 0.5})
+    ]
+    sent = Sent()
+    for stop in (*stops, len(rows)):
+        replay = Replay(tmp_path / "x.json", sent)
+        replay.replay(rows[: max(stop - 2, 0)])  # up to the last checkpoint
+        for row in rows[max(stop - 2, 0) : stop]:
+            replay.send(row)
+    assert sent.lines == [(row["step"], *(k for k in row if k not in HEAD)) for row in rows]
+
+
+HEAD = ("step", "examples", "epoch")
+
+
+def test_a_replay_that_is_forgotten_is_sent_again(tmp_path):
+    rows = [{"step": step, "loss": 2.0} for step in range(1, 7)]
+    for step, again in ((0, [1, 2, 3, 4, 5, 6]), (4, [5, 6]), (6, [])):
+        sent = Sent()
+        replay = Replay(tmp_path / "x.json", sent, again_after=step)
+        replay.replay(rows)
+        assert [step for step, _ in sent.lines] == again
+
+
+def test_wandb_absent_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MetricsError, match=re.escape(install_hint("wandb"))):
+        run(tmp_path, 0, 1, wandb="project")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [25, 30])
+def test_the_records_of_weights_and_biases(tmp_path, monkeypatch, stop):
+    """Offline records of a run that was killed at a step and goes on from its checkpoint at 20: one
+    id, and each step once, with all its numbers."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "run"
+    run(folder, 0, stop, wandb="project", config={"seed": 3})
+    run(folder, 20, 40, wandb="project", config={"seed": 3})
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.stem for file in files}) == 1
+    steps, names = [], set()
+    for file in files:
+        records = DataStore()
+        records.open_for_scan(str(file))
+        while (data := records.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {x.key or ".".join(x.nested_key): x.value_json for x in record.history.item}
+                steps.append(int(items["_step"]))
+                names |= {(int(items["_step"]), name) for name in items if name[0] != "_"}
+    assert steps == list(range(1, 41))
+    expected = {(step, name) for step in range(1, 41) for name in ("loss", "skipped")}
+    assert names == expected | {(step, "zero_shot/top1") for step in (10, 20, 30, 40)}
+
+
+def test_lines_in_place_of_a_bar(capsys, monkeypatch):
+    """One each ten seconds, with the time that is left."""
+    now = [0.0]
+    monkeypatch.setattr("clipx.data.threads.time.monotonic", lambda: now[0])
+    with progress_bar(1000, "verify") as bar:
+        for _ in range(10):
+            now[0] += 4
+            bar.update(20)
+    assert capsys.readouterr().err.splitlines() == [
+        "verify: 60/1,000 rows, 00:12 so far, about 03:08 left",
+        "verify: 120/1,000 rows, 00:24 so far, about 02:56 left",
+        "verify: 180/1,000 rows, 00:36 so far, about 02:44 left",
+    ]
+
+
+def test_something_that_tells_nothing_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr("clipx.data.threads._SILENT", 0.03)
+    monkeypatch.setattr("clipx.data.threads._POLL", 0.01)
+    with shown("compiling"):
+        time.sleep(0.2)
+    with shown("evaluating x", lambda: 7, 5), shown("y", silent=True):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "compiling: 00:00 so far" and not any("y:" in line for line in lines)
+    assert lines[-1].startswith("evaluating x: 5/5 rows")

@@ -16,7 +16,7 @@ from clipx.training.watch import Watch
 CHANCE = math.log(128)
 HEALTHY = {
     "loss": 0.5 * CHANCE,
-    "loss/chance": CHANCE,
+    "chance_loss": CHANCE,
     "batch/image_variance": 0.6,
     "batch/text_variance": 0.5,
     "logit_scale": 20.0,

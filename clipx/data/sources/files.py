@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Files(Source):
     captions_from: Member | None = None
     # whether a .txt is one caption or each line is one; None: each, if all have several lines
     txt_lines: Lines | None = None
+    without_captions: bool = False  # rows are pictures alone, to be embedded; texts are not read
 
     def __post_init__(self) -> None:
         self._root: str
@@ -54,7 +56,7 @@ class Files(Source):
         self._stamps: np.ndarray  # int64 [rows, 3, 2]: of the picture, the .txt and the .json
         self._tops: tuple[str, str]  # the folders of pictures and of texts, where they differ
         self._account: Account
-        self._reader: Reader
+        self._reader: Any  # of captions, a `Reader`; None without captions
         self._guesses: tuple[Guess, ...]
         root = expand_user(self.path)
         if not os.path.isdir(root):
@@ -65,8 +67,8 @@ class Files(Source):
         texts = set(inside.ending(TEXT_ENDS))
         stems = [_text(os.path.splitext(name)[0], tops) for name in pictures]
         has = np.array([[stem + end in texts for end in TEXT_ENDS] for stem in stems], bool)
-        has = has.reshape(-1, len(TEXT_ENDS))
-        if not has.any():
+        has = has.reshape(-1, len(TEXT_ENDS)) & (not self.without_captions)
+        if not has.any() and not (self.without_captions and pictures):
             raise DataError(
                 f"{root}: {'no captions' if pictures else 'no pictures'}; {inside.describe()}, "
                 f"expected {', '.join(PICTURE_ENDS[:4])} and so on, each with a .txt or .json of "
@@ -85,7 +87,7 @@ class Files(Source):
             object.__setattr__(self, name, value)
         paths = [path for row in range(len(names)) for path in self._paths(row)]
         object.__setattr__(self, "_stamps", stamps(paths).reshape(-1, 1 + len(TEXT_ENDS), 2))
-        reader, guesses = self._decide()
+        reader, guesses = (None, ()) if self.without_captions else self._decide()
         object.__setattr__(self, "_reader", reader)
         object.__setattr__(self, "_guesses", guesses)
 
@@ -104,6 +106,8 @@ class Files(Source):
         if not 0 <= row < len(self):
             raise IndexError(row)
         key = self._key(row)
+        if self.without_captions:
+            return Example(b"", (), row, key)
         captions = self._reader.of_row(key, self._texts(row))
         if captions is None:
             raise BadSample(key, "no caption (.txt or .json)")
@@ -112,6 +116,10 @@ class Files(Source):
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
+
+    def file(self, row: int) -> str:
+        """The path of a row's picture."""
+        return self._paths(row)[0]
 
     def account(self) -> Account:
         return self._account

@@ -101,12 +101,16 @@ class Folder(Source):
             if self._tar:
                 (image,) = read(self._tar, [tuple(self._places[row].tolist())])
             else:
-                image = read_file(os.path.join(self._file, self._name(row)), self._stamps[row])
+                image = read_file(self.file(row), self._stamps[row])
         except OSError as error:
             raise BadSample(key, f"cannot be read in {self._file} ({error.strerror})") from None
         if not image:
             raise BadSample(key, "the picture has no bytes")
         return Example(image, (), row, key, int(self._labels[row]))
+
+    def file(self, row: int) -> str:
+        """The path of a row's picture; "" for one inside of a tar."""
+        return "" if self._tar else os.path.join(self._file, self._name(row))
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))

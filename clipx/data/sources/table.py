@@ -129,6 +129,11 @@ class Table(Source):
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
 
+    def file(self, row: int) -> str:
+        """The path of a row's picture; "" for one inside of a table."""
+        inside = self._place(row) is not None
+        return "" if inside else os.path.join(self._roots[self._table(row)], self._path(row))
+
     def account(self) -> Account:
         return self._account
 
@@ -146,7 +151,7 @@ class Table(Source):
             return image or b""
         if self._path(row).startswith(_MARK):
             raise BadSample(key, "the path of the picture is empty")
-        file = os.path.join(self._roots[self._table(row)], self._path(row))
+        file = self.file(row)
         stamp = self._stamps[row]
         self.limits.check_bytes(key, int(stamp[0]))
         try:

@@ -33,6 +33,7 @@ class MarkIds:
 class TokenizerConfig:
     """Selects a tokenizer, and tells what is known about it without opening a file."""
 
+    # sentencepiece without a path is trained on the captions of the run
     name: Literal["clip_bpe", "sentencepiece", "wordpiece", "huggingface"]
     # rows of the embedding table; None: the usual size, which the constructor fills in
     vocab_size: Annotated[int, Range(5, 10_000_000)] | None = None

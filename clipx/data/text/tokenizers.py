@@ -29,7 +29,13 @@ from clipx.ops import tokenizer_json
 
 
 class Tokenizer(abc.ABC):
-    """Converts texts to ids and back. It can be pickled and called from many threads."""
+    """Converts texts to ids and back. It can be pickled and called from many threads.
+
+    Attributes:
+        pieces: entries of the vocabulary that have a text; None if that is all of `vocab_size`.
+    """
+
+    pieces: int | None = None
 
     def __init__(self, config: TokenizerConfig):
         self.config = config
@@ -158,6 +164,7 @@ class _SentencePiece(Tokenizer):
 
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = self._processor.get_piece_size()
 
     def body(self, text: str) -> list[int]:
         return self._processor.encode(self._clean(text))
