@@ -6,6 +6,7 @@ tests/laws/test_soak.py. CLIPX_SOAK=300 trains for 300 seconds.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import json
@@ -43,11 +44,14 @@ pytestmark = [
 
 def resident(pid: int) -> int:
     """Bytes of resident memory of a process and of all its children."""
-    pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
-    total = pages * resource.getpagesize()
-    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            total += resident(int(child))
+    process, total = pathlib.Path(f"/proc/{pid}"), 0
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        pages = int((process / "statm").read_text().split()[1])
+        total += pages * resource.getpagesize()
+    for task in process.glob("task/*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in (task / "children").read_text().split():
+                total += resident(int(child))
     return total
 
 
