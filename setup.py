@@ -74,6 +74,10 @@ setup(
             *("open_clip_torch>=3.0", "transformers>=5.0", "timm>=1.0"),
             *("torch>=2.6", "torchvision>=0.21"),
         ],
+        # what `clipx.bench --against` compares with
+        "peers": [
+            *("faiss-cpu>=1.9", "open_clip_torch>=3.0", "torch>=2.6", "torchvision>=0.21"),
+        ],
         "teacher": ["torch>=2.6", "transformers>=5.0"],
         "test": TESTED,
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.12"],

@@ -1,34 +1,26 @@
 """The PyTorch DataLoader that `python -m clipx.dataset bench --against=torch` compares clipx with.
 
 It prepares pictures as DeCLIP does (two views) or as open_clip does (one view). It is not part of
-the package. First it prints a line of JSON with `ready` and its versions. Then it reads lines from
-stdin. For each line, `two` or `one`, it runs one pass and prints its duration as JSON: wall seconds
-and CPU seconds, including those of the workers.
+the package. A turn (clipx/planning/turns.py) is one pass, of `two` or `one` view.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import random
-import resource
 import sys
-import time
 
-import torch
-import torch.utils.data
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 from PIL import Image, ImageFilter
 
-try:
-    import torchvision
-except RuntimeError:  # a CUDA wheel beside a CPU torch imports only if its operators are declared
-    for module in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[module]
-    operators = torch.library.Library("torchvision", "DEF")
-    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-from torchvision import transforms
+from clipx.interop import libraries
+from clipx.planning import turns
+
+torch = libraries.require("torch")
+torchvision = libraries.require("torchvision")
+transforms = libraries.require("torchvision.transforms")
 
 SIZE = 224
 IMAGENET = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -83,12 +75,6 @@ class Pictures(torch.utils.data.Dataset):
         return torch.stack([DECLIP(picture), DECLIP(picture)])
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of the child processes that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
@@ -96,20 +82,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
     options = parser.parse_args()
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    print(json.dumps({"ready": True, **versions}), flush=True)
-    for line in sys.stdin:
+
+    def load(views: str) -> dict[str, int]:
         loader = torch.utils.data.DataLoader(
-            Pictures(options.folder, options.pictures, line.strip()),
+            Pictures(options.folder, options.pictures, views),
             batch_size=options.batch,
             shuffle=True,
             num_workers=options.workers,
             multiprocessing_context="fork" if options.workers else None,
         )
-        cpu, start = cpu_seconds(), time.perf_counter()
-        seen = sum(len(batch) for batch in loader)  # its workers end with it, and count as children
-        spent = {"seconds": time.perf_counter() - start, "cpu": cpu_seconds() - cpu}
-        print(json.dumps({"pictures": seen, **spent}), flush=True)
+        # its workers end with it: their time is that of children that have ended
+        return {"pictures": sum(len(batch) for batch in loader)}
+
+    turns.serve(load, {"torch": torch.__version__, "torchvision": torchvision.__version__})
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,7 +21,8 @@ from clipx.data.loader import Loader, captions
 from clipx.data.sources.table import Table
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import TokenizerConfig
-from clipx.errors import DataError
+from clipx.errors import DataError, install_hint
+from clipx.planning.turns import Missing, Side, Turn
 from clipx.types import View, Views
 
 SHORT, _LONG = 256, 341  # sides of the generated images, in pixels
@@ -31,7 +30,7 @@ _BATCH = 64  # batch size of both loaders
 
 
 class Speed(NamedTuple):
-    """The speed of a loader: medians of all rounds."""
+    """The speed of a loader in one round."""
 
     per_core: float  # examples per second of CPU time, summed over all processes
     wall: float  # examples per second of elapsed time
@@ -45,7 +44,7 @@ class Comparison(NamedTuple):
     files: int  # number of JPEGs
     rounds: int
     kilobytes: float  # mean size of a JPEG
-    rows: list[tuple[str, Speed, Speed, float]]  # name, clipx, other, median ratio of `per_core`
+    rows: list[tuple[str, list[Speed], list[Speed]]]  # name, clipx and the other in each round
 
 
 def against(
@@ -84,17 +83,12 @@ def against(
     rows = []
     for kind, name in (("two", "two views, as DeCLIP"), ("one", "one view, as open_clip")):
         ours, theirs = ([_speed(spent[kind, i], passes) for spent in measured] for i in (0, 1))
-        ratio = statistics.median(a.per_core / b.per_core for a, b in zip(ours, theirs))
-        rows.append((name, _median(ours), _median(theirs), ratio))
+        rows.append((name, ours, theirs))
     return Comparison(versions, workers, files, rounds, kilobytes, rows)
 
 
 def _speed(spent: dict[str, float], passes: int) -> Speed:
     return Speed(passes / spent["cpu"], passes / spent["seconds"])
-
-
-def _median(speeds: list[Speed]) -> Speed:
-    return Speed(*(statistics.median(column) for column in zip(*speeds)))
 
 
 def _loader(folder: str, crops: tuple[tuple[float, float], ...]) -> Loader:
@@ -124,37 +118,16 @@ def _pass(loader: Loader, passes: int) -> dict[str, float]:
 @contextlib.contextmanager
 def _other(
     script: pathlib.Path, folder: str, passes: int, workers: int
-) -> Iterator[tuple[str, Callable[[str], dict[str, float]]]]:
+) -> Iterator[tuple[str, Callable[[str], Turn]]]:
     """A context that runs the other loader. Yields (versions of its libraries, a function that
     measures one pass, as `_pass` does)."""
     options = {"pictures": passes, "batch": _BATCH, "workers": workers}
     command = [sys.executable, str(script), folder, *(f"--{k}={v}" for k, v in options.items())]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin and process.stdout and process.stderr
-        requests, answers, errors = process.stdin, process.stdout, process.stderr
-
-        def answer() -> dict[str, Any]:
-            line = answers.readline()
-            if not line:
-                last = (errors.read().strip().splitlines() or ["it ended"])[-1]
-                raise DataError(
-                    f"{script}: {last}; it needs pip install torch torchvision, in this environment"
-                )
-            return json.loads(line)
-
-        def ask(kind: str) -> dict[str, float]:
-            requests.write(kind + "\n")
-            requests.flush()
-            return answer()
-
-        try:
-            ready = answer()
-            yield ", ".join(f"{k} {v}" for k, v in ready.items() if k != "ready"), ask
-        finally:
-            requests.close()
-            process.wait()
+    try:
+        with Side(command) as side:
+            yield side.versions, side.turn
+    except Missing as error:
+        raise DataError(f"{error}; {install_hint('peers')}") from None
 
 
 def draw(folder: pathlib.Path, count: int) -> float:
@@ -213,8 +186,11 @@ def markdown(comparison: Comparison) -> list[str]:
         "| images/s per core | clipx | PyTorch DataLoader | ratio |",
         "|---|---|---|---|",
     ]
-    for name, ours, theirs, ratio in comparison.rows:
-        lines.append(f"| {name} | {ours.per_core:,.0f} | {theirs.per_core:,.0f} | {ratio:.1f} |")
+    for name, *sides in comparison.rows:
+        ours, theirs = ([speed.per_core for speed in side] for side in sides)
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs))
+        medians = statistics.median(ours), statistics.median(theirs)
+        lines.append("| {} | {:,.0f} | {:,.0f} | {:.1f} |".format(name, *medians, ratio))
     lines.append(
         f"\nImages per second of CPU time, medians of {comparison.rounds} rounds in alternation: "
         f"{comparison.workers} threads of clipx, {comparison.workers} worker processes of PyTorch "

@@ -3,7 +3,9 @@ training step."""
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +71,16 @@ def random_batch(run: Run) -> Batch:
     return meshes.put(batch, meshes.batch_sharding(run.mesh))
 
 
-def time_steps(run: Run, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps on noise, after two steps to warm up."""
+def train_steps(run: Run) -> Iterator[float]:
+    """Trains on noise without end; yields the seconds of each step."""
     batch, state = random_batch(run), init(run)
-    seconds = []
-    for _ in range(steps + 2):
+    while True:
         start = time.perf_counter()
         state, metrics = run.train_step(state, batch)
         jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:]
+        yield time.perf_counter() - start
+
+
+def time_steps(run: Run, steps: int) -> list[float]:
+    """Seconds of each of `steps` training steps on noise, after two steps to warm up."""
+    return list(itertools.islice(train_steps(run), 2, steps + 2))

@@ -1,0 +1,213 @@
+"""What `python -m clipx.bench --against=torch,open_clip,faiss` measures.
+
+Every section is a function that yields rows. Where clipx has a peer, both work in turns, each in a
+process of its own, and what counts is the median of the ratios of neighbouring turns.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipx.data.text.tokenizer_config import TokenizerConfig
+from clipx.errors import DataError, install_hint
+from clipx.interop.model import Words, make_model
+from clipx.interop.open_clip import OpenClip
+from clipx.planning import feed_comparison, starts, turns, works
+from clipx.planning.rows import OURS, Row, Sizes, batch
+from clipx.planning.turns import Side, Turn
+from clipx.training.run import Run, assemble
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+PEERS = ("torch", "open_clip", "faiss")
+
+
+def ours(
+    work: str, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Side:
+    """clipx's side of a comparison."""
+    command = [sys.executable, "-m", "clipx.planning.works", work, json.dumps(options)]
+    return Side(command, environment)
+
+
+def peer(work: str, options: Mapping[str, Any]) -> Side:
+    """The other side: a script of benchmarks/."""
+    return Side([sys.executable, str(BENCHMARKS / "peers.py"), work, json.dumps(options)])
+
+
+def _rows(
+    section: str,
+    sides: Mapping[str, Side],
+    request: str,
+    count: int,
+    numbers: Mapping[str, tuple[str, Callable[[Turn], float]]],
+) -> Iterator[Row]:
+    """A row for each of `numbers`, {name: (unit, number of a turn)}, of the same turns."""
+    with turns.started(sides) as (able, why):
+        why = {side: _why(text) for side, text in why.items()}
+        taken = turns.alternate(able, request, count)
+        versions = {name: side.versions for name, side in able.items()}
+    for name, (unit, number) in numbers.items():
+        found = {side: [number(turn) for turn in list_] for side, list_ in taken.items()}
+        yield Row(section, name, unit, found, why, versions)
+
+
+def _why(reason: str) -> str:
+    """Why a peer has no numbers, and what to do about it."""
+    if not BENCHMARKS.is_dir():
+        return "needs a checkout of clipx, which has the folder benchmarks/"
+    return f"{reason.partition(': ')[2]}; {install_hint('peers')}"
+
+
+def steps(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """Seconds of a training step on noise, with its optimizer."""
+    for step in sizes.steps:
+        options = {"config": step.config, "overrides": step.overrides}
+        sides = {OURS: ours("step", options)}
+        if "open_clip" in against:
+            run = assemble(works.config(step.config, step.overrides))
+            sides["open_clip"] = peer("step", open_clip_options(run))
+        seconds = {step.name: ("s", lambda turn, each=step.each: turn["seconds"] / each)}
+        yield from _rows("step", sides, str(step.each), step.turns, seconds)
+
+
+def words(run: Run) -> Words:
+    """The ids of the run's tokenizer, without opening it."""
+    ids = TokenizerConfig(**run.complete["tokenizer"])
+    return Words(
+        kind=ids.name,
+        vocab_size=ids.size,
+        context=ids.context,
+        pad_id=ids.pad_id,
+        sot_id=ids.sot_id,
+        eot_id=ids.eot_id,
+        plain=ids.name == "clip_bpe",
+    )
+
+
+def open_clip_options(run: Run) -> dict[str, Any]:
+    """What open_clip needs to train the run's model as the run does: its own config of the model,
+    the batch size, and the optimizer's numbers."""
+    objective, optimizer = run.objective, run.config.optimizer
+    model = make_model(
+        objective.image,
+        objective.text,
+        {"params": {}},  # the config alone is asked for
+        logit_scale=None,
+        logit_bias=None,
+        mean=objective.mean,
+        std=objective.std,
+        words=words(run),
+    )
+    names = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    return {
+        "model_cfg": OpenClip().configs(model, "")["open_clip_config.json"]["model_cfg"],
+        "batch": run.batch_size,
+        **{name: getattr(optimizer, name) for name in names},
+    }
+
+
+def losses(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """InfoNCE of unit rows and its gradients: seconds, and memory beside the rows themselves."""
+    for rows, count, each in sizes.losses:
+        options = {"rows": rows, "width": sizes.loss_width}
+        sides = {OURS: ours("loss", options), "dense": ours("dense", options)}
+        if "open_clip" in against:
+            sides["open_clip"] = peer("loss", options)
+        numbers = {
+            f"{rows:,} rows": ("s", lambda turn, each=each: turn["seconds"] / each),
+            f"{rows:,} rows, memory": ("MiB", lambda turn: turn["mib"]),
+        }
+        yield from _rows("loss", sides, str(each), count, numbers)
+
+
+def features(rows: int, width: int) -> np.ndarray:
+    """Unit rows around 200 centres, with variances that fall as those of a network's features do.
+    No fit converges on them, and so stops, before its last iteration."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, width), np.float32)[rng.integers(0, 200, rows)]
+    x = (x + rng.standard_normal((rows, width), np.float32)) / np.sqrt(np.arange(1, width + 1))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def kmeans(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """Seconds of a fit of `features`, its last assignment included, and the inertia it ends at."""
+    for rows, width, clusters, iterations, count in sizes.kmeans:
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+            np.save(file, features(rows, width))
+            file.flush()
+            options = {"rows": file.name, "clusters": clusters, "iterations": iterations}
+            sides = {OURS: ours("kmeans", options)}
+            if "faiss" in against:
+                sides["faiss"] = peer("kmeans", options)
+            name = f"{rows:,} x {width}, k = {clusters:,}, {iterations} iterations"
+            numbers = {
+                name: ("s", lambda turn: turn["seconds"]),
+                f"{name}, inertia": ("", lambda turn: turn["inertia"]),
+            }
+            yield from _rows("kmeans", sides, "1", count, numbers)
+
+
+def feed(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """Images per second of CPU time that a loader prepares, beside PyTorch's DataLoader."""
+    if "torch" not in against:
+        return
+    rounds, passes, files = sizes.feed
+    try:
+        found = feed_comparison.against(
+            BENCHMARKS / "torch_loader.py", rounds=rounds, passes=passes, files=files
+        )
+    except DataError as error:
+        yield Row("feed", "loaders", "images/s a core", {}, {"torch": str(error)})
+        return
+    for name, mine, theirs in found.rows:
+        sides = {OURS: [s.per_core for s in mine], "torch": [s.per_core for s in theirs]}
+        yield Row("feed", name, "images/s a core", sides, versions={"torch": found.versions})
+
+
+def start(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """Seconds from the command to the first step, and of imports."""
+    for kind, seconds in starts.starts(sizes.start, sizes.starts).items():
+        yield Row("start", f"{sizes.start.name} to its first step, {kind}", "s", {OURS: seconds})
+    modules = {"clipx.train": OURS}
+    if "open_clip" in against:
+        modules["open_clip"] = "open_clip"
+    found = starts.imports(list(modules), 2 * sizes.starts - 1)
+    sides = {side: found[module] for module, side in modules.items() if found[module]}
+    missing = {
+        side: _why(": it is not installed") for side in modules.values() if side not in sides
+    }
+    yield Row("start", "import", "s", sides, missing)
+
+
+def growth(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
+    """Images a second by batch size, and by the number of processes that share this machine."""
+    step = sizes.growth
+
+    def measured(name: str, rows: int, processes: int) -> Row:
+        options = {"config": step.config, "overrides": (*step.overrides, *batch(rows))}
+        sides = [ours("step", options, env) for env in starts.environments(processes)]
+        with turns.side_by_side(sides):
+            return Row("growth", name, "images/s", {OURS: starts.rates(sides, step, rows)})
+
+    for rows in sizes.batches:
+        yield measured(f"{step.name}, batch {rows}", rows, 1)
+    rows = max(sizes.batches[-1] // 2, max(sizes.processes))
+    for processes in sizes.processes:
+        yield measured(f"{step.name}, batch {rows}, {processes} process(es)", rows, processes)
+
+
+SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
+    "step": steps,
+    "loss": losses,
+    "kmeans": kmeans,
+    "feed": feed,
+    "start": start,
+    "growth": growth,
+}
