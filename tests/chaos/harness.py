@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "CLIPX_WAIT_SECONDS": "60",  # for a process that never starts; below `forks.LIMIT`
     "PYTHONPATH": os.pathsep.join(sys.path[:2]),
     "PYTHONWARNINGS": "ignore",
 }
