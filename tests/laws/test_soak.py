@@ -161,8 +161,10 @@ def test_training_is_flat(method, tmp_path, monkeypatch, capsys):
         for i in range(0, len(looks), max(len(looks) // 12, 1)):
             memory, *rest = looks[i]
             print(f"  {memory / 2**20:.0f} MiB, files, threads, programs: {rest}")
-    warm, half, last = looks[len(looks) // 4], looks[len(looks) // 2 :], looks[-1]
-    assert last.programs == warm.programs
-    assert max(x.files for x in half) <= warm.files + 4
-    assert max(x.threads for x in half) <= warm.threads + 4
-    assert max(x.memory for x in half) < 1.05 * warm.memory
+    warm, end = looks[len(looks) // 4 : len(looks) // 2], looks[-len(looks) // 4 :]
+    assert {look.programs for look in end} == {warm[-1].programs}
+    for what in ("files", "threads"):
+        # a save opens some while it lasts
+        assert max(getattr(x, what) for x in end) <= max(getattr(x, what) for x in warm) + 2
+    # Orbax and TensorStore keep some 0.3 MB of each save
+    assert max(x.memory for x in end) < 1.05 * max(x.memory for x in warm)
