@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from clipx.config.ranges import CountOrZero, Fraction, Positive, Range, Share
+from clipx.data.framing import Framing, Interpolation, Resize
 from clipx.data.limits import Limits
 from clipx.data.manifests import MANIFESTS
 from clipx.data.text.augment import TextAugmentConfig
@@ -34,6 +35,10 @@ class DataConfig:
     # rows to keep apart and evaluate on; auto: the smaller of 10 % and 1,000 if the data of an eval
     # has an empty path, else none. They are chosen by a hash of the picture
     holdout: CountOrZero | Literal["auto"] = "auto"
+    # how evaluation, and training without random crops, make a square of a picture; under
+    # open_clip's names (see framing.py)
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bicubic"
     # decoding processes; 0: threads of the main process
     workers: Annotated[int, Range(0, 1024)] = 0
     # which of several captions to use; all: each in turn, one per epoch
@@ -51,3 +56,7 @@ class DataConfig:
     # seconds: so long an error of a remote file is tried again; a read that takes longer stops the
     # run
     timeout: Positive = TIMEOUT
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.resize, self.interpolation)

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from clipx.data import class_ids, pictures
 from clipx.data.base import Example, Source
 from clipx.data.config import TIMEOUT
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.reading import patiently
 from clipx.data.supply import Supply
 from clipx.errors import BadSample, DataError
@@ -21,7 +22,7 @@ from clipx.errors import BadSample, DataError
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
     """The first `limit` rows of `source`, with images through open_clip's evaluation transform:
-    the shorter side resized to `image_size` (Pillow, bicubic), then a centre crop.
+    by default the shorter side resized to `image_size` (Pillow, bicubic), then a centre crop.
 
     Raises `DataError` for a bad example: evaluation never skips or replaces a row.
     """
@@ -30,6 +31,7 @@ class EvaluationSet:
     image_size: int
     limit: int | None = None
     timeout: float = TIMEOUT  # `DataConfig.timeout`
+    framing: Framing = CENTRE
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ class EvaluationSet:
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         try:
-            return pictures.evaluation(self._example(row), self.image_size, self.source.limits)
+            example, limits = self._example(row), self.source.limits
+            return pictures.evaluation(example, self.image_size, limits, self.framing)
         except BadSample as error:
             raise DataError(f"row {row} of the evaluation set: {error}") from None
 

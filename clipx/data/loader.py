@@ -226,7 +226,8 @@ class Loader:
                 chosen = self._choose(example, which, step // self.steps_per_epoch)
                 if len(out):
                     with activity.doing(f"decoding {example.key}"):
-                        pictures.views(example, self.crops, draws, flips, out, self.data.limits)
+                        limits, framing = self.data.limits, self.data.framing
+                        pictures.views(example, self.crops, draws, flips, out, limits, framing)
             except BadSample as error:
                 bad.append({"row": self._id(row), "key": error.key, "reason": error.reason})
                 continue

@@ -23,6 +23,7 @@ from PIL import Image
 from clipx.config import regular
 from clipx.data import raster
 from clipx.data.base import Example
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.limits import USUAL, Limits
 from clipx.errors import BadSample, DataError
 
@@ -35,6 +36,7 @@ _RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
 # OpenCV decodes these as Pillow does. Other formats may get other colours: transparent GIF, and Lab
 # or floats in TIFF.
 _OPENCV = ("JPEG", "PNG", "WEBP")
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _READ_REDUCED = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -50,6 +52,7 @@ def views(
     flips: Sequence[bool],
     out: UInt8[np.ndarray, "v side side 3"],
     limits: Limits = USUAL,
+    framing: Framing = CENTRE,
 ) -> None:
     """Decodes the picture and writes v crops to `out`.
 
@@ -59,7 +62,7 @@ def views(
     flips: whether to mirror each crop.
     """
     if None in crops:
-        middle = evaluation(example, out.shape[1], limits)
+        middle = evaluation(example, out.shape[1], limits, framing)
         for scale, flip, view in zip(crops, flips, out):
             if scale is None:
                 view[...] = middle[:, ::-1] if flip else middle
@@ -156,32 +159,27 @@ def decode(example: Example, reduce: int = 1) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def evaluation(
-    example: Example, side: int, limits: Limits = USUAL
+    example: Example, side: int, limits: Limits = USUAL, framing: Framing = CENTRE
 ) -> UInt8[np.ndarray, "side side 3"]:
-    """open_clip's evaluation transform: the shorter side resized to `side` (Pillow, bicubic), then
-    a centre crop."""
+    """open_clip's evaluation transform, by Pillow: by default the shorter side resized to `side`,
+    bicubic, then a centre crop."""
     if isinstance(example.image, np.ndarray):
         picture = Image.fromarray(example.image)
     else:
         header(example, limits)
         with _unreadable(example):
             picture = _rgb(raster.opened(example.image))
-    width, height = picture.size
-    if min(width, height) != side:
-        if width <= height:
-            width, height = side, int(side * height / width)
-        else:
-            width, height = int(side * width / height), side
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - side) / 2), round((height - side) / 2)
+    width, height, left, top = framing.box(*picture.size, side)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), _FILTERS[framing.interpolation])
     return np.asarray(picture.crop((left, top, left + side, top + side)))
 
 
 class Pictures:
     """Reads images as evaluators see them, without a source: files, Pillow images, uint8 arrays."""
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
+    def __init__(self, image_size: int, framing: Framing = CENTRE):
+        self.image_size, self.framing = image_size, framing
 
     def __call__(
         self, images: Sequence[Image.Image | np.ndarray | str | os.PathLike], size: int
@@ -200,6 +198,11 @@ class Pictures:
         """The (width, height) of each file before the transform."""
         return [self._checked(path, header)[:2] for path in paths]
 
+    def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Of a picture of `size` (width, height): (width and height to which it is resized, left
+        and top of the square that is cut out of it)."""
+        return self.framing.box(*size, self.image_size)
+
     def _one(
         self, image: Image.Image | np.ndarray | str | os.PathLike
     ) -> UInt8[np.ndarray, "h w 3"]:
@@ -207,8 +210,11 @@ class Pictures:
             image = _from_array(image)
         if isinstance(image, Image.Image):
             pixels = np.asarray(_rgb(image))
-            return evaluation(Example(pixels, (), 0, "image"), self.image_size)
-        return self._checked(image, lambda example: evaluation(example, self.image_size))
+            return self._framed(Example(pixels, (), 0, "image"))
+        return self._checked(image, self._framed)
+
+    def _framed(self, example: Example) -> UInt8[np.ndarray, "h w 3"]:
+        return evaluation(example, self.image_size, framing=self.framing)
 
     def _checked(self, path: str | os.PathLike, function: Callable[[Example], _Result]) -> _Result:
         try:

@@ -76,11 +76,16 @@ class Pictures(Protocol):
 
     def __call__(self, paths: Sequence[str | os.PathLike], size: int) -> Iterator[np.ndarray]:
         """Batches of uint8 pictures [n, h, w, 3]. n = size, except in the last batch. Each picture
-        is resized so that its shorter side is `image_size`, then centre-cropped."""
+        is made a square of `image_size` as `frame` says."""
         ...
 
     def sizes(self, paths: Sequence[str | os.PathLike]) -> list[tuple[int, int]]:
         """Width and height in pixels of each file, as stored on disk."""
+        ...
+
+    def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Of a picture of `size` (width, height): (width and height to which it is resized, left
+        and top of the square that is cut out of it)."""
         ...
 
 

@@ -148,8 +148,9 @@ class Grounding(Evaluator):
             self._draw(pictures, heat, texts, f"{split}_", done)
             sizes = self.pictures.sizes(files[done : done + len(pictures)])
             for values, reference, size in zip(heat, batch, sizes):
-                pixels, true = upsample(values, side), to_crop(reference.box, size, side)
-                proposals = [to_crop(box, size, side) for box in reference.proposals]
+                frame = self.pictures.frame(size)
+                pixels, true = upsample(values, side), to_crop(reference.box, size, side, frame)
+                proposals = [to_crop(box, size, side, frame) for box in reference.proposals]
                 yield (
                     best_overlaps(pixels, proposals, true, self.area_power),
                     hottest_inside(pixels, true),
@@ -239,11 +240,17 @@ def upsample(heat: Float[np.ndarray, "i j"], side: int) -> Float[np.ndarray, "s 
     return np.asarray(grid.resize((side, side), Image.Resampling.BILINEAR))
 
 
-def to_crop(box: Box, size: tuple[int, int], side: int) -> Box:
-    """The box in pixels of the evaluation's crop, for a picture of `size` (width, height): resized
-    so that its shorter side is `side`, then centre-cropped. The box may reach out of the crop."""
-    resized = [int(side * length / min(size)) for length in size]
-    left, top = (round((length - side) / 2) for length in resized)
+def to_crop(
+    box: Box, size: tuple[int, int], side: int, frame: tuple[int, int, int, int] | None = None
+) -> Box:
+    """The box in pixels of the evaluation's crop, for a picture of `size` (width, height). frame:
+    as of `Pictures.frame`; None: the picture is resized so that its shorter side is `side`, then
+    centre-cropped. The box may reach out of the crop."""
+    if frame is None:
+        resized = [int(side * length / min(size)) for length in size]
+        left, top = (round((length - side) / 2) for length in resized)
+    else:
+        *resized, left, top = frame
     across, down = (new / old for new, old in zip(resized, size))
     x, y, width, height = box
     return x * across - left, y * down - top, width * across, height * down

@@ -120,5 +120,6 @@ def no_config(config: Mapping[str, Any], file: str) -> ConfigError:
         "a config: the arrays do not tell the activation and the number of attention heads",
         f"write {pathlib.Path(file).parent / CONFIG} with {text}, where QUICK_GELU is true or "
         "false, HEAD_WIDTH the channels of a head of the image tower, and HEADS the heads of the "
-        "text tower; or copy the model's file of open_clip's model_configs to that name",
+        "text tower; or put the name of open_clip's model in front of the file, as in "
+        f"ViT-B-32@{file}",
     )

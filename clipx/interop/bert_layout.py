@@ -200,7 +200,8 @@ def kind_of(tower: Any) -> str:
             raise NotExpressible("transformers' MPNet has 32 buckets, no segments, and pads with 1")
         return "mpnet"
     if tower.segments:
-        return "bert"
+        # RoBERTa counts positions from the id of padding
+        return "roberta" if (tower.segments, tower.pad_id) == (1, 1) else "bert"
     if tower.norm_eps != _EPS or tower.pool == "pooler":
         raise NotExpressible(
             "a BERT of transformers has segments; its DistilBERT has none, and then no pooler and "

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from clipx.interop import rules
 from clipx.interop.rules import Rule
 from clipx.models.efficientnet import EfficientNet
@@ -49,19 +47,6 @@ def layout(tower: EfficientNet, names: Names, theirs: str = "") -> list[Rule]:
                     conv_and_norm((f"{ours}/conv_{layer}", f"{ours}/bn_{layer}"), at, pair)
             if not tower.lite:
                 for layer, name in _SQUEEZE[names].items():
-                    found += _dense(f"params/image/{ours}/{layer}", at + name)
+                    found += rules.pointwise(f"params/image/{ours}/{layer}", at + name)
     conv_and_norm(("conv_last", "bn_last"), theirs, _ENDS[names][1])
     return found
-
-
-def _dense(ours: str, theirs: str) -> list[Rule]:
-    """A dense layer, in torch a convolution with a kernel of one pixel."""
-
-    def out(x: np.ndarray) -> tuple[np.ndarray]:
-        return (x.T[:, :, None, None],)
-
-    def back(x: np.ndarray) -> tuple[np.ndarray]:
-        return (x[:, :, 0, 0].T,)
-
-    kernel = Rule((f"{ours}/kernel",), (f"{theirs}.weight",), out, back)
-    return [kernel, rules.same(f"{ours}/bias", f"{theirs}.bias")]

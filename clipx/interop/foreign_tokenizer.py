@@ -15,6 +15,7 @@ from clipx.config import reading
 from clipx.errors import ConfigError
 from clipx.interop import weights
 from clipx.interop.base import read_json
+from clipx.interop.encoders import tokenizer
 from clipx.interop.settings import Section
 from clipx.interop.tokenizer import OPENAI_MERGES, PIECES, SETTINGS, SIGLIP, check_siglip
 
@@ -26,6 +27,8 @@ _SIGLIP_CLASSES = (None, SIGLIP, "SiglipTokenizerFast")
 _CLIP_SIZE = 49408
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _GOOGLE = re.compile(r"siglip(?!.*2)", re.IGNORECASE)  # SigLIP 2 has Gemma's tokenizer
+_CLEANED = {"whitespace": "clip", "lower": "lower", "canonicalize": "canonical"}  # open_clip's
+_GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer")
 
 
 class _BytePairs(TypedDict):
@@ -47,11 +50,44 @@ class _Fast(TypedDict):
     added_tokens: NotRequired[list[_Added] | None]
 
 
+def library(
+    folder: pathlib.Path,
+    size: int,
+    context: int,
+    cleaning: str,
+    where: str,
+    *,
+    pad_id: int | None = None,
+    marks: str = "both",
+) -> Found:
+    """The tokenizer of a folder's `tokenizer.json`, as transformers reads it.
+
+    size, context, pad_id: of the text tower; a `pad_id` of None for one that reads padding as any
+    other token. cleaning: of texts before they reach the tokenizer."""
+    if not (folder / FAST).is_file():
+        return f"{folder} has no {FAST}: put the model's own there"
+    options: dict[str, Any] = {"size": size, "pad_id": pad_id, "cleaning": cleaning, "notes": []}
+    try:
+        found, differences = tokenizer.find(folder, "", where, **options)
+    except ConfigError as error:  # the towers can be read without it
+        return " ".join(f"{error.found}, where clipx needs {error.expected}".split())
+    if differences:
+        return f"{folder}: {'; '.join(differences)}"
+    return found.section | {"context": context, "marks": marks}
+
+
 def siglip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     """The tokenizer of a SigLIP folder of transformers. size, context: of the text tower. Raises
     `ConfigError` at `where` for a broken file, and for other settings than Google's."""
     settings = read_json(folder / SETTINGS, where) or {}
     kind = settings.get("tokenizer_class")
+    if kind in _GEMMA:  # SigLIP 2's, whose own class makes texts lower case
+        if kind == _GEMMA[-1]:
+            return f"{SETTINGS} in {folder} names a {kind}, whose lower case {FAST} may not have"
+        given = library(folder, size, context, "raw", where)
+        return (
+            f"{SETTINGS} in {folder} names a {kind}: {given}" if isinstance(given, str) else given
+        )
     if kind not in _SIGLIP_CLASSES:
         return f"{SETTINGS} in {folder} names a {kind}, which clipx does not have"
     return _pieces(folder, size, context, settings, where)
@@ -75,9 +111,16 @@ def _pieces(
     }
 
 
-def open_clip(folder: pathlib.Path, config: Mapping[str, Any], where: str) -> Found:
-    """The tokenizer of an open_clip folder. config: a `model_cfg`. Raises `ConfigError` at `where`
-    as `siglip` does."""
+def open_clip(
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    size: int | None = None,
+    pad_id: int | None = None,
+) -> Found:
+    """The tokenizer of an open_clip folder. config: a `model_cfg`. size, pad_id: of a text tower
+    that transformers builds. Raises `ConfigError` at `where` as `siglip` does."""
     text = Section(config, "model_cfg").section("text_cfg")
     name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs", {})
     if not name:
@@ -85,12 +128,23 @@ def open_clip(folder: pathlib.Path, config: Mapping[str, Any], where: str) -> Fo
         if cleaned == "lower" and not text.get("tokenizer_mode"):
             return None
         return f"its text_cfg cleans captions by {cleaned!r}, which clipx does not"
-    google = options == {"clean": "canonicalize"} and not text.get("tokenizer_mode")
-    if not (google and _GOOGLE.search(str(name))) and not (google and name == "."):
-        return f"it is {name!r} of transformers, which clipx does not have"
-    size, context = text.size("vocab_size", _CLIP_SIZE), text.size("context_length", 77)
-    settings = read_json(folder / SETTINGS, where) or {}
-    return _pieces(folder, size, context, settings, where)
+    size, context = size or text.size("vocab_size", _CLIP_SIZE), text.size("context_length", 77)
+    mode, google = text.get("tokenizer_mode"), options == {"clean": "canonicalize"}
+    google = google and not mode and (name == "." or bool(_GOOGLE.search(str(name))))
+    if google:
+        rest = (folder, size, context)
+        given = None if (folder / PIECES).is_file() else library(*rest, "canonical", where)
+        settings = read_json(folder / SETTINGS, where) or {}
+        return given if isinstance(given, dict) else _pieces(*rest, settings, where)
+    about = Section(options, "tokenizer_kwargs", "tokenizer_kwargs")
+    cleaning = about.get("clean", "whitespace")
+    marks = "start" if about.flag("strip_sep_token", False) else "both"
+    if mode or cleaning not in _CLEANED or about.unread():
+        stated = ", ".join([*([f"tokenizer_mode {mode!r}"] if mode else []), *about.unread()])
+        return f"it is {name!r} of transformers with {stated or cleaning!r}"
+    rest = (size, context, _CLEANED[cleaning], where)
+    given = library(folder, *rest, pad_id=pad_id, marks=marks)
+    return f"it is {name!r} of transformers: {given}" if isinstance(given, str) else given
 
 
 def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
@@ -100,17 +154,22 @@ def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     fast = read_json(folder / FAST, where)
     kind = settings.get("tokenizer_class")
     if kind not in _CLIP_CLASSES:
-        return f"{SETTINGS} in {folder} names a {kind}, which clipx does not have"
+        if fast is not None:
+            return library(folder, size, context, "raw", where)
+        return f"{SETTINGS} in {folder} names a {kind}, which clipx does not have without a {FAST}"
     length = settings.get("model_max_length")
     if isinstance(length, int) and length < context:
         return f"{SETTINGS} in {folder} cuts texts to {length} tokens, its text tower has {context}"
     if settings.get("do_lower_case", True) is not True:
         return f"{SETTINGS} in {folder} keeps capital letters, which clipx does not"
     if fast is not None:
-        found = _fast(fast, folder, where)
-        if isinstance(found, str):
-            return found
-        merges, ids = found
+        given = _fast(fast, folder, where)
+        if given is None:
+            other = library(folder, size, context, "raw", where)
+            if isinstance(other, dict):
+                return other
+            return f"{FAST} in {folder} has no byte pairs like CLIP's, and is no other: {other}"
+        merges, ids = given
     elif (folder / MERGES).is_file():
         merges, ids = _merges(folder / MERGES, where), {}
         for name in (VOCABULARY, "added_tokens.json"):
@@ -122,13 +181,13 @@ def clip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
 
 def _fast(
     fast: Mapping[str, Any], folder: pathlib.Path, where: str
-) -> tuple[list[str], dict[str, int]] | str:
-    """(merges, ids of all tokens) of a `tokenizer.json`; a sentence about another kind. Raises
+) -> tuple[list[str], dict[str, int]] | None:
+    """(merges, ids of all tokens) of a `tokenizer.json`; None for another kind than CLIP's. Raises
     `ConfigError` at `where` for a broken file."""
     given = fast.get("model")
     model: dict[str, Any] = given if isinstance(given, dict) else {}
     if (model.get("type"), model.get("end_of_word_suffix")) != ("BPE", "</w>"):
-        return f"{FAST} in {folder} has no byte pairs like CLIP's"
+        return None
     try:
         read: _Fast = reading.shaped(fast, _Fast)
     except ValueError as error:
@@ -148,6 +207,8 @@ def _clip_fields(
     where: str,
 ) -> Found:
     if ids != _clip_ids(merges) or size != len(ids):
+        if (folder / FAST).is_file() and size >= len(ids):
+            return library(folder, size, context, "raw", where)
         return (
             f"the vocabulary in {folder} has {len(ids)} ids for {len(merges)} merges and a text "
             f"tower of {size} words, which are not CLIP's ids of these merges"

@@ -47,6 +47,9 @@ WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # transformers 5 may save the preprocessor in it
 _ELSE = "; use --format=open_clip"
 
+# `model_type`s with CLIP's or SigLIP's towers
+_TYPES = ("clip", "siglip", "metaclip_2", "siglip2")
+
 
 class HuggingFace(Format):
     """What transformers' `AutoModel.from_pretrained("FOLDER")` loads."""
@@ -143,7 +146,7 @@ with torch.no_grad():
         given = read_json(folder / CONFIG, where) or {}
         if dual_encoder.check_type(given):
             return dual_encoder.tokenizer_fields(folder, given, where)
-        siglip = given.get("model_type") == "siglip"
+        siglip = str(given.get("model_type")).startswith("siglip")
         config = Section(given, f"{where}: {CONFIG}")
         _, words = layout.sections(config, siglip)
         size, context = layout.words_size(words, siglip=siglip)
@@ -245,16 +248,20 @@ def _read(
     Raises `ConfigError` for another architecture, for a setting that no clipx tower has, and for
     arrays that do not fit the config.
     """
+    if given.get("model_type") == "siglip2":
+        arrays, given = layout.fixed_grid(arrays, given)
     config = Section(given, CONFIG, harmless=layout.HARMLESS)
-    siglip = config.one_of("model_type", ("clip", "siglip"), None) == "siglip"
+    kind = config.one_of("model_type", _TYPES, None)
+    siglip = kind.startswith("siglip")
     vision, words = layout.sections(config, siglip)
-    image, text = layout.towers(vision, words, config, siglip)
+    image, text = layout.towers(vision, words, config, siglip, eos=kind == "metaclip_2")
     pictures = _pictures(preprocessors, image.image_size, siglip)
     arrays = {
         # some files repeat the prefix
         name.replace("text_model.text_model.", "text_model."): x
         for name, x in arrays.items()
     }
+    layout.check_grid(image, arrays, vision)
     logit_scale = scalar(arrays, "logit_scale", "")
     logit_bias = scalar(arrays, "logit_bias", "") if siglip else None
     width = max(image.output_width, text.output_width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipx.errors import NotExpressible
 from clipx.interop.huggingface_layout import ACTIVATIONS
 from clipx.interop.model import Model
 from clipx.interop.preprocessing import RESAMPLE
@@ -63,6 +64,11 @@ def sizes(width: int, depth: int, heads: int, mlp_width: int, tower: Tower) -> d
 def preprocessor(model: Model, kind: str) -> dict[str, Any]:
     """`preprocessor_config.json`. For `resize="shortest"` it resizes the shorter side and crops the
     centre, as clipx's evaluations do; otherwise it resizes both sides."""
+    if model.resize == "longest":
+        raise NotExpressible(
+            f"transformers' {kind}ImageProcessor fills no picture up to a square "
+            "(config.data.resize=longest); use --format=open_clip"
+        )
     size = model.image.image_size
     square, centre = {"height": size, "width": size}, model.resize == "shortest"
     return {

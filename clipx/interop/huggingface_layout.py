@@ -3,6 +3,7 @@ how their configs are read (transformers 5, `modeling_clip.py`, `modeling_siglip
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,12 @@ HARMLESS = keys(
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
     "suppress_tokens begin_suppress_tokens classifier_dropout"
 )
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
 
 
 def tower_rules(
@@ -155,11 +161,11 @@ def sections(config: Section, siglip: bool) -> tuple[Section, Section]:
 
 
 def towers(
-    vision: Section, words: Section, config: Section, siglip: bool
+    vision: Section, words: Section, config: Section, siglip: bool, *, eos: bool = False
 ) -> tuple[ViT, TextTransformer]:
     """The towers of a `vision_config` and a `text_config` (`words`), inside of `config`. A missing
-    key is the default of transformers' class. Raises `ConfigError` for a setting that no clipx
-    tower has."""
+    key is the default of transformers' class. eos: whether texts end at `eos_token_id` whatever it
+    is, as in MetaCLIP 2. Raises `ConfigError` for a setting that no clipx tower has."""
     embed_dim = 0 if siglip else config.size("projection_dim", 512)
     image = vision_tower(vision, embed_dim, siglip=siglip)
     text_width = words.size("hidden_size", 768 if siglip else 512)
@@ -173,7 +179,7 @@ def towers(
         mlp_ratio=words.size("intermediate_size", 3072 if siglip else 2048) / text_width,
         causal=not siglip,
         pool="last" if siglip else "eot",
-        eot_id=_end(words, vocabulary, siglip),
+        eot_id=_end(words, vocabulary, siglip, eos),
         pad_id=_pad(words) if siglip else 0,
         projection_bias=siglip,
         embed_dim=words.size("projection_size", text_width) if siglip else embed_dim,
@@ -189,6 +195,33 @@ def vision_tower(vision: Section, embed_dim: int, *, siglip: bool) -> ViT:
     patch, mlp_width = 16 if siglip else 32, vision.size("intermediate_size", 3072)
     fields |= _common(vision, siglip)
     return _vit(vision, mlp_width, patch, embed_dim=embed_dim, **fields)
+
+
+def fixed_grid(
+    arrays: Mapping[str, np.ndarray], given: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the `config.json` of a NaFlex SigLIP 2 as those of a SigLIP, for pictures with
+    the square grid of patches that its positions are learned for."""
+    vision = Section(given.get("vision_config") or {}, "config.json", "vision_config")
+    patch, side = vision.size("patch_size", 16), round(vision.size("num_patches", 256) ** 0.5)
+    name, found = "vision_model.embeddings.patch_embedding.weight", dict(arrays)
+    if name in found:  # a dense layer over the pixels of a patch, channels last
+        kernel = np.asarray(found[name]).reshape(-1, patch, patch, 3)
+        found[name] = kernel.transpose(0, 3, 1, 2)
+    rest = {k: x for k, x in given.get("vision_config", {}).items() if k != "num_patches"}
+    return found, {**given, "vision_config": rest | {"image_size": side * patch}}
+
+
+def check_grid(image: ViT, arrays: Mapping[str, np.ndarray], vision: Section) -> None:
+    """Raises `ConfigError` for a patch that does not divide the image, unless the file's positions
+    are those of the patches that fit."""
+    table = arrays.get("vision_model.embeddings.position_embedding.weight")
+    side, patch = image.image_size, image.shape[-1]
+    if image.uneven and table is not None:
+        rows = (side // patch) ** 2 + image.has_class
+        if len(table) != rows:
+            found = f"{side} pixels with a patch of {patch}, and {len(table)} positions"
+            raise ConfigError(vision.at("image_size"), found, f"{rows} positions")
 
 
 def dino_tower(vision: Section, embed_dim: int) -> ViT:
@@ -208,13 +241,14 @@ def _vit(vision: Section, mlp_width: int, patch: int, **fields: Any) -> ViT:
     width = vision.size("hidden_size", 768)
     patch = vision.size("patch_size", patch)
     image_size = vision.size("image_size", 224)
-    if image_size % patch:
+    if image_size < patch:
         found = f"{image_size} pixels with a patch of {patch}"
-        raise ConfigError(vision.at("image_size"), found, "a multiple of the patch")
+        raise ConfigError(vision.at("image_size"), found, "at least one patch")
     vision.one_of("num_channels", (3,), 3)
     heads = _heads(vision, width, 12)
     shape = (width, vision.depth("num_hidden_layers", 12), heads, mlp_width)
-    return ViT(**vit_shape(shape, patch), image_size=image_size, **fields)
+    uneven = image_size % patch != 0  # which a convolution leaves out
+    return ViT(**vit_shape(shape, patch), image_size=image_size, uneven=uneven, **fields)
 
 
 def _common(section: Section, siglip: bool) -> dict[str, Any]:
@@ -240,7 +274,7 @@ def _heads(section: Section, width: int, default: int) -> int:
     return heads
 
 
-def _end(words: Section, vocabulary: int, siglip: bool) -> int:
+def _end(words: Section, vocabulary: int, siglip: bool, eos: bool) -> int:
     """The id of the token at which a text is pooled. SigLIP's tower pools at the last token,
     whatever its config says, and its tokenizer's end mark is 1."""
     if siglip:
@@ -248,7 +282,9 @@ def _end(words: Section, vocabulary: int, siglip: bool) -> int:
         known = isinstance(end, int) and 0 <= end < vocabulary and end not in (2, 49407)
         return end if known else 1
     end = words.whole("eos_token_id", 49407)
-    if end == 2:  # of CLIP's first configs, with which transformers pools at the highest id
+    if (
+        end == 2 and not eos
+    ):  # of CLIP's first configs, with which transformers pools at the highest id
         return vocabulary - 1
     if end >= vocabulary:
         found = f"{end} with a vocabulary of {vocabulary}"

@@ -3,6 +3,7 @@ to the towers of a config."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import os
@@ -15,10 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from clipx.errors import ConfigError
-from clipx.interop import weights
+from clipx.interop import big_vision, named, weights
 from clipx.interop.base import read_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, shapes
+from clipx.interop.open_clip_layout import CONFIG
 from clipx.models.base import Tower
 from clipx.models.transformer import stack_blocks
 from clipx.types import PyTree
@@ -29,28 +31,35 @@ _HUB = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")  # how people write a 
 def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     """The model at `path`: a folder as open_clip or transformers writes it, or a weights file.
 
-    A weights file needs its config in the same folder, except those that OpenAI published. Weights
-    are safetensors files, or torch files if torch is installed.
+    A weights file needs its config in the same folder or its model's name in front of it
+    (`named.py`), except those that OpenAI published. Weights are safetensors files, torch files if
+    torch is installed, or big_vision's `.npz`.
 
     Raises `ConfigError` at `where` for a missing path, an incomplete file or an architecture that
     clipx does not have.
     """
+    name, path = named.split(os.fspath(path))
     file = pathlib.Path(path).expanduser()
     folder = file if file.is_dir() else file.parent
     if not file.exists():
         expected = "a folder or a weights file"
         raise ConfigError(where, f"nothing at {file}", expected, download_hint(os.fspath(path)))
-    config = functools.cache(lambda name: read_json(folder / name, where))
+    given = {CONFIG: named.config(name, where)} if name else {}
+    config = functools.cache(lambda n: given.get(n) or read_json(folder / n, where))
     if file.is_dir():
         described = [f for f in FORMATS if f.describes(config(f.config) or {})]
         names = (name for format_ in described for name in format_.weights_read)
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None:
             raise _no_weights(folder, bool(described), where)
+    if file.suffix == big_vision.SUFFIX:
+        return big_vision.read(file, where)
     arrays = weights.read(file, where)
     format_ = next((f for f in FORMATS if f.names(arrays)), FORMATS[0])
     try:
-        return format_.read(arrays, config, str(file))
+        read = format_.read(arrays, config, str(file))
+        said = [named.note(name, given[CONFIG])] if name else []
+        return dataclasses.replace(read, notes=(*read.notes, *said))
     except ConfigError as error:
         error.file = error.file or str(file)
         error.where = where if error.where in ("", where) else f"{where}: {error.where}"

@@ -83,6 +83,7 @@ class Model:
     interpolation: Interpolation = "bicubic"
     # what else the model's own library does and clipx does not, as "name: description"
     differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what of the file is left out, without a part in any feature
 
     @property
     def flat(self) -> Arrays:

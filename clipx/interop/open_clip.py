@@ -13,14 +13,19 @@ from PIL import Image
 from clipx.errors import ConfigError, NotExpressible
 from clipx.interop import (
     bare,
+    bert_layout,
     foreign_tokenizer,
+    guest_texts,
     guest_towers,
     guests,
     libraries,
+    open_clip_image,
+    open_clip_layout,
+    open_clip_text,
     preprocessing,
     rules,
+    t5_layout,
 )
-from clipx.interop import open_clip_layout as native
 from clipx.interop.base import Format, Said, read_json
 from clipx.interop.model import (
     Model,
@@ -36,23 +41,35 @@ from clipx.interop.rules import Arrays, Rule
 from clipx.interop.settings import Section, keys
 from clipx.models.base import Tower
 from clipx.models.bert import BERT
+from clipx.models.convnext import ConvNeXt
 from clipx.models.efficientnet import EfficientNet
+from clipx.models.eva import EVA
 from clipx.models.resnet import ResNet
+from clipx.models.t5 import T5
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
+from clipx.models.vitamin import ViTamin
 
 WEIGHTS = "open_clip_model.safetensors"
+_DECODER = "text_decoder."  # of CoCa
 _GUEST_CONFIG = "config.json"  # for towers that open_clip builds through timm or transformers
 # the layout of each class of tower
 _IMAGES: dict[type, Callable[[Any], Layout]] = {
-    ViT: lambda image: native.VIT if native.has(image) else guests.VIT,
-    ResNet: lambda image: native.RESNET if image.modified else guests.RESNET,
+    ViT: lambda image: open_clip_image.VIT if open_clip_image.has(image) else guests.VIT,
+    ResNet: lambda image: open_clip_image.RESNET if image.modified else guests.RESNET,
     EfficientNet: lambda image: guests.EFFICIENTNET,
+    ConvNeXt: lambda image: guests.CONVNEXT,
+    EVA: lambda image: guests.EVA_LAYOUT,
+    ViTamin: lambda image: guests.VITAMIN,
 }
 _TEXTS: dict[type, Callable[[Any], Layout]] = {
-    TextTransformer: lambda text: native.TEXT,
-    BERT: lambda text: guests.BERT_LAYOUT,
-}  # keys of a `model_cfg` that only say how to start training
+    TextTransformer: lambda text: (
+        guest_texts.M2M_LAYOUT if t5_layout.is_m2m(text) else open_clip_text.TEXT
+    ),
+    BERT: lambda text: guest_texts.BERT_LAYOUT,
+    T5: lambda text: guest_texts.T5_LAYOUT,
+}
+# keys of a `model_cfg` that only say how to start training
 _HARMLESS = keys(
     "custom_text init_logit_bias init_logit_scale nonscalar_logit_scale cast_dtype output_dict"
 )
@@ -156,9 +173,17 @@ print(image @ text.T)"""
         return _read(arrays, own, config(_GUEST_CONFIG) or {})
 
     def tokenizer_fields(self, folder: pathlib.Path, where: str) -> dict[str, Any] | str | None:
-        """Fields for a SigLIP folder with a `spiece.model`; None for CLIP's own vocabulary."""
+        """Fields for a SigLIP folder with a `spiece.model`, and for one with a `tokenizer.json`;
+        None for CLIP's own vocabulary."""
         own = read_json(folder / CONFIG, where) or {}
-        return foreign_tokenizer.open_clip(folder, own.get("model_cfg", own), where)
+        config = own.get("model_cfg", own)
+        words = Section(config, CONFIG).section("text_cfg")
+        given: dict[str, Any] = {}
+        if words.get("hf_model_name"):
+            guest = read_json(folder / _GUEST_CONFIG, where) or {}
+            text = guest_texts.text_tower(words, 1, guest)
+            given = {"size": text.vocab_size, "pad_id": text.pad_id}
+        return foreign_tokenizer.open_clip(folder, config, where, **given)
 
     def says(
         self,
@@ -227,18 +252,20 @@ def _read(arrays: Mapping[str, np.ndarray], own: Mapping[str, Any], guest: Any) 
     config.
     """
     config = Section(own.get("model_cfg", own), CONFIG, harmless=_HARMLESS)
-    if "multimodal_cfg" in config:
-        raise ConfigError(f"{CONFIG}: multimodal_cfg", "a CoCa model", "a model of two towers")
-    sections = [config.section(key, native.HARMLESS) for key in ("vision_cfg", "text_cfg")]
+    sections = [
+        config.section(key, open_clip_layout.HARMLESS) for key in ("vision_cfg", "text_cfg")
+    ]
     for section in sections:
-        native.check_only(section)
+        open_clip_layout.check_only(section)
     vision, words = sections
     image, text = _image_tower(config, vision, guest), _text_tower(config, words, guest)
     borrowed = bool(words.get("hf_model_name"))
     arrays = dict(arrays) if borrowed else _without_text_prefix(arrays)
-    layout = _rules(image, text, config.size("embed_dim"), None)
-    if vision.get("timm_proj") == "none":
-        layout = [rule for rule in layout if rule.theirs != ("visual.head.proj.weight",)]
+    layout, notes = _rules(image, text, config.size("embed_dim"), None), ()
+    arrays = _one_head(arrays, layout)
+    if config.get("multimodal_cfg"):
+        arrays = {k: x for k, x in arrays.items() if not k.startswith(_DECODER)}
+        notes = ("CoCa's decoder of captions is left out: the two towers are all that is read",)
     logit_scale, logit_bias = (scalar(arrays, f"logit_{n}", "") for n in ("scale", "bias"))
     variables = rules.read(layout, arrays, lambda: array_shapes(image, text), "")
     pictures = preprocessing.open_clip(own.get("preprocess_cfg") or {}, f"{CONFIG}: preprocess_cfg")
@@ -251,18 +278,35 @@ def _read(arrays: Mapping[str, np.ndarray], own: Mapping[str, Any], guest: Any) 
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         words=Words(
-            kind="wordpiece" if borrowed else "clip_bpe" if plain else "sentencepiece",
+            kind=_kind(text, borrowed, plain),
             vocab_size=text.vocab_size,
             context=text.context,
             pad_id=text.pad_id,
-            sot_id=text.eot_id - 1,
+            sot_id=text.eot_id - 1 if plain and not borrowed or text.needs_start_mark else None,
             eot_id=text.eot_id,
             plain=plain,
         ),
         **pictures.fields,
         differences=(*pictures.differences, *unknown),
+        notes=notes,
     )
     return checked(read, "")
+
+
+def _one_head(arrays: Mapping[str, np.ndarray], layout: Sequence[Rule]) -> Arrays:
+    """The arrays, with a projection that has a bias under the name that `layout` has for it: the
+    network's own classifier, or open_clip's layer above it."""
+    names = {name for rule in layout for name in rule.theirs}
+    if f"{guests.OWN_HEAD}.bias" not in names:
+        return dict(arrays)
+    return {name.replace(guests.HEAD + ".", guests.OWN_HEAD + "."): x for name, x in arrays.items()}
+
+
+def _kind(text: Tower, borrowed: bool, plain: bool) -> Any:
+    """The name of the tokenizer that gives the model's ids."""
+    if _text_layout(text) is guest_texts.BERT_LAYOUT and bert_layout.kind_of(text) == "bert":
+        return "wordpiece"
+    return "huggingface" if borrowed else "clip_bpe" if plain else "sentencepiece"
 
 
 def _without_text_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -281,10 +325,10 @@ def _image_tower(config: Section, section: Section, guest: Any) -> Tower:
         size = section.size("image_size", 224)
     if section.get("timm_model_name"):
         return guest_towers.image_tower(section, config.size("embed_dim"), size, guest)
-    return native.image_tower(config, section, size)
+    return open_clip_image.image_tower(config, section, size)
 
 
-def _text_tower(config: Section, section: Section, guest: Any) -> TextTransformer | BERT:
+def _text_tower(config: Section, section: Section, guest: Any) -> Any:
     if section.get("hf_model_name"):
-        return guest_towers.text_tower(section, config.size("embed_dim"), guest)
-    return native.text_tower(config, section)
+        return guest_texts.text_tower(section, config.size("embed_dim"), guest)
+    return open_clip_text.text_tower(config, section)

@@ -87,8 +87,8 @@ def open_clip(values: Mapping[str, Any], where: str) -> Preprocessing:
     resize = section.one_of("resize_mode", ("shortest", "squash", "longest"), "shortest")
     fill = section.get("fill_color", 0)
     differences = (
-        (f"preprocessing.fill_color: {fill} in the model, nothing to fill in clipx",)
-        if resize == "longest"
+        (f"preprocessing.fill_color: {fill} in the model, 0 in clipx",)
+        if resize == "longest" and fill != 0
         else ()
     )
     mean = _three(section, "mean", photometry.OPENAI_MEAN)

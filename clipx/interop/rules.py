@@ -66,7 +66,7 @@ def read(
     ours, wrong, expected = {}, [], shapes()
     for rule in rules:
         theirs = [arrays.get(name) for name in rule.theirs]
-        theirs = [x if x is None else np.asarray(x).astype(np.float32) for x in theirs]
+        theirs = [x if x is None else np.asarray(x, np.float32) for x in theirs]
         try:
             made = rule.back(*theirs)
         except (ValueError, IndexError):  # numpy's, of a shape that cannot be converted
@@ -143,6 +143,19 @@ def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
     """A dense layer: its kernel and, with `bias`, its bias."""
     rules = [transposed(f"{ours}/kernel", f"{theirs}.weight")]
     return rules + [same(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+def pointwise(ours: str, theirs: str) -> list[Rule]:
+    """A dense layer, in torch a convolution with a kernel of one pixel."""
+
+    def out(x: np.ndarray) -> tuple[np.ndarray]:
+        return (x.T[:, :, None, None],)
+
+    def back(x: np.ndarray) -> tuple[np.ndarray]:
+        return (x[:, :, 0, 0].T,)
+
+    kernel = Rule((f"{ours}/kernel",), (f"{theirs}.weight",), out, back)
+    return [kernel, same(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def norm(ours: str, theirs: str) -> list[Rule]:

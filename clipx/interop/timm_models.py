@@ -7,7 +7,14 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from clipx.errors import ConfigError
-from clipx.interop import efficientnet_layout, resnet_layout, vit_layout
+from clipx.interop import (
+    convnext_layout,
+    efficientnet_layout,
+    eva_layout,
+    resnet_layout,
+    vit_layout,
+    vitamin_layout,
+)
 from clipx.interop.model import vit_shape
 from clipx.interop.rules import Rule
 from clipx.interop.settings import Section, keys
@@ -24,9 +31,14 @@ HARMLESS = keys(
 )
 KNOWN = (
     "resnet18 to resnet152 and resnet18d to resnet152d, efficientnet_b0 to b3 and lite0 to lite4 "
-    "with or without tf_, or a ViT: vit_SIZE_patchN_..., deit_..., deit3_..."
+    "with or without tf_, convnext_tiny to convnext_xxlarge, EVA-CLIP's and PE-Core's towers, "
+    "vitamin_small_224 to vitamin_xlarge_384, or a ViT: vit_SIZE_patchN_..., deit_..., deit3_..."
 )
-VIT_EPS = 1e-6  # of every LayerNorm that timm's ViT makes unless its name says otherwise
+# of every LayerNorm that timm's ViT makes, and of those whose name says that they are CLIP's
+VIT_EPS, CLIP_EPS = 1e-6, 1e-5
+
+
+_OWN = ("linear", "none", "own")
 
 
 class Found(NamedTuple):
@@ -35,6 +47,8 @@ class Found(NamedTuple):
     tower: Tower
     layout: list[Rule]  # without prefix
     common: bool = True  # whether the layout is the one that clipx writes for such a tower
+    # what open_clip may put above the network: "own" is the network's classifier
+    projections: tuple[str, ...] = ("linear", "none")
 
 
 def build(name: str, args: Section, size: int, where: str, pool: str | None = None) -> Found:
@@ -44,7 +58,7 @@ def build(name: str, args: Section, size: int, where: str, pool: str | None = No
     Raises `ConfigError` at `where` for an architecture that clipx does not have, and at an argument
     for such a value.
     """
-    for known in (_efficientnet, _resnet, _vit):
+    for known in (_efficientnet, _resnet, _convnext, _eva, _vitamin, _vit):
         fields = {"image_size": size, "embed_dim": 0, "dtype": "float32"}
         found = known(name, args, fields, where, pool)
         if found is not None:
@@ -89,6 +103,25 @@ def _resnet(
     args.one_of("stem_width", (32,) if deep else (64,), 32 if deep else 64)
     tower = ResNet(variant=match[1], deep_stem=deep, **common)
     return Found(tower, resnet_layout.layout(tower))
+
+
+def _convnext(name: str, *given: Any) -> Found | None:
+    tower = convnext_layout.tower(name, *given)
+    return (
+        None
+        if tower is None
+        else Found(tower, convnext_layout.layout(tower), projections=("linear", "none", "mlp"))
+    )
+
+
+def _vitamin(name: str, *given: Any) -> Found | None:
+    tower = vitamin_layout.tower(name, *given)
+    return None if tower is None else Found(tower, vitamin_layout.layout(tower))
+
+
+def _eva(name: str, *given: Any) -> Found | None:
+    tower = eva_layout.tower(name, *given)
+    return None if tower is None else Found(tower, eva_layout.layout(tower), projections=_OWN)
 
 
 # width, depth, heads, ratio of the MLP
@@ -151,7 +184,7 @@ def vit_arguments(name: str) -> dict[str, Any] | None:
         "init_values": scaled,
         "qkv_bias": not unbiased,
         "act_layer": "quick_gelu" if "quickgelu" in family else "gelu_tanh" if tanh else "gelu",
-        "norm_eps": 1e-5 if clip else VIT_EPS,
+        "norm_eps": CLIP_EPS if clip else VIT_EPS,
     }  # fmt: skip
 
 
@@ -203,8 +236,10 @@ def _vit(
     if norm_after and pool != "avg":
         raise ConfigError(args.at("fc_norm"), f"{fc_norm} with global_pool={pool!r}", "false")
     registers = args.whole("reg_tokens", given["reg_tokens"])
+    patch = args.size("patch_size", given["patch_size"])
     tower = ViT(
-        **vit_shape(shape, args.size("patch_size", given["patch_size"])),
+        **vit_shape(shape, patch),
+        uneven=common["image_size"] % patch != 0,  # which a convolution leaves out
         pool=_POOLS[pool],
         class_token=args.flag("class_token", given["class_token"]),
         registers=registers,
@@ -220,7 +255,8 @@ def _vit(
     positioned = "patches" if bare else "all"
     layout = vit_layout.layout(tower, vit_layout.TIMM, positioned=positioned, qkv_bias=biased)
     if pool == "map":
-        layout += vit_layout.map_head(tower, "attn_pool")
+        layout += vit_layout.map_head(tower.shape[2], "attn_pool")
     same = positioned == vit_layout.default_positions(tower)
     same = biased and (same or not (registers or tower.has_class))
-    return Found(tower, layout, same and tower.norm_eps == VIT_EPS)
+    known_eps = (VIT_EPS, CLIP_EPS) if tower.pre_norm else (VIT_EPS,)
+    return Found(tower, layout, same and tower.norm_eps in known_eps, _OWN)

@@ -177,9 +177,10 @@ def _tokens(image: ViT, names: Names, ours: str, theirs: str, positioned: Positi
     )
 
 
-def map_head(image: ViT, theirs: str, scale: float = 1.0) -> list[Rule]:
-    """The rules of timm's attention pooling. theirs: its name. scale: as of `layout`."""
-    heads, ours = image.shape[2], "params/image/pool"
+def map_head(heads: int, theirs: str, scale: float = 1.0) -> list[Rule]:
+    """The rules of timm's attention pooling with so many heads. theirs: its name. scale: as of
+    `layout`."""
+    ours = "params/image/pool"
     out = rules.dense(f"{ours}/out", f"{theirs}.proj")
     return [
         Rule((f"{ours}/probe",), (f"{theirs}.latent",), lambda x: (x[None],), lambda x: (x[0],)),

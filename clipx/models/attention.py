@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clipx.types import Array, batch_axes
 
@@ -45,22 +45,26 @@ def attention(
     *,
     causal: bool = False,
     lengths: Int[Array, " b"] | None = None,
+    seen: Bool[Array, "b s"] | None = None,
 ) -> Float[Array, "b t h d"]:
     """Scaled dot-product attention of t queries over s keys; scores are scaled by d**-0.5.
 
-    With `lengths`, row i attends to its first `lengths[i]` keys only. With `causal`, a query
-    attends to no later key. Softmax runs in float32, or in float64 for float64 inputs. Uses cuDNN's
-    fused kernel if it supports the device, the dtype and the shapes.
+    With `lengths`, row i attends to its first `lengths[i]` keys only, with `seen` to those keys
+    only. With `causal`, a query attends to no later key. Softmax runs in float32, or in float64 for
+    float64 inputs. Uses cuDNN's fused kernel if it supports the device, the dtype and the shapes.
     """
     if q.dtype == jnp.float64:  # jax.nn.dot_product_attention takes every softmax in float32
         logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-        seen = jnp.ones(logits.shape[-2:], bool)
-        seen = jnp.tril(seen) if causal else seen
+        pairs = jnp.ones(logits.shape[-2:], bool)
+        pairs = jnp.tril(pairs) if causal else pairs
         if lengths is not None:
-            seen = seen & (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=seen), v)
+            pairs = pairs & (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
+        if seen is not None:
+            pairs = pairs & seen[:, None, None]
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=pairs), v)
     fused = (
         q.dtype == jnp.bfloat16
+        and seen is None
         and q.shape == k.shape
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
@@ -70,6 +74,7 @@ def attention(
         q,
         k,
         v,
+        mask=None if seen is None else seen[:, None, None],
         is_causal=causal,
         key_value_seq_lengths=lengths,
         implementation="cudnn" if fused else None,

@@ -79,8 +79,8 @@ class Tower(nn.Module):
     sentence-transformers. A new run starts from them; a run that goes on does not read them.
 
     Code outside `clipx/models/` never tests which class a tower has. A tower declares what others
-    need to know: `from_tokenizer`, `needs_start_mark`, `backbone_width`, `position_table` and
-    `unseen_settings`. None of these is a config key.
+    need to know: `from_tokenizer`, `needs_start_mark`, `backbone_width`, `position_table`,
+    `unseen_settings` and `idle_ids`. None of these is a config key.
     """
 
     # fields that are filled in from the config's tokenizer, and may not be in the tower's section
@@ -168,6 +168,11 @@ class Tower(nn.Module):
         """Settings that change the output but no array's shape. Parameters do not fit a model that
         differs in one of them, although every array has the right shape."""
         return {}
+
+    @property
+    def idle_ids(self) -> tuple[str, ...]:
+        """Those of `from_tokenizer` whose value changes no output and no shape."""
+        return ()
 
     @property
     def ignores_padding(self) -> bool:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -19,9 +18,11 @@ from jaxtyping import Bool, Float, Int, Int32, Key
 from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Ratio, Width, WidthOrZero
 from clipx.models.base import Tower
 from clipx.models.layers import (
+    Activation,
     Affine,
     LayerNorm,
     Lora,
+    activate,
     check,
     drop,
     dropout_keys,
@@ -34,12 +35,6 @@ from clipx.types import Array, constrain_rows
 
 _normal = initializers.normal(0.02)
 _RELATIVE_DISTANCE = 128  # tokens apart, from where on MPNet's attention bias is the same
-_ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-}
 
 
 class BertAttention(nn.Module):
@@ -80,14 +75,14 @@ class BertAttention(nn.Module):
 
 class BertMLP(nn.Module):
     width: int
-    activation: str
+    activation: Activation
     dtype: str
     lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         dense = functools.partial(Affine, dtype=self.dtype, kernel_init=_normal, lora=self.lora)
-        y = _ACTIVATIONS[self.activation](dense((self.width,), name="fc")(x))
+        y = activate(dense((self.width,), name="fc")(x), self.activation)
         return dense((x.shape[-1],), name="proj")(y)
 
 
@@ -96,7 +91,7 @@ class BertBlock(nn.Module):
 
     heads: int
     mlp_width: int
-    activation: str
+    activation: Activation
     norm_eps: float
     dropout: float
     dtype: str
@@ -169,12 +164,12 @@ class BERT(Tower):
     depth: Depth = 12
     heads: Width = 12
     mlp_ratio: Ratio = 4.0
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: Epsilon = 1e-12
     pool: Literal["pooler", "cls", "mean", "max"] = "pooler"
     dense_width: WidthOrZero = 0  # width of a dense layer on what is pooled; 0: none
     dense_bias: bool = True
-    dense_activation: Literal["tanh", "identity"] = "tanh"
+    dense_activation: Literal["tanh", "gelu", "identity"] = "tanh"
     normalize: bool = False  # rows of `backbone` have unit length
     eot_id: CountOrZero = 102
     pad_id: CountOrZero = 0
@@ -282,5 +277,6 @@ class BERT(Tower):
             y = jnp.tanh(dense(self.width, name="pooler")(y))
         if self.dense_width:
             y = dense(self.dense_width, use_bias=self.dense_bias, name="dense")(y)
-            y = jnp.tanh(y) if self.dense_activation == "tanh" else y
+            if self.dense_activation != "identity":
+                y = jnp.tanh(y) if self.dense_activation == "tanh" else activate(y, "gelu")
         return unit(y).astype(y.dtype) if self.normalize else y

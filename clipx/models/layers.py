@@ -26,8 +26,8 @@ from clipx.models.tpu import add_bias, layer_norm, on_tpu
 from clipx.types import Array
 
 # "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
-# approximation, which big_vision's SigLIP and JAX's default use
-Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+# approximation, which big_vision's SigLIP and JAX's default use; "relu" is what NLLB's encoder uses
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu"]
 
 # torch's default for linear and convolution kernels: uniform within 1/sqrt(fan_in)
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -184,8 +184,17 @@ class Lora(NamedTuple):
     alpha: float
 
 
+def activate(x: Float[Array, "*b"], name: Activation) -> Float[Array, "*b"]:
+    """The nonlinearity `name` of x."""
+    if name == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    if name == "relu":
+        return jax.nn.relu(x)
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
 class MLP(nn.Module):
-    """Two dense layers with a GELU between."""
+    """Two dense layers with a nonlinearity between."""
 
     width: int
     activation: Activation
@@ -201,18 +210,15 @@ class MLP(nn.Module):
                 x
             )
 
-        y = dense("fc", x, self.width, self.kernel_inits[0])
-        if self.activation == "quick_gelu":
-            y = y * jax.nn.sigmoid(1.702 * y)
-        else:
-            y = jax.nn.gelu(y, approximate=self.activation == "gelu_tanh")
+        y = activate(dense("fc", x, self.width, self.kernel_inits[0]), self.activation)
         return dense("proj", y, x.shape[-1], self.kernel_inits[1])
 
 
 class Affine(nn.Module):
     """A linear layer from the last `inputs` axes of x to `shape`, with DenseGeneral's parameters:
-    `kernel` [*inputs, *shape] and `bias` [*shape]. With `lora` there are `lora_a` [*inputs, rank],
-    as random as torch's kernels, and `lora_b` [rank, *shape], which starts at zero.
+    `kernel` [*inputs, *shape] and, with `use_bias`, `bias` [*shape]. With `lora` there are `lora_a`
+    [*inputs, rank], as random as torch's kernels, and `lora_b` [rank, *shape], which starts at
+    zero.
 
     On TPUs it multiplies flattened rows, which gives the layout that the attention kernel takes.
     """
@@ -223,6 +229,7 @@ class Affine(nn.Module):
     bias_init: Any = initializers.zeros
     inputs: int = 1  # number of axes
     lora: Lora | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -243,7 +250,7 @@ class Affine(nn.Module):
 
         x = x.astype(self.dtype)
         kernel = param("kernel", self.kernel_init, inputs, self.shape)
-        bias = param("bias", self.bias_init, self.shape)
+        bias = param("bias", self.bias_init, self.shape) if self.use_bias else None
         low = None  # x in the adapter's few channels, and the kernel from these to the output
         if self.lora is not None:
             rank = (self.lora.rank,)
@@ -251,9 +258,10 @@ class Affine(nn.Module):
             b = param("lora_b", initializers.zeros, rank, self.shape)
             low = jnp.tensordot(x, a, self.inputs) * (self.lora.alpha / self.lora.rank), b
         if not on_tpu():
-            y = jnp.tensordot(x, kernel, self.inputs) + bias
+            y = jnp.tensordot(x, kernel, self.inputs)
+            y = y if bias is None else y + bias
             return y if low is None else y + jnp.tensordot(*low, 1)
-        if order is not None:
+        if order is not None and bias is not None:
             bias = bias.transpose(order)
 
         def product(x: Array, kernel: Array) -> Array:
@@ -265,7 +273,8 @@ class Affine(nn.Module):
             kernel = jax.lax.optimization_barrier(kernel.reshape(-1, fan_out))
             return jnp.dot(x.reshape(-1, len(kernel)), kernel)
 
-        y = add_bias(product(x, kernel), bias.reshape(-1))
+        y = product(x, kernel)
+        y = y if bias is None else add_bias(y, bias.reshape(-1))
         if low is not None:
             y = y + product(*low)
         return y.reshape(*lead, *(self.shape if order is None else (fan_out,)))
@@ -273,7 +282,7 @@ class Affine(nn.Module):
 
 class PoolAttention(nn.Module):
     """Multi-head attention of query tokens over all tokens, without an output projection. Kernels:
-    `q` [c, heads, head width], `kv` [c, 2, heads, head width]."""
+    `q` [d, heads, head width], `kv` [c, 2, heads, head width]; the heads' widths sum to d."""
 
     heads: int
     dtype: str
@@ -282,9 +291,9 @@ class PoolAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Float[Array, "b m c"], tokens: Float[Array, "b n c"]
-    ) -> Float[Array, "b m c"]:
-        shape = (self.heads, tokens.shape[-1] // self.heads)
+        self, queries: Float[Array, "b m d"], tokens: Float[Array, "b n c"]
+    ) -> Float[Array, "b m d"]:
+        shape = (self.heads, queries.shape[-1] // self.heads)
         dense = functools.partial(
             nn.DenseGeneral,
             dtype=self.dtype,

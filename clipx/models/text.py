@@ -27,8 +27,10 @@ class TextTransformer(Tower):
     """CLIP's text transformer (clip/model.py), or, with `causal=False`, a bidirectional one.
 
     `pool` picks `backbone`: "eot" is the token at the first `eot_id` (in a row without one, the
-    last token), "last" the last token, "mean" the mean. `tokens` of the result are all tokens after
-    the last LayerNorm. Texts may be shorter than `context`.
+    last token), "first" and "last" the first and last token, "mean" the mean. "class" is CoCa's: a
+    learned token behind the text. No token then attends to the token after a `pad_id`, which is how
+    open_clip's published models were trained. `tokens` of the result are all tokens after the last
+    LayerNorm. Texts may be shorter than `context`.
 
     With `mask_padding`, padding is masked in attention and left out of the pooling. Padding is
     everything after the first `eot_id`; in a row without one it is the run of `pad_id`s at the end.
@@ -45,7 +47,7 @@ class TextTransformer(Tower):
     heads: Width = 8
     mlp_ratio: Ratio = 4.0
     causal: bool = True
-    pool: Literal["eot", "last", "mean"] = "eot"
+    pool: Literal["eot", "first", "last", "mean", "class"] = "eot"
     eot_id: CountOrZero = 49407
     pad_id: CountOrZero = 0
     mask_padding: bool = False
@@ -64,6 +66,12 @@ class TextTransformer(Tower):
             f"{self.heads} heads for a width of {self.width}",
             "a number that divides the width",
         )
+        check(
+            self.pool != "class" or not self.mask_padding,
+            self.at("mask_padding"),
+            "True with pool='class'",
+            "False: such a tower already leaves out padding",
+        )
         if self.pool == "eot" or self.mask_padding:
             check(
                 0 <= self.eot_id < self.vocab_size,
@@ -80,6 +88,12 @@ class TextTransformer(Tower):
     @property
     def ignores_padding(self) -> bool:
         return self.mask_padding or (self.causal and self.pool == "eot")
+
+    @property
+    def idle_ids(self) -> tuple[str, ...]:
+        ends = self.pool == "eot" or self.mask_padding
+        pads = self.pool == "class" or self.mask_padding
+        return ("eot_id",) * (not ends) + ("pad_id",) * (not pads)
 
     @property
     def position_table(self) -> PositionTable:
@@ -118,6 +132,10 @@ class TextTransformer(Tower):
             jnp.float32,
         )
         x = x + position[:length].astype(x.dtype)
+        seen = None
+        if self.pool == "class":
+            x = jnp.concatenate([x, self._class_token(x)], axis=1)
+            seen = jnp.pad(ids != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
         is_eot = ids == self.eot_id
         eot = jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1), length - 1)
         lengths = None
@@ -136,9 +154,13 @@ class TextTransformer(Tower):
             dtype=self.dtype,
             lora=self.lora,
             name="transformer",
-        )(x, lengths, dropout_keys(self.dropout, train, keys))
+        )(x, lengths, dropout_keys(self.dropout, train, keys), seen)
         tokens = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln_final")(x)
-        if self.pool == "mean":
+        if self.pool == "class":
+            return tokens[:, -1], tokens[:, :-1]
+        if self.pool == "first":
+            pooled = tokens[:, 0]
+        elif self.pool == "mean":
             valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
             pooled = mean_tokens(tokens, valid)
         else:
@@ -146,3 +168,13 @@ class TextTransformer(Tower):
             pooled_at = eot if self.pool == "eot" else last
             pooled = jnp.take_along_axis(tokens, pooled_at[:, None, None], axis=1)[:, 0]
         return pooled, tokens
+
+    def _class_token(self, x: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
+        """The token of `pool="class"`, with its own position."""
+        normal = initializers.normal(0.01)
+        token, position = (
+            self.param(f"class_{name}", normal, (self.width,), jnp.float32)
+            for name in ("embedding", "position")
+        )
+        token = token.astype(x.dtype) + position.astype(x.dtype)
+        return jnp.broadcast_to(token, (len(x), 1, self.width))

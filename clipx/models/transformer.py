@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
@@ -35,7 +35,10 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*r c"], lengths: Int[Array, " b"] | None
+        self,
+        x: Float[Array, "*r c"],
+        lengths: Int[Array, " b"] | None,
+        seen: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "*r c"]:
         width = x.shape[-1]
         shape = (3, self.heads, width // self.heads)
@@ -48,7 +51,7 @@ class SelfAttention(nn.Module):
         else:
             qkv = project(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-            y = attention(q, k, v, causal=self.causal, lengths=lengths)
+            y = attention(q, k, v, causal=self.causal, lengths=lengths, seen=seen)
         y = y.reshape(*x.shape[:-1], *shape[1:])
         init, lora = self.kernel_inits[1], self.lora
         return Affine((width,), self.dtype, init, inputs=2, lora=lora, name="out")(y)
@@ -89,6 +92,7 @@ class Block(nn.Module):
         index: int | Int[Array, ""],
         lengths: Int[Array, " b"] | None,
         keys: Key[Array, " b"] | None,
+        seen: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "*r c"]:
         width = x.shape[-1]
         if self.block_init == "clip":
@@ -117,7 +121,7 @@ class Block(nn.Module):
                 return y
             return LayerScale(self.layer_scale, self.dtype, name=name)(y)
 
-        y = scaled(attend(norm(name="ln_1")(x), lengths), "scale_1")
+        y = scaled(attend(norm(name="ln_1")(x), lengths, seen), "scale_1")
         x = x + dropped(y, 2 * index)
         y = scaled(mlp(norm(name="ln_2")(x)), "scale_2")
         return constrain_rows(x + dropped(y, 2 * index + 1))
@@ -157,9 +161,13 @@ class Transformer(nn.Module):
         x: Float[Array, "b n c"],
         lengths: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
+        seen: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b n c"]:
+        """The tokens after the last block. lengths: tokens of each row that take part in attention,
+        from its first on. seen: which tokens are attended to; not both."""
         rows, tokens, width = x.shape
-        flat = on_tpu() and has_kernel(rows, tokens, self.heads, width // self.heads, self.dtype)
+        flat = seen is None and on_tpu()
+        flat = flat and has_kernel(rows, tokens, self.heads, width // self.heads, self.dtype)
         padded_tokens = 0
         if flat:
             # Padded to a TPU's memory tiles, so that the weight products and the kernel take the
@@ -194,10 +202,10 @@ class Transformer(nn.Module):
         )
         if not self.scan:
             for i in range(self.depth):
-                x = make(name=f"block_{i}")(x, i, lengths, keys)
+                x = make(name=f"block_{i}")(x, i, lengths, keys, seen)
         else:
             over_layers = nn.scan(
-                lambda block, x, i: (block(x, i, lengths, keys), None),
+                lambda block, x, i: (block(x, i, lengths, keys, seen), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.depth,

@@ -11,19 +11,18 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import CountOrZero, Depth, Epsilon, Pixels, Rate, Ratio, Width
+from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Pixels, Rate, Ratio, Width
 from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
-    MLP,
     Activation,
     LayerNorm,
-    PoolAttention,
     check,
     check_name,
     dropout_keys,
     mean_tokens,
     torch_uniform,
 )
+from clipx.models.pooling import MapHead, QueryPool
 from clipx.models.transformer import Transformer
 from clipx.types import Array
 
@@ -48,40 +47,20 @@ def _frozen_product(x: Array, kernel: Array, *args: Any, **options: Any) -> Arra
     return jax.lax.dot_general(x, jax.lax.stop_gradient(kernel), *args, **options)
 
 
-class MapHead(nn.Module):
-    """Attention pooling with one learned query, then a residual MLP (big_vision, models/vit.py,
-    MAPHead)."""
-
-    heads: int
-    mlp_width: int
-    activation: Activation
-    norm_eps: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b c"]:
-        width = tokens.shape[-1]
-        glorot = initializers.glorot_uniform()
-        probe = self.param("probe", glorot, (1, width), jnp.float32).astype(self.dtype)
-        x = PoolAttention(self.heads, self.dtype, glorot, name="attn")(
-            jnp.broadcast_to(probe, (tokens.shape[0], 1, width)), tokens
-        )[:, 0]
-        x = nn.Dense(width, dtype=self.dtype, kernel_init=glorot, name="out")(x)
-        y = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln")(x)
-        inits = (glorot, glorot)
-        return x + MLP(self.mlp_width, self.activation, self.dtype, inits, name="mlp")(y)
-
-
 class ViT(Tower):
     """CLIP's vision transformer (clip/model.py, VisionTransformer), of any size.
 
     `variant` names size and patch, such as "ViT-B/32"; `width`, `depth`, `heads`, `patch` and
     `mlp_ratio` override it. `pool` picks `backbone`: "class" is the class token after `ln_post`.
     "mean" and "attention" apply `ln_post` to all tokens, and take the patches' mean or a `MapHead`
-    of them; with `norm_pooled`, `ln_post` comes after the mean (timm's `fc_norm`). They have no
-    class token unless `class_token` says so. `registers` more tokens (Darcet et al. 2023,
+    of them; with `norm_pooled`, `ln_post` comes after the mean (timm's `fc_norm`). "query" is
+    CoCa's: a `QueryPool` of all tokens, then `ln_post`. These have no class token unless
+    `class_token` says so. `registers` more tokens (Darcet et al. 2023,
     arXiv:2309.16588), and a class token that is not pooled, only take part in attention. `tokens`
     of the result are the patch tokens before `ln_post`. Images must be normalised.
+
+    A patch must divide the image, unless `uneven`: then the pixels at the right and at the bottom
+    that fill no patch are left out, as a convolution does.
 
     With `freeze_patches` the patch embedding gets no gradient, as in MoCo v3 (arXiv:2104.02057,
     section 4) and in DeCLIP's code. A rule of the optimizer must exempt it from weight decay.
@@ -96,7 +75,11 @@ class ViT(Tower):
     heads: Width | None = None
     patch: Pixels | None = None  # pixels
     mlp_ratio: Ratio | None = None
-    pool: Literal["class", "mean", "attention"] = "class"
+    uneven: bool = False  # the patches may leave out the last pixels of each side
+    pool: Literal["class", "mean", "attention", "query"] = "class"
+    pool_width: Width | None = None  # of pool="query"; None: as wide as a block
+    pool_heads: Width = 8  # of pool="query"
+    pool_queries: Count = 256  # of pool="query": all but the first are a captioner's
     class_token: bool | None = None  # None: only where it is pooled
     norm_pooled: bool = False
     registers: CountOrZero = 0
@@ -116,11 +99,17 @@ class ViT(Tower):
         width, _, heads, mlp_width, patch = self.shape
         check(mlp_width > 0, self.at("mlp_ratio"), self.mlp_ratio, "an MLP of at least one channel")
         check(
-            self.image_size % patch == 0,
+            self.image_size % patch == 0 or self.uneven and self.image_size > patch,
             self.at("image_size"),
             f"{self.image_size} pixels with a patch of {patch}",
             "a multiple of the patch",
             f"set image_size={max(round(self.image_size / patch), 1) * patch}",
+        )
+        check(
+            self.pool != "query" or self.backbone_width % self.pool_heads == 0,
+            self.at("pool_heads"),
+            f"{self.pool_heads} heads for a width of {self.backbone_width}",
+            "a number that divides the width",
         )
         check(
             self.has_class or self.pool != "class",
@@ -165,7 +154,9 @@ class ViT(Tower):
 
     @property
     def backbone_width(self) -> int:
-        """The width of a block."""
+        """The width of a block, or of what `pool="query"` makes of the tokens."""
+        if self.pool == "query" and self.pool_width is not None:
+            return self.pool_width
         return self.shape[0]
 
     @property
@@ -184,6 +175,7 @@ class ViT(Tower):
             "pool": self.pool,
             "pre_norm": self.pre_norm,
             "norm_pooled": self.norm_pooled,
+            **({"pool_heads": self.pool_heads} if self.pool == "query" else {}),
         }
 
     @nn.compact
@@ -197,6 +189,7 @@ class ViT(Tower):
         width, depth, heads, mlp_width, patch = self.shape
         self.check_images(x, self.image_size)
         side, rows = self.image_size // patch, x.shape[0]
+        x = x[:, : side * patch, : side * patch]
         x = x.reshape(rows, side, patch, side, patch, 3).swapaxes(2, 3)
         x = nn.DenseGeneral(
             width,
@@ -244,6 +237,16 @@ class ViT(Tower):
             pooled = ln_post(mean_tokens(tokens))
         elif self.pool == "mean":
             pooled = mean_tokens(ln_post(tokens))
+        elif self.pool == "query":
+            pool = QueryPool(
+                self.backbone_width,
+                self.pool_queries,
+                self.pool_heads,
+                self.norm_eps,
+                self.dtype,
+                name="pool",
+            )
+            pooled = ln_post(pool(x))
         else:
             pooled = MapHead(
                 heads, mlp_width, self.activation, self.norm_eps, self.dtype, name="pool"

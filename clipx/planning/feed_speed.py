@@ -57,7 +57,8 @@ def stages(loader: Loader, rows: int) -> list[Stage]:
 
     def crop() -> None:
         for example, draw in zip(decoded, draws):
-            pictures.views(example, loader.crops, draw, flips, out, loader.data.limits)
+            data = loader.data
+            pictures.views(example, loader.crops, draw, flips, out, data.limits, data.framing)
 
     def tokenise() -> None:
         for example in decoded:

@@ -15,6 +15,7 @@ from clipx.config import binding, files, secrets
 from clipx.config.binding import find
 from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator, declared
+from clipx.interop import named
 from clipx.training import guesses, pretrained
 from clipx.training.initial import init
 from clipx.training.metric_table import metric, spelled
@@ -196,7 +197,7 @@ def evaluate_file(
     out: the folder for one file per eval; default: `evaluation` beside the model's weights.
     """
     run, state = open_foreign(path, evals, ignore)
-    file = pathlib.Path(path).expanduser().absolute()
+    file = pathlib.Path(named.split(path)[1]).expanduser().absolute()
     into = pathlib.Path(out or (file if file.is_dir() else file.parent) / "evaluation").absolute()
     return _evaluate(run, state, file, None, into, path)
 
@@ -213,8 +214,10 @@ def open_foreign(
     at `path`. ignore: as `config.init_ignore`; devices, mesh: as for `restore`."""
     model, tokenizer = pretrained.open_model(path)
     rows = 2 * len(jax.devices() if devices is None else devices)  # the least that trains
-    config = pretrained.sections(path, model, tokenizer) | {
-        "data": {"source": "shapes"},  # never opened, because nothing is trained
+    sections = pretrained.sections(path, model, tokenizer)
+    config = sections | {
+        # a source that is never opened, because nothing is trained
+        "data": {"source": "shapes"} | sections["data"],
         "train": {"batch_size": rows, "total_steps": 1},
         "optimizer": {"freeze": [""]},  # all parameters, so that the optimizer has no moments
         "evals": evals,

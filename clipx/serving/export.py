@@ -83,7 +83,7 @@ def export(workdir: str | os.PathLike, options: Options) -> Exported:
         raise ConfigError("--out", f"{out} is there already", "a folder that does not exist yet")
     folder = pathlib.Path(workdir).expanduser().absolute()
     run, state = restore(folder, options.step)
-    model, heads = pretrained.split(run.objective, run.tokenizer, state)
+    model, heads = pretrained.split(run.objective, run.tokenizer, state, run.data.framing)
     job = _Job(run, state, model, heads, folder, format_, out, options)
     try:
         with _aside(out) as aside:

@@ -76,7 +76,7 @@ class Model:
         self._rows = self._encode.rows
         self.batch_size: int = self._rows
         self.image_size: int = run.objective.image.image_size
-        self._pictures = Pictures(run.objective.image.image_size)
+        self._pictures = Pictures(run.objective.image.image_size, run.data.framing)
         self._devices = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} device(s)"
         with jax.set_mesh(run.mesh):
             scale = self.objective.apply(self.variables, method="similarity_scale")

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 
 from clipx.data import pictures
 from clipx.data.base import Source
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.text.tokenizers import Tokenizer
 from clipx.data.threads import in_order
 from clipx.errors import BadSample
@@ -46,6 +47,7 @@ class Compute:
     mesh: meshes.Mesh
     chunk: int
     tokens: bool
+    framing: Framing = CENTRE
 
     def put(self, tree: PyTree, held: np.ndarray | None = None) -> PyTree:
         """Arrays of a chunk's rows on the devices. held: the rows that the process has; None: all
@@ -116,7 +118,8 @@ def picture_blocks(
             boxes = draws[:, 1:].reshape(len(crops), pictures.TRIES, 4)
             try:
                 scales = [crop.scale for crop in crops]
-                pictures.views(source[row], scales, boxes, flips, out, source.limits)
+                given = (source[row], scales, boxes, flips, out, source.limits)
+                pictures.views(*given, compute.framing)
             except BadSample as error:
                 report(row, error)
                 return out, True

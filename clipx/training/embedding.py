@@ -176,7 +176,8 @@ def tower_at(
     """One tower of a run at a state, which computes features some hundred rows at a time."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     chunk = rows_at_once(run.mesh, run.objective.image.image_size**2 if tower == "image" else 0)
-    return embed_rows.Compute(run.objective, tower, variables, run.mesh, chunk, tokens)
+    given = (run.objective, tower, variables, run.mesh, chunk, tokens)
+    return embed_rows.Compute(*given, run.data.framing)
 
 
 def open_embedder(

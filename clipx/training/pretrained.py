@@ -12,19 +12,19 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from clipx.config import binding as configs
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizer_config import OWN_MASK, TokenizerConfig
 from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, DataError
-from clipx.interop import load, verify
+from clipx.interop import load, named, verify
 from clipx.interop import tokenizer as files
 from clipx.interop.base import read_json as load_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, Words, cpu, make_model
-from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training import encoders, recovery
+from clipx.training.model_sections import sections as sections
 from clipx.training.run import restore
 from clipx.training.schema import Config
 from clipx.training.workdir import read_json
@@ -44,7 +44,7 @@ def workdir(path: str) -> tuple[pathlib.Path, str] | None:
 
 
 def split(
-    objective: Objective, tokenizer: Tokenizer, state: TrainState
+    objective: Objective, tokenizer: Tokenizer, state: TrainState, framing: Framing = CENTRE
 ) -> tuple[Model, dict[str, np.ndarray]]:
     """(the model in a run's state, all other arrays by path): heads, queues, prototypes, and the
     embedding of the mask token."""
@@ -61,6 +61,8 @@ def split(
         mean=tuple(objective.mean),
         std=tuple(objective.std),
         words=words(tokenizer),
+        resize=framing.resize,
+        interpolation=framing.interpolation,
     )
     rest = {
         "params": {k: v for k, v in params.items() if k not in ("image", "text", *_SCALARS)},
@@ -76,7 +78,7 @@ def split(
 
 
 def _critics_scale(params: Mapping[str, Any]) -> np.ndarray | np.floating:
-    """The log of the logit scale inside a head, such as CLIP-Lite's critic; 0 if there is none."""
+    """The log of the logit scale inside a head, such as a critic's; 0 if there is none."""
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     scales = [x for name, x in sorted(flat.items()) if name.endswith("/logit_scale")]
     return scales[0] if scales else np.float32(0)
@@ -113,7 +115,7 @@ def open_tokenizer(path: str) -> Tokenizer | None:
 
 def _find_tokenizer(path: str) -> Tokenizer | str | None:
     """The tokenizer of the model at `path`, or what `_library_tokenizer` says in its place."""
-    file = pathlib.Path(path).expanduser()
+    file = pathlib.Path(named.split(path)[1]).expanduser()
     saved = (file if file.is_dir() else file.parent) / files.CLIPX
     run = workdir(path)
     if run is None and not saved.is_file():
@@ -167,9 +169,8 @@ def tokenizer_for(config: TokenizerConfig, given: Tokenizer | None) -> Tokenizer
     would_train = config.name == "sentencepiece" and not config.path
     if given is None or given.config.name != config.name or not would_train:
         return None
-    if given.config.marks != config.marks:
-        return None
-    if _unmasked_size(config) != _unmasked_size(given.config):
+    sizes = _unmasked_size(config), _unmasked_size(given.config)
+    if given.config.marks != config.marks or sizes[0] != sizes[1]:
         return None
     return tokenizers.load(given.save() | {"config": dataclasses.asdict(config)})
 
@@ -189,12 +190,15 @@ def open_model(path: str) -> tuple[Model, Tokenizer | None]:
     checkpoint = workdir(path)
     if checkpoint is None:
         model, given = load.load(path), _find_tokenizer(path)
+        if jax.process_index() == 0:
+            print("".join(f"{path}: {note}\n" for note in model.notes), end="", flush=True)
         if isinstance(given, str):
             differences = (*model.differences, f"tokenizer: the model's cannot be read: {given}")
             return dataclasses.replace(model, differences=differences), None
         if given is None:
             return model, openai_tokenizer(model)
-        return dataclasses.replace(model, words=words(given)), given
+        idle = {name: getattr(given.config, name) for name in model.text.idle_ids}
+        return dataclasses.replace(model, words=words(given), text=model.text.clone(**idle)), given
     folder, step = checkpoint
     try:
         # a single process restores to the CPU: the devices hold the new run's state
@@ -203,7 +207,7 @@ def open_model(path: str) -> tuple[Model, Tokenizer | None]:
     except ConfigError as error:
         error.where = WHERE
         raise
-    return split(run.objective, run.tokenizer, state)[0], run.tokenizer
+    return split(run.objective, run.tokenizer, state, run.data.framing)[0], run.tokenizer
 
 
 def entries(
@@ -228,7 +232,8 @@ def entries(
         fix = f"config.init_ignore=('{twice[0]}',), to take the tower from its own file"
         raise ConfigError(WHERE, found, "one file for each tower", fix)
     model, given = open_model(path)
-    parts = fit(objective, params, config.tokenizer, tokenizer, model, given, ignore, resized)
+    about = (tokenizer, model, given, ignore, resized, Framing.of(config.data))
+    parts = fit(objective, params, config.tokenizer, *about)
     own = encoders.entries(objective, config, tokenizer, resized)
     return {kind: parts.get(kind, {}) | own.get(kind, {}) for kind in parts.keys() | own.keys()}
 
@@ -242,6 +247,7 @@ def fit(
     given: Tokenizer | None,
     ignore: Collection[str],
     resized: list[str] | None = None,
+    framing: Framing = CENTRE,
 ) -> dict[str, PyTree]:
     """The parts of a run's `params` and `batch_stats` that come from `model`: both towers, and
     `logit_scale` and `logit_bias`. Heads are not taken.
@@ -254,9 +260,11 @@ def fit(
         a, b = getattr(model, name), getattr(objective, name)
         if not np.allclose(a, b, rtol=0, atol=1e-6):
             faults.append(f"{name}: {tuple(a)} in the model, {tuple(b)} in config.objective")
-    if (model.resize, model.interpolation) != ("shortest", "bicubic"):
-        preprocessing = f"{model.resize}, {model.interpolation}"
-        faults.append(f"preprocessing: {preprocessing} in the model, shortest, bicubic in clipx")
+    if (model.resize, model.interpolation) != (framing.resize, framing.interpolation):
+        faults.append(
+            f"preprocessing: {model.resize}, {model.interpolation} in the model, {framing.resize}, "
+            f"{framing.interpolation} in config.data.resize and config.data.interpolation"
+        )
     for name in _SCALARS:
         a, b = getattr(model, name) is not None, name in params
         if a != b:
@@ -299,45 +307,3 @@ def _token_faults(
             + where * bool(given.config.path)
         )
     return faults
-
-
-def sections(path: str, model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The sections of a config that describe a model: objective, towers and tokenizer.
-
-    path: of the model, for messages. Raises `ConfigError` if `tokenizer` is None.
-    """
-    if tokenizer is None:
-        said = [x.partition(": ")[2] for x in model.differences if x.startswith("tokenizer:")]
-        siglip = f"{files.PIECES} of a {files.SIGLIP} in the folder; "
-        siglip *= not said or files.PIECES in said[0]  # others have no use for it
-        raise ConfigError(
-            "--init_from",
-            f"{path}, with a tokenizer that clipx does not have" + "".join(f" ({x})" for x in said),
-            f"CLIP's own vocabulary; {siglip}or {files.CLIPX}, which clipx.export writes",
-        )
-    config = dataclasses.replace(tokenizer.config, context=model.text.context)
-    for name in ("vocab_size", "eot_id"):
-        if getattr(config, name) != getattr(model.text, name):
-            found = f"{getattr(config, name)}, but {getattr(model.text, name)} in {path}"
-            raise ConfigError(f"{files.CLIPX}: {name}", found, "the tokenizer of this model")
-
-    def tower(module: Tower) -> dict[str, Any]:
-        name = type(module).__module__.rpartition(".")[2]
-        return {"name": name} | configs.dump(module, module.from_tokenizer)
-
-    return {
-        "objective": {
-            "name": "clip" if model.logit_bias is None else "siglip",
-            "mean": list(model.mean),
-            "std": list(model.std),
-        },
-        "image": tower(model.image),
-        "text": tower(model.text),
-        "tokenizer": dataclasses.asdict(config) | ({} if _needs_path(config) else {"path": ""}),
-    }
-
-
-def _needs_path(config: TokenizerConfig) -> bool:
-    """Whether the config describes a vocabulary that only a file has."""
-    own = config.name == "clip_bpe" and bool(config.path)
-    return own or config.name in ("wordpiece", "huggingface")

@@ -14,6 +14,7 @@ from clipx.data.base import Source
 from clipx.data.config import TIMEOUT, DataConfig
 from clipx.data.evaluation import EvaluationSet
 from clipx.data.first_look import refuse_unfit
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.limits import Limits
 from clipx.data.pictures import Pictures
 from clipx.data.text import tokenizers
@@ -193,6 +194,7 @@ class EvalSpec:
     values: dict[str, Any]  # the typed values of the evaluator's keys
     sources: dict[str, SourceSpec]  # by the evaluator's field
     timeout: float = TIMEOUT  # of `EvaluationSet`
+    framing: Framing = CENTRE
 
     @classmethod
     def check(
@@ -221,7 +223,7 @@ class EvalSpec:
         if data is None:
             return cls(name, config, evaluator, values, sources)
         limited = {f: dataclasses.replace(s, limits=data.limits) for f, s in sources.items()}
-        return cls(name, config, evaluator, values, limited, data.timeout)
+        return cls(name, config, evaluator, values, limited, data.timeout, data.framing)
 
     @staticmethod
     def _sources(
@@ -275,7 +277,7 @@ class EvalSpec:
         """
         limit = self.config.limit if field == "examples" else None
         if field == "examples" and self.held_out:
-            return EvaluationSet(held_out(), image_size, limit, self.timeout)
+            return EvaluationSet(held_out(), image_size, limit, self.timeout, self.framing)
         if field not in self.sources:
             return None
         try:
@@ -283,7 +285,7 @@ class EvalSpec:
         except DataError as error:
             section = f"evals.{self.name}.{EVAL_SOURCES[field]}"
             raise DataError(in_section(str(error), section)) from None
-        return EvaluationSet(source, image_size, limit, self.timeout)
+        return EvaluationSet(source, image_size, limit, self.timeout, self.framing)
 
     def look(self, evaluator: Evaluator) -> None:
         """Raises `DataError` if no row of the data of the open `evaluator` can be used."""
@@ -301,7 +303,7 @@ class EvalSpec:
         fields = [*self.sources, *["examples"] * self.held_out]
         given: dict[str, Any] = {f: self.examples(image_size, held_out, f) for f in fields}
         if "pictures" in configs.fields(self.evaluator):
-            given["pictures"] = Pictures(image_size)
+            given["pictures"] = Pictures(image_size, self.framing)
         return self.evaluator(**given, **self.values)
 
 

@@ -298,15 +298,16 @@ def test_transformers_model_is_where_a_run_starts_and_ends(tmp_path):
         transformers.SiglipProcessor(pictures, words).save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a" / huggingface.PREPROCESSOR).exists()
     evals = {"retrieval": {"data": {"source": "shapes", "split": "test"}, "limit": 32}}
-    with pytest.raises(ConfigError, match="preprocessing: squash, bicubic"):
-        evaluate_file(str(tmp_path / "a"), evals)
-    found = evaluate_file(str(tmp_path / "a"), evals, ["preprocessing"])
+    found = evaluate_file(str(tmp_path / "a"), evals)
     assert found.keys() >= {"retrieval/mean_recall"}
 
     values = pretrained.sections(str(tmp_path / "a"), *pretrained.open_model(str(tmp_path / "a")))
-    values |= {"data": {"source": "shapes"}, "train": {"batch_size": 8, "total_steps": 1}}
-    values |= {"init_from": str(tmp_path / "a"), "init_ignore": ["preprocessing"]}
-    run = assemble(values)
+    values |= {"train": {"batch_size": 8, "total_steps": 1}, "init_from": str(tmp_path / "a")}
+    assert values["data"] == {"resize": "squash", "interpolation": "bicubic"}
+    cut = assemble(values | {"data": {"source": "shapes"}})
+    with pytest.raises(ConfigError, match="preprocessing: squash, bicubic"):
+        init(with_data(cut, 256, open_tokenizer(cut, None)))
+    run = assemble(values | {"data": values["data"] | {"source": "shapes"}})
     run = with_data(run, 256, open_tokenizer(run, None))
     state = init(run)
     images = np.stack(verify.pictures(32))

@@ -236,5 +236,8 @@ def test_evaluation_of_an_export(sources, tmp_path, capsys):
         assert json.loads(entry.read_text())["pretrained"] == name
     without = shutil.copytree(sources["huggingface"], tmp_path / "without")
     (without / tokenizer.CLIPX).unlink()
+    found = evaluate_file(str(without), config["evals"])  # by the folder's own tokenizer.json
+    assert found == pytest.approx(expected, abs=1e-6)
+    (without / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="a tokenizer that clipx does not have"):
         evaluate_file(str(without), config["evals"])

@@ -56,6 +56,16 @@ def siglip(text: str) -> str:
     return collapse(text.lower().translate(_PUNCTUATION))
 
 
+def canonical(text: str) -> str:
+    """open_clip's "canonicalize": CLIP's repairs, then SigLIP's rule with a space for `_`."""
+    return siglip(clip(text).replace("_", " "))
+
+
+def lower(text: str) -> str:
+    """open_clip's "lower": CLIP's rule in lower case."""
+    return clip(text).lower()
+
+
 def collapse(text: str) -> str:
     """`text` with single spaces between words, and none at its ends."""
     return " ".join(_encodable(text).split())
@@ -81,6 +91,8 @@ RULES = {
     "ascii": ascii_only,
     "clip_lite": clip_lite,
     "siglip": siglip,
+    "canonical": canonical,
+    "lower": lower,
     "none": collapse,
     "strip": strip,
     "raw": raw,

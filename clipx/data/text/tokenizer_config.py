@@ -46,8 +46,12 @@ class TokenizerConfig:
     # add an id for masked words; word pieces always have one, and huggingface has its file's
     mask: bool = False
     # see cleaning.py; huggingface gives its library's ids with "raw" or "strip"
-    cleaning: Literal["clip", "ascii", "clip_lite", "siglip", "none", "strip", "raw"] = "clip"
-    marks: Literal["both", "end"] = "both"  # end: no start mark, padded with the end mark (SigLIP)
+    cleaning: Literal[
+        "clip", "ascii", "clip_lite", "siglip", "canonical", "lower", "none", "strip", "raw"
+    ] = "clip"
+    # end: no start mark, padded with the end mark (SigLIP); start: padding in place of the end mark
+    # (huggingface alone; CLIPA)
+    marks: Literal["both", "end", "start"] = "both"
     ids: MarkIds | None = None  # huggingface alone: the marks of its file
 
     def __post_init__(self) -> None:
@@ -65,6 +69,13 @@ class TokenizerConfig:
                 "config.tokenizer.marks",
                 f"'end', with {self.name}",
                 "'both', as only sentencepiece supports 'end'",
+                "set config.tokenizer.marks=both",
+            )
+        if self.marks == "start" and self.name != "huggingface":
+            raise ConfigError(
+                "config.tokenizer.marks",
+                f"'start', with {self.name}",
+                "'both', as only huggingface supports 'start'",
                 "set config.tokenizer.marks=both",
             )
         bundled = _VOCAB["clip_bpe"] + self.mask
@@ -140,7 +151,7 @@ class TokenizerConfig:
     def eot_id(self) -> int:
         """The id of the end mark."""
         if self.ids is not None:
-            return self.ids.end
+            return self.ids.pad if self.marks == "start" else self.ids.end
         if self.marks == "end":
             return 1
         return {"clip_bpe": self.size - 1, "sentencepiece": 3, "wordpiece": 102}[self.name]

@@ -205,7 +205,11 @@ class _HuggingFace(Tokenizer):
         self._tokenizer = tokenizer_json.build(content, config.path)
 
     def body(self, text: str) -> list[int]:
-        return tokenizer_json.encode(self._tokenizer, self._clean(text))
+        ids = tokenizer_json.encode(self._tokenizer, self._clean(text))
+        marks = self.config.ids
+        if self.config.marks != "start" or marks is None:
+            return ids
+        return [self.pad_id if i == marks.end else i for i in ids]
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i != self.pad_id]).strip()

@@ -38,7 +38,8 @@ def describe(
     config = section.section("pretrained_cfg", _CFG_HARMLESS)
     args = section.section("model_args", timm_models.HARMLESS)
     size, preprocessing, notes = _pictures(config)
-    tower, layout, _ = timm_models.build(name, args, size, section.at("architecture"))
+    found = timm_models.build(name, args, size, section.at("architecture"))
+    tower, layout = found.tower, found.layout
     unread = [line for part in (section, config, args) for line in part.unread("image.settings")]
     return Encoder(
         layout="timm",

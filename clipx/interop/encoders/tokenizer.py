@@ -24,7 +24,7 @@ _HARMLESS = keys(
     "pad_token_type_id pad_to_multiple_of padding max_length stride truncation "
     "truncation_strategy max_len added_tokens_decoder additional_special_tokens "
     "extra_special_tokens model_specific_special_tokens sp_model_kwargs vocab_file merges_file "
-    "tokenizer_type transformers_version init_inputs from_slow"
+    "tokenizer_type transformers_version init_inputs from_slow extra_ids"
 )
 _TOKENS = {"pad": "pad_token", "unknown": "unk_token", "mask": "mask_token"}
 _SHORTEST, _LONGEST = 3, 2**16  # tokens of a text
@@ -43,13 +43,14 @@ def find(
     where: str,
     *,
     size: int,
-    pad_id: int,
+    pad_id: int | None,
     cleaning: str,
     notes: list[str],
 ) -> tuple[Found, list[str]]:
     """(the tokenizer of a folder, in what transformers' differs from it).
 
-    kind, size, pad_id: the model's `model_type`, vocabulary and padding. cleaning: of texts before
+    kind, size, pad_id: the model's `model_type`, vocabulary and padding, None for a model that
+    reads padding as any other token. cleaning: of texts before
     they reach the tokenizer. notes: gets a line for each guess.
 
     Raises `ConfigError` at `where` for a folder without `tokenizer.json`, unless its `vocab.txt` is
@@ -83,7 +84,7 @@ def find(
     differences = _differences(reading.parse_json(content), settings)
     if missing := _added(folder, content, where):
         differences.append(f"text.tokenizer: {missing!r} of {ADDED} is not in {file.name}")
-    if kind not in ("bert", "distilbert") and ids["pad"] != pad_id:
+    if kind not in ("bert", "distilbert") and pad_id not in (None, ids["pad"]):
         # their positions are counted from the model's id of padding
         differences.append(f"text.pad_id: {pad_id} in the model, {ids['pad']} in its tokenizer")
     section = {
