@@ -23,6 +23,7 @@ folder as it is.
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,8 @@ def embed_for_search(
     """Writes embeddings in clip-retrieval's layout to the folder `out`, and returns the exit code.
     Arguments are the command's flags."""
     section = given_source.sections(data, "--data", alone=True)
+    section = {**section, **({"path": _absolute(section["path"])} if "path" in section else {})}
+    model = _absolute(model)
     source = given_source.opened(section, "--data")
     loaded = load(model, step=step, init_ignore=ignore, batch_size=batch_size)
     if not loaded.inner_product:
@@ -108,6 +111,13 @@ def embed_for_search(
             return cli.EXIT_PREEMPTED
     print(f'python -m clipx.search --embeddings={shlex.quote(out)} --text="..."')
     return 0
+
+
+def _absolute(path: Any) -> Any:
+    """A path of this machine as a search finds it from any folder. Names of variables stay."""
+    if not isinstance(path, str) or "://" in path or path.startswith(("$", "~")):
+        return path
+    return os.path.abspath(path)
 
 
 def _shard(text: str) -> Shard:

@@ -83,19 +83,17 @@ class ConfigError(Said):
 
 
 class UnknownKeys(ConfigError):
-    """One or several keys of a config that do not exist: an error of each, one below the other.
-    `where` and the other attributes are those of the first."""
+    """One or several keys of a config that do not exist, in one block. `where` and the other
+    attributes are those of the first."""
 
     def __init__(self, errors: Sequence[ConfigError]):
-        first = errors[0]
-        super().__init__(first.where, first.found, first.expected, first.fix, first.file)
+        first, *others = errors
+        found, fixes = first.found, [first.fix] * bool(first.fix)
+        if others:
+            found += f"; and unknown too: {', '.join(error.where for error in others)}"
+            fixes += [f"{e.where}: {e.fix or f'expected {e.expected}'}" for e in others]
+        super().__init__(first.where, found, first.expected, "; ".join(fixes), first.file)
         self.errors = tuple(errors)
-
-    def __str__(self) -> str:
-        if len(self.errors) == 1:
-            return super().__str__()
-        parts = [(e.where, e.found, e.expected, e.fix, e.file or self.file) for e in self.errors]
-        return "\n".join(str(ConfigError(*part)) for part in parts)
 
 
 def damaged_file(path: str | os.PathLike, error: Exception) -> ConfigError:

@@ -39,7 +39,7 @@ def search(
         for rank, hit in enumerate(hits, 1):
             words = f"  {hit.caption}" * bool(hit.caption)
             lines.append(f"  {rank:3}  {hit.score:.3f}  {hit.key or hit.image_path}{words}")
-    facts = [(f"{len(index):,}", "pictures searched"), (f"{seconds:.2f} s", "for all queries")]
+    facts = [(f"{len(index):,}", "pictures searched"), (f"{seconds:.2g} s", "for all queries")]
     missing = search_page.write(out, index.folder, facts, results, index.picture)
     lines.append(f"{out}: a page of them" + f", {missing:,} without picture" * bool(missing))
     return lines

@@ -355,9 +355,9 @@ def test_what_was_evaluated_afterwards(workdir):
     after = html[html.index("Evaluated afterwards") : html.index("<h2>Training")]
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in after.split("<tr>")[2:]]
     assert rows == [
-        ["retrieval/image_retrieval_recall@5", "x", "", "200", "50.0 %", ""],
-        ["cifar/acc1", "cifar10-test", "10,000 pictures", "1,000", "25.0 %", "10.0 %"],
-        ["cifar/acc5", "cifar10-test", "10,000 pictures", "1,000", "75.0 %", ""],
+        ["retrieval/text_to_image_R@5", "x", "", "200", "50.0 %", ""],
+        ["cifar/top1", "cifar10-test", "10,000 pictures", "1,000", "25.0 %", "10.0 %"],
+        ["cifar/top5", "cifar10-test", "10,000 pictures", "1,000", "75.0 %", ""],
         ["cifar/other", "cifar10-test", "10,000 pictures", "1,000", "3", ""],
     ]
 

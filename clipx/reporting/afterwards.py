@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from clipx.config import reading
@@ -40,6 +40,7 @@ def evaluations(workdir: pathlib.Path) -> list[Row]:
     folders = [p for p in workdir.glob("evaluation_*") if p.name.rpartition("_")[2].isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.name.rpartition("_")[2])):
         step = f"{int(folder.name.rpartition('_')[2]):,}"
+        step += ", averaged" * folder.name.startswith("evaluation_average_")
         for file in sorted(folder.glob("*.json")):
             try:
                 rows += _rows(file.stem, reading.read_json(file, _Entry), step)
@@ -55,29 +56,32 @@ def _rows(stem: str, entry: _Entry, step: str) -> list[Row]:
     sizes, chance = entry.get("sizes", {}), entry.get("chance", {})
     rows = []
     for key, value in entry["metrics"].items():
-        kind = known(key)
+        own, kind = known(key)
         if not kind.detail:
             at_chance = spelled(kind, chance[key]) if key in chance else ""
             cells = (data, spelled_sizes(sizes), step, spelled(kind, value), at_chance)
-            rows.append(Row(f"{name}/{key}", *cells))
+            rows.append(Row(f"{name}/{own}", *cells))
     return rows
 
 
 def spelled_sizes(sizes: Mapping[str, int]) -> str:
     """What an evaluation is of, in words: "1,000 pictures, 5,000 captions"."""
-    return ", ".join(f"{count:,} {name}" for name, count in sizes.items())
+    names = sorted(sizes, key=lambda name: name != "pictures")
+    return ", ".join(f"{sizes[name]:,} {name}" for name in names)
 
 
-def _by_benchmark_name(evaluator: str) -> Any:
-    """A function from CLIP_benchmark's name of a metric, or clipx's own, to what it means."""
+def _by_benchmark_name(evaluator: str) -> Callable[[str], tuple[str, Metric]]:
+    """A function from CLIP_benchmark's name of a metric, or clipx's own, to clipx's name and what
+    it means."""
     try:
         metrics = find("evaluators", evaluator, Evaluator).metrics
     except (ConfigError, ImportError):
-        return lambda key: Metric()
-    by_name = {known.benchmark: known for known in metrics.values() if known.benchmark}
+        return lambda key: (key, Metric())
+    own = {known.benchmark: name for name, known in metrics.items() if known.benchmark}
 
-    def known(key: str) -> Metric:
-        pattern = declared(metrics, key)
-        return by_name.get(key) or (metrics[pattern] if pattern else Metric())
+    def known(key: str) -> tuple[str, Metric]:
+        name = own.get(key, key)
+        pattern = declared(metrics, name)
+        return name, metrics[pattern] if pattern else Metric()
 
     return known

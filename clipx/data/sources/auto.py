@@ -30,6 +30,7 @@ class Auto(Source):
     captions_from: Member | None = None
     txt_lines: Lines | None = None
     truncated: Literal["refuse", "keep"] | None = None
+    without_captions: bool | None = None  # of `files`
     # of `table`
     image: str | None = None
     captions: str | tuple[str, ...] | None = None
