@@ -48,7 +48,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
     override(config, [(key, text) for key, text in overrides if _section(key) in config["evals"]])
     config["evals"] = resolve({"evals": config["evals"]})["evals"]
     if workdir:
-        evaluate(workdir, step, config)
+        evaluate(workdir, step, config, average=flags.FLAGS.average)
     else:
         evaluate_file(path, config["evals"], flags.FLAGS.init_ignore, flags.FLAGS.out)
 
@@ -88,6 +88,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("evals", "", "Evals to run: names in the config, or evaluators. Commas.")
     flags.DEFINE_string("data", "", "Data for these evals, as source=...,path=...")
     flags.DEFINE_string("train_data", "", "Data to train probes on, as source=...,path=...")
+    flags.DEFINE_bool("average", False, "The averages that config.optimizer.average has kept.")
     flags.DEFINE_string("step", "latest", "The checkpoint: a step, latest or best.")
 
     cli.run(main, required=(), sections=("evals",))

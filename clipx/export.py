@@ -29,6 +29,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
         pt=values.pt,
         verify=values.verify,
         license=values.license,
+        average=values.average,
     )
     print(export(values.workdir, options))
 
@@ -40,6 +41,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "step", "", "The checkpoint: a step, latest or best; default: best if the run keeps one."
     )
+    flags.DEFINE_bool("average", False, "The averages that config.optimizer.average has kept.")
     flags.DEFINE_bool("with_heads", False, "Also write the training heads, beside the model.")
     flags.DEFINE_bool("pt", False, "Also write the weights as a torch file; needs torch.")
     flags.DEFINE_bool(

@@ -26,13 +26,15 @@ def train(
     devices: Sequence[Device] | None = None,
     *,
     stop: Stop | None = None,
+    extend: bool = False,
 ) -> int:
     """Trains `config` in `workdir` on `devices` (default: all) and returns the exit code.
 
-    stop: asked at every step whether to stop; None listens to SIGTERM and SIGINT.
+    stop: asked at every step whether to stop; None listens to SIGTERM and SIGINT. extend: as for
+    `open_session`.
     """
     started = time.perf_counter()
-    session = open_session(config, workdir, devices)
+    session = open_session(config, workdir, devices, extend=extend)
     state, finished = session.train(stop)
     if not finished:
         steps = session.checkpoints.steps
@@ -63,12 +65,16 @@ def train(
 
 def main(overrides: list[tuple[str, str]]) -> int:
     config = cli.load_config(flags.FLAGS.config, overrides)
-    return train(config, flags.FLAGS.workdir, stop=Stop(kill=True))
+    extend = flags.FLAGS.extend
+    return train(config, flags.FLAGS.workdir, stop=Stop(kill=True), extend=extend)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config: clip, path.py, or either with :variant.")
     flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.")
+    flags.DEFINE_bool(
+        "extend", False, "Train a finished run on: longer, with a new schedule from its last step."
+    )
     flags.DEFINE_bool("deterministic", False, "The same bits each time on a GPU too; slower.")
 
     cli.run(main, required=("config", "workdir"))

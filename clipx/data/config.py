@@ -38,7 +38,7 @@ class DataConfig:
     # how evaluation, and training without random crops, make a square of a picture; under
     # open_clip's names (see framing.py)
     resize: Resize = "shortest"
-    interpolation: Interpolation = "bicubic"
+    interpolation: Interpolation = "bicubic"  # of that resizing
     # decoding processes; 0: threads of the main process
     workers: Annotated[int, Range(0, 1024)] = 0
     # which of several captions to use; all: each in turn, one per epoch

@@ -189,6 +189,8 @@ def _facts(
         facts.append((f"{last['examples']:,}", "examples"))
     if size := config.get("train", {}).get("batch_size"):
         facts.append((f"{size:,}", "batch"))
+    if start := config.get("train", {}).get("extended_from"):
+        facts.append((f"{start:,}", "extended at step"))
     if training:
         facts.append((short(training[-1]["loss"]), "last loss"))
         if "chance_loss" in training[-1]:

@@ -194,7 +194,7 @@ class Embeddings:
         try:
             example = patiently(lambda: self.source[row], TIMEOUT)
             limits, side = self.source.limits, self.model.image_size
-            pixels = pictures.evaluation(example, side, limits)
+            pixels = pictures.evaluation(example, side, limits, self.model.framing)
         except BadSample as error:
             return error
         about = {"row": row, "key": example.key, "image_path": self._file(row)}

@@ -135,19 +135,22 @@ def table(metrics: Mapping[str, float], evals: Mapping[str, Any] | None = None) 
     return [f"  {key:{width}}  {spelled(metric(key, known), x)}" for key, x in metrics.items()]
 
 
-def evaluate(workdir: str | os.PathLike, step: str, config: dict) -> dict[str, float]:
+def evaluate(
+    workdir: str | os.PathLike, step: str, config: dict, *, average: bool = False
+) -> dict[str, float]:
     """The metrics of every eval of `config`, by `<eval>/<metric>`, at a step of a workdir. Also
     writes one file per eval to the workdir's folder `evaluation_<step>`.
 
-    step: a number, "latest" or "best".
+    step: a number, "latest" or "best". average: evaluate the averages of the parameters, and write
+    to `evaluation_average_<step>`.
     """
     # `train.best` may name an eval that is not evaluated now; the workdir already knows the best
     config = config | {"train": config["train"] | {"best": ""}}
-    run, state = restore(workdir, step, config=config)
+    run, state = restore(workdir, step, config=config, average=average)
     at, folder = int(state.step), pathlib.Path(workdir).expanduser().absolute()
-    return _evaluate(
-        run, state, folder, at, folder / f"evaluation_{at}", f"step {at:,} of {workdir}"
-    )
+    into = folder / f"evaluation_{'average_' * average}{at}"
+    title = f"step {at:,} of {workdir}" + ", averaged parameters" * average
+    return _evaluate(run, state, folder, at, into, title)
 
 
 def _evaluate(

@@ -51,6 +51,7 @@ class Options:
     pt: bool = False  # also write torch's own file
     verify: bool | None = None  # None: if the libraries are installed
     license: str = "unknown"
+    average: bool = False  # the averages of the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def export(workdir: str | os.PathLike, options: Options) -> Exported:
     if out.exists():
         raise ConfigError("--out", f"{out} is there already", "a folder that does not exist yet")
     folder = pathlib.Path(workdir).expanduser().absolute()
-    run, state = restore(folder, options.step)
+    run, state = restore(folder, options.step, average=options.average)
     model, heads = pretrained.split(run.objective, run.tokenizer, state, run.data.framing)
     job = _Job(run, state, model, heads, folder, format_, out, options)
     try:

@@ -58,6 +58,7 @@ class Model:
         step: the training step of the weights; None for weights of another library.
         batch_size: rows that each program takes, a multiple of the devices.
         image_size: pixels of a picture's side.
+        framing: how a picture of any shape becomes that square.
         inner_product: whether `similarity` is the inner product of `encode_image` and
             `encode_text`. False for FILIP's tokens and for CLIP-Lite's critics other than "dot".
     """
@@ -76,7 +77,8 @@ class Model:
         self._rows = self._encode.rows
         self.batch_size: int = self._rows
         self.image_size: int = run.objective.image.image_size
-        self._pictures = Pictures(run.objective.image.image_size, run.data.framing)
+        self.framing = run.data.framing
+        self._pictures = Pictures(run.objective.image.image_size, self.framing)
         self._devices = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} device(s)"
         with jax.set_mesh(run.mesh):
             scale = self.objective.apply(self.variables, method="similarity_scale")
@@ -240,6 +242,7 @@ def load(
     batch_size: int = 32,
     devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
+    average: bool = False,
 ) -> Model:
     """The trained model at `path`: a workdir, one of its checkpoints (`workdir/checkpoints/600`),
     or a folder or file of open_clip's or Hugging Face's CLIP or SigLIP.
@@ -257,6 +260,7 @@ def load(
         devices: the devices to use. Default: those of an enclosing `jax.set_mesh(...)`, else all.
         mesh: axis sizes as in `config.mesh`; `{"fsdp": 4}` splits parameters over 4 devices.
             Default: those of an enclosing `jax.set_mesh(...)`, else data-parallel.
+        average: the averages of the parameters, of a run with `optimizer.average`.
     """
     if devices is None and mesh is None and (active := meshes.active_axes()):
         devices, mesh = active
@@ -268,7 +272,8 @@ def load(
             run, state = open_foreign(os.fspath(path), {}, init_ignore, devices=devices, mesh=mesh)
             return Model(run, state, batch_size=batch_size, step=None)
         folder, named = workdir
-        run, state = restore(folder, step or named, evals=False, devices=devices, mesh=mesh)
+        options: dict[str, Any] = {"devices": devices, "mesh": mesh, "average": average}
+        run, state = restore(folder, step or named, evals=False, **options)
         return Model(run, state, batch_size=batch_size, step=int(state.step))
 
 

@@ -64,12 +64,13 @@ def _checked(config: Mapping[str, Any], devices: Sequence[Device] | None) -> Che
     checks.check_clusters(data, train.batch_size, groups, objective.with_replacement)
     checks.check_episodes(train, data, objective, sections["objective"]["name"])
     evals = tuple(EvalSpec.check(name, section, data) for name, section in bound.evals.items())
-    checks.check_train(train, mesh, evals)
+    checks.check_train(train, mesh, evals, bound.optimizer.average > 0)
     checks.check_holdout(data, evals)
     schedule = make_schedule(
         bound.optimizer,
         steps=total_steps(bound, None),
         batch_size=train.batch_size,
         rows=None,
+        start=train.extended_from,
     )
     return Checked(bound, mesh, objective, sections, data, source, evals, schedule)

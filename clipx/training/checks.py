@@ -132,9 +132,11 @@ def check_episodes(train: TrainConfig, data: DataConfig, objective: Objective, n
         )
 
 
-def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> None:
-    """Raises `ConfigError` for a batch that devices and micro-batches do not divide, and a `best`
-    that names no eval."""
+def check_train(
+    train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...], averages: bool = False
+) -> None:
+    """Raises `ConfigError` for a batch that devices and micro-batches do not divide, a `best` that
+    names no eval, and `patience` without it. averages: whether the run averages its parameters."""
     where = "config.train"
     devices, slices = _divisors(train, mesh)
     unit = devices * slices
@@ -146,8 +148,15 @@ def check_train(train: TrainConfig, mesh: Mesh, evals: tuple[EvalSpec, ...]) -> 
             f"a multiple of {devices} device(s) x {slices} micro-batch(es) = {unit}",
             f"{where}.batch_size={down or up}",
         )
+    if train.patience is not None and not train.best:
+        found = f"{train.patience}, while config.train.best names no metric"
+        raise ConfigError(
+            f"{where}.patience", found, "a metric that gets better or does not",
+            f"{where}.best=<eval>/<metric>",
+        )  # fmt: skip
     if train.best:
         names = [spec.name for spec in evals]
+        names += [f"{name}@average" for name in names if averages]
         if train.best.split("/")[0] not in names:
             raise ConfigError(
                 f"{where}.best",

@@ -14,6 +14,7 @@ from clipx.interop import load
 from clipx.parallel import mesh as meshes
 from clipx.training import notes, pretrained, programs
 from clipx.training.assemble import abstract_batch
+from clipx.training.kept_optimizer import optimizer_state
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
 from clipx.types import PyTree, TrainState
@@ -54,9 +55,14 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
             run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
         )
 
+    opt_state = optimizer_state(run) if run.config.init_optimizer else None
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
     key = ("init", run.program_key)
     jitted = programs.kept(key, lambda: jax.jit(create, out_shardings=shardings))
     with jax.set_mesh(run.mesh):
-        return jitted(meshes.put_parts(entries, kinds))
+        state = jitted(meshes.put_parts(entries, kinds))
+    if opt_state is None:
+        return state
+    say(f"optimizer state from {run.config.init_from}; the schedule begins at step 0")
+    return state.replace(opt_state=jax.tree.map(meshes.put, opt_state, shardings.opt_state))

@@ -20,11 +20,13 @@ from clipx.data.quarantine import Quarantine
 from clipx.errors import ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
 from clipx.training import episodes, finite, fit
+from clipx.training.average import SUFFIX, averaged
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.feed import TrainingData, feed, loader, quarantine_file
 from clipx.training.metric_table import RENAMED
 from clipx.training.metrics import Metrics
+from clipx.training.patience import Patience
 from clipx.training.rollback import NotFinite, Rollback, Skipped
 from clipx.training.run import OpenRun
 from clipx.training.shown import evaluated
@@ -55,6 +57,7 @@ class Trainer:
     stop: Stop
     needs: fit.Needs | None  # of the compiled step; None if no step is left
     rollback: Rollback
+    patience: Patience
     _skipped: Skipped = dataclasses.field(default_factory=list)  # the last steps in a row
     _read: int = 0  # rows loaded
     _bad: int = 0  # rows that could not be used
@@ -94,7 +97,7 @@ class Trainer:
         """
         train, episode = self.run.config.train, self.run.objective.episode_steps
         pending: Pending = collections.deque()
-        self._logged, last, stopping = start, False, False
+        self._logged, last, stopping, over = start, False, False, ""
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(
                 contextlib.closing(feed(self.run, self.data, start=start))
@@ -114,10 +117,14 @@ class Trainer:
                     with self._saved_first(state, step, start, pending):
                         results = self._evaluate(state, step)
                     stopping, results = results is None, results or {}
-                save = self._may_save(step, save or train.best in results, last or stopping)
+                    over = "" if last or stopping else self.patience.over(step, results)
+                must = last or stopping or bool(over)
+                save = self._may_save(step, save or train.best in results, must)
                 if save:
                     self._save(state, step, results)
-                if last or stopping:
+                if over:
+                    self.metrics.say(over)
+                if must:
                     break
                 if refresh:
                     with self._saved_first(state, step, start, pending):
@@ -137,7 +144,7 @@ class Trainer:
                 self._drain(pending, _AHEAD)
         with self.clock.time("save"):
             self.checkpoints.wait()
-        return state, last and not stopping
+        return state, (last or bool(over)) and not stopping
 
     def _may_save(self, step: int, due: bool, must: bool) -> bool:
         """Whether a checkpoint is written. One that is only `due` is not, between steps that are
@@ -249,10 +256,14 @@ class Trainer:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Runs every eval, and logs and returns their metrics; None if the run is asked to stop
         meanwhile."""
-        encode = self.run.encode(state, interrupted=self.stop)
         with self.clock.time("evaluate"):
             try:
-                results = evaluated(self.evaluators, encode)
+                results = evaluated(self.evaluators, self.run.encode(state, interrupted=self.stop))
+                if (mean := averaged(state)) is not None:  # beside the plain parameters
+                    encode = self.run.encode(mean, interrupted=self.stop)
+                    results |= evaluated(
+                        {f"{k}{SUFFIX}": e for k, e in self.evaluators.items()}, encode
+                    )
             except Interrupted:
                 return None
         self.metrics.log(step, results)

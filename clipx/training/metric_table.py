@@ -72,6 +72,7 @@ def metric(key: str, evals: Mapping[str, Any]) -> Metric:
     an old run's config may have lost the eval. A name that nobody declares gives `Metric()`.
     """
     eval_name, slash, name = key.partition("/")
+    eval_name = eval_name.removesuffix("@average")  # of the averaged parameters
     evaluator = (evals.get(eval_name) or {}).get("evaluator") or eval_name
     if slash and (known := _of_evaluator(evaluator, name)):
         return known

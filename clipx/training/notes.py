@@ -1,17 +1,46 @@
-"""What a run says when it starts, beside its sizes: what its weights and its vocabulary are, and
-what its model cannot become."""
+"""What a run says when it starts: its sizes, what its weights and its vocabulary are, and what its
+model cannot become."""
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from flax import traverse_util
 
+from clipx.config import secrets
+from clipx.data import manifests
 from clipx.errors import listed
+from clipx.parallel import mesh as meshes
 from clipx.training.run import OpenRun, Run
 from clipx.types import PyTree
+
+
+def describe(run: OpenRun, fingerprint: str) -> list[str]:
+    """Lines that a run prints when it starts: model, devices, data, and length in steps, epochs and
+    examples."""
+    batch, steps = run.batch_size, run.steps
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.state.params))
+    devices = collections.Counter(d.device_kind for d in run.mesh.devices.flat)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in devices.items())
+    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    return [
+        f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
+        f"{jax.process_count()} process(es)",
+        *meshes.describe_whole(run.mesh, run.state.params),
+        manifests.describe(run.rows, fingerprint, run.data.source, run.data.manifest),
+        f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
+        f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",
+        *(
+            f"{key}: its password or signature is stored nowhere; name it by a variable, such as "
+            "https://$LOGIN@host/..., if config.json shall be enough to open it"
+            for key in secrets.hidden_keys(run.complete)
+        ),
+    ]
 
 
 def weights(run: Run, loaded: PyTree, resized: Sequence[str]) -> list[str]:
@@ -47,7 +76,10 @@ def _modules(sizes: Mapping[str, int]) -> list[str]:
 
 def of_run(run: OpenRun, *, new: bool) -> list[str]:
     """Lines about a run that starts or, if it is not `new`, goes on."""
-    return [*_pieces(run), *_export(run)] if new else []
+    lines = [*_pieces(run), *_export(run)] if new else []
+    if start := run.config.train.extended_from:
+        lines.append(f"extended at step {start:,}: the schedule begins there anew")
+    return lines
 
 
 def _pieces(run: OpenRun) -> list[str]:

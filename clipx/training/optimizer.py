@@ -24,6 +24,7 @@ from clipx.config.ranges import (
     Share,
 )
 from clipx.errors import ConfigError
+from clipx.training import average
 from clipx.training.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree
 
@@ -69,6 +70,9 @@ class OptimizerConfig:
     # layer-wise learning rate decay for fine-tuning (Bao et al. 2022, arXiv 2106.08254): the factor
     # of the learning rate from one block of a tower to the block below; embeddings are the lowest
     layer_decay: Share = 1.0
+    # decay of an average of the parameters that is kept beside them, evaluated and exported on
+    # request; 0: none
+    average: Rate = 0.0
     rules: tuple[Rule, ...] = DEFAULT_RULES  # each parameter follows the first rule that matches it
 
     def __post_init__(self):
@@ -94,7 +98,12 @@ def warmup_steps(config: OptimizerConfig, *, batch_size: int, rows: int | None) 
 
 
 def make_schedule(
-    config: OptimizerConfig, *, steps: int | None, batch_size: int, rows: int | None
+    config: OptimizerConfig,
+    *,
+    steps: int | None,
+    batch_size: int,
+    rows: int | None,
+    start: int = 0,
 ) -> Callable[..., Any]:
     """A function from the count of updates to the learning rate: linear warm-up, hold, decay.
 
@@ -103,8 +112,17 @@ def make_schedule(
 
     steps: of the run; None (a length in epochs, whose data is not open yet) gives a constant
     schedule, with which a run can be traced and planned but not trained. rows: of training data,
-    for a warm-up in epochs. Raises `ConfigError` for a warm-up longer than the run or a horizon.
+    for a warm-up in epochs. start: the step at which the schedule begins, of a run that was
+    extended there. Raises `ConfigError` for a warm-up longer than the run or a horizon.
     """
+    if start and steps is not None:
+        if steps <= start:
+            found = f"a run of {steps:,} steps, which is at step {start:,} already"
+            raise ConfigError(
+                "--extend", found, "a longer run", "a larger config.train.total_steps"
+            )
+        later = make_schedule(config, steps=steps - start, batch_size=batch_size, rows=rows)
+        return lambda count, horizon=1.0: later(jnp.maximum(count - start, 0), horizon)
     warmup = _warmup(config)
     warm = warmup_steps(config, batch_size=batch_size, rows=rows)
     if steps is None or warm is None:
@@ -234,9 +252,9 @@ def make_optimizer(
     """The optimizer for parameters with the paths and shapes of `params`, which may be abstract.
 
     The chain is: clip, coupled weight decay, moments, decoupled weight decay, learning rate, clamp,
-    lookahead. Frozen parameters are outside of it. schedule: the result of `make_schedule`, or any
-    function of the count if no rule has a horizon. Raises `ConfigError` for rules and `freeze`
-    patterns that do not fit the parameters.
+    lookahead, average. Frozen parameters are outside of it. schedule: the result of
+    `make_schedule`, or any function of the count if no rule has a horizon. Raises `ConfigError` for
+    rules and `freeze` patterns that do not fit the parameters.
     """
     still = frozen(config.freeze, params)
 
@@ -285,6 +303,8 @@ def make_optimizer(
     chain.append(_clamp(config.rules, claims))
     if config.lookahead is not None:
         chain.append(_lookahead(config.lookahead))
+    if config.average:
+        chain.append(average.keep(config.average))
     if not config.freeze:
         return optax.chain(*chain)
     labels = jax.tree.map(lambda s: "still" if s else "moving", still)
@@ -300,3 +320,15 @@ def updates_done(opt_state: PyTree) -> jax.Array | None:
 
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(s)]
     return states[0].count if states else None
+
+
+def from_start(opt_state: PyTree) -> PyTree:
+    """The optimizer's state with the schedule's count of updates at 0."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def leaf(node: Any) -> Any:
+        return node._replace(count=0 * node.count) if is_schedule(node) else node
+
+    return jax.tree.map(leaf, opt_state, is_leaf=is_schedule)

@@ -19,12 +19,14 @@ from clipx.data import holdout
 from clipx.data.base import Source
 from clipx.data.config import DataConfig
 from clipx.data.text import tokenizers
+from clipx.errors import ConfigError
 from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
 from clipx.training import checks, programs, stored
 from clipx.training.assemble import abstract_batch, abstract_state, lock
+from clipx.training.average import averaged
 from clipx.training.checked import checked, total_steps
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.encode import Encode
@@ -32,6 +34,7 @@ from clipx.training.optimizer import make_schedule
 from clipx.training.recovery import refuse_strange_config, run_config
 from clipx.training.samples import Pairs, held_out_pairs
 from clipx.training.schema import Config, EvalSpec, SourceSpec
+from clipx.training.shown import working
 from clipx.training.step import batch_loss, make_train_step
 from clipx.types import Batch, Device, TrainState
 
@@ -81,7 +84,8 @@ class Run:
     @functools.cached_property
     def program_key(self) -> Hashable:
         """Equal for runs whose step is the same program."""
-        length = (self.steps, getattr(self, "rows", None))  # of the schedule
+        rows = getattr(self, "rows", None)
+        length = (self.steps, rows, self.config.train.extended_from)  # of the schedule
         return programs.key(
             self.objective, self.config.optimizer, self.mesh, (self.state, self.batch),
             length, self.config.seed, self.microbatches, make_train_step,
@@ -249,6 +253,7 @@ def with_data(
         steps=total_steps(config, rows),
         batch_size=run.batch_size,
         rows=rows,
+        start=config.train.extended_from,
     )
     variables = {"params": run.state.params, "batch_stats": run.state.batch_stats}
     optimizer, state = abstract_state(
@@ -267,6 +272,7 @@ def restore(
     evals: bool = True,
     devices: Sequence[Device] | None = None,
     mesh: Mapping[str, int] | None = None,
+    average: bool = False,
 ) -> tuple[OpenRun, TrainState]:
     """The run of a workdir and its state at a step: a number, `latest` or `best`; "" is the
     best if the run keeps one, else the latest.
@@ -274,8 +280,9 @@ def restore(
     config: replaces the workdir's config, for example with other evals; the towers must match.
     evals: False for a run without its evals, whose data may be gone. devices: default all. mesh:
     axis sizes as in `config.mesh`; default: data-parallel. Both may differ from those of the
-    training, since no step is taken. Raises `ConfigError` for a folder that is no workdir or has no
-    such checkpoint, and `CheckpointError` for a checkpoint that cannot be read.
+    training, since no step is taken. average: the averages of the parameters in place of the last
+    ones. Raises `ConfigError` for a folder that is no workdir or has no such checkpoint or
+    averages, and `CheckpointError` for a checkpoint that cannot be read.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     saved_config = run_config(folder)
@@ -293,4 +300,9 @@ def restore(
     refuse_strange_config(folder, chosen, saved["config"])
     tokenizer = tokenizers.load(saved["tokenizer"])
     opened = with_data(run, saved["rows"], tokenizer, saved.get("fingerprint", ""))
-    return opened, checkpoints.restore(chosen, opened.state)
+    with working("reading the checkpoint"):
+        state = checkpoints.restore(chosen, opened.state)
+    if average and (state := averaged(state)) is None:
+        found = f"a run without averages in {folder}"
+        raise ConfigError("--average", found, "a run with config.optimizer.average, such as 0.999")
+    return opened, state

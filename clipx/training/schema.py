@@ -41,6 +41,8 @@ class TrainConfig:
     eval_every_steps: Count | None = None  # None: only after the last step
     keep: Count = 2  # number of newest checkpoints to keep
     best: str = ""  # a metric, such as "retrieval/mean_recall": keep its best checkpoint too
+    patience: Count | None = None  # end the run after so many evals in which `best` got no better
+    extended_from: CountOrZero = 0  # the step at which the schedule begins: `--extend` sets it
     max_skipped_steps: Count = 5  # stop after this many steps in a row that are not finite, or
     # with rollback go back to the last checkpoint and train without the rows of these steps
     rollback: bool = False
@@ -79,6 +81,8 @@ class Config:
     # weights to start from: a workdir, one of its checkpoints, or a folder or file of open_clip or
     # transformers. A difference from the config is an error, unless `init_ignore` names it.
     init_from: str = ""
+    # start with the optimizer's state of `init_from` too, a run of clipx; the schedule begins anew
+    init_optimizer: bool = False
     init_ignore: tuple[str, ...] = ()  # such as ("image.activation", "text.*", "logit_bias")
 
 

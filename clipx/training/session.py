@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -14,17 +13,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clipx.config import secrets
-from clipx.data import manifests
 from clipx.data.base import Source
 from clipx.data.quarantine import Quarantine
 from clipx.data.resolve import resolve
 from clipx.data.text import tokenizers
 from clipx.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError
 from clipx.evaluators.base import Evaluator
-from clipx.parallel import mesh as meshes
 from clipx.parallel import processes
-from clipx.training import encoders, finite, fit, guesses, notes, recovery, stored, whitening
+from clipx.training import (
+    encoders,
+    extension,
+    finite,
+    fit,
+    guesses,
+    notes,
+    recovery,
+    stored,
+    whitening,
+)
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.clock import Clock
 from clipx.training.embedding import with_features
@@ -33,6 +39,7 @@ from clipx.training.initial import init, open_tokenizer
 from clipx.training.loop import Trainer
 from clipx.training.metrics import Metrics
 from clipx.training.metrics import read as metric_lines
+from clipx.training.patience import Patience
 from clipx.training.rollback import Rollback
 from clipx.training.run import OpenRun, Run, assemble, checked, with_data
 from clipx.training.shown import working
@@ -77,7 +84,8 @@ class Session:
         self.checkpoints.close()
 
     def _train(self, stop: Stop | None) -> tuple[TrainState, bool]:
-        state, seconds = self._start()
+        with working("making the first state" if self.start is None else "reading the checkpoint"):
+            state, seconds = self._start()
         metrics = Metrics(
             self.folder,
             total_steps=self.run.steps,
@@ -112,8 +120,13 @@ class Session:
                 stop=stop,
                 needs=needs,
                 rollback=rollback,
+                patience=self._patience(int(state.step)),
             )
             return trainer.train(state, int(state.step))
+
+    def _patience(self, step: int) -> Patience:
+        train, rows = self.run.config.train, metric_lines(self.folder)
+        return Patience.of(train.best, train.patience, self.run.complete["evals"], rows, step)
 
     def _start(self) -> tuple[TrainState, dict[str, float] | None]:
         """(the state to start from, the run's `Clock.totals` so far)."""
@@ -143,16 +156,25 @@ class Session:
 
 
 def open_session(
-    config: dict[str, Any], workdir: str, devices: Sequence[Device] | None = None
+    config: dict[str, Any],
+    workdir: str,
+    devices: Sequence[Device] | None = None,
+    *,
+    extend: bool = False,
 ) -> Session:
-    """The session of `config` in `workdir`, on `devices` (default: all).
+    """The session of `config` in `workdir`, on `devices` (default: all). extend: a run of the
+    workdir may become longer, with another schedule from its last checkpoint on.
 
     Opens the data, prints what the run will do and what was guessed, and writes config.json,
     guesses.json and tokenizer.json. Compiles only what `train.microbatches=auto` tries. Raises
     `ConfigError` for a wrong config, and for a workdir with a run of another config, other data or
     other guesses.
     """
-    run = assemble(resolved(config, workdir, devices), devices)
+    config = resolved(config, workdir, devices)
+    run = assemble(config, devices)
+    longer = extension.applied(config, run.complete, workdir, extend=extend)
+    if longer != config:
+        run = assemble(longer, devices)
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
@@ -183,7 +205,7 @@ def open_session(
     tell(
         "\n".join(
             [
-                *describe(opened, data.fingerprint),
+                *notes.describe(opened, data.fingerprint),
                 *notes.of_run(opened, new=saved is None),
                 *data.notes,
                 *stored.describe(data.features),
@@ -228,29 +250,6 @@ def resolved(
     except DataError:
         assemble(config, devices)
         raise
-
-
-def describe(run: OpenRun, fingerprint: str) -> list[str]:
-    """Lines that a run prints when it starts: model, devices, data, and length in steps, epochs and
-    examples."""
-    batch, steps = run.batch_size, run.steps
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.state.params))
-    devices = collections.Counter(d.device_kind for d in run.mesh.devices.flat)
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in devices.items())
-    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    return [
-        f"{run.complete['objective']['name']}: {parameters:,} parameters on {kinds} ({axes}), "
-        f"{jax.process_count()} process(es)",
-        *meshes.describe_whole(run.mesh, run.state.params),
-        manifests.describe(run.rows, fingerprint, run.data.source, run.data.manifest),
-        f"{steps:,} steps = {steps / run.steps_per_epoch:,.2f} epochs = {steps * batch:,} examples "
-        f"at batch {batch:,}, {run.steps_per_epoch:,} steps an epoch",
-        *(
-            f"{key}: its password or signature is stored nowhere; name it by a variable, such as "
-            "https://$LOGIN@host/..., if config.json shall be enough to open it"
-            for key in secrets.hidden_keys(run.complete)
-        ),
-    ]
 
 
 def _tokenizer(

@@ -30,7 +30,18 @@ _FREE = (
     "config.train.tensorboard",
     "config.train.wandb",
     "config.train.rollback",
+    "config.train.patience",
+    "config.train.extended_from",
     "config.evals",
+)
+# what may change where a run is extended: its length, and the schedule of the steps that follow
+EXTENSION = (
+    "config.train.total_",
+    "config.optimizer.learning_rate",
+    "config.optimizer.final_learning_rate",
+    "config.optimizer.schedule",
+    "config.optimizer.warmup_",
+    "config.optimizer.hold_steps",
 )
 # folders that may lie elsewhere, but not be left out or named anew: what they hold is checked
 _FOLDERS = ("config.data.features.image", "config.data.features.text")
@@ -96,11 +107,14 @@ def set_aside(path: pathlib.Path) -> str:
 
 def other_settings(old: Mapping, new: Mapping) -> list[str]:
     """What makes `new` the config of another run than `old`, a line each. Where and how a run
-    computes may differ, and keys that only the new config has."""
+    computes may differ, and keys that only the new config has. A run that was extended since may
+    have another length and schedule."""
+    begun = [config.get("train", {}).get("extended_from", 0) for config in (old, new)]
+    free = (*_FREE, *(EXTENSION if begun[1] > begun[0] else ()))
     return [
         line
         for line in configs.difference(old, new)
-        if not line.startswith(_FREE)
+        if not line.startswith(free)
         and ": '(absent)' -> " not in line
         and not (line.startswith(_FOLDERS) and "None" not in line)
     ]

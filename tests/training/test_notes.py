@@ -17,8 +17,11 @@ def run():
     return assemble(small(("objective.name", "siglip")), jax.devices()[:1])
 
 
-def opened(run, *, pieces=None, vocab_size=300, path="", mask=False):
-    config = types.SimpleNamespace(tokenizer=types.SimpleNamespace(path=path, mask=mask))
+def opened(run, *, pieces=None, vocab_size=300, path="", mask=False, extended=0):
+    config = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(path=path, mask=mask),
+        train=types.SimpleNamespace(extended_from=extended),
+    )
     return types.SimpleNamespace(
         config=config,
         tokenizer=types.SimpleNamespace(pieces=pieces, vocab_size=vocab_size),
@@ -34,6 +37,8 @@ def test_fewer_pieces_than_asked_for(run):
     for quiet in ({"pieces": 300}, {"pieces": None}, {"pieces": 9, "path": "a.model"}):
         assert notes.of_run(opened(run, **quiet), new=True) == []
     assert notes.of_run(opened(run, pieces=120), new=False) == []
+    (line,) = notes.of_run(opened(run, pieces=120, extended=1500), new=False)
+    assert line.startswith("extended at step 1,500")
 
 
 def test_what_transformers_will_not_take(run):
