@@ -42,6 +42,7 @@ _CAUSES = {
     "SIGILL": _CRASHED,
     "SIGFPE": _CRASHED,
 }
+_ONE_AT_A_TIME = threading.Lock()  # loaders that start their workers: see `Workers.starting`
 _OOM_COUNTS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")
 
 
@@ -87,6 +88,7 @@ class Workers:
         self.count, self._timeout = count, timeout
         self._folder = tempfile.TemporaryDirectory(prefix="clipx-workers-")
         self._processes: list[BaseProcess] = []
+        self._entered: list[types.ModuleType] = []  # the main module while they start
         self._out_of_memory = _oom_kills()
 
     def ship(self, function: Callable[[int], Any]) -> Shipped:
@@ -101,9 +103,23 @@ class Workers:
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """Context in which new processes are workers: they run this file first, not the main
-        script, and are watched from their first moment on."""
-        context = multiprocessing.get_context("spawn")
-        make, main = context.Process, sys.modules["__main__"]
+        script, and are watched from their first moment on. The main module and the way to start a
+        process are the whole program's, so that one loader starts at a time: others wait until its
+        workers run, or are killed or closed."""
+        _ONE_AT_A_TIME.acquire()
+        self._entered.append(self._enter())
+        try:
+            yield
+            end = time.monotonic() + _STARTS
+            while not self._started() and time.monotonic() < end:
+                time.sleep(0.01)
+        finally:
+            self._leave()
+
+    def _enter(self) -> types.ModuleType:
+        """Puts something of its own in the place of both. Returns the main module."""
+        context, main = multiprocessing.get_context("spawn"), sys.modules["__main__"]
+        make = context.Process
 
         def recorded(*args: Any, **options: Any) -> BaseProcess:
             process = make(*args, **options)
@@ -114,14 +130,17 @@ class Workers:
         replacement.__spec__ = __spec__
         sys.modules["__main__"] = replacement
         context.Process = recorded  # pyright: ignore[reportAttributeAccessIssue]
+        return main
+
+    def _leave(self) -> None:
+        """Puts both back, once; any thread may."""
         try:
-            yield
-            end = time.monotonic() + _STARTS
-            while not self._started() and time.monotonic() < end:
-                time.sleep(0.01)
-        finally:
-            vars(context).pop("Process")  # the class has it
-            sys.modules["__main__"] = main
+            main = self._entered.pop()
+        except IndexError:
+            return
+        vars(multiprocessing.get_context("spawn")).pop("Process")  # the class has it
+        sys.modules["__main__"] = main
+        _ONE_AT_A_TIME.release()
 
     def _started(self) -> bool:
         processes = list(self._processes)
@@ -160,9 +179,11 @@ class Workers:
         for process in self._processes:
             if process.exitcode is None and process.pid is not None:
                 process.kill()
+        self._leave()
 
     def close(self) -> None:
         """Removes the files of the workers, which have ended."""
+        self._leave()
         self._folder.cleanup()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -16,7 +18,7 @@ import pytest
 from support.loaders import build_loader
 from support.pictures import TOKENIZER, Pictures, encode, photo
 
-from clipx.data import activity, reading, storage, supply
+from clipx.data import activity, reading, storage, supply, worker
 from clipx.data.evaluation import EvaluationSet
 from clipx.data.limits import Limits
 from clipx.data.sources.files import Files
@@ -315,8 +317,6 @@ def test_a_worker_that_ends_is_one_line(source, said):
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.5])
 def test_a_worker_that_is_killed_while_it_starts_does_not_hang(delay, monkeypatch):
     """Its data is larger than a pipe: who writes to a dead process would wait for ever."""
-    from clipx.data import worker
-
     seen, died = [], worker.Workers.died
 
     def recording(self, **options):
@@ -325,7 +325,7 @@ def test_a_worker_that_is_killed_while_it_starts_does_not_hang(delay, monkeypatc
 
     def kill():
         end = time.monotonic() + 30
-        while not seen and time.monotonic() < end:
+        while not (seen and seen[0].pid) and time.monotonic() < end:
             time.sleep(0.005)
         time.sleep(delay)
         seen[0].kill()
@@ -339,6 +339,25 @@ def test_a_worker_that_is_killed_while_it_starts_does_not_hang(delay, monkeypatc
     with pytest.raises(RunError, match="SIGKILL.*no rows had arrived yet"):
         next(build_loader(source, TOKENIZER, batch_size=25, workers=2).batches(0, 9))
     killer.join()
+
+
+def test_loaders_that_start_together_start_one_after_the_other():
+    """Both put something of their own in place of the main module, which must come back."""
+    with worker._ONE_AT_A_TIME:  # loaders of other tests may still start
+        main, entered = sys.modules["__main__"], []
+
+    def second():
+        with worker.Workers(0, 1.0).starting():
+            entered.append("second")
+
+    thread = threading.Thread(target=second)
+    with worker.Workers(0, 1.0).starting():
+        thread.start()
+        time.sleep(0.05)
+        entered.append("first")
+    thread.join()
+    assert entered == ["first", "second"] and sys.modules["__main__"] is main
+    assert "Process" not in vars(multiprocessing.get_context("spawn"))
 
 
 def test_a_read_that_never_ends_has_a_name(monkeypatch):
