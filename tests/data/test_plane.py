@@ -346,16 +346,19 @@ def test_loaders_that_start_together_start_one_after_the_other():
     with worker._ONE_AT_A_TIME:  # loaders of other tests may still start
         main, entered = sys.modules["__main__"], []
 
+    one, other = worker.Workers(0, 1.0), worker.Workers(0, 1.0)
+
     def second():
-        with worker.Workers(0, 1.0).starting():
+        with other.starting():
             entered.append("second")
 
     thread = threading.Thread(target=second)
-    with worker.Workers(0, 1.0).starting():
+    with one.starting():
         thread.start()
         time.sleep(0.05)
         entered.append("first")
     thread.join()
+    one.close(), other.close()
     assert entered == ["first", "second"] and sys.modules["__main__"] is main
     assert "Process" not in vars(multiprocessing.get_context("spawn"))
 
