@@ -118,8 +118,8 @@ def damaged_at_step_3(monkeypatch):
     def make(*args, **kwargs):
         step = make_train_step(*args, **kwargs)
 
-        def train_step(state, batch):
-            state, metrics = step(state, batch)
+        def train_step(state, batch, lengths):
+            state, metrics = step(state, batch, lengths)
             scale = jnp.where(state.step == 3, jnp.inf, state.params["logit_scale"])
             return state.replace(params=state.params | {"logit_scale": scale}), metrics
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import linalg
 
 from clipx.errors import ConfigError
 
@@ -42,6 +41,8 @@ def fit(
     Raises `ConfigError` for fewer than two rows, for more directions than the narrower side has
     columns, for columns that all are constant, and for values that are not finite.
     """
+    from scipy import linalg  # a fifth of a second, which most runs need not spend
+
     rows, (c, e) = len(x), (x.shape[1], y.shape[1])
     if rows != len(y) or rows < 2 or not 1 <= dim <= min(c, e):
         raise ConfigError(

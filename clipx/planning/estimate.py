@@ -81,7 +81,8 @@ def predict(run: Run, *, limit: int | None = None, ahead: bool = False) -> Predi
             step, text = compile_ahead(run.lower())
         else:
             with room():
-                step, text = run.train_step, _text(run.train_step)
+                step = run.train_step.compiled
+                text = _text(step)
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or base.limit)
     compiled = with_compiled(base, step, device.platform)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from clipx.config import unknown
@@ -16,7 +16,7 @@ from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training import checks, encoders
 from clipx.training.assemble import bind_objective
-from clipx.training.optimizer import make_schedule
+from clipx.training.schedule import Schedule, make_schedule
 from clipx.training.schema import Config, EvalSpec, SourceSpec, data_section
 from clipx.types import Device
 
@@ -38,7 +38,7 @@ class Checked(NamedTuple):
     data: DataConfig
     source: SourceSpec
     evals: tuple[EvalSpec, ...]
-    schedule: Callable[..., Any]
+    schedule: Schedule
 
 
 def checked(config: Mapping[str, Any], devices: Sequence[Device] | None = None) -> Checked:

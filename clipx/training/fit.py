@@ -139,7 +139,7 @@ def measure(run: Run, *, limit: int | None = None) -> Needs:
     base = given(run, limit=limit)
     try:
         with room():
-            step = run.train_step
+            step = run.train_step.compiled
     except OutOfMemory as error:
         return dataclasses.replace(base, peak=error.used, limit=error.limit or base.limit)
     return with_compiled(base, step, some_device(run).platform)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipx.config.durations import Duration, duration
 from clipx.config.ranges import (
     Count,
     CountOrZero,
@@ -25,7 +23,7 @@ from clipx.config.ranges import (
 )
 from clipx.errors import ConfigError
 from clipx.training import average
-from clipx.training.parameter_rules import DEFAULT_RULES, WHERE, Rule, claim, frozen, layer_factors
+from clipx.training.parameter_rules import DEFAULT_RULES, Rule, claim, frozen, layer_factors
 from clipx.types import PyTree
 
 
@@ -87,93 +85,6 @@ class OptimizerConfig:
                 )
 
 
-def _warmup(config: OptimizerConfig) -> Duration | None:
-    return duration(dataclasses.asdict(config), "warmup", where=WHERE, optional=True)
-
-
-def warmup_steps(config: OptimizerConfig, *, batch_size: int, rows: int | None) -> int | None:
-    """Steps of the warm-up, 0 without one; None for a length in epochs if `rows` is None."""
-    warmup = _warmup(config)
-    return warmup.steps(batch_size=batch_size, rows=rows) if warmup else 0
-
-
-def make_schedule(
-    config: OptimizerConfig,
-    *,
-    steps: int | None,
-    batch_size: int,
-    rows: int | None,
-    start: int = 0,
-) -> Callable[..., Any]:
-    """A function from the count of updates to the learning rate: linear warm-up, hold, decay.
-
-    `schedule(count)` decays until the run's last step, `schedule(count, horizon=share)` until that
-    share of the steps. `share` is the horizon of one of the rules.
-
-    steps: of the run; None (a length in epochs, whose data is not open yet) gives a constant
-    schedule, with which a run can be traced and planned but not trained. rows: of training data,
-    for a warm-up in epochs. start: the step at which the schedule begins, of a run that was
-    extended there. Raises `ConfigError` for a warm-up longer than the run or a horizon.
-    """
-    if start and steps is not None:
-        if steps <= start:
-            found = f"a run of {steps:,} steps, which is at step {start:,} already"
-            raise ConfigError(
-                "--extend", found, "a longer run", "a larger config.train.total_steps"
-            )
-        later = make_schedule(config, steps=steps - start, batch_size=batch_size, rows=rows)
-        return lambda count, horizon=1.0: later(jnp.maximum(count - start, 0), horizon)
-    warmup = _warmup(config)
-    warm = warmup_steps(config, batch_size=batch_size, rows=rows)
-    if steps is None or warm is None:
-        constant = optax.constant_schedule(config.learning_rate)
-        return lambda count, horizon=1.0: constant(count)
-    start = warm + config.hold_steps
-    if start > steps:
-        too_long = warmup if warm > steps else None
-        where = too_long.where if too_long else f"{WHERE}.hold_steps"
-        hold = "" if too_long else f" and {config.hold_steps} more at the peak"
-        most, tenth = str(steps - warm), ""
-        if too_long:
-            sizes = {"batch_size": batch_size, "rows": rows}
-            most, tenth = (too_long.spelled(n, **sizes) for n in (steps, steps // 10))
-        raise ConfigError(
-            where,
-            f"a warm-up of {warm} steps{hold}",
-            f"at most the run's {steps} steps, which is {where.rpartition('.')[2]}={most}",
-            f"{where}={tenth or most}",
-        )
-    ends = {1.0: steps}
-    for i, rule in enumerate(config.rules):
-        ends[rule.horizon] = round(rule.horizon * steps)
-        if start > ends[rule.horizon]:
-            least = math.ceil(1e4 * start / steps) / 1e4
-            raise ConfigError(
-                f"{WHERE}.rules[{i}].horizon",
-                f"{rule.horizon}, which is step {ends[rule.horizon]}",
-                f"a share of at least {least:g}: the decay begins at step {start}",
-            )
-    schedules = {share: _schedule(config, warm, end) for share, end in ends.items()}
-    return lambda count, horizon=1.0: schedules[horizon](count)
-
-
-def _schedule(config: OptimizerConfig, warm: int, end: int) -> optax.Schedule:
-    """The schedule with `warm` updates of warm-up whose decay ends at update `end`."""
-    peak, final, start = config.learning_rate, config.final_learning_rate, warm + config.hold_steps
-    rest = max(end - start, 1)
-    decay = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final / peak if peak else 0.0),
-        "linear": lambda: optax.linear_schedule(peak, final, rest),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
-    parts, bounds = [], []
-    if warm:
-        parts, bounds = [optax.linear_schedule(config.warmup_from, peak, warm)], [warm]
-    if config.hold_steps:
-        parts, bounds = [*parts, optax.constant_schedule(peak)], [*bounds, start]
-    return optax.join_schedules([*parts, decay], bounds) if parts else decay
-
-
 def _clamp(rules: Sequence[Rule], claims: PyTree) -> optax.GradientTransformation:
     """Shortens updates so that parameters end within the `clamp` of their rule.
 
@@ -190,23 +101,32 @@ def _clamp(rules: Sequence[Rule], claims: PyTree) -> optax.GradientTransformatio
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _descend(schedule: Callable[..., Any], horizons: PyTree) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate` with a horizon for each parameter. The state is the same."""
+def _descend(
+    schedule: Callable[..., Any], horizons: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` with a horizon for each parameter, and with the `lengths` of a
+    `Schedule` as a further argument of the update. The state is the same."""
 
     def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        lengths: jax.Array | None = None,
+        **others: Any,
     ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        given = {} if lengths is None else {"lengths": lengths}
         rates = {
-            share: schedule(state.count) if share == 1 else schedule(state.count, horizon=share)
+            share: schedule(state.count, **({} if share == 1 else {"horizon": share}), **given)
             for share in sorted(set(jax.tree.leaves(horizons)))
         }
         updates = jax.tree.map(lambda u, h: jnp.asarray(-rates[h], u.dtype) * u, updates, horizons)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class LookaheadState(NamedTuple):

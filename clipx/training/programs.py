@@ -4,18 +4,20 @@ config, share what was traced and compiled."""
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from clipx.config import binding
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes
 from clipx.parallel.mesh import Mesh
 from clipx.training.optimizer import OptimizerConfig
-from clipx.types import Batch, PyTree, TrainState
+from clipx.types import Batch, Metrics, PyTree, TrainState
 
 T = TypeVar("T")
 
@@ -44,14 +46,30 @@ def key(
     return objective, methods, section, mesh, tree, shapes, numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step, for one run: (state, batch) -> (state, metrics). A call donates the
+    state."""
+
+    compiled: jax.stages.Compiled
+    lengths: jax.Array  # of the run's schedule
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self.compiled(state, batch, self.lengths)
+
+
 def traced(
-    step: Callable[[TrainState, Batch], tuple[TrainState, PyTree]],
+    step: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
     batch: Batch,
+    lengths: np.ndarray,
     mesh: Mesh,
 ) -> jax.stages.Traced:
     """A training step, traced for a mesh. The state is donated and keeps its shardings; metrics are
-    replicated."""
-    shardings = jax.tree.map(lambda x: x.sharding, state), meshes.replicated(mesh)
+    replicated. lengths: of a schedule; only their shape matters."""
+    everywhere = meshes.replicated(mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state), everywhere
+    numbers = jax.ShapeDtypeStruct(lengths.shape, lengths.dtype, sharding=everywhere)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=shardings).trace(state, batch)
+        return jitted.trace(state, batch, numbers)

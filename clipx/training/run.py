@@ -30,9 +30,9 @@ from clipx.training.average import averaged
 from clipx.training.checked import checked, total_steps
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.encode import Encode
-from clipx.training.optimizer import make_schedule
 from clipx.training.recovery import refuse_strange_config, run_config
 from clipx.training.samples import Pairs, held_out_pairs
+from clipx.training.schedule import Schedule, make_schedule
 from clipx.training.schema import Config, EvalSpec, SourceSpec
 from clipx.training.shown import working
 from clipx.training.step import batch_loss, make_train_step
@@ -49,7 +49,7 @@ class Run:
     mesh: Mesh
     objective: Objective
     optimizer: optax.GradientTransformation
-    schedule: Callable[..., Any]  # count of updates -> learning rate
+    schedule: Schedule  # count of updates -> learning rate
     data: DataConfig
     source: SourceSpec
     evals: tuple[EvalSpec, ...]
@@ -84,11 +84,10 @@ class Run:
     @functools.cached_property
     def program_key(self) -> Hashable:
         """Equal for runs whose step is the same program."""
-        rows = getattr(self, "rows", None)
-        length = (self.steps, rows, self.config.train.extended_from)  # of the schedule
+        decays = len(self.schedule.ends)  # its lengths are arguments of the program
         return programs.key(
             self.objective, self.config.optimizer, self.mesh, (self.state, self.batch),
-            length, self.config.seed, self.microbatches, make_train_step,
+            decays, self.config.seed, self.microbatches, make_train_step,
         )  # fmt: skip
 
     @property
@@ -99,7 +98,7 @@ class Run:
             config, count = self.config, self.microbatches
             options = {"seed": config.seed, "freeze": config.optimizer.freeze}
             step = make_train_step(self.objective, self.optimizer, microbatches=count, **options)
-            return programs.traced(step, self.state, self.batch, self.mesh)
+            return programs.traced(step, self.state, self.batch, self.schedule.lengths, self.mesh)
 
         return programs.kept(("traced", self.program_key), trace)
 
@@ -110,9 +109,11 @@ class Run:
             return self.traced.lower()
 
     @functools.cached_property
-    def train_step(self) -> jax.stages.Compiled:
+    def train_step(self) -> programs.Step:
         """The compiled step, (state, batch) -> (state, metrics). A call donates the state."""
-        return programs.kept(("compiled", self.program_key), lambda: self.lower().compile())
+        compiled = programs.kept(("compiled", self.program_key), lambda: self.lower().compile())
+        lengths = meshes.put(self.schedule.lengths, meshes.replicated(self.mesh))
+        return programs.Step(compiled, lengths)
 
     @property
     def step_flops(self) -> int:

@@ -240,8 +240,9 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
     freeze: tuple[str, ...] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function (state, batch) -> (state, metrics), which the caller jits.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A pure function (state, batch) -> (state, metrics), which the caller jits. A third argument,
+    `lengths`, is that of the optimizer's `Schedule`; without it the schedule's own are constants.
 
     The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging the
     losses of small batches would leave a contrastive loss fewer negatives. freeze: as in
@@ -249,7 +250,11 @@ def make_train_step(
     gradient is not finite, the step changes only the step count, and `skipped` is 1.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    update = optax.with_extra_args_support(optimizer).update
+
+    def train_step(
+        state: TrainState, batch: Batch, lengths: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         still = frozen(freeze, state.params)
 
         def loss_fn(params: PyTree) -> tuple[Float[Array, ""], tuple[Loss, PyTree]]:
@@ -261,7 +266,7 @@ def make_train_step(
         grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss.value)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, lengths=lengths)
         new = TrainState(
             step=state.step,
             params=optax.apply_updates(state.params, updates),

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 
 from clipx.parallel.mesh import path_name
-from clipx.training.optimizer import warmup_steps
 from clipx.training.parameter_rules import claim, frozen
 from clipx.training.run import OpenRun
+from clipx.training.schedule import warmup_steps
 
 _COLLAPSED = 0.01  # a tower's variance below which its rows count as one point
 _AT_CHANCE = 0.99  # share of the loss at chance

@@ -10,9 +10,10 @@ from clipx import cli
 from clipx.config import durations, reference, unknown
 from clipx.config.files import override_all
 from clipx.errors import ConfigError, UnknownKeys
-from clipx.training.optimizer import OptimizerConfig, make_schedule
+from clipx.training.optimizer import OptimizerConfig
 from clipx.training.reference import keys
 from clipx.training.run import checked
+from clipx.training.schedule import make_schedule
 
 LENGTHS = {"train.total": ("15", "3", "900"), "optimizer.warmup": ("1.5", "2", "300")}
 

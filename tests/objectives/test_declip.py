@@ -20,9 +20,10 @@ from clipx.models.heads import BatchNormMLP
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped
 from clipx.parallel.mesh import path_name
 from clipx.training.checkpoint import Checkpoints
-from clipx.training.optimizer import OptimizerConfig, make_schedule
+from clipx.training.optimizer import OptimizerConfig
 from clipx.training.parameter_rules import claim
 from clipx.training.run import assemble
+from clipx.training.schedule import make_schedule
 from clipx.training.step import make_train_step, row_keys
 from clipx.types import TrainState
 

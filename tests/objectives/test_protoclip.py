@@ -19,9 +19,9 @@ from clipx.objectives.protoclip import Compat, EpisodeFeatures, ProtoCLIP, Proto
 from clipx.ops import kmeans
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, path_name, put
 from clipx.training.checks import check_towers
-from clipx.training.optimizer import make_schedule
 from clipx.training.parameter_rules import claim
 from clipx.training.run import assemble
+from clipx.training.schedule import make_schedule
 from clipx.training.step import row_keys
 
 FIELDS = tiny.FIELDS["protoclip"]

@@ -18,9 +18,10 @@ from clipx.training import average, kept_optimizer
 from clipx.training.average import averaged
 from clipx.training.initial import init
 from clipx.training.loop import Trainer
-from clipx.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from clipx.training.optimizer import OptimizerConfig, make_optimizer
 from clipx.training.patience import Patience
 from clipx.training.run import assemble, restore
+from clipx.training.schedule import make_schedule
 from clipx.training.session import open_session
 from clipx.training.workdir import read_config
 from clipx.types import Metric

@@ -25,10 +25,10 @@ from clipx.training.optimizer import (
     LookaheadConfig,
     OptimizerConfig,
     make_optimizer,
-    make_schedule,
     updates_done,
 )
 from clipx.training.parameter_rules import Rule, claim, layer_factors, locked
+from clipx.training.schedule import make_schedule
 from clipx.training.step import init_state, make_train_step
 from clipx.types import Loss, TrainState
 
@@ -279,6 +279,22 @@ def test_a_horizon_leaves_the_state_and_the_main_rate_alone():
     assert [float(rate(t)) for t in range(5)] == [float(main(t)) for t in range(5)]
     _, state = frozen.update(GRADS, states[0], PARAMS)
     assert updates_done(state) == 1
+
+
+def test_one_program_is_for_runs_of_any_length():
+    """What depends on the length is an argument, which replaces the schedule's own numbers."""
+    rules = Rule("^image/", horizon=0.5), Rule(".*")
+    (short, rate), (long, other) = horizons(*rules), horizons(*rules, steps=12)
+    update = jax.jit(short.update)
+    for optimizer, schedule in ((short, rate), (long, other)):
+        state = exact = optimizer.init(PARAMS)
+        for _ in range(3):
+            found, state = update(GRADS, state, PARAMS, lengths=jnp.asarray(schedule.lengths))
+            expected, exact = optimizer.update(GRADS, exact, PARAMS)
+            assert_same(found, expected)
+    assert [float(rate(t, lengths=other.lengths)) for t in range(13)] == [
+        float(other(t)) for t in range(13)
+    ]
 
 
 LOOKAHEAD = LookaheadConfig(k=5, alpha=0.5)

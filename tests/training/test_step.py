@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 from support import tiny
+from support.runs import small
 
 from clipx.models.resnet import ResNet
 from clipx.objectives.base import caption_ids
 from clipx.objectives.clip import CLIP
+from clipx.training.run import assemble
 from clipx.training.step import init_state, make_train_step, row_keys
 
 
@@ -65,3 +67,12 @@ def test_equal_captions_are_counted_and_masked():
             losses.append(float(logged["loss"]))
     assert metrics == [0, 0.25, 0, 0.25]
     assert losses[0] == losses[2] and losses[1] > losses[3]
+
+
+def test_runs_of_another_length_have_the_same_program():
+    runs = [
+        assemble(small(("train.total_steps", steps), ("seed", seed)), jax.devices()[:1])
+        for steps, seed in (("12", "0"), ("30", "0"), ("12", "1"))
+    ]
+    assert runs[0].program_key == runs[1].program_key != runs[2].program_key
+    assert runs[0].schedule.lengths.tolist() != runs[1].schedule.lengths.tolist()
