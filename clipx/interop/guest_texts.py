@@ -52,9 +52,16 @@ def _section(model: Model, folder: str, pooler: str, hidden: int) -> dict[str, A
         "hf_model_name": folder,
         "hf_model_pretrained": False,
         "hf_tokenizer_name": ".",
-        "hf_proj_type": "mlp" if hidden else "linear",
+        "hf_proj_type": _way(text, model.width, hidden),
         "hf_pooler_type": pooler,
     }
+
+
+def _way(text: Any, width: int, hidden: int) -> str | None:
+    """open_clip's name of what follows the pooling; None for nothing."""
+    if not text.embed_dim and text.backbone_width == width:
+        return None
+    return "mlp" if hidden else "linear"
 
 
 def _bert_section(model: Model, folder: str) -> dict[str, Any]:
@@ -152,11 +159,12 @@ def text_tower(section: Section, embed_dim: int, given: Any) -> Tower:
 
 def _common(section: Section, width: int, embed_dim: int) -> tuple[dict[str, Any], int]:
     """(fields that all towers have, channels of the layer between pooling and projection)."""
-    way = section.one_of("hf_proj_type", ("linear", "mlp"), "mlp")
-    if section.get("hf_proj_type", "mlp") is None and width == embed_dim:
-        return {"embed_dim": 0}, 0
-    hidden = (width + embed_dim) // 2 if way == "mlp" else 0
-    return {"context": section.size("context_length", 77), "embed_dim": embed_dim}, hidden
+    given: dict[str, Any] = {"context": section.size("context_length", 77), "embed_dim": embed_dim}
+    none = "hf_proj_type" in section and section.get("hf_proj_type") is None
+    if none and width == embed_dim:
+        return given | {"embed_dim": 0}, 0
+    way = section.one_of("hf_proj_type", ("linear", "mlp"), "linear" if none else "mlp")
+    return given, (width + embed_dim) // 2 if way == "mlp" else 0
 
 
 def _bert(guest: Section, section: Section, embed_dim: int) -> BERT:

@@ -43,9 +43,10 @@ HEAD = "visual.head.proj"
 
 
 def _timm_section(
-    name: str, pool: str, model: Model, folder: str = "", own: bool = False
+    name: str, pool: str, model: Model, folder: str = "", own: bool = False, factor: float = 1.0
 ) -> dict[str, Any]:
-    """A tower's section. own: whether the network's classifier is a projection with a bias."""
+    """A tower's section. own: whether the network's classifier is a projection with a bias. factor:
+    as of `head`."""
     image = model.image
     projected, biased = bool(image.embed_dim), bool(image.embed_dim) and image.biased_projection
     way: dict[str, Any] = {"timm_proj": "linear"}
@@ -53,7 +54,7 @@ def _timm_section(
         way = {"timm_proj": None}
     elif biased:
         way |= {"timm_proj_bias": True}
-    elif not projected and image.backbone_width == model.width:
+    elif not projected and image.backbone_width == model.width and factor == 1:
         way = {"timm_proj": "none"}
     return {
         "image_size": image.image_size,
@@ -67,7 +68,8 @@ def _timm_section(
 def _vit_section(model: Model, folder: str) -> dict[str, Any]:
     if model.image.pool not in _POOLS:
         raise NotExpressible(f"timm's ViT does not pool by {model.image.pool!r}")
-    return _timm_section("", _POOLS[model.image.pool], model, folder, own=True)
+    factor = _scale(model.image) if model.image.pool == "attention" else 1.0
+    return _timm_section("", _POOLS[model.image.pool], model, folder, True, factor)
 
 
 def _vit_config(model: Model) -> dict[str, Any]:
@@ -190,11 +192,16 @@ def _is_clip(image: Any) -> bool:
     return image.pre_norm and image.norm_eps == CLIP_EPS
 
 
+def _scale(image: Any) -> float:
+    """The factor of the tokens between the blocks of an exported ViT."""
+    return 1.0 if _is_clip(image) else float((VIT_EPS / image.norm_eps) ** 0.5)
+
+
 def _vit_rules(image: ViT, width: int, dropped: int | None) -> list[Rule]:
     """The rules of timm's ViT. Its LayerNorms add 1e-6 to the variance, unless they are CLIP's. The
     tokens between blocks are therefore scaled so that 1e-6 is the same fraction of their variance
     as `norm_eps` is in clipx."""
-    scale = 1.0 if _is_clip(image) else float((VIT_EPS / image.norm_eps) ** 0.5)
+    scale = _scale(image)
     trunk = "visual.trunk."
     positioned = vit_layout.default_positions(image)
     layout = vit_layout.layout(image, vit_layout.TIMM, trunk, positioned=positioned, scale=scale)

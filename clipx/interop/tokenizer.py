@@ -53,6 +53,10 @@ def cleaning(rule: str, lower: bool) -> list[Any]:
             normalizers.Replace(Regex(_ASCII_PUNCTUATION), ""),
             *collapse,
         ]
+    if rule == "canonical":
+        return [normalizers.Replace("_", " "), *cleaning("siglip", lower)]
+    if rule == "lower":
+        return cleaning("clip", lower=True)
     if rule in ("raw", "strip"):
         return [normalizers.Strip()] * (rule == "strip")
     first = {
@@ -157,8 +161,13 @@ def own_files(core: tokenizers.Tokenizer, words: Words, rule: str) -> dict[str, 
 
     words, rule: as for `files`. `core` puts the marks around a text itself.
     """
-    from tokenizers import normalizers
+    from tokenizers import normalizers, processors
 
+    if words.eot_id == words.pad_id:  # CLIPA's, which have padding in place of the end mark
+        ids = [i for i in (words.sot_id, words.pad_id) if i is not None]
+        named = [(core.id_to_token(i), i) for i in ids]
+        template = " ".join([*(name for name, _ in named[:-1]), "$A", named[-1][0]])
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
     if added := cleaning(rule, lower=False):
         existing = [core.normalizer] if core.normalizer is not None else []
         core.normalizer = normalizers.Sequence([*added, *existing])

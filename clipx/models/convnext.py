@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.nn import initializers
 from jaxtyping import Float, Key
 
-from clipx.config.ranges import Epsilon, Pixels, Width, WidthOrZero
+from clipx.config.ranges import Depth, Epsilon, Pixels, Width, WidthOrZero
 from clipx.models.base import Tower
 from clipx.models.depthwise import depthwise
 from clipx.models.layers import (
@@ -91,7 +91,7 @@ class ConvNeXt(Tower):
     variant: str = "base"
     image_size: Pixels = 224  # pixels
     width: Width | None = None
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[Depth, ...] | None = None
     hidden: WidthOrZero = 0  # of a dense layer below the projection; 0: none
     layer_scale: Epsilon = 1e-6  # initial factor of what a block adds
     norm_eps: Epsilon = 1e-6

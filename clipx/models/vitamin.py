@@ -110,7 +110,7 @@ class ViTamin(Tower):
 
     variant: str = "base"
     image_size: Pixels = 224  # pixels
-    widths: tuple[int, ...] | None = None
+    widths: tuple[Width, ...] | None = None
     depth: Depth | None = None
     heads: Width | None = None
     positions: bool | None = None

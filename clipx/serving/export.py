@@ -26,7 +26,7 @@ from clipx.errors import (
     RunError,
     install_hint,
 )
-from clipx.interop import card, formats, libraries, tokenizer, verify
+from clipx.interop import card, formats, libraries, origin, tokenizer, verify
 from clipx.interop.base import Format
 from clipx.interop.model import Model
 from clipx.interop.rules import Arrays
@@ -203,7 +203,7 @@ class _Job:
             folder=self.out.name,
             name=self.out.name,
             method=run.complete["objective"]["name"],
-            license=self.options.license,
+            license=self._license(),
             towers=f"{image.get('variant', image['name'])} at {image['image_size']} px and "
             f"{text['name']}{layers}, {count:,} parameters",
             data=f"{run.rows:,} rows of `{run.complete['data']['source']}`, fingerprint "
@@ -218,6 +218,12 @@ class _Job:
             notes=self._notes(),
         )
 
+    def _license(self) -> str:
+        """The licence that the user names; else that of the weights that the run started from."""
+        given = {name for _, name in origin.origins(self.run.complete) if name}
+        told = self.options.license
+        return given.pop() if told == "unknown" and len(given) == 1 else told
+
     def _metrics(self, step: int) -> dict[str, str]:
         """The metrics of the run's evaluations at a step, as people read them."""
         known = self.run.complete["evals"]
@@ -230,7 +236,8 @@ class _Job:
 
     def _notes(self) -> list[str]:
         """Notes for users of the folder, for the model card."""
-        model, notes = self.model, []
+        model = self.model
+        notes = [sentence for sentence, _ in origin.origins(self.run.complete)]
         if not _scores_by_cosine(self.run, self.state, model):
             notes.append(
                 "The run scores a picture and a text by a head of its own. Without it the two "

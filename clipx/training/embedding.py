@@ -59,7 +59,9 @@ class Embedder:
             "rows": len(self.source),
             "fingerprint": self.fingerprint,
             "weights": stored.digest(self.state, self.tower),
-            "preprocessing": stored.preprocessing(objective, self.tower, self.run.tokenizer),
+            "preprocessing": stored.preprocessing(
+                objective, self.tower, self.run.tokenizer, self.run.data.framing
+            ),
             "tokens": self.tokens,
             "views": self.views,
             "crops": stored.crops(objective, self.views),

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from clipx.data.config import DataConfig
 from clipx.data.features import FeatureRows
+from clipx.data.framing import CENTRE, Framing
 from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, DataError
 from clipx.models.base import HEAD, Tower
@@ -194,12 +195,16 @@ def digest(state: TrainState, name: str) -> str:
     return found.hexdigest()[:_LONG]
 
 
-def preprocessing(objective: Objective, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def preprocessing(
+    objective: Objective, name: str, tokenizer: Tokenizer, framing: Framing
+) -> dict[str, Any]:
     """How rows reach a tower and what its arrays do not tell of it, as JSON has it."""
     tower: Tower = getattr(objective, name)
     about = {**tower.unseen_settings, "dtype": tower.dtype}
     if name == "image":
         about |= {"image_size": tower.image_size, "mean": objective.mean, "std": objective.std}
+        if framing != CENTRE:  # which folders of older versions do not say
+            about |= dataclasses.asdict(framing)
     else:
         saved = json.dumps(tokenizer.save(), sort_keys=True).encode()
         about |= {"tokenizer": hashlib.sha256(saved).hexdigest()[:_LONG], "context": tower.context}
@@ -234,7 +239,7 @@ def refuse_other(
             where, f"{features.folder}: features of the {about['tower']} tower",
             f"features of the {name} tower", again,
         )  # fmt: skip
-    ours = preprocessing(objective, name, tokenizer)
+    ours = preprocessing(objective, name, tokenizer, data.framing)
     for key in sorted(ours.keys() | about["preprocessing"].keys()):
         theirs = about["preprocessing"].get(key)
         if theirs != ours.get(key):

@@ -264,7 +264,7 @@ def test_models_that_clipx_does_not_have_are_refused_by_name(tmp_path):
     for name, words in {
         "deit_tiny_distilled_patch16_224": "second class token",
         "vit_giant_patch14_dinov2": "vit_giant_patch14_dinov2",
-        "convnext_tiny": "convnext_tiny",
+        "convnextv2_tiny": "convnextv2_tiny",
     }.items():
         (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
         (tmp_path / "model.safetensors").write_bytes(b"x" * 9)

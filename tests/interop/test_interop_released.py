@@ -2,21 +2,26 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from support import encoders
+from support import encoders, tiny
 from support.libraries import with_open_clip, with_transformers
 from support.towers import BOTH, TEXT, VIT, model
 
+from clipx.data.text import cleaning
 from clipx.errors import ConfigError
-from clipx.interop import libraries, load, named, open_clip, t5_layout, verify
+from clipx.interop import libraries, load, named, open_clip, origin, t5_layout, tokenizer, verify
 from clipx.interop.model import Words
 from clipx.models.convnext import ConvNeXt
 from clipx.models.eva import EVA
 from clipx.models.t5 import T5
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
+from clipx.serving.evaluation import evaluate_file
 from clipx.training import pretrained
+from clipx.training.initial import init
+from clipx.training.run import assemble, with_data
 
 FORMAT = open_clip.OpenClip()
 WORDS = Words("clip_bpe", 40, 16, 0, 38, 39, None, True)
@@ -354,3 +359,58 @@ def test_kin_of_transformers(kind, tmp_path):
     got = verify.ours(read, list(pixels), ids).logits
     assert np.ptp(expected) > 0.01
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_origin_and_licence(tmp_path):
+    """Of weights that a run starts from, for the model card."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"init_from": f"ViT-B-32@{folder}/epoch.pt", "image": {"init_from": ""}, "text": {}}
+    ((said, name),) = origin.origins(config)
+    assert name == "" and "its folder does not say" in said
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: 'apple-amlr'\n---\n# x")
+    ((said, name),) = origin.origins(config)
+    assert name == "apple-amlr" and said.startswith("Both towers start from `ViT-B-32@")
+    (folder / "README.md").write_text("# license: mit")
+    assert origin.license_of(str(folder)) == ""
+
+
+def test_exported_normalizers_clean_as_open_clips_rules(tmp_path):
+    """But for broken encodings and HTML, which no normalizer mends."""
+    from tokenizers import normalizers
+
+    texts = ["Snake_case, it's  a DOG!", " A  b\tC ", "x"]
+    for rule in ("canonical", "lower"):
+        made = normalizers.Sequence(tokenizer.cleaning(rule, lower=False))
+        assert [made.normalize_str(x) for x in texts] == [cleaning.RULES[rule](x) for x in texts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*IMAGES, "CoCa text"])
+def test_a_family_is_evaluated_and_trained(name, tmp_path):
+    """As clipx.evaluate and clipx.train start from it: towers, tokenizer and preprocessing of the
+    folder. Two steps change the loss's parameters, and what they give is finite."""
+    words = Words("clip_bpe", 49408, 16, 0, 49406, 49407, None, True)
+    text = TextTransformer(**TEXT, vocab_size=49408, eot_id=49407, **BOTH)
+    if name == "CoCa text":
+        text, image = text.clone(pool="class"), IMAGE
+    else:
+        image = IMAGES[name]
+    text = text.clone(embed_dim=image.output_width)
+    FORMAT.write(model(image, text, words), tmp_path, str(tmp_path))
+    evals = {"retrieval": {"data": {"source": "shapes", "split": "test"}, "limit": 16}}
+    assert 0 <= evaluate_file(str(tmp_path), evals)["retrieval/mean_recall"] <= 1
+
+    values = pretrained.sections(str(tmp_path), *pretrained.open_model(str(tmp_path)))
+    values |= {"train": {"batch_size": 8, "total_steps": 2}, "init_from": str(tmp_path)}
+    run = assemble(values | {"data": values["data"] | {"source": "shapes"}}, jax.devices()[:1])
+    run = with_data(run, 64, pretrained.open_model(str(tmp_path))[1])
+    state = init(run)
+    before = jax.tree.map(np.asarray, state.params)
+    batch = tiny.batch(run.objective, run.batch_size)
+    batch = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, run.batch)
+    for _ in range(2):
+        state, metrics = run.train_step(state, batch)
+        assert not metrics["skipped"] and np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.params, before)
+    assert sum(jax.tree.leaves(moved)) > 0.9 * len(jax.tree.leaves(moved))

@@ -75,7 +75,7 @@ class TokenizerConfig:
             raise ConfigError(
                 "config.tokenizer.marks",
                 f"'start', with {self.name}",
-                "'both', as only huggingface supports 'start'",
+                "'both', 'end' with sentencepiece; only huggingface supports 'start'",
                 "set config.tokenizer.marks=both",
             )
         bundled = _VOCAB["clip_bpe"] + self.mask
