@@ -78,6 +78,8 @@ def start_processes(overrides: Sequence[tuple[str, str]]) -> None:
         with contextlib.suppress(ConfigError):  # the command reports it when it loads the config
             config = load_config(spec, overrides)
     command = {name: values.get(name) for name in names[1:]}
+    if "extend" in flags.FLAGS and flags.FLAGS["extend"].value:
+        command["extend"] = True
     processes.start(info, config, overrides=dict(overrides), **command)
 
 
