@@ -1,4 +1,4 @@
-"""EVA's vision transformers and those built like them: EVA-02, Meta's Perception Encoder."""
+"""EVA's vision transformers, and Meta's Perception Encoder, which is built like them."""
 
 from __future__ import annotations
 
@@ -80,9 +80,8 @@ class EvaAttention(nn.Module):
         shape = (self.heads, width // self.heads)
         dense = functools.partial(Affine, dtype=self.dtype, kernel_init=_normal, lora=self.lora)
         qkv = dense((3, *shape), use_bias=False, name="qkv")(x)
-        rows = 3 if self.key_bias else 2
-        bias = self.param("bias", initializers.zeros, (rows, *shape), jnp.float32)
-        bias = bias.astype(qkv.dtype)
+        parts = (2 + self.key_bias, *shape)
+        bias = self.param("bias", initializers.zeros, parts, jnp.float32).astype(qkv.dtype)
         qkv = qkv + (bias if self.key_bias else jnp.insert(bias, 1, 0, axis=0))
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if turn is not None:
@@ -173,14 +172,14 @@ class EVA(Tower):
     @nn.nowrap
     def check(self) -> None:
         super().check()
-        for field, each in (("heads", 4), ("pool_heads", 1)):
-            heads = getattr(self, field)
-            found = f"{heads} heads for a width of {self.width}"
+        pools = self.pool == "attention"
+        for name, each in [("heads", 4), *[("pool_heads", 1)] * pools]:
+            found = f"{getattr(self, name)} heads for a width of {self.width}"
             expected = f"heads of a multiple of {each} channels"
-            check(self.width % (heads * each) == 0, self.at(field), found, expected)
-        found = f"{self.image_size} pixels with a patch of {self.patch}"
-        divides = self.image_size % self.patch == 0
-        check(divides, self.at("image_size"), found, "a multiple of the patch")
+            check(self.width % (getattr(self, name) * each) == 0, self.at(name), found, expected)
+        size, patch = self.image_size, self.patch
+        found = f"{size} pixels with a patch of {patch}"
+        check(size % patch == 0, self.at("image_size"), found, "a multiple of the patch")
         expected = "a class token for pool='class'"
         check(self.class_token or self.pool != "class", self.at("class_token"), False, expected)
 
@@ -202,8 +201,8 @@ class EVA(Tower):
     @property
     def unseen_settings(self) -> dict[str, Any]:
         names = ["heads", "post_norm", "norm_eps", "pool", "rotary"]
-        names += ["rotary_side", "rotary_first", "rotary_x_first"] if self.rotary else []
-        names += ["pool_heads"] if self.pool == "attention" else []
+        names += ["rotary_side", "rotary_first", "rotary_x_first"] * self.rotary
+        names += ["pool_heads"] * (self.pool == "attention")
         return {name: getattr(self, name) for name in names}
 
     @nn.compact

@@ -20,7 +20,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 # first layer tells: no other has one of these names without a number before it.
 OWN = re.compile(
     r"((?:[A-Za-z_]+\.)*?)"
-    r"(?:_?conv_stem|conv1(?:\.0)?|patch_embed\.proj|embedder\.embedder\.convolution"
+    r"(?:_?conv_stem|conv1(?:\.0)?|stem\.0|patch_embed\.(?:proj|backbone\.stem\.conv1)|embedder\.embedder\.convolution"
     r"|embeddings\.patch_embedding(?:s\.projection)?)\.weight$"
 )
 _EXPECTED = "a folder or weights file of timm, torchvision or transformers"

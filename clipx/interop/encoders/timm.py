@@ -21,7 +21,7 @@ _CFG_HARMLESS = keys(
     "license origin_url paper_ids paper_name fixed_input_size min_input_size source notes source "
     "hf_hub_filename state_dict test_input_size test_crop_pct label_names label_descriptions"
 )
-LEFT_OUT = re.compile(r"(?:classifier|fc|head)\.")
+LEFT_OUT = re.compile(r"(?:classifier|fc)\.|head\.(?!norm\.)")  # ConvNeXt has its last norm there
 
 
 def describes(values: Mapping[str, Any]) -> bool:
