@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from clipx.errors import MissingLibrary
 from clipx.interop import libraries
+from clipx.parallel import memory
 from clipx.planning import turns
 
 
@@ -42,15 +43,16 @@ def optimizer(model, options):
     )
 
 
-def train_step(model, optimizer, loss, clip_norm):
-    """A function (pictures, texts) -> the value of the loss, after one step of open_clip's trainer
-    without mixed precision."""
+def train_step(model, optimizer, loss, clip_norm, bfloat16=False):
+    """A function (pictures, texts) -> the value of the loss, after one step of open_clip's trainer.
+    bfloat16: with its mixed precision `amp_bf16`."""
     torch = libraries.require("torch")
+    kind = next(model.parameters()).device.type
 
     def step(images, texts) -> float:
         optimizer.zero_grad()
-        features = model(images, texts)
-        value = loss(*features)
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
+            value = loss(*model(images, texts))
         value.backward()
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm, norm_type=2.0)
@@ -63,19 +65,23 @@ def train_step(model, optimizer, loss, clip_norm):
 
 
 def step(options: dict[str, Any]) -> Callable[[str], dict]:
-    """A turn is as many training steps as the request says."""
+    """A turn is as many training steps as the request says. Further options: `device`, `bfloat16`
+    and `compile`, for GPUs."""
     torch, open_clip = libraries.require("torch"), libraries.require("open_clip")
     torch.manual_seed(0)
-    model = open_clip.CLIP(**options["model_cfg"]).train()
+    device = options.get("device", "cpu")
+    model = open_clip.CLIP(**options["model_cfg"]).train().to(device)
     batch, side = options["batch"], options["model_cfg"]["vision_cfg"]["image_size"]
     words = options["model_cfg"]["text_cfg"]
-    images = torch.randn(batch, 3, side, side)
+    images = torch.randn(batch, 3, side, side).to(device)
     texts = torch.randint(1, words["vocab_size"] - 1, (batch, words["context_length"]))
     texts[:, -1] = words["vocab_size"] - 1  # the highest id ends a text
-    take = train_step(
-        model, optimizer(model, options), open_clip.ClipLoss(), options.get("clip_norm")
-    )
+    texts = texts.to(device)
     parameters = sum(p.numel() for p in model.parameters())
+    adamw = optimizer(model, options)
+    run = torch.compile(model) if options.get("compile") else model
+    numbers = options.get("clip_norm"), bool(options.get("bfloat16"))
+    take = train_step(run, adamw, open_clip.ClipLoss(), *numbers)
 
     def turn(request: str) -> dict:
         for _ in range(int(request)):
@@ -127,6 +133,7 @@ LIBRARIES["kmeans"] = ("faiss-cpu",)
 
 
 def main() -> None:
+    memory.keep_pages()  # of all sides: what is compared is not their allocators
     name, options = sys.argv[1], json.loads(sys.argv[2])
     try:
         work = WORKS[name](options)

@@ -25,7 +25,7 @@ from clipx.errors import (
     RunError,
     StuckError,
 )
-from clipx.parallel import environment, processes
+from clipx.parallel import environment, memory, processes
 from clipx.parallel.environment import find_process
 from clipx.training import reference
 
@@ -155,6 +155,8 @@ def run(
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name}", "nothing", f"--{name}=...")
         use_no_absent_tpu()
+        if os.environ.get("JAX_PLATFORMS") == "cpu" or not environment.has_accelerator():
+            memory.keep_pages()
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and raises its errors anyway
         if "deterministic" in flags.FLAGS and flags.FLAGS["deterministic"].value:
             be_deterministic()

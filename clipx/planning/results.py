@@ -99,9 +99,8 @@ def _ratio(row: Row, peer: str) -> str:
 def table(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of Markdown, a table for each section."""
     lines: list[str] = []
-    for name, title in _TITLES.items():
-        if name not in report:
-            continue
+    for name in sorted(report, key=[*_TITLES, *report].index):
+        title = _TITLES.get(name, name)
         rows = [Row.of(values) for values in report[name]["rows"]]
         sides = list(dict.fromkeys(side for row in rows for side in (*row.sides, *row.missing)))
         peers = [side for side in sides if side != OURS]

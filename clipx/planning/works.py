@@ -19,8 +19,8 @@ import numpy as np
 from clipx import losses
 from clipx.config import files
 from clipx.ops import kmeans as clipx_kmeans
-from clipx.parallel import processes
-from clipx.parallel.environment import find_process
+from clipx.parallel import memory, processes
+from clipx.parallel.environment import find_process, has_accelerator
 from clipx.planning import measure, turns
 from clipx.training.run import Run, assemble
 
@@ -39,12 +39,14 @@ def step(options: Mapping[str, Any]) -> Work:
     """A turn is as many training steps as the request says."""
     run = assemble(config(options["config"], options["overrides"]))
     take = measure.train_steps(run)
-    count = parameters(run)
+    facts = {"parameters": parameters(run)}
+    if options.get("flops"):
+        facts["flops"] = run.model_flops
 
     def turn(request: str) -> dict[str, Any]:
         for _ in range(int(request)):
             next(take)
-        return {"parameters": count}
+        return facts
 
     return turn
 
@@ -107,6 +109,8 @@ WORKS = {"step": step, "loss": loss, "dense": dense, "kmeans": kmeans}
 
 
 def main(name: str, options: Mapping[str, Any]) -> None:
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not has_accelerator():
+        memory.keep_pages()  # as the commands do
     if info := find_process(os.environ):
         processes.start(info, {})
     turns.serve(WORKS[name](options), {"jax": jax.__version__})
