@@ -112,7 +112,7 @@ def test_features_do_not_depend_on_the_mesh(tower):
     """Rows over eight devices give what one device gives."""
     tower = tower.clone(dtype="float32", **({"dropout": 0.0} if hasattr(tower, "dropout") else {}))
     made, x = variables(tower, 0), example(tower, 8)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     one = jax.jit(tower.apply)(made, x).raw
     many = jax.jit(tower.apply)(made, jax.device_put(x, rows)).raw
