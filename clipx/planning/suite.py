@@ -211,3 +211,17 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
     "start": start,
     "growth": growth,
 }
+
+
+# What was tried for the numbers above, what was expected, and what came (two cores, shared with
+# other work; CPU seconds of pairs in turns):
+#
+# - Pages. Expected: a fifth less CPU time, as with an allocator that keeps what is freed. Came: a
+#   sixth (quickstart, 80 steps: 45.0 to 37.8 s; in the kernel 8.5 to 1.2). Thresholds alone change
+#   nothing: threads other than the first have arenas that cannot hold blocks above 64 MiB, and
+#   malloc maps those whatever M_MMAP_MAX says. One arena is what helps (clipx/parallel/memory.py).
+# - Another length. As expected nothing is compiled again: warm-up and decay are arguments.
+# - A warm start of `small`. Of its CPU time most is tracing in Python: the step, then twice the
+#   initialisation (once for shapes), then lowering. Imports are a tenth.
+# - `recall_at_1` on logged steps alone. Not tried: at batch 128 its product is 0.02 % of the FLOPs
+#   of the step.
