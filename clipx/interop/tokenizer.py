@@ -165,7 +165,7 @@ def own_files(core: tokenizers.Tokenizer, words: Words, rule: str) -> dict[str, 
 
     if words.eot_id == words.pad_id:  # CLIPA's, which have padding in place of the end mark
         ids = [i for i in (words.sot_id, words.pad_id) if i is not None]
-        named = [(core.id_to_token(i), i) for i in ids]
+        named = [(str(core.id_to_token(i)), i) for i in ids]
         template = " ".join([*(name for name, _ in named[:-1]), "$A", named[-1][0]])
         core.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
     if added := cleaning(rule, lower=False):

@@ -29,8 +29,9 @@ def tower(
     variant = match[1].removesuffix("2")  # "large2" is what goes with a larger text tower
     depth = args.depth("depth", VARIANTS[variant][1])
     given: dict[str, Any] = {} if depth == VARIANTS[variant][1] else {"depth": depth}
-    side = int(match[2])  # for which timm makes the positions, whatever open_clip's config says
-    return ViTamin(variant=variant, **given, **common | {"image_size": side})
+    # timm makes the positions for the size in the name, whatever open_clip's config says
+    given |= {**common, "image_size": int(match[2])}
+    return ViTamin(variant=variant, **given)
 
 
 def architecture(image: Any) -> tuple[str, dict[str, Any]]:
