@@ -490,6 +490,7 @@ def command(monkeypatch, capsys, tmp_path, closed):
     with flagsaver.flagsaver():
         for name in ("config", "workdir"):
             flags.DEFINE_string(name, None, "")
+        flags.DEFINE_bool("extend", False, "")
         yield call
 
 
