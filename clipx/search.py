@@ -3,8 +3,8 @@ folder that `clipx.embed --layout=clip_retrieval` has written, prints the best, 
 that shows them.
 
 Several `--text` and `--image=FILE` are searched at once. Every row is compared, so that the result
-is exact; a million rows take about a second. `--interactive` keeps the model in memory and asks for
-the next query: a text, or the path of a picture.
+is exact. `--interactive` keeps the model in memory and asks for the next query: a text, or the path
+of a picture.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from clipx.training import metrics, pretrained
 from clipx.training.checkpoint import Checkpoints
 from clipx.training.metric_table import metric, spelled
 from clipx.training.run import OpenRun, restore
+from clipx.training.shown import working
 from clipx.types import TrainState
 
 
@@ -145,7 +146,8 @@ class _Job:
             self._write_model(aside)
             proof = None
             if verified:
-                proof = verify.prove(self.format, aside, self.model, self.run.tokenizer)
+                with working("comparing with the library"):
+                    proof = verify.prove(self.format, aside, self.model, self.run.tokenizer)
             self.format.write_configs(self.model, aside, str(self.out))
         except MissingLibrary as error:
             raise _missing(error) from None

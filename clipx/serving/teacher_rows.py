@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from clipx.data import row_arrays as files
 from clipx.data.base import Source, expand_user, fingerprint
 from clipx.data.config import DataConfig
 from clipx.data.threads import progress_bar
+from clipx.data.threads import shown as working
 from clipx.errors import ConfigError
 from clipx.ops import kmeans, pca
 from clipx.serving import teacher_features as features_of
@@ -74,13 +76,15 @@ def _clusters(
     used = x.any(axis=1)
     if not 1 <= k <= used.sum():
         raise ConfigError("--clusters", str(k), f"at most as many as rows: {used.sum():,}")
-    fit = kmeans.fit(
-        x[used],  # pyright: ignore[reportArgumentType]
-        k,
-        key=jax.random.key(0),
-        iterations=_ITERATIONS,
-        progress=sys.stderr.isatty(),
-    )
+    bar = sys.stderr.isatty()  # else a line each ten seconds
+    with contextlib.nullcontext() if bar else working("finding clusters"):
+        fit = kmeans.fit(
+            x[used],  # pyright: ignore[reportArgumentType]
+            k,
+            key=jax.random.key(0),
+            iterations=_ITERATIONS,
+            progress=bar,
+        )
     clusters = np.full(len(x), -1, np.int32)
     clusters[used] = fit.assignment
     about |= {"clusters": k, "inertia": float(fit.inertia), "without": int((~used).sum())}
