@@ -7,6 +7,7 @@ after its n-th call began.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -93,21 +94,25 @@ def stop_and_go_on() -> None:
 def children() -> list[int]:
     found = []
     for task in pathlib.Path("/proc/self/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            found += map(int, (task / "children").read_text().split())
     return found
+
+
+def is_worker(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def kill_worker() -> None:
     """Kills the data workers, as soon as there is one."""
     for _ in range(2000):
-        workers = [
-            pid
-            for pid in children()
-            if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        workers = [pid for pid in children() if is_worker(pid)]
         if workers:
             for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             return
         time.sleep(0.005)
 
