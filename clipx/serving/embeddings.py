@@ -130,6 +130,7 @@ class Embeddings:
                 )
             self.tell(f"{self.folder}: already there, {found['written']:,} rows")
             return found["written"]
+        _parquet()  # now, not once all rows are embedded
         started, bad = time.perf_counter(), 0
         self._aside.mkdir(parents=True, exist_ok=True)
         file = self._aside / "embeddings.json"
@@ -238,11 +239,17 @@ class Embeddings:
         return about["written"]
 
 
-def _write_table(aside: pathlib.Path, file: pathlib.Path) -> None:
-    """The unfinished metadata as a parquet file."""
+def _parquet() -> Any:
+    """The module pyarrow, with its submodule parquet. Raises `RunError` if it is not installed."""
     with optional("parquet", RunError, "metadata in parquet files needs pyarrow"):
         import pyarrow
         import pyarrow.parquet
+    return pyarrow
+
+
+def _write_table(aside: pathlib.Path, file: pathlib.Path) -> None:
+    """The unfinished metadata as a parquet file."""
+    pyarrow = _parquet()
     text, ends = (np.load(aside / name, mmap_mode="r") for name in (_META, _ENDS))
     fields = {"row": pyarrow.int64(), "key": pyarrow.string(), "image_path": pyarrow.string()}
     schema = pyarrow.schema({**fields, "caption": pyarrow.string()})
