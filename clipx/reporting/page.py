@@ -19,7 +19,7 @@ from clipx.evaluators.base import Encode
 from clipx.reporting import afterwards, charts, episode_maps, gallery
 from clipx.reporting.afterwards import spelled_sizes
 from clipx.reporting.gallery import Samples
-from clipx.reporting.templates import render
+from clipx.reporting.templates import render, write_page
 from clipx.training import episodes, guesses, metrics
 from clipx.training.metric_table import best, metric, short, spelled
 
@@ -80,14 +80,8 @@ def write(
         raise RunError(f"{config_file} cannot be read: {error}") from None
     looked = looked if samples is None else looked._replace(samples=samples)
     text = page(rows, secrets.cut_all(config), looked, folder, refresh)
-    path, part = folder / FILE, folder / f".{FILE}.{os.getpid()}"
-    try:
-        part.write_text(secrets.cut(text), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
-    return path
+    write_page(folder / FILE, text)
+    return folder / FILE
 
 
 def write_run(

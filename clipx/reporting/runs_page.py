@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from clipx.config import binding, reading, secrets
+from clipx.config import binding, reading
 from clipx.errors import CheckpointError, ConfigError, DataError, RunError, damaged_file
 from clipx.evaluators.base import declared
 from clipx.reporting import charts, comparison, gallery, page
 from clipx.reporting.charts import COLOURS, Figure, Line
 from clipx.reporting.gallery import Query, Samples
-from clipx.reporting.templates import render
+from clipx.reporting.templates import render, write_page
 from clipx.training import episodes, metrics
 from clipx.training.metric_table import TRAINING, metric, spelled
 from clipx.training.run import restore
@@ -104,14 +104,7 @@ def write(
         queries=_queries(runs),
     )
     file = pathlib.Path(path).expanduser().absolute()
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(secrets.cut(text), encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {error.strerror}") from None
+    write_page(file, text)
     return file
 
 

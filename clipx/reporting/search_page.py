@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from clipx.config import secrets
-from clipx.errors import RunError
-from clipx.reporting.templates import render
+from clipx.reporting.templates import render, write_page
 from clipx.training.episodes import thumbnail
 
 _SIDE = 320  # pixels of a picture on the page, at most
@@ -73,13 +70,5 @@ def write(
     text = render(
         "search.html", title="clipx search", folder=folder.resolve(), facts=facts, queries=shown
     )
-    file = pathlib.Path(path).expanduser()
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(secrets.cut(text), encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {error.strerror}") from None
+    write_page(pathlib.Path(path).expanduser(), text)
     return missing

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from clipx.config import secrets
 from clipx.errors import RunError
 from clipx.training.metric_table import short
 
@@ -17,6 +19,18 @@ def render(template: str, **values: Any) -> str:
     encode, become "?". Raises `RunError` without jinja2."""
     text = _environment().get_template(template).render(values)
     return text.encode("utf-8", "replace").decode()
+
+
+def write_page(file: pathlib.Path, text: str) -> None:
+    """Writes a page in one piece, without secrets. Raises `RunError` if it cannot be written."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(secrets.cut(text), encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _environment() -> jinja2.Environment:

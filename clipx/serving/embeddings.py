@@ -193,7 +193,7 @@ class Embeddings:
 
     def _load(self, row: int) -> _Row | BadSample:
         try:
-            example = patiently(lambda: self.source[row], TIMEOUT)
+            example = example_of(self.source, row)
             limits, side = self.source.limits, self.model.image_size
             pixels = pictures.evaluation(example, side, limits, self.model.framing)
         except BadSample as error:

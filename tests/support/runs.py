@@ -79,6 +79,22 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+class StopAt:
+    """Asks a run to stop once it has loaded a step, as a signal does: from then on always."""
+
+    def __init__(self, step, loaded):
+        self.step, self.loaded = step, loaded
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def __call__(self):
+        return self.step in self.loaded
+
+
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from support import elastic
-from support.runs import NO_EVALS, parameters, rows, small
+from support.runs import NO_EVALS, StopAt, parameters, rows, small
 
 from clipx import cli
 from clipx.errors import ConfigError
@@ -28,22 +28,6 @@ from clipx.types import Metric
 
 ONE = jax.devices()[:1]
 BEST = "retrieval/mean_recall"
-
-
-class StopAt:
-    """Asks a run to stop once it has loaded a step, and from then on always."""
-
-    def __init__(self, step, loaded):
-        self.step, self.loaded = step, loaded
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def __call__(self):
-        return self.step in self.loaded
 
 
 def go(config, folder, stop=None, *, extend=False):

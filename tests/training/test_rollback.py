@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support import elastic
-from support.runs import NO_EVALS, parameters, rows, small
+from support.runs import NO_EVALS, StopAt, parameters, rows, small
 
 from clipx.data.order import order
 from clipx.errors import RunError
@@ -19,22 +19,6 @@ BATCH, ROWS = 32, 256
 ORDER = order(ROWS, 0)
 BATCHES = [{ORDER(0, BATCH * step + i) for i in range(BATCH)} for step in (5, 6)]
 POISON = [min(batch) for batch in BATCHES]  # of the batches that end in steps 6 and 7
-
-
-class StopAt:
-    """Asks a run to stop once it has loaded a step, as a signal does: from then on always."""
-
-    def __init__(self, step, loaded):
-        self.step, self.loaded = step, loaded
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def __call__(self):
-        return self.step in self.loaded
 
 
 def config(**train):
