@@ -172,9 +172,6 @@ def open_session(
     """
     config = resolved(config, workdir, devices)
     run = assemble(config, devices)
-    longer = extension.applied(config, run.complete, workdir, extend=extend)
-    if longer != config:
-        run = assemble(longer, devices)
     folder = prepare_workdir(workdir)
     train, evals = run.config.train, run.complete["evals"]
     checkpoints = Checkpoints(folder, keep=train.keep, best=train.best, evals=evals)
@@ -182,6 +179,9 @@ def open_session(
     if start is not None:
         saved = checkpoints.restore_run(start)
         recovery.mend(folder, start, saved)
+    if (longer := extension.applied(config, run.complete, folder, start, extend=extend)) != config:
+        run = assemble(longer, devices)
+    if start is not None:
         refuse_other_config(folder, run.complete)
     elif lines := len(metric_lines(folder)):
         tell(f"no checkpoint in {folder}: step 0 again; the {lines:,} line(s) of its metrics go")

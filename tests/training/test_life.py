@@ -14,7 +14,7 @@ from clipx.errors import ConfigError
 from clipx.reporting import page
 from clipx.serving.evaluation import evaluate
 from clipx.serving.model import load
-from clipx.training import average, kept_optimizer
+from clipx.training import average, extension, kept_optimizer
 from clipx.training.average import averaged
 from clipx.training.initial import init
 from clipx.training.loop import Trainer
@@ -23,7 +23,7 @@ from clipx.training.patience import Patience
 from clipx.training.run import assemble, restore
 from clipx.training.schedule import make_schedule
 from clipx.training.session import open_session
-from clipx.training.workdir import read_config
+from clipx.training.workdir import read_config, write_json
 from clipx.types import Metric
 
 ONE = jax.devices()[:1]
@@ -240,3 +240,14 @@ def test_patience_needs_a_metric():
     named["optimizer"]["average"] = 0.9
     named["evals"]["retrieval"] = {"data": {"source": "shapes", "split": "test"}}
     assemble(named, ONE)
+
+
+def test_a_longer_run_counts_from_the_checkpoint_that_is_taken(tmp_path):
+    """Not from the newest folder, which may be damaged."""
+    complete = assemble(small(*NO_EVALS, ("train.total_steps", "8")), ONE).complete
+    write_json(tmp_path / "config.json", complete)
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    longer = {**complete, "train": {**complete["train"], "total_steps": 12}}
+    for extend, expected in ((True, 4), (False, 0)):
+        config = extension.applied(longer, longer, tmp_path, 4, extend=extend)
+        assert config["train"]["extended_from"] == expected
