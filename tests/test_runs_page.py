@@ -56,10 +56,10 @@ def test_the_table_marks_the_best_and_joins_seeds(folders, tmp_path):
     html = runs_page.write(tmp_path / "p.html", [runs_page.read(f) for f in folders]).read_text()
     assert cells(html, "Evaluations") == [
         ["run", "retrieval/mean_recall", "retrieval/text_to_image_median_rank"],
-        ["slow, slow2 (2 seeds)", "30.0 % ± 7.1 %", "12 ± 2.828"],
+        ["slow, slow2 (2 seeds)", "30.0 % (25.0 % to 35.0 %)", "12 (10 to 14)"],
         ["fast", "50.0 %", "20"],
     ]
-    assert re.findall(r'class="best">\s*(.*?)</td>', html) == ["12 ± 2.828", "50.0 %"]
+    assert re.findall(r'class="best">\s*(.*?)</td>', html) == ["12 (10 to 14)", "50.0 %"]
     assert cells(html, "What differs") == [
         ["key", "slow", "slow2", "fast"],
         ["optimizer.learning_rate", "0.001", "0.001", "0.01"],

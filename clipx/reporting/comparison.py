@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from clipx.config import reading
@@ -28,17 +30,20 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     complete = assemble(resolved(config, str(folder), say=lambda line: None)).complete
     refuse_other_config(folder, complete)
     evals = guesses.fill(complete, guesses.read(folder))["evals"]
-    return _evals(folder) == evals
+    return evals_of(folder) == evals
 
 
-def cells(folder: pathlib.Path) -> dict[str, str]:
-    """The metrics of a workdir's evals at the last step that has any, formatted, by column
-    heading."""
-    evals = _evals(folder)
-    return columns(results(metrics.read(folder), evals), evals)
+def cells(folders: Sequence[pathlib.Path]) -> dict[str, str]:
+    """The metrics of the evals of some workdirs, whose runs differ in their seed alone, at the last
+    step that has any: formatted, by column heading."""
+    found: dict[str, list[float]] = {}
+    for folder in folders:
+        for key, value in results(metrics.read(folder), evals_of(folder)).items():
+            found.setdefault(key, []).append(value)
+    return columns(found, evals_of(folders[0]))
 
 
-def _evals(folder: pathlib.Path) -> dict[str, Any]:
+def evals_of(folder: pathlib.Path) -> dict[str, Any]:
     """The evals of a workdir's config. Raises `ConfigError`."""
     path = folder / "config.json"
     try:
@@ -58,16 +63,31 @@ def results(rows: Sequence[Mapping[str, Any]], evals: Mapping[str, Any]) -> dict
     return steps[max(steps)] if steps else {}
 
 
-def columns(scores: Mapping[str, float], evals: Mapping[str, Any]) -> dict[str, str]:
+def with_seconds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl with `seconds`: those that training has taken so far, which is the
+    steps and the passes before an episode's steps. Evaluations and compiling are not counted."""
+    seconds, step, out = 0.0, 0, []
+    for row in rows:
+        if math.isfinite(taken := row.get("step_seconds", math.nan)):
+            seconds += taken * max(row["step"] - step, 0)
+            step = row["step"]
+        if math.isfinite(taken := row.get("episode/seconds", math.nan)):
+            seconds += taken
+        out.append({**row, "seconds": seconds})
+    return out
+
+
+def columns(scores: Mapping[str, Sequence[float]], evals: Mapping[str, Any]) -> dict[str, str]:
     """Cells by column heading: first those that several metrics share, such as the recalls of a
-    direction, then those of one metric each. Percentages have no percent sign."""
+    direction, then those of one metric each. Percentages have no percent sign. scores: the values
+    of each metric, one for each seed."""
     shared: dict[str, list[tuple[str, str]]] = {}
     alone: dict[str, str] = {}
-    for key, value in scores.items():
+    for key, values in scores.items():
         if not (kind := metric(key, evals)).column:
             continue
         heading = f"{key.rpartition('/')[0]} {kind.column}"
-        cell = f"{100 * value:.1f}" if kind.shown == "percent" else f"{value:.3f}"
+        cell = spread(values, _percent if kind.shown == "percent" else "{:.3f}".format)
         if kind.label:
             shared.setdefault(heading, []).append((kind.label, cell))
         else:
@@ -77,6 +97,18 @@ def columns(scores: Mapping[str, float], evals: Mapping[str, Any]) -> dict[str, 
         labels, values = zip(*sorted(labelled, key=lambda pair: int(pair[0])))
         joined[heading + " / ".join(labels)] = " / ".join(values)
     return joined | alone
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def spread(values: Sequence[float], spell: Callable[[float], str]) -> str:
+    """One value, or the mean of several with the least and the most: `5.4 (5.1 to 5.8)`."""
+    mean = spell(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({spell(min(values))} to {spell(max(values))})"
 
 
 def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -3,6 +3,7 @@ curves over each other, and what the same queries find."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -73,18 +74,7 @@ def read(workdir: str | os.PathLike, name: str = "") -> Compared:
     rows = metrics.read(folder)
     if not rows:
         raise RunError(f"no metrics in {folder / metrics.FILE}: nothing to compare")
-    return Compared(name or folder.name, _with_seconds(rows), config)
-
-
-def _with_seconds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the seconds that all steps so far have taken, evaluations not counted."""
-    seconds, step, out = 0.0, 0, []
-    for row in rows:
-        if math.isfinite(taken := row.get("step_seconds", math.nan)):
-            seconds += taken * max(row["step"] - step, 0)
-            step = row["step"]
-        out.append({**row, "seconds": seconds})
-    return out
+    return Compared(name or folder.name, comparison.with_seconds(rows), config)
 
 
 def write(
@@ -125,7 +115,7 @@ def _table(
     runs: Sequence[Compared],
 ) -> tuple[list[str], list[tuple[str, Sequence[Cell | None]]]]:
     """(headings, (name, cells) of each row). Runs that differ in their seed alone share a row of
-    means and standard deviations."""
+    means, with the least and the most."""
     groups: list[list[Compared]] = []
     for run in runs:
         same = (g for g in groups if _but_seed(g[0].config) == _but_seed(run.config))
@@ -164,11 +154,8 @@ def _best(kind: Metric, columns: Sequence[Sequence[float]]) -> float | None:
 
 
 def _cell(kind: Metric, values: Sequence[float], best: float | None) -> Cell:
-    mean = statistics.fmean(values)
-    text = spelled(kind, mean)
-    if len(values) > 1:
-        text += f" ± {spelled(kind, statistics.stdev(values))}"
-    return Cell(text, mean == best)
+    text = comparison.spread(values, functools.partial(spelled, kind))
+    return Cell(text, statistics.fmean(values) == best)
 
 
 def _differences(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:

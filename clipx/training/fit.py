@@ -45,6 +45,7 @@ class Needs:
     limit: int | None  # memory of the device
     flops: int | None = None  # `Run.model_flops`
     step_flops: int | None = None  # `Run.step_flops`
+    pair_flops: float | None = None  # `Run.pair_flops`
 
     @property
     def need(self) -> int | None:
@@ -123,6 +124,7 @@ def given(run: Run, *, limit: int | None = None) -> Needs:
         # only MFU needs them, and they take another trace
         flops=run.model_flops if chips.chip(device.device_kind) else None,
         step_flops=run.step_flops,
+        pair_flops=run.pair_flops,
     )
 
 
@@ -217,8 +219,8 @@ def logged(needs: Needs | None) -> dict[str, float]:
 
 def measured(device: Device, needs: Needs, step_seconds: float) -> dict[str, float]:
     """The measurements of a step: `mfu`, if the device's peak is known, and `memory_gib`, the most
-    memory in use so far, if the device reports it."""
-    metrics = {}
+    memory in use so far, if the device reports it; and `flops_per_pair`, which are counted."""
+    metrics = {} if needs.pair_flops is None else {"flops_per_pair": needs.pair_flops}
     if (mfu := needs.mfu(step_seconds)) is not None:
         metrics["mfu"] = mfu
     if peak := (device.memory_stats() or {}).get("peak_bytes_in_use"):

@@ -136,6 +136,13 @@ class Run:
         return 3 * _forward_flops(self.objective, self.config.seed, tuple(leaves), tree)  # pyright: ignore[reportArgumentType]
 
     @property
+    def pair_flops(self) -> float:
+        """FLOPs of training on a pair: its share of a step (`step_flops`) and, with episodes, the
+        forward pass of their rows. k-means is not counted."""
+        survey = 0 if self.objective.episode_steps is None else self.model_flops // 3
+        return (self.step_flops + survey) / self.batch_size
+
+    @property
     def held_out_evals(self) -> tuple[str, ...]:
         """The names of the evals that read rows which the run holds out."""
         return tuple(spec.name for spec in self.evals if spec.held_out)

@@ -1,0 +1,136 @@
+"""The runs that `clipx.compare` trains: their folders, which of them another process trains, and
+how long the rest will take."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import pathlib
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import jax
+
+from clipx.config import reading
+from clipx.errors import ConfigError, damaged_file
+from clipx.training import compared
+from clipx.training.compared import Record
+from clipx.training.workdir import read_json, write_json
+
+_LOCKS = ".running"  # a file for each run that a process trains, or has trained
+
+Kind = Literal["final", "trial", "timing"]
+
+
+class _Seeded(TypedDict, total=False):
+    seed: int
+
+
+class Planned(NamedTuple):
+    """A run that `clipx.compare` trains, or has trained."""
+
+    variant: str
+    folder: pathlib.Path
+    config: dict[str, Any]
+    kind: Kind = "final"
+    budget: str = "pairs"
+    changes: Mapping[str, Any] = {}  # key of the config -> the value in place of the variant's own
+    metric: str = ""  # that scores a trial
+    size: float = 1.0  # pairs that it sees, as a share of those of the variant's final runs
+
+    def record(self, seconds: float, failed: str = "") -> None:
+        """Records the run in its folder. seconds: of wall time, added to those of earlier sessions.
+        failed: why it could not be trained to its end."""
+        if jax.process_index() != 0 or not self.folder.is_dir():
+            return  # a run that was refused has no folder
+        known: Record = {
+            "variant": self.variant,
+            "kind": self.kind,
+            "budget": self.budget,
+            "changes": dict(self.changes),
+            "metric": self.metric,
+            "size": self.size,
+            "seconds": round(compared.read(self.folder).get("seconds", 0.0) + seconds, 1),
+            "failed": failed,
+        }
+        write_json(self.folder / compared.FILE, known)
+
+
+def seed_folder(root: pathlib.Path, variant: str, seed: int | None, own: int) -> pathlib.Path:
+    """The folder of a variant's run. seed: that of the run; None: the config's `own`.
+
+    It is `<variant>/seed_<n>` for a seed that is asked for, and `<variant>` else, unless the other
+    of the two holds a run of that seed already. Raises `ConfigError` for a variant whose name is no
+    name of a folder.
+    """
+    try:
+        plain = reading.inside(root, variant)
+    except ValueError as error:
+        raise ConfigError("--variants", str(error), "names of folders in --workdir") from None
+    number = own if seed is None else seed
+    chosen, other = plain / f"seed_{number}", plain
+    if seed is None:
+        chosen, other = other, chosen
+    return other if _seed_of(chosen) != number == _seed_of(other) else chosen
+
+
+def _seed_of(folder: pathlib.Path) -> int | None:
+    """The seed of the run in a folder; None for a folder without a run."""
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return reading.shaped(read_json(path), _Seeded).get("seed", 0)
+    except ValueError as error:
+        raise damaged_file(path, error) from None
+
+
+@contextlib.contextmanager
+def claimed(root: pathlib.Path, folder: pathlib.Path) -> Iterator[bool]:
+    """A context in which this process alone trains the run in `folder`, if it gives True. False:
+    another process, on this machine or another that shares the file system, trains it.
+
+    A run of several JAX processes is not claimed, nor is one on a file system without locks.
+    """
+    if jax.process_count() > 1:
+        yield True
+        return
+    name = urllib.parse.quote(folder.relative_to(root).as_posix(), safe="")
+    with contextlib.ExitStack() as stack:
+        try:
+            (root / _LOCKS).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(root / _LOCKS / name, "a"))
+        except OSError as error:
+            expected = "a folder that can be written"
+            raise ConfigError("--workdir", f"{root}: {error.strerror}", expected) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # the file system has no locks
+            pass
+        yield True
+
+
+def left(done: Iterable[Record], rest: Sequence[Planned]) -> float | None:
+    """Seconds that the runs `rest` will take, from those that others took: for a variant without
+    any, from those of all variants. None if nothing is known."""
+    sums: dict[str, tuple[float, float]] = {}
+    for known in done:
+        if (seconds := known.get("seconds", 0.0)) and not known.get("failed"):
+            for name in (known.get("variant", ""), ""):
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + seconds, before[1] + known.get("size", 1.0))
+    if "" not in sums:
+        return None
+    rates = {name: seconds / size for name, (seconds, size) in sums.items()}
+    return sum(planned.size * rates.get(planned.variant, rates[""]) for planned in rest)
+
+
+def spelled(seconds: float) -> str:
+    """A time as a person says it: 50 s, 40 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
