@@ -74,6 +74,7 @@ setup(
             *("open_clip_torch>=3.0", "transformers>=5.0", "timm>=1.0"),
             *("torch>=2.6", "torchvision>=0.21"),
         ],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.24"],
         # what `clipx.bench --against` compares with
         "peers": [
             *("faiss-cpu>=1.9", "open_clip_torch>=3.0", "torch>=2.6", "torchvision>=0.21"),

@@ -1,5 +1,6 @@
 """`python -m clipx.export --workdir=DIR --format=open_clip --out=DIR`: writes a run's model as a
-folder that open_clip or transformers loads, and proves that the library computes the same."""
+folder that open_clip, transformers or onnxruntime loads, and proves that the library computes the
+same."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from absl import flags
 
 from clipx import cli
 from clipx.errors import ConfigError
-from clipx.interop.formats import FORMATS
+from clipx.interop.formats import FORMATS, WRITTEN
 from clipx.serving.export import Options, export
 
 
@@ -36,7 +37,7 @@ def main(overrides: list[tuple[str, str]]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("format", None, " or ".join(f.name for f in FORMATS) + ".")
+    flags.DEFINE_string("format", None, " or ".join(f.name for f in (*FORMATS, *WRITTEN)) + ".")
     flags.DEFINE_string("out", None, "Folder to write, which must not exist yet.")
     flags.DEFINE_string(
         "step", "", "The checkpoint: a step, latest or best; default: best if the run keeps one."

@@ -67,8 +67,10 @@ def test_a_refused_export_leaves_no_files(workdir, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="there already"):
         export(workdir, options(out="there"))
-    with pytest.raises(ConfigError, match="'onnx'"):
-        export(workdir, options("onnx"))
+    with pytest.raises(ConfigError, match="'tflite'"):
+        export(workdir, options("tflite"))
+    with pytest.raises(ConfigError, match="--format=onnx\n.*a format with a torch file"):
+        export(workdir, options("onnx", pt=True))
     with pytest.raises(ConfigError, match=r"one of \[3\]"):
         export(workdir, options(step="2"))
     with pytest.raises(ConfigError, match="config.json"):

@@ -39,13 +39,17 @@ class Format(abc.ABC):
     judges: ClassVar[tuple[str, ...]]  # modules that verify an export; the last one loads it
     config: ClassVar[str]  # name of the JSON file that describes a model
     weights: ClassVar[str]  # name of the safetensors file that an export writes
-    torch_weights: ClassVar[str]  # name of the torch file that `--pt` writes
+    torch_weights: ClassVar[str]  # name of the torch file that `--pt` writes; "": none
     weights_read: ClassVar[tuple[str, ...]]  # names of readable weight files, preferred first
     expected: ClassVar[str]  # files that a folder of this format has, for error messages
     loading: ClassVar[str]  # Python code that loads `{folder}`, for the model card
     metadata: ClassVar[dict[str, str] | None] = None  # metadata of the safetensors file
     # caption cleaning rules that the format's tokenizers reproduce exactly
     exact_cleaning: ClassVar[frozenset[str]] = frozenset()
+    extra: ClassVar[str] = "interop"  # of setup.py, with the modules that write and verify
+    readable: ClassVar[bool] = True  # whether clipx reads what it writes
+    # whether an export has a `tokenizer.json` that pads and cuts, whatever the tokenizer
+    tokenizer_json: ClassVar[bool] = False
     # whether the library makes one space of several before a text reaches any tokenizer
     collapses_spaces: ClassVar[bool] = False
 

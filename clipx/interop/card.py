@@ -116,15 +116,21 @@ def card(facts: Facts) -> str:
         f"# {facts.name}\n\nTrained with clipx by {facts.method}, and exported to "
         f"{facts.format.library}'s format.",
         _list({"Towers": facts.towers, "Data": facts.data, "Samples seen": facts.seen}),
-        "## Load it\n\n" + _code(facts.format.loading.format(folder=facts.folder)) + "\n\n"
-        f"To train it further with clipx, use `--config.init_from={facts.folder}`. To evaluate it, "
-        f"run `python -m clipx.evaluate --init_from={facts.folder}`.",
+        "## Load it\n\n" + _code(facts.format.loading.format(folder=facts.folder)),
+        *([_further(facts.folder)] if facts.format.readable else []),
         *(["## Notes\n\n" + "\n".join(f"- {x}" for x in facts.notes)] if facts.notes else []),
         "## Metrics\n\n" + _metrics(facts.metrics),
         "## Verification of the export\n\n" + _proof(facts),
         "## Heads\n\n" + _heads(facts),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _further(folder: str) -> str:
+    return (
+        f"To train it further with clipx, use `--config.init_from={folder}`. To evaluate it, "
+        f"run `python -m clipx.evaluate --init_from={folder}`."
+    )
 
 
 def _header(facts: Facts) -> str:

@@ -177,6 +177,17 @@ def own_files(core: tokenizers.Tokenizer, words: Words, rule: str) -> dict[str, 
     return {"tokenizer.json": core.to_str(), SETTINGS: _dump(settings)}
 
 
+def fixed_length(files: Mapping[str, str | bytes], words: Words) -> dict[str, str | bytes]:
+    """The `tokenizer.json` of `files`, which itself pads and cuts texts to the model's length."""
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_str(str(files["tokenizer.json"]))
+    core.enable_truncation(words.context)
+    pad = core.id_to_token(words.pad_id)
+    core.enable_padding(length=words.context, pad_id=words.pad_id, pad_token=str(pad))
+    return {"tokenizer.json": core.to_str()}
+
+
 def _settings(marks: Sequence[str | None], cls: str, context: int, mask: bool) -> dict[str, Any]:
     start, end, pad, unknown = marks
     return {

@@ -53,15 +53,6 @@ def attention(
     only. With `causal`, a query attends to no later key. Softmax runs in float32, or in float64 for
     float64 inputs. Uses cuDNN's fused kernel if it supports the device, the dtype and the shapes.
     """
-    if q.dtype == jnp.float64:  # jax.nn.dot_product_attention takes every softmax in float32
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-        pairs = jnp.ones(logits.shape[-2:], bool)
-        pairs = jnp.tril(pairs) if causal else pairs
-        if lengths is not None:
-            pairs = pairs & (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-        if seen is not None:
-            pairs = pairs & seen[:, None, None]
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=pairs), v)
     fused = (
         q.dtype == jnp.bfloat16
         and seen is None
@@ -70,6 +61,16 @@ def attention(
         and q.shape[-1] <= 128
         and _has_cudnn_attention()
     )
+    if lengths is not None and not fused:  # the same mask, and all that an ONNX converter knows
+        text = jnp.arange(k.shape[1]) < lengths[:, None]
+        seen, lengths = text if seen is None else seen & text, None
+    if q.dtype == jnp.float64:  # jax.nn.dot_product_attention takes every softmax in float32
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+        pairs = jnp.ones(logits.shape[-2:], bool)
+        pairs = jnp.tril(pairs) if causal else pairs
+        if seen is not None:
+            pairs = pairs & seen[:, None, None]
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, where=pairs), v)
     return jax.nn.dot_product_attention(
         q,
         k,

@@ -50,7 +50,7 @@ class Patches(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
         k, side, channels = self.size, x.shape[1] // self.size, x.shape[-1]
-        x = x[:, : side * k, : side * k].reshape(len(x), side, k, side, k, channels)
+        x = x[:, : side * k, : side * k].reshape(-1, side, k, side, k, channels)
         return nn.DenseGeneral(
             self.width,
             axis=(-3, -2, -1),
@@ -147,7 +147,7 @@ class ConvNeXt(Tower):
                 x = ConvNeXtBlock(
                     self.layer_scale, self.norm_eps, self.dtype, name=f"stage_{i}_{j}"
                 )(x)
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         y = norm(name="ln_post")(mean_tokens(tokens))
         if self.hidden:
             init = {"kernel_init": torch_uniform, "bias_init": torch_bias(self.last_width)}

@@ -214,7 +214,7 @@ class EVA(Tower):
         keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
         self.check_images(x, self.image_size)
-        side, rows, first = self.image_size // self.patch, len(x), int(self.class_token)
+        side, rows, first = self.image_size // self.patch, x.shape[0], int(self.class_token)
         x = x.reshape(rows, side, self.patch, side, self.patch, 3).swapaxes(2, 3)
         bias = {"use_bias": not self.pre_norm, "bias_init": torch_bias(self.patch**2 * 3)}
         x = nn.DenseGeneral(

@@ -56,7 +56,7 @@ class QueryPool(nn.Module):
             return LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)(x)
 
         query = norm("ln_q", table[:1].astype(self.dtype))
-        query = jnp.broadcast_to(query, (len(tokens), *query.shape))
+        query = jnp.broadcast_to(query, (tokens.shape[0], *query.shape))
         x = PoolAttention(self.heads, self.dtype, glorot, name="attn")(
             query, norm("ln_kv", tokens)
         )[:, 0]

@@ -44,7 +44,8 @@ _he_normal = initializers.variance_scaling(2, "fan_out", "normal")  # torchvisio
 
 
 def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j c"]:
-    return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
+    size = (stride, stride)
+    return nn.avg_pool(x, window_shape=size, strides=size) if stride > 1 else x
 
 
 class Residual(nn.Module):
@@ -82,7 +83,9 @@ class Residual(nn.Module):
         if self.stride > 1 or x.shape[-1] != width:
             if self.pooled_shortcut and self.stride > 1:
                 size = (self.stride, self.stride)
-                x = nn.avg_pool(x, size, size, "SAME", count_include_pad=False)
+                x = nn.avg_pool(
+                    x, window_shape=size, strides=size, padding="SAME", count_include_pad=False
+                )
                 conv_stride = 1
             x = _average(x, self.stride) if self.modified else x
             x = norm("bn_shortcut")(conv("conv_shortcut", width, 1, conv_stride)(x))
@@ -258,9 +261,9 @@ class ResNet(Tower):
             x = nn.relu(norm("bn1")(conv("conv1", width, 7, 2)(x)))
         if modified:
             x = _average(x, 2)
-        else:
-            padding = ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding)  # pyright: ignore[reportArgumentType]
+        else:  # padded beforehand, which XLA makes one: converters to ONNX miss a pool's padding
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
         for stage, count in enumerate(blocks):
             for i in range(count):
                 x = Residual(

@@ -74,7 +74,7 @@ class T5Attention(nn.Module):
         wide = reduction_dtype(x.dtype)
         logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
         logits = jnp.where(valid[:, None, None], logits + bias.astype(wide), -jnp.inf)
-        weights = nn.softmax(logits).reshape(len(x), -1, x.shape[1])
+        weights = nn.softmax(logits).reshape(x.shape[0], -1, x.shape[1])
         weights = drop(weights, self.dropout, keys, index).reshape(logits.shape).astype(v.dtype)
         y = jnp.einsum("bhts,bshd->bthd", weights, v)
         return dense((x.shape[-1],), inputs=2, name="out")(y)

@@ -111,7 +111,7 @@ class TextTransformer(Tower):
     def features(
         self, x: Int32[Array, "b n"], *, train: bool = False, keys: Key[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b n c"]]:
-        ids, (rows, length) = x, x.shape
+        ids, length = x, x.shape[1]
         if length > self.context:
             raise ValueError(
                 f"{self.at('context')}={self.context}, but the texts {x.shape} are longer"
@@ -163,9 +163,10 @@ class TextTransformer(Tower):
         elif self.pool == "mean":
             valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
             pooled = mean_tokens(tokens, valid)
+        elif self.pool == "last" and lengths is None:
+            pooled = tokens[:, -1]
         else:
-            last = jnp.full(rows, length - 1) if lengths is None else lengths - 1
-            pooled_at = eot if self.pool == "eot" else last
+            pooled_at = eot if lengths is None or self.pool == "eot" else lengths - 1
             pooled = jnp.take_along_axis(tokens, pooled_at[:, None, None], axis=1)[:, 0]
         return pooled, tokens
 
@@ -177,4 +178,4 @@ class TextTransformer(Tower):
             for name in ("embedding", "position")
         )
         token = token.astype(x.dtype) + position.astype(x.dtype)
-        return jnp.broadcast_to(token, (len(x), 1, self.width))
+        return jnp.broadcast_to(token, (x.shape[0], 1, self.width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
@@ -73,8 +74,13 @@ class ConvBlock(nn.Module):
 
 def _pooled(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
     """The mean of the 3x3 pixels around every second one, those outside of the image left out."""
-    around: Any = ((1, 1), (1, 1))
-    return nn.avg_pool(x, (3, 3), strides=(2, 2), padding=around, count_include_pad=False)
+
+    def total(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
+        # as nn.avg_pool does, whose padding converters to ONNX miss
+        around = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 2, 2, 1), around)
+
+    return total(x) / total(jnp.ones((1, *x.shape[1:3], 1)))
 
 
 class ViTaminBlock(nn.Module):
@@ -174,7 +180,7 @@ class ViTamin(Tower):
                 kind = (channels, 1 if j else 2, self.norm_eps, self.dtype)
                 x = ConvBlock(*kind, name=f"stage_{i}_{j}")(x)
         x = _conv(width, 3, 2, self.dtype, "conv3")(norm(name="ln_conv")(x))
-        x = x.reshape(len(x), -1, width)
+        x = x.reshape(x.shape[0], -1, width)
         if positions:
             table = self.param("positional_embedding", _normal, x.shape[1:], jnp.float32)
             x = x + table.astype(x.dtype)

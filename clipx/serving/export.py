@@ -1,5 +1,5 @@
-"""Exports a run's model as a folder that open_clip or transformers loads, and proves that the
-library computes what clipx computes."""
+"""Exports a run's model as a folder that open_clip, transformers or onnxruntime loads, and proves
+that the library computes what clipx computes."""
 
 from __future__ import annotations
 
@@ -83,6 +83,8 @@ def export(workdir: str | os.PathLike, options: Options) -> Exported:
     format_ = formats.named(options.format)
     if out.exists():
         raise ConfigError("--out", f"{out} is there already", "a folder that does not exist yet")
+    if options.pt and not format_.torch_weights:
+        raise ConfigError("--pt", f"--format={format_.name}", "a format with a torch file")
     folder = pathlib.Path(workdir).expanduser().absolute()
     run, state = restore(folder, options.step, average=options.average)
     model, heads = pretrained.split(run.objective, run.tokenizer, state, run.data.framing)
@@ -150,7 +152,7 @@ class _Job:
                     proof = verify.prove(self.format, aside, self.model, self.run.tokenizer)
             self.format.write_configs(self.model, aside, str(self.out))
         except MissingLibrary as error:
-            raise _missing(error) from None
+            raise self._missing(error) from None
         if self.options.with_heads and self.heads:
             heads = {name: np.ascontiguousarray(x) for name, x in self.heads.items()}
             save_file(heads, aside / card.HEADS)
@@ -167,9 +169,13 @@ class _Job:
             verify.needs(self.format, self.model)
         except MissingLibrary as error:
             if self.options.verify:
-                raise _missing(error) from None
+                raise self._missing(error) from None
             return False, str(error)
         return True, ""
+
+    def _missing(self, error: Exception) -> ConfigError:
+        expected = "the libraries that write and verify an export"
+        return ConfigError("--format", str(error), expected, install_hint(self.format.extra))
 
     def _write_model(self, aside: pathlib.Path) -> None:
         """Writes the weights and the tokenizer into `aside`."""
@@ -265,15 +271,6 @@ class _Job:
                 f"does the same{but}."
             )
         return notes
-
-
-def _missing(error: Exception) -> ConfigError:
-    return ConfigError(
-        "--format",
-        str(error),
-        "the library that verifies an export",
-        install_hint("interop"),
-    )
 
 
 def _scores_by_cosine(run: OpenRun, state: TrainState, model: Model) -> bool:

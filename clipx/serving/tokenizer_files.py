@@ -22,6 +22,13 @@ def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[st
     has this tokenizer."""
     if format_.has_tokenizer(model):
         return {}
+    if format_.tokenizer_json:
+        files = _files(format_, model, own)
+        return {**files, **tokenizer.fixed_length(files, model.words.without_mask())}
+    return _files(format_, model, own)
+
+
+def _files(format_: Format, model: Model, own: Tokenizer) -> Mapping[str, str | bytes]:
     words, config, saved = model.words.without_mask(), own.config, own.save()
     attention_mask = format_.attention_mask(model)
     if not attention_mask and config.marks == "end" and config.cleaning == "siglip":
@@ -29,7 +36,7 @@ def tokenizer_files(format_: Format, model: Model, own: Tokenizer) -> Mapping[st
     if words.kind == "clip_bpe":
         merges = _merges(saved)
         core = vocabulary.byte_pairs(merges)
-        if config.cleaning == "clip":
+        if config.cleaning == "clip" and not format_.tokenizer_json:
             return tokenizer.clip_files(merges, core.get_vocab(), words.context)
     elif words.kind == "huggingface":
         if format_.collapses_spaces and own.body("a  b") != own.body("a b"):

@@ -160,7 +160,8 @@ def check_clipx(name: str, words: list[str]) -> None:
     for topology in filter(None, given.get("topology", "").split(",")):
         chips.parse(topology)
     if "format" in given:
-        assert given["format"] in (*(f.name for f in formats.FORMATS), "flat")  # docs/extend.md's
+        known = (*formats.FORMATS, *formats.WRITTEN)
+        assert given["format"] in (*(f.name for f in known), "flat")  # docs/extend.md's
     if name == "evaluate" and "data" in given and "alignment" not in given["evals"]:
         sources = {key: given.get(key, "") for key in ("data", "train_data")}
         for eval_, section in evaluation.chosen({}, given["evals"], **sources).items():
