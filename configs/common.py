@@ -93,3 +93,26 @@ def compared(config, *, zero_shot=True):
             config.evals[f"{name}_zero_shot"] = {"evaluator": "zero_shot", "data": test}
     config.train.update({"eval_every_steps": None, "save_every_steps": 1000, "best": ""})
     return config
+
+
+DECLIP = "DeCLIP, arXiv 2110.05208, abstract"
+CLIP_LITE = "CLIP-Lite, arXiv 2112.07133, abstract"
+PROTOCLIP = "ProtoCLIP, arXiv 2206.10996, abstract"
+MORE_DATA = "millions of pairs, of which a run sees each a few times"
+LITE_SCALE = "a pretrained BERT, COCO's 118,000 images and batch 1,024, as in the paper"
+
+
+def claims(source, better, worse, would_tell="", **by_metric):
+    """Entries of `CLAIMS`: that the variant `better` is better than `worse` by some metrics, each
+    with the words of the claim. `__` in a metric's name stands for its slash."""
+    return [
+        {
+            "claim": words,
+            "source": source,
+            "metric": name.replace("__", "/"),
+            "better": better,
+            "worse": worse,
+            "would_tell": would_tell,
+        }
+        for name, words in by_metric.items()
+    ]

@@ -8,6 +8,28 @@ from clipx.configs import clip, common, declip, defilip, filip, slip
 _METHODS = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip}
 _TERMS = ("contrastive", "neighbour", "simsiam", "masked_lm")
 VARIANTS = (*_METHODS, "declip_light", *(f"declip_no_{term}" for term in _TERMS))
+CLAIMS = [
+    *common.claims(
+        common.DECLIP,
+        "declip",
+        "clip",
+        common.MORE_DATA,
+        retrieval__mean_recall="DeCLIP retrieves better than CLIP from the same pairs",
+        cifar10_zero_shot__top1="DeCLIP classifies CIFAR-10 better zero-shot",
+        cifar10__top1="DeCLIP's features transfer better to CIFAR-10",
+    ),
+    *(
+        claim
+        for term in _TERMS
+        for claim in common.claims(
+            common.DECLIP,
+            "declip",
+            f"declip_no_{term}",
+            common.MORE_DATA,
+            retrieval__mean_recall=f"the term {term} helps DeCLIP",
+        )
+    ),
+]
 
 
 def get_config(variant=VARIANTS[0]):

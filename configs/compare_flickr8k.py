@@ -19,6 +19,26 @@ _LEARNING_RATES = {
     "clip_lite_b256": 1e-3,
 }
 VARIANTS = tuple(_LEARNING_RATES)
+CLAIMS = [
+    claim
+    for batch in (16, 64, 256)
+    for claim in common.claims(
+        common.CLIP_LITE,
+        f"clip_lite_b{batch}",
+        f"clip_b{batch}",
+        common.LITE_SCALE,
+        retrieval__mean_recall=f"at batch {batch}, CLIP-Lite retrieves better than CLIP",
+        cifar10__top1=f"at batch {batch}, CLIP-Lite's features transfer better to CIFAR-10",
+        tiny_imagenet__top1=f"at batch {batch}, they transfer better to Tiny-ImageNet",
+    )
+] + common.claims(
+    common.CLIP_LITE,
+    "clip_lite_b16",
+    "clip_one_b16",
+    common.LITE_SCALE,
+    retrieval__mean_recall="with one negative for each, CLIP-Lite retrieves better than CLIP",
+    cifar10__top1="with one negative for each, CLIP-Lite's features transfer better",
+)
 
 
 def get_config(variant=VARIANTS[0]):

@@ -23,6 +23,60 @@ _CHANGES = {
     "protoclip_teacher_alone": ("protoclip", {**_TEACHER, "prototype_weight": 0.0}),
 }
 VARIANTS = tuple(_CHANGES)
+_MORE_PAIRS = "more pairs: with 6,000 the frozen features are the limit, not the loss"
+CLAIMS = [
+    *common.claims(
+        common.DECLIP,
+        "declip",
+        "clip",
+        _MORE_PAIRS,
+        retrieval__mean_recall="DeCLIP retrieves better than CLIP from the same pairs",
+        cifar10_zero_shot__top1="DeCLIP classifies CIFAR-10 better zero-shot",
+        tiny_imagenet_zero_shot__top1="DeCLIP classifies Tiny-ImageNet better zero-shot",
+    ),
+    *(
+        claim
+        for name, words in (
+            ("declip_no_neighbour", "neighbours help DeCLIP"),
+            ("declip_no_simsiam", "SimSiam helps DeCLIP"),
+            ("declip_contrastive", "neighbours and SimSiam together help DeCLIP"),
+        )
+        for claim in common.claims(
+            common.DECLIP, "declip", name, _MORE_PAIRS, retrieval__mean_recall=words
+        )
+    ),
+    *common.claims(
+        common.CLIP_LITE,
+        "clip_lite",
+        "clip",
+        common.LITE_SCALE,
+        retrieval__mean_recall="CLIP-Lite retrieves better than CLIP at the same scale",
+        cifar10_zero_shot__top1="CLIP-Lite classifies CIFAR-10 better zero-shot",
+    ),
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip",
+        "clip",
+        _MORE_PAIRS,
+        cifar10_zero_shot__top1="ProtoCLIP classifies CIFAR-10 better zero-shot",
+        tiny_imagenet_zero_shot__top1="ProtoCLIP classifies Tiny-ImageNet better zero-shot",
+    ),
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip",
+        "protoclip_no_pbt",
+        _MORE_PAIRS,
+        retrieval__mean_recall="back translation helps retrieval",
+    ),
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip_teacher",
+        "protoclip",
+        _MORE_PAIRS,
+        retrieval__mean_recall="an external teacher helps retrieval",
+        cifar10_zero_shot__top1="an external teacher helps zero-shot classification",
+    ),
+]
 
 
 def get_config(variant=VARIANTS[0]):

@@ -13,6 +13,32 @@ _CHANGES = {
     "protoclip_teacher": {"external_weight": 1.0},
 }
 VARIANTS = tuple(_CHANGES)
+CLAIMS = [
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip",
+        "clip",
+        common.MORE_DATA,
+        cifar10__top1="ProtoCLIP's linear probe is better on CIFAR-10",
+        tiny_imagenet__top1="ProtoCLIP's linear probe is better on Tiny-ImageNet",
+        cifar10_zero_shot__top1="ProtoCLIP classifies CIFAR-10 better zero-shot",
+        cifar10_clusters__ami="ProtoCLIP groups the images of CIFAR-10 better by class",
+    ),
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip",
+        "protoclip_no_pbt",
+        "runs whose modality gap stays large, on more pairs",
+        retrieval__mean_recall="back translation helps retrieval",
+        cifar10_clusters__ami="back translation helps the grouping",
+    ),
+    *common.claims(
+        common.PROTOCLIP,
+        "protoclip_teacher",
+        "protoclip",
+        retrieval__mean_recall="an external teacher helps retrieval",
+    ),
+]
 
 
 def get_config(variant=VARIANTS[0]):

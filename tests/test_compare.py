@@ -2,16 +2,18 @@
 
 import csv
 import json
+import pathlib
 import types
 
 import pytest
 from support import commands
 
 from clipx import compare
-from clipx.errors import ConfigError
-from clipx.planning import comparing
+from clipx.configs import quickstart
+from clipx.errors import ConfigError, RunError
+from clipx.planning import comparing, lengths
 from clipx.planning.comparing import Planned
-from clipx.reporting import comparison
+from clipx.reporting import comparison, runs_page
 
 CONFIG = """
 VARIANTS = ("a", "b")
@@ -80,6 +82,8 @@ def test_chosen_variants_and_a_run_that_is_stopped(config, tmp_path, capsys):
     runs = str(tmp_path / "runs")
     assert compare.compare(config, ("b",), runs, [("stop", "True")]) == 42
     assert not (tmp_path / "runs" / "a").exists() and "|" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="without SEARCH"):
+        compare.compare(config, (), runs, [], count=2)
     with pytest.raises(ConfigError, match="'c'\n.*one of a, b"):
         compare.compare(config, ("a", "c"), runs, [])
 
@@ -89,8 +93,9 @@ def lines(folder):
         return list(csv.DictReader(file))
 
 
-def test_seeds_share_a_row_of_means_and_spreads(config, tmp_path, capsys):
+def test_seeds_share_a_row_of_means_and_spreads(config, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
+    monkeypatch.setattr(runs_page, "compare", lambda *args: "page")
     assert compare.compare(config, (), str(runs), [], (1, 2, 4)) == 0
     said = capsys.readouterr().out
     assert said.split("\n\n")[-1].splitlines()[2:] == [
@@ -133,15 +138,19 @@ def test_where_the_run_of_a_seed_is(tmp_path):
     assert comparing.seed_folder(tmp_path, "b", 1, 0) == tmp_path / "b" / "seed_1"
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(config, tmp_path, capsys):
+def test_a_run_that_another_process_trains_is_left_to_it(config, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
+    monkeypatch.setattr(runs_page, "compare", lambda *args: "page")
     with comparing.claimed(runs, runs / "a") as mine:
         assert mine
         assert compare.compare(config, (), str(runs), []) == 0
     said = capsys.readouterr().out
     assert "\na: another process trains it\n" in said and not (runs / "a").exists()
     assert "| a |" not in said and "| b |" in said
-    assert said.endswith("not in the table: a, which another process trains\n")
+    assert "\nnot in the table: a, as another process is at work on it\n" in said
+    with comparing.claimed(runs, runs / "a"):
+        assert compare.compare(config, ("a",), str(runs), []) == 0
+    assert "|" not in capsys.readouterr().out
     assert compare.compare(config, ("a",), str(runs), []) == 0 and (runs / "a").exists()
 
 
@@ -162,3 +171,112 @@ def test_seeds_are_different_numbers(config, tmp_path):
         assert commands.run("compare", *flags, wrong).returncode == 2
     done = commands.run("compare", *flags, "--seeds=0", "--config.seed=1")
     assert done.returncode == 2 and "remove --config.seed" in done.stderr
+
+
+SEARCHED = """
+from clipx.configs import quickstart
+
+VARIANTS = ("a", "b")
+RATE = "optimizer.learning_rate"
+SEARCH = {"ranges": {"a": {RATE: ("log", 1e-4, 1e-2)}, "b": "a"}}
+CLAIMS = [{"claim": "b is better", "source": "p. 1", "metric": "retrieval/mean_recall",
+           "better": "b", "worse": "a"}]
+
+def get_config(variant="a"):
+    config = quickstart.get_config()
+    config.evals.retrieval = {"data": config.evals.zero_shot.data}
+    return config
+"""
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """(a config with SEARCH and CLAIMS, the rates of the runs in their order), with a fake `train`
+    that likes a rate of 0.002, and fails at rates above 0.005."""
+    rates = {}
+
+    def train(config, workdir):
+        folder, rate = pathlib.Path(workdir), config["optimizer"]["learning_rate"]
+        name = folder.relative_to(tmp_path / "runs").as_posix()
+        rates[name] = rate
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        if rate > 0.005:
+            raise RunError("5 steps in a row had a loss that is not finite\nTheir rows: ...")
+        score = 0.5 - abs(rate - 0.002) + 0.01 * name.startswith("b")
+        score += 0.001 * config.get("seed", 0)
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "retrieval/mean_recall": score, "examples": 32}) + "\n"
+        )
+        (folder / "report.html").touch()
+        return 0
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(runs_page, "compare", lambda *args: "page")
+    monkeypatch.setattr(comparison, "finished", lambda folder, _: (folder / "report.html").exists())
+    path = tmp_path / "searched.py"
+    path.write_text(SEARCHED)
+    return str(path), rates
+
+
+def test_the_best_trial_is_used_by_the_final_runs(searched, tmp_path, capsys):
+    config, rates = searched
+    runs = tmp_path / "runs"
+    assert compare.compare(config, (), str(runs), [], (0, 1, 2), 6) == 0
+    trials = {name: rate for name, rate in rates.items() if "trials" in name}
+    assert [*trials] == [f"a/trials/0{i}" for i in range(6)] and len(rates) == 6 + 2 * 3
+    assert trials["a/trials/00"] == quickstart.get_config().optimizer.learning_rate
+    best = min(trials, key=lambda name: abs(trials[name] - 0.002))
+    assert {rates[f"{name}/seed_{seed}"] for name in "ab" for seed in range(3)} == {trials[best]}
+    chosen = json.loads((runs / "a" / "chosen.json").read_text())
+    assert (chosen["trials"], chosen["trial"]) == (6, int(best[-1]))
+    said = capsys.readouterr().out
+    assert "\na: chosen by the search (trial" in said and "6 of 12 runs done" in said
+    assert "| b is better | p. 1 | retrieval/mean_recall | b 5" in said and "| holds |" in said
+    assert (runs / "results.md").read_text().strip() in said
+    table = {row["folder"]: row for row in lines(runs)}
+    assert float(table[best]["score"]) > float(table["a/trials/00"]["score"])
+    assert json.loads(table["b/seed_0"]["changes"])["optimizer.learning_rate"] == trials[best]
+    failed = [name for name, rate in trials.items() if rate > 0.005]
+    assert failed and all(table[name]["failed"].startswith("5 steps") for name in failed)
+
+    rates.clear()  # nothing is trained again, with the trials or with what they have chosen
+    for count in (6, 0):
+        assert compare.compare(config, (), str(runs), [], (0, 1, 2), count) == 0
+    assert not rates
+    with pytest.raises(ConfigError, match="after a search of 6 trials"):
+        compare.compare(config, (), str(runs), [], (0, 1, 2), 7)
+
+
+def test_a_search_comes_before_the_final_runs(searched, tmp_path):
+    runs = str(tmp_path / "runs")
+    assert compare.compare(searched[0], ("b",), runs, []) == 0
+    with pytest.raises(ConfigError, match="began after no search"):
+        compare.compare(searched[0], ("b",), runs, [], (), 2)
+
+
+def test_trials_of_another_process_hold_the_final_runs(searched, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    with comparing.claimed(runs, runs / "a" / "trials" / "01"):
+        assert compare.compare(searched[0], (), str(runs), [], (), 2) == 0
+    assert [*searched[1]] == ["a/trials/00"]
+    assert capsys.readouterr().out.count("not in the table") == 3
+
+
+def test_equal_flops(searched, tmp_path, monkeypatch, capsys):
+    """A variant whose pairs cost twice as much sees half of them."""
+    costs = {"a": 10.0, "b": 20.0}
+
+    def opened(config, folder):
+        return types.SimpleNamespace(pair_flops=costs[folder.name], batch_size=32)
+
+    monkeypatch.setattr(lengths, "opened", opened)
+    monkeypatch.setattr(lengths, "pairs", lambda run: 6400)
+    runs = tmp_path / "runs"
+    assert compare.compare(searched[0], (), str(runs), [], budget="flops") == 0
+    said = capsys.readouterr().out
+    assert "  b: 3,200 pairs at 20 flops a pair" in said and "| | pairs seen |" in said
+    a, b = (json.loads((runs / name / "config.json").read_text())["train"] for name in "ab")
+    assert "total_examples" not in a and a["total_steps"] == 480
+    assert b["total_examples"] == 3200 and b["total_steps"] is None
+    assert [row["budget"] for row in lines(runs)] == ["flops", "flops"]

@@ -26,6 +26,12 @@ def variants(name: str | os.PathLike) -> tuple[str, ...]:
     return tuple(getattr(_module(find(name)), "VARIANTS", ("",)))
 
 
+def declared(name: str | os.PathLike, what: str) -> Any:
+    """What a config declares beside its values, such as `SEARCH`, as JSON has it; None if it does
+    not. `name` as for `find`."""
+    return to_lists(plain(getattr(_module(find(name)), what, None)))
+
+
 def shipped() -> list[str]:
     """The names of the configs that come with clipx."""
     files = configs.FOLDER.glob("*.py")

@@ -4,6 +4,7 @@ how long the rest will take."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import pathlib
 import urllib.parse
@@ -13,9 +14,14 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import jax
 
 from clipx.config import reading
+from clipx.config.binding import to_lists
 from clipx.errors import ConfigError, damaged_file
+from clipx.planning import lengths, trials
+from clipx.planning.lengths import Budget
+from clipx.planning.trials import Search
 from clipx.training import compared
 from clipx.training.compared import Record
+from clipx.training.run import Run
 from clipx.training.workdir import read_json, write_json
 
 _LOCKS = ".running"  # a file for each run that a process trains, or has trained
@@ -38,6 +44,19 @@ class Planned(NamedTuple):
     changes: Mapping[str, Any] = {}  # key of the config -> the value in place of the variant's own
     metric: str = ""  # that scores a trial
     size: float = 1.0  # pairs that it sees, as a share of those of the variant's final runs
+
+    @property
+    def failed(self) -> str:
+        """Why an earlier command could not train exactly this run to its end; "" if it did not
+        fail."""
+        known = compared.read(self.folder)
+        same = known.get("changes") == to_lists(self.changes)
+        return known.get("failed", "") if same else ""
+
+    @property
+    def described(self) -> str:
+        """What differs from the variant's own values, for the console."""
+        return described(self.changes)
 
     def record(self, seconds: float, failed: str = "") -> None:
         """Records the run in its folder. seconds: of wall time, added to those of earlier sessions.
@@ -114,6 +133,84 @@ def claimed(root: pathlib.Path, folder: pathlib.Path) -> Iterator[bool]:
         yield True
 
 
+@dataclasses.dataclass
+class Plan:
+    """The runs of one command."""
+
+    root: pathlib.Path
+    names: tuple[str, ...]  # of the variants that are compared
+    values: Mapping[str, dict[str, Any]]  # their configs, and those that they depend on
+    seeds: tuple[int, ...] = ()  # (): the config's own
+    budget: Budget = "pairs"
+    search: Search | None = None
+    lengths: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by the search
+    waiting: set[str] = dataclasses.field(default_factory=set)  # for trials of another process
+
+    @property
+    def sources(self) -> list[str]:
+        """The variants that are searched for those that are compared."""
+        if self.search is None:
+            return []
+        found = [self.search.source(name) for name in self.names]
+        return list(dict.fromkeys(name for name in found if name is not None))
+
+    def finals(self) -> list[Planned]:
+        """All variants with the first seed, then with the second, and so on."""
+        made = []
+        for seed in self.seeds or (None,):
+            for name in self.names:
+                source = self.search.source(name) if self.search else None
+                changes = {**self.lengths.get(name, {}), **self.chosen.get(source or "", {})}
+                config = trials.changed(self.values[name], changes)
+                folder = seed_folder(self.root, name, seed, config.get("seed", 0))
+                config |= {} if seed is None else {"seed": seed}
+                made.append(Planned(name, folder, config, "final", self.budget, changes))
+        return made
+
+    def trials(self, source: str, count: int) -> list[Planned]:
+        """The trials of a variant, of which the first has the config's own values."""
+        assert self.search is not None  # it has named `source`
+        config = trials.changed(self.values[source], self.lengths.get(source, {}))
+        drawn = trials.draw(self.search.ranges[source], count)
+        return [
+            Planned(
+                *(source, folder, trials.trial(config, changes, self.search)),
+                *("trial", self.budget, changes, self.search.metric, self.search.share),
+            )
+            for folder, changes in zip(self.trial_folders(source, count), drawn)
+        ]
+
+    def trial_folders(self, source: str, count: int) -> list[pathlib.Path]:
+        folder = reading.inside(self.root, source) / "trials"
+        return [folder / f"{number:02d}" for number in range(count)]
+
+    def timing(self, name: str, run: Run) -> Planned:
+        """The run that times the steps of a variant, whose `run` is given."""
+        folder = reading.inside(self.root, name) / "timing"
+        return Planned(name, folder, lengths.timing(self.values[name], run), "timing", self.budget)
+
+    def refuse_another_choice(self, count: int) -> None:
+        """Raises `ConfigError` if a final run has begun without a search of `count` trials."""
+        for name in self.names:
+            source = self.search.source(name) if self.search else None
+            plain = reading.inside(self.root, name)
+            begun = [f for f in (plain, *plain.glob("seed_*")) if _seed_of(f) is not None]
+            known = trials.read_chosen(self.root / source) if source else None
+            if source is None or not begun or (known and known["trials"] == count):
+                continue
+            had, fix = "no search", "another --workdir"
+            if known:
+                had = f"a search of {known['trials']} trials"
+                fix += f", or --trials={known['trials']}"
+            raise ConfigError(
+                "--trials",
+                f"{count}, and {begun[0]}, a final run that began after {had}",
+                "the search before the final runs",
+                fix,
+            )
+
+
 def left(done: Iterable[Record], rest: Sequence[Planned]) -> float | None:
     """Seconds that the runs `rest` will take, from those that others took: for a variant without
     any, from those of all variants. None if nothing is known."""
@@ -127,6 +224,11 @@ def left(done: Iterable[Record], rest: Sequence[Planned]) -> float | None:
         return None
     rates = {name: seconds / size for name, (seconds, size) in sums.items()}
     return sum(planned.size * rates.get(planned.variant, rates[""]) for planned in rest)
+
+
+def described(changes: Mapping[str, Any]) -> str:
+    """Changes of a config as its flags spell them."""
+    return "".join(f" {key}={value}" for key, value in changes.items())
 
 
 def spelled(seconds: float) -> str:

@@ -42,6 +42,7 @@ class Line(NamedTuple):
     points: Places
     smooth: bool = True  # whether a running mean is drawn over many points
     dashed: bool = False  # what the other lines are compared with, in the text's colour
+    colour: str = ""  # "": the next of `COLOURS`
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -146,7 +147,8 @@ def chart(
 ) -> Figure:
     """One chart. x: what the horizontal axis counts. salt: as for `svg`; default: the title."""
     dashed = [line for line in lines if line.dashed]
-    drawn = list(zip(itertools.cycle(COLOURS), [line for line in lines if not line.dashed]))
+    plain = [line for line in lines if not line.dashed]
+    drawn = [(line.colour or next_, line) for next_, line in zip(itertools.cycle(COLOURS), plain)]
 
     def draw(axes: Axes) -> None:
         for colour, line in drawn:
@@ -163,7 +165,7 @@ def chart(
         axes.set_xlabel(x)
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
 
-    legend = [(colour, line.name) for colour, line in drawn]
+    legend = list(dict.fromkeys((colour, line.name) for colour, line in drawn))
     legend += [(DASHED, line.name) for line in dashed]
     return Figure(title, svg(salt or title, (4.6, 2.5), draw), legend if len(lines) > 1 else [])
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from clipx.config import reading
+from clipx.config import binding, reading
 from clipx.errors import damaged_file
 from clipx.reporting import page
 from clipx.training import guesses, metrics
@@ -33,14 +33,20 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     return evals_of(folder) == evals
 
 
-def cells(folders: Sequence[pathlib.Path]) -> dict[str, str]:
+def cells(folders: Sequence[pathlib.Path], budget: str = "pairs") -> dict[str, str]:
     """The metrics of the evals of some workdirs, whose runs differ in their seed alone, at the last
-    step that has any: formatted, by column heading."""
+    step that has any: formatted, by column heading. budget: what runs spend equally; for another
+    than pairs the first column says how many pairs they saw."""
     found: dict[str, list[float]] = {}
     for folder in folders:
         for key, value in results(metrics.read(folder), evals_of(folder)).items():
             found.setdefault(key, []).append(value)
-    return columns(found, evals_of(folders[0]))
+    seen = {} if budget == "pairs" else {"pairs seen": f"{_pairs_seen(folders[0]):,}"}
+    return seen | columns(found, evals_of(folders[0]))
+
+
+def _pairs_seen(folder: pathlib.Path) -> int:
+    return max((row.get("examples", 0) for row in metrics.read(folder)), default=0)
 
 
 def evals_of(folder: pathlib.Path) -> dict[str, Any]:
@@ -118,3 +124,21 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join(cells.get(head, "") for head in heads) + " |")
     return lines
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each config) of all keys in which the configs differ."""
+    flat = [_flat(config) for config in configs]
+    keys = sorted({key for config in flat for key in config})
+    spelled_ = [(key, [repr(c[key]) if key in c else "" for c in flat]) for key in keys]
+    return [(key, values) for key, values in spelled_ if len(set(values)) > 1]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config, by their path."""
+    if not isinstance(value, Mapping):
+        return {prefix: binding.to_lists(value)}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(part, f"{prefix}.{key}" if prefix else str(key))
+    return flat

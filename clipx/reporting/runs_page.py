@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from clipx.config import binding, reading
+from clipx.config import reading
 from clipx.errors import CheckpointError, ConfigError, DataError, RunError, damaged_file
 from clipx.evaluators.base import declared
-from clipx.reporting import charts, comparison, gallery, page
+from clipx.reporting import charts, claims, comparison, gallery, page
 from clipx.reporting.charts import COLOURS, Figure, Line
+from clipx.reporting.claims import Verdict
 from clipx.reporting.gallery import Query, Samples
 from clipx.reporting.templates import render, write_page
+from clipx.reporting.trials_table import Trials
 from clipx.training import episodes, metrics
 from clipx.training.metric_table import TRAINING, metric, spelled
 from clipx.training.run import restore
@@ -43,6 +45,12 @@ class Compared(NamedTuple):
     rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl, with `seconds`
     config: Mapping[str, Any]
     samples: Samples | None = None
+    group: str = ""  # of runs that differ in their seed alone; "": known by their configs alone
+
+    @property
+    def shown(self) -> str:
+        """The name of its group, or its own."""
+        return self.group or self.name
 
     @property
     def evals(self) -> Mapping[str, Any]:
@@ -78,18 +86,29 @@ def read(workdir: str | os.PathLike, name: str = "") -> Compared:
 
 
 def write(
-    path: str | os.PathLike, runs: Sequence[Compared], title: str = "Runs compared"
+    path: str | os.PathLike,
+    runs: Sequence[Compared],
+    title: str = "Runs compared",
+    verdicts: Sequence[Verdict] = (),
+    searches: Sequence[Trials] = (),
 ) -> pathlib.Path:
-    """Writes the page, and returns its path. Raises `RunError` if it cannot be written."""
+    """Writes the page, and returns its path. verdicts: on claims about the runs. searches: the
+    trials that chose their values. Raises `RunError` if it cannot be written."""
     runs = _distinct(runs)
     heads, table = _table(runs)
+    firsts: dict[str, Compared] = {}  # of each group
+    for run in runs:
+        firsts.setdefault(run.shown, run)
     text = render(
         "runs.html",
         title=title,
-        runs=list(zip(itertools.cycle(COLOURS), [run.name for run in runs])),
+        runs=list(zip(itertools.cycle(COLOURS), firsts)),
         heads=heads,
         table=table,
-        differences=_differences(runs),
+        verdicts=verdicts,
+        rule=claims.RULE,
+        searches=searches,
+        differences=comparison.differences([run.config for run in firsts.values()]),
         axes=[(name, _curves(runs, name, key)) for name, key in AXES.items()],
         queries=_queries(runs),
     )
@@ -118,7 +137,7 @@ def _table(
     means, with the least and the most."""
     groups: list[list[Compared]] = []
     for run in runs:
-        same = (g for g in groups if _but_seed(g[0].config) == _but_seed(run.config))
+        same = (g for g in groups if _alike(g[0], run))
         group = next(same, None)
         groups.append([run]) if group is None else group.append(run)
     heads = list(dict.fromkeys(key for run in runs for key in run.scores))
@@ -132,13 +151,18 @@ def _table(
     for group, found in zip(groups, values):
         cells = [_cell(kinds[k], found[k], best[k]) if found[k] else None for k in heads]
         seeds = f" ({len(group)} seeds)" * (len(group) > 1)
-        rows.append((", ".join(run.name for run in group) + seeds, cells))
+        rows.append((", ".join(dict.fromkeys(run.shown for run in group)) + seeds, cells))
     return heads, rows
 
 
 def _kind(key: str, runs: Sequence[Compared]) -> Metric:
     """What a metric means, by the first run that has it."""
     return next(metric(key, run.evals) for run in runs if key in run.scores)
+
+
+def _alike(one: Compared, other: Compared) -> bool:
+    """Whether two runs differ in their seed alone."""
+    return one.group == other.group and _but_seed(one.config) == _but_seed(other.config)
 
 
 def _but_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,28 +182,11 @@ def _cell(kind: Metric, values: Sequence[float], best: float | None) -> Cell:
     return Cell(text, statistics.fmean(values) == best)
 
 
-def _differences(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of all keys in which the configs differ."""
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for config in flat for key in config})
-    spelled_ = [(key, [repr(c[key]) if key in c else "" for c in flat]) for key in keys]
-    return [(key, values) for key, values in spelled_ if len(set(values)) > 1]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a config, by their path."""
-    if not isinstance(value, Mapping):
-        return {prefix: binding.to_lists(value)}
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat(part, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def _curves(runs: Sequence[Compared], axis: str, key: str) -> list[Figure]:
     """The charts over one axis: the loss, the training metrics with a curve, and all metrics of
     evals that have two values in a run."""
     points = [_points(run.rows, key) for run in runs]
+    colours = dict(zip(dict.fromkeys(run.shown for run in runs), itertools.cycle(COLOURS)))
     names = list(dict.fromkeys(name for of_run in points for name in of_run))
     trained = {name: pattern for name in names if (pattern := declared(TRAINING, name))}
     order = [name for pattern in TRAINING for name in names if trained.get(name) == pattern]
@@ -195,7 +202,10 @@ def _curves(runs: Sequence[Compared], axis: str, key: str) -> list[Figure]:
         if known.shown == "percent":
             title, drawn = f"{name}, %", [charts.percent(line) for line in drawn]
         smooth = known.curve is None or known.curve.smooth
-        lines = [Line(run.name, line, smooth) for run, line in zip(runs, drawn)]
+        lines = [
+            Line(run.shown, line, smooth, colour=colours[run.shown])
+            for run, line in zip(runs, drawn)
+        ]
         from_zero = known.curve is None or known.curve.from_zero
         salt = f"{axis} {name}"
         figures.append(charts.chart(title, lines, from_zero=from_zero, x=axis, salt=salt))
@@ -235,20 +245,34 @@ def _queries(runs: Sequence[Compared]) -> list[tuple[str, list[tuple[str, Query,
         for (run, samples), of_run in zip(seen, found):
             query = of_run[caption]
             uris = [episodes.thumbnail(samples.pictures[hit.picture]) for hit in query.hits]
-            columns.append((run.name, query, uris))
+            columns.append((run.shown, query, uris))
         shown.append((caption, columns))
     return shown
 
 
 def compare(
-    workdirs: Sequence[str], out: str, say: Callable[[str], Any], names: Sequence[str] = ()
+    workdirs: Sequence[str],
+    out: str,
+    say: Callable[[str], Any],
+    names: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    verdicts: Sequence[Verdict] = (),
+    searches: Sequence[Trials] = (),
 ) -> str:
     """Writes the page that compares the runs of some workdirs, and returns its path; "" in the
     other processes of a run. What the models find is shown where they can be opened; `say` gets a
-    line about each that cannot. names: of the runs; default: their folders'."""
+    line about each that cannot. names: of the runs; default: their folders'. groups: of runs that
+    differ in their seed alone, of which only the first is opened. The rest as for `write`."""
     shown = list(names) or _names(workdirs)
-    compared = [_looked(folder, name, say) for folder, name in zip(workdirs, shown, strict=True)]
-    return str(write(out, compared)) if jax.process_index() == 0 else ""
+    compared: list[Compared] = []
+    for i, (folder, name) in enumerate(zip(workdirs, shown, strict=True)):
+        group = groups[i] if groups else ""
+        again = group and group in groups[:i]
+        run = read(folder, name) if again else _looked(folder, name, say)
+        compared.append(run._replace(group=group))
+    if jax.process_index() != 0:
+        return ""
+    return str(write(out, compared, verdicts=verdicts, searches=searches))
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:

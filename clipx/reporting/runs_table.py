@@ -43,11 +43,11 @@ def write(root: pathlib.Path) -> pathlib.Path:
 
 
 def runs(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders below `root` that hold a run with metrics, in order of their names."""
+    """The folders below `root` that hold a run which has begun, in order of their names."""
     found = []
     for folder, below, names in os.walk(root):
         below[:] = [n for n in below if n not in _CLOSED and not n.startswith((".", "evaluation_"))]
-        if metrics.FILE in names and "config.json" in names:
+        if "config.json" in names and {metrics.FILE, compared.FILE} & {*names}:
             found.append(pathlib.Path(folder))
     return sorted(found)
 

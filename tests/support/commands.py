@@ -9,10 +9,12 @@ import warnings
 from typing import NamedTuple
 from unittest import mock
 
-from absl import flags
+from absl import app, flags
 from absl import logging as absl_logging
 
 from support import ROOT
+
+assert app  # its own flags are defined before those of a command, and stay
 
 
 class Done(NamedTuple):
