@@ -37,9 +37,13 @@ class Encode(Protocol):
         """Encodes strings, tokenised as in training. `fields` as in `image`."""
         ...
 
-    def similarity(self, images: Encoded, texts: Encoded) -> np.ndarray:
+    def similarity(
+        self, images: Encoded, texts: Encoded, query: Literal["image", "text"] = "image"
+    ) -> np.ndarray:
         """Scores [i, t], float32; a higher score means a better match. Only their order and, within
-        one method, their differences mean anything."""
+        one method, their differences mean anything. `query` is the side that picks: a method may
+        score the two directions differently, and then only scores of one image, or of one text, are
+        comparable."""
         ...
 
     def heat(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:

@@ -70,7 +70,7 @@ class Retrieval(Evaluator):
         picture, similarity = np.arange(len(self.examples)), encode.similarity
 
         def transposed(texts: Encoded, images: Encoded) -> Float[np.ndarray, "t i"]:
-            return similarity(images, texts).T
+            return similarity(images, texts, query="text").T
 
         def texts_of(rows: slice) -> Bool[np.ndarray, "i t"]:
             return picture[rows, None] == picture_of

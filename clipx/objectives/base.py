@@ -196,6 +196,11 @@ class Objective(nn.Module):
         rows = present(images.unit), present(texts.unit)
         return jnp.einsum("id,td->it", *rows, precision=jax.lax.Precision.HIGHEST)
 
+    def similarity_of_texts(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
+        """Score of every image with every text, by which a text picks its image. It is `similarity`
+        for a method that scores a pair in one way."""
+        return self.similarity(images, texts)
+
     def similarity_scale(self) -> Float[Array, ""]:
         """The factor that makes logits of `similarity`: exp(logit_scale) as the loss multiplies by
         it, or 1 for a method without one."""

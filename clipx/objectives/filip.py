@@ -105,6 +105,10 @@ class FILIP(Objective):
       `image_tokens`: the mean, over the image's tokens, of the largest cosine with a text token, as
       in that code. It uses all tokens rather than `top_k`.
       `both_tokens`: the mean of that score and the one with the sides swapped, as in training.
+      `query_tokens`: an image picks its text by `image_tokens`, and a text its image by that score
+      with the sides swapped, as in training (section 3.1 of the paper). Training leaves free what
+      is added to all scores of one image in the first, and of one text in the second, so that the
+      scores of `image_tokens` do not rank images well.
       `global`: the cosine of the towers' unit embeddings.
       That code averages the tokens of several prompts position by position, and divides a text's
       tokens by their Frobenius norm. Here the prompts' scores are averaged, because different words
@@ -125,7 +129,7 @@ class FILIP(Objective):
     token_width: Width = 256
     contrast_clean_caption: bool = False
     mask_rate: MaskRate = 0.15
-    evaluation: Literal["image_tokens", "both_tokens", "global"] = "image_tokens"
+    evaluation: Literal["image_tokens", "both_tokens", "query_tokens", "global"] = "image_tokens"
     logit_scale_init: LogScale = math.log(1 / 0.07)  # of both scales
     groups: Count = 1
     mask_id: CountOrZero | None = None
@@ -146,7 +150,7 @@ class FILIP(Objective):
             self.evaluation != "global" or self.contrastive_weight > 0,
             "FILIP.evaluation",
             "'global', which a contrastive_weight of 0 leaves untrained",
-            "'image_tokens' or 'both_tokens', or a contrastive_weight above 0",
+            "scores of tokens, such as 'query_tokens', or a contrastive_weight above 0",
         )
         super().__post_init__()
 
@@ -245,9 +249,20 @@ class FILIP(Objective):
         mask = self.late_interaction.mask(text)
         scores = losses.token_similarity(image, text, b_mask=mask)
         if self.evaluation == "both_tokens":
-            reverse = losses.token_similarity(text, image, a_mask=mask)
-            scores = (scores + reverse.T) / 2
+            scores = (scores + self._reverse(image, text)) / 2
         return scores
+
+    def similarity_of_texts(self, images: Encoded, texts: Encoded) -> Float[Array, "i t"]:
+        if self.evaluation != "query_tokens":
+            return self.similarity(images, texts)
+        return self._reverse(present(images.tokens), present(texts.tokens))
+
+    def _reverse(
+        self, image: Float[Array, "i n d"], text: Float[Array, "t m d"]
+    ) -> Float[Array, "i t"]:
+        """The mean, over a text's tokens, of the largest cosine with a token of the image."""
+        mask = self.late_interaction.mask(text)
+        return losses.token_similarity(text, image, a_mask=mask).T
 
     def similarity_scale(self) -> Float[Array, ""]:
         if self.evaluation == "global":

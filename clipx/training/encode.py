@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,14 @@ class Encode:
         """The text tower's `fields` (default: those that `similarity` reads)."""
         return self._encode("encode_text", self._tokenizer(texts), fields)
 
-    def similarity(self, images: Encoded, texts: Encoded) -> np.ndarray:
-        """The objective's score of every image with every text, float32 [images, texts]."""
+    def similarity(
+        self, images: Encoded, texts: Encoded, query: Literal["image", "text"] = "image"
+    ) -> np.ndarray:
+        """The objective's score of every image with every text, float32 [images, texts], by which a
+        `query` of one side picks among the other."""
+        method = "similarity" if query == "image" else "similarity_of_texts"
         with jax.set_mesh(self._mesh):
-            scores = _similarity(self._objective, self._variables, images, texts)
+            scores = _similarity(self._objective, method, self._variables, images, texts)
         return np.asarray(scores, np.float32)
 
     def heat(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:
@@ -143,11 +148,11 @@ def _encode_rows(
     return jax.lax.with_sharding_constraint(kept, replicated)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _similarity(
-    objective: Objective, variables: PyTree, images: Encoded, texts: Encoded
+    objective: Objective, method: str, variables: PyTree, images: Encoded, texts: Encoded
 ) -> jax.Array:
-    scores = objective.apply(variables, images, texts, method="similarity")
+    scores = objective.apply(variables, images, texts, method=method)
     return scores  # pyright: ignore[reportReturnType]: a tuple only with `mutable`
 
 

@@ -48,7 +48,7 @@ class Encode:
     def text(self, texts, fields=()):
         return Encoded(unit=self.texts[[int(t) for t in texts]])
 
-    def similarity(self, images, texts):
+    def similarity(self, images, texts, query="image"):
         scores = images.unit @ texts.unit.T
         self.largest = max(self.largest, scores.size)
         return scores

@@ -139,7 +139,7 @@ class Alike:
 
     text = image
 
-    def similarity(self, images, texts):
+    def similarity(self, images, texts, query="image"):
         return images.unit @ texts.unit.T
 
 

@@ -100,16 +100,19 @@ def test_tokens_after_the_end_mark_count_for_nothing():
             assert all(np.array_equal(x, y) == same for x, y in zip(found, moved))
 
 
-@pytest.mark.parametrize("evaluation", ["image_tokens", "both_tokens", "global"])
+@pytest.mark.parametrize("evaluation", ["image_tokens", "both_tokens", "query_tokens", "global"])
 def test_similarity(evaluation):
-    """`similarity` through `Encode`, against plain array code over the tokens before padding."""
+    """`similarity` through `Encode`, against plain array code over the tokens before padding. Only
+    with `query_tokens` it depends on the side that picks."""
     name = f"filip:evaluation={evaluation}"
     module, variables = tiny.objective(name), tiny.variables(name)
     ids, lengths = captions()
     encode = Encode(module, variables, make_mesh(MeshConfig(), jax.devices()[:2]), lambda x: x)
     images = encode.image(np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8))
     texts = encode.text(ids)
-    found = encode.similarity(images, texts)
+    found, of_texts = (encode.similarity(images, texts, query=q) for q in ("image", "text"))
+    if evaluation != "query_tokens":
+        np.testing.assert_array_equal(of_texts, found)
     if evaluation == "global":
         assert images.tokens is None
         np.testing.assert_allclose(found, images.unit @ texts.unit.T, rtol=1e-5, atol=1e-6)
@@ -118,10 +121,12 @@ def test_similarity(evaluation):
     for i, picture in enumerate(images.tokens):
         for t, length in enumerate(lengths):
             products = picture @ texts.tokens[t, :length].T
-            expected = products.max(axis=1).mean()
+            expected, reverse = products.max(axis=1).mean(), products.max(axis=0).mean()
             if evaluation == "both_tokens":
-                expected = (expected + products.max(axis=0).mean()) / 2
+                expected = (expected + reverse) / 2
             np.testing.assert_allclose(found[i, t], expected, rtol=1e-5, atol=1e-6)
+            if evaluation == "query_tokens":
+                np.testing.assert_allclose(of_texts[i, t], reverse, rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_words_leave_the_end_where_it_is():
