@@ -8,18 +8,20 @@ import pytest
 from support import browser, commands
 
 from clipx.errors import ConfigError, RunError
-from clipx.reporting import runs_page
+from clipx.reporting import claims, runs_page, trials_table
 from clipx.reporting.gallery import Samples
+from clipx.training import compared
 from clipx.training.metrics import Metrics
 
 EVALS = {"retrieval": {}, "knn": {}}
 
 
-def make(folder, recall, *, seed=0, rate=0.001, evals=True):
+def make(folder, recall, *, seed=0, rate=0.001, evals=True, term=False):
     """A workdir of 40 steps of 8 rows, of which each takes half a second."""
     with Metrics(folder, total_steps=40, batch_size=8, evals=EVALS) as metrics:
         for step in range(1, 41):
             values = {"loss": 3 / step, "chance_loss": 2.0, "step_seconds": 0.5, "batch/R@1": 0.5}
+            values |= {"loss/simsiam": 1.0} if term else {}
             metrics.log(step, values)
             if evals and step % 20 == 0:
                 ranks = {"retrieval/text_to_image_median_rank": 40 * recall}
@@ -81,6 +83,47 @@ def test_curves_over_steps_examples_and_seconds(folders, tmp_path):
     ids = re.findall(r'\bid="([^"]+)"', html)
     used = set(re.findall(r"""(?:url\(|href="|for=")#?([^)"]+)""", html)) & set(ids)
     assert used and all(ids.count(name) == 1 for name in used)
+
+
+def test_seeds_of_a_variant_claims_and_trials(tmp_path):
+    """Seeds share a colour, and a name; a metric that one method lacks has a chart of the others;
+    only the first run of a variant is opened."""
+    made = [
+        make(tmp_path / "clip" / "0", 0.25),
+        make(tmp_path / "slip" / "0", 0.5, rate=0.01, term=True),
+        make(tmp_path / "clip" / "1", 0.35, seed=1),
+        make(tmp_path / "slip" / "1", 0.5, seed=1, rate=0.01, term=True),
+    ]
+    for name in ("00", "01"):
+        trial = make(tmp_path / "trials" / name, 0.1)
+        changes = {"optimizer.learning_rate": 0.02} if name == "01" else {}
+        record = {"metric": "retrieval/mean_recall", "changes": changes}
+        (trial / compared.FILE).write_text(json.dumps(record))
+    search = trials_table.read("slip", sorted((tmp_path / "trials").iterdir()), chosen=1)
+    assert search.keys == ["optimizer.learning_rate"]
+    assert [(t.number, t.values, t.score, t.chosen) for t in search.rows] == [
+        (0, [""], "10.0 %", False),
+        (1, ["0.02"], "10.0 %", True),
+    ]
+    claim = claims.Claim("SLIP <wins>", "p. 3", "retrieval/mean_recall", "slip", "clip", "more")
+    verdicts = claims.verdicts([claim], {"clip": made[::2], "slip": made[1::2]})
+    said, groups = [], ["clip", "slip"] * 2
+    out = str(tmp_path / "p.html")
+    runs_page.compare([*map(str, made)], out, said.append, (), groups, verdicts, [search])
+    html = (tmp_path / "p.html").read_text()
+    assert len(said) == 2
+    assert [row[0] for row in cells(html, "Evaluations")[1:]] == [
+        "clip (2 seeds)",
+        "slip (2 seeds)",
+    ]
+    assert cells(html, "What differs")[0] == ["key", "clip", "slip"]
+    assert "SLIP &lt;wins&gt;" in html and "<b>cannot be told</b><br>2 seeds" in html
+    assert cells(html, "Search")[2] == ["1", "10.0 %", "0.02"]
+    (panel,) = re.findall(r"<figcaption>loss</figcaption>.*?</figure>", html, re.S)[:1]
+    legend = re.findall(r'background:(#\w+)"></i>(\w+)', panel)
+    assert [name for _, name in legend] == ["clip", "slip"]
+    assert all(panel.count(f"stroke: {colour}") == 2 for colour, _ in legend)
+    assert html.count("<figcaption>loss/simsiam</figcaption>") == 3
 
 
 def test_pictures_side_by_side(folders, tmp_path):

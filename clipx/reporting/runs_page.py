@@ -205,6 +205,7 @@ def _curves(runs: Sequence[Compared], axis: str, key: str) -> list[Figure]:
         lines = [
             Line(run.shown, line, smooth, colour=colours[run.shown])
             for run, line in zip(runs, drawn)
+            if line
         ]
         from_zero = known.curve is None or known.curve.from_zero
         salt = f"{axis} {name}"
