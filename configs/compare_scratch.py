@@ -80,9 +80,9 @@ _RANGES = {
     },
     "filip": {
         **_SHARED,
-        **_SCALE,
-        **_OF_POLICY,
-        "objective.top_k": ("choice", 4, 8, 16),
+        **_OF_RECIPE,
+        "objective.logit_scale_init": ("uniform", 2.5, 4.5),
+        "objective.top_k": ("choice", 4, 8, None),
         "objective.token_width": ("choice", 64, 128, 256),
         "objective.contrastive_weight": ("uniform", 0.0, 1.0),
     },
