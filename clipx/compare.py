@@ -65,12 +65,13 @@ class Queue:
             try:
                 code = train(planned.config, str(planned.folder))
             except RunError as error:
-                if planned.kind != "trial" or not planned.changes:
+                own = planned.kind != "trial" or not planned.changes
+                if own or type(error) is not RunError:  # such as storage that is gone
                     raise
                 code, failed = 0, str(error).splitlines()[0]
                 print(f"{name} has failed: {failed}", flush=True)
             planned.record(time.perf_counter() - started, failed)
-        if jax.process_index() == 0 and len(self.planned) > 1:
+        if not code and jax.process_index() == 0 and len(self.planned) > 1:
             runs_table.write(self.root)
             print(f"\n{self.progress(planned)}", flush=True)
         return code
@@ -117,6 +118,7 @@ def compare(
     needed |= {source for n in names if search and (source := search.source(n))}
     values = {n: cli.load_config(f"{config}:{n}", overrides) for n in known if n in needed}
     plan, queue = Plan(root, names, values, tuple(seeds), budget, search), Queue(root)
+    plan.finals()  # raises for a variant whose name is no folder's
     if code := _match(plan, queue, known[0]) or _search(plan, queue, count):
         return code
     finals = plan.finals()

@@ -41,7 +41,7 @@ def test_a_difference_that_all_seeds_show():
         ({0: 0.3, 1: 0.3}, {0: 0.2, 1: 0.2}, "2 seeds"),
         ({0: 0.3, 5: 0.3}, {0: 0.2, 1: 0.2}, "one seed"),
         ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 0.2, 1: 0.2, 2: 0.2}, "the interval includes zero"),
-        ({}, {0: 0.2}, "its runs are not there"),
+        ({}, {0: 0.2}, "no seed has both numbers"),
     ],
 )
 def test_what_cannot_be_told(better, worse, why):

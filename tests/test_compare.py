@@ -6,7 +6,7 @@ import pathlib
 import types
 
 import pytest
-from support import commands
+from support import ROOT, commands
 
 from clipx import compare
 from clipx.configs import quickstart
@@ -280,3 +280,42 @@ def test_equal_flops(searched, tmp_path, monkeypatch, capsys):
     assert "total_examples" not in a and a["total_steps"] == 480
     assert b["total_examples"] == 3200 and b["total_steps"] is None
     assert [row["budget"] for row in lines(runs)] == ["flops", "flops"]
+
+
+REAL = """
+import sys
+sys.path.insert(0, {support!r})
+from support.runs import small
+
+VARIANTS = ("clip", "siglip")
+SEARCH = {{
+    "ranges": {{"clip": {{"optimizer.learning_rate": ("log", 3e-4, 1e-2)}}, "siglip": "clip"}},
+    "share": 0.5,
+}}
+
+def get_config(variant="clip"):
+    return small(("objective.name", variant), ("train.best", ""))
+"""
+
+
+@pytest.mark.slow  # trains six small runs
+def test_a_comparison_for_real(tmp_path, capsys):
+    """Timed, searched, trained, shown; and found finished when it is started again."""
+    config, runs = tmp_path / "real.py", tmp_path / "runs"
+    config.write_text(REAL.format(support=str(ROOT / "tests")))
+    for again in (False, True):
+        assert compare.compare(str(config), (), str(runs), [], (0,), 2, "seconds") == 0
+        said = capsys.readouterr().out
+        names = ("clip/timing", "siglip/timing", "clip/trials/00", "clip/trials/01")
+        for name in (*names, "clip/seed_0", "siglip/seed_0"):
+            assert (f"\n{name}: already finished\n" in said) == again
+        assert "| | pairs seen |" in said and "chosen by the search" in said
+    table = {row["folder"]: row for row in lines(runs)}
+    assert [table[name]["kind"] for name in names] == ["timing", "timing", "trial", "trial"]
+    assert all(float(table[name]["score"]) > 0 for name in names[2:])
+    assert table["clip/trials/00"]["pairs_seen"] == str(6 * 32)
+    assert all(float(row["flops_per_pair"]) > 0 for row in table.values())
+    held = json.loads((runs / "clip" / "trials" / "00" / "config.json").read_text())["evals"]
+    assert [*held] == ["retrieval"] and held["retrieval"]["data"]["path"] == ""
+    page = (runs / "comparison.html").read_text()
+    assert "<h2>Search" in page and "<h2>Evaluations" in page

@@ -102,7 +102,7 @@ def judged(claim: Claim, scores: Scores, evals: Mapping[str, Any]) -> Verdict:
         return f"{unit * value:{plus}.{digits}f}"
 
     if not seeds:
-        return Verdict(claim, "", "", "", 0, UNKNOWN, "its runs are not there")
+        return Verdict(claim, "", "", "", 0, UNKNOWN, "no seed has both numbers")
     first, second = (spread(list(values), spell) for values in zip(*pairs))
     mean = statistics.fmean(differences)
     if len(seeds) < _SEEDS:

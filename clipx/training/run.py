@@ -115,7 +115,7 @@ class Run:
         lengths = meshes.put(self.schedule.lengths, meshes.replicated(self.mesh))
         return programs.Step(compiled, lengths)
 
-    @property
+    @functools.cached_property
     def step_flops(self) -> int:
         """FLOPs of a step over all devices, in its matrix products and convolutions as traced.
         Recomputation counts again."""
