@@ -10,6 +10,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import CountOrZero, Positive, Rate, Width, WidthOrZero
+from clipx.models import cpu
 from clipx.models.layers import (
     Affine,
     LayerNorm,
@@ -201,6 +202,7 @@ class Tower(nn.Module):
             dtype=self.dtype,
             kernel_init=initializers.normal(width**-0.5),
             bias_init=torch_bias(width),
+            dot_general=cpu.dot_general,
         )
         if self.head == "mlp":
             self.projection_mlp = ResidualMLP(

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key
 
 from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Ratio, Width, WidthOrZero
+from clipx.models import cpu
 from clipx.models.base import Tower
 from clipx.models.layers import (
     Activation,
@@ -109,10 +110,10 @@ class BertBlock(nn.Module):
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         attention = BertAttention(self.heads, self.dropout, self.dtype, self.lora, name="attn")
         y = drop(attention(x, valid, keys, index, bias), self.dropout, keys, index + 1)
-        x = norm(name="ln_attn")(x + y)
+        x = norm(name="ln_attn")(cpu.hold(x + y))
         y = BertMLP(self.mlp_width, self.activation, self.dtype, self.lora, name="mlp")(x)
         y = drop(y, self.dropout, keys, index + 2)
-        return constrain_rows(norm(name="ln_mlp")(x + y))
+        return constrain_rows(norm(name="ln_mlp")(cpu.hold(x + y)))
 
 
 def relative_buckets(length: int, count: int) -> Int[np.ndarray, "n n"]:

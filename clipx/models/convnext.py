@@ -11,6 +11,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Epsilon, Pixels, Width, WidthOrZero
+from clipx.models import cpu
 from clipx.models.base import Tower
 from clipx.models.depthwise import depthwise
 from clipx.models.layers import (
@@ -74,9 +75,10 @@ class ConvNeXtBlock(nn.Module):
         bias = self.param("bias", initializers.zeros, (width,), jnp.float32)
         y = depthwise(x, kernel.astype(self.dtype), 1, (KERNEL // 2, KERNEL // 2))
         y = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="ln")(y + bias.astype(y.dtype))
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
+        options = {"dtype": self.dtype, "kernel_init": _normal}
+        dense = functools.partial(nn.Dense, dot_general=cpu.dot_general, **options)
         y = dense(width, name="proj")(activate(dense(4 * width, name="fc")(y), "gelu"))
-        return constrain_rows(x + LayerScale(self.scale, self.dtype, name="scale")(y))
+        return cpu.hold(constrain_rows(x + LayerScale(self.scale, self.dtype, name="scale")(y)))
 
 
 class ConvNeXt(Tower):

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Epsilon, Pixels, Ratio
+from clipx.models import cpu
 from clipx.models.base import Tower
 from clipx.models.depthwise import depthwise
 from clipx.models.layers import BatchNorm, check, check_name, mean_tokens
@@ -127,7 +128,7 @@ class Block(nn.Module):
         x = norm("bn_project")(conv("conv_project", self.stage.width)(x))
         if self.stride == 1 and width == self.stage.width:
             x = x + before
-        return constrain_rows(x)
+        return cpu.hold(constrain_rows(x))
 
 
 def _parts(module: Any, train: bool) -> tuple[Callable, Callable, Callable]:
@@ -142,6 +143,7 @@ def _parts(module: Any, train: bool) -> tuple[Callable, Callable, Callable]:
             use_bias=False,
             dtype=module.dtype,
             kernel_init=_fan_out,
+            conv_general_dilated=cpu.convolution,
             name=name,
         )
 

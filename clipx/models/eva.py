@@ -12,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Epsilon, Pixels, Ratio, Width
+from clipx.models import cpu
 from clipx.models.attention import attention
 from clipx.models.base import PositionTable, Tower
 from clipx.models.gated import GatedMLP
@@ -125,10 +126,10 @@ class EvaBlock(nn.Module):
         else:
             mlp = MLP(t.mlp_width, "gelu", t.dtype, lora=t.lora, name="mlp")
         if t.post_norm:
-            x = x + norm(name="ln_1")(attend(x, turn))
-            return constrain_rows(x + norm(name="ln_2")(mlp(x)))
-        x = x + attend(norm(name="ln_1")(x), turn)
-        return constrain_rows(x + mlp(norm(name="ln_2")(x)))
+            x = cpu.hold(x + norm(name="ln_1")(attend(x, turn)))
+            return cpu.hold(constrain_rows(x + norm(name="ln_2")(mlp(x))))
+        x = cpu.hold(x + attend(norm(name="ln_1")(x), turn))
+        return cpu.hold(constrain_rows(x + mlp(norm(name="ln_2")(x))))
 
 
 class EVA(Tower):

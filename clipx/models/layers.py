@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key
 
 from clipx.errors import ConfigError
+from clipx.models import cpu
 from clipx.models.attention import attention
 from clipx.models.tpu import add_bias, layer_norm, on_tpu
 from clipx.types import Array
@@ -258,7 +259,7 @@ class Affine(nn.Module):
             b = param("lora_b", initializers.zeros, rank, self.shape)
             low = jnp.tensordot(x, a, self.inputs) * (self.lora.alpha / self.lora.rank), b
         if not on_tpu():
-            y = jnp.tensordot(x, kernel, self.inputs)
+            y = cpu.product(x, kernel, self.inputs)
             y = y if bias is None else y + bias
             return y if low is None else y + jnp.tensordot(*low, 1)
         if order is not None and bias is not None:
@@ -299,6 +300,7 @@ class PoolAttention(nn.Module):
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
+            dot_general=cpu.dot_general,
         )
         q = dense(shape, name="q")(queries)
         kv = dense((2, *shape), name="kv")(tokens)

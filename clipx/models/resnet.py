@@ -12,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Epsilon, Pixels, Width
+from clipx.models import cpu
 from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     BatchNorm,
@@ -89,7 +90,7 @@ class Residual(nn.Module):
                 conv_stride = 1
             x = _average(x, self.stride) if self.modified else x
             x = norm("bn_shortcut")(conv("conv_shortcut", width, 1, conv_stride)(x))
-        return constrain_rows(nn.relu(x + y))
+        return cpu.hold(constrain_rows(nn.relu(x + y)))
 
 
 def _conv_and_norm(
@@ -106,6 +107,7 @@ def _conv_and_norm(
             use_bias=False,
             dtype=dtype,
             kernel_init=torch_uniform if modified else _he_normal,
+            conv_general_dilated=cpu.convolution,
             name=name,
         )
 

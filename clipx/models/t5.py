@@ -11,6 +11,7 @@ from jax.nn import initializers
 from jaxtyping import Bool, Float, Int32, Key
 
 from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Rate, Width, WidthOrZero
+from clipx.models import cpu
 from clipx.models.base import Tower
 from clipx.models.bert import relative_buckets
 from clipx.models.gated import GatedMLP
@@ -103,10 +104,11 @@ class T5Block(nn.Module):
         norm = functools.partial(RMSNorm, self.norm_eps, self.dtype)
         sizes = (self.heads, self.head_width, self.dropout, self.dtype, self.lora)
         y = T5Attention(*sizes, name="attn")(norm(name="ln_1")(x), bias, valid, keys, index)
-        x = x + drop(y, self.dropout, keys, index + 1)
+        x = cpu.hold(x + drop(y, self.dropout, keys, index + 1))
         kind = {"use_bias": False, "lora": self.lora, "name": "mlp"}
         mlp = GatedMLP(self.mlp_width, "gelu_tanh", self.dtype, **kind)
-        return constrain_rows(x + drop(mlp(norm(name="ln_2")(x)), self.dropout, keys, index + 2))
+        y = drop(mlp(norm(name="ln_2")(x)), self.dropout, keys, index + 2)
+        return cpu.hold(constrain_rows(x + y))
 
 
 class T5(Tower):

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jaxtyping import Bool, Float, Int, Key
 
+from clipx.models import cpu
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
 from clipx.models.tpu import ATTENDED, STATISTICS, on_tpu
@@ -122,9 +123,9 @@ class Block(nn.Module):
             return LayerScale(self.layer_scale, self.dtype, name=name)(y)
 
         y = scaled(attend(norm(name="ln_1")(x), lengths, seen), "scale_1")
-        x = x + dropped(y, 2 * index)
+        x = cpu.hold(x + dropped(y, 2 * index))
         y = scaled(mlp(norm(name="ln_2")(x)), "scale_2")
-        return constrain_rows(x + dropped(y, 2 * index + 1))
+        return cpu.hold(constrain_rows(x + dropped(y, 2 * index + 1)))
 
 
 class Transformer(nn.Module):

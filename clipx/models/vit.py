@@ -12,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Count, CountOrZero, Depth, Epsilon, Pixels, Rate, Ratio, Width
+from clipx.models import cpu
 from clipx.models.base import PositionTable, Tower
 from clipx.models.layers import (
     Activation,
@@ -197,7 +198,7 @@ class ViT(Tower):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=torch_uniform,
-            dot_general=_frozen_product if self.freeze_patches else None,
+            dot_general=_frozen_product if self.freeze_patches else cpu.dot_general,
             name="patch_embedding",
         )(x).reshape(rows, side * side, width)
         normal = initializers.normal(width**-0.5)

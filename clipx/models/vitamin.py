@@ -12,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Float, Key
 
 from clipx.config.ranges import Depth, Epsilon, Pixels, Ratio, Width
+from clipx.models import cpu
 from clipx.models.base import PositionTable, Tower
 from clipx.models.depthwise import depthwise
 from clipx.models.gated import GatedMLP
@@ -44,6 +45,7 @@ def _conv(width: int, size: int, stride: int, dtype: str, name: str) -> nn.Conv:
     init = initializers.variance_scaling(2.0, "fan_out", "normal")
     padding = [(size // 2, size // 2)] * 2
     options: dict[str, Any] = {"strides": stride, "padding": padding, "kernel_init": init}
+    options["conv_general_dilated"] = cpu.convolution
     return nn.Conv(width, (size, size), dtype=dtype, name=name, **options)
 
 
@@ -58,7 +60,8 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
+        options = {"dtype": self.dtype, "kernel_init": torch_uniform}
+        dense = functools.partial(nn.Dense, dot_general=cpu.dot_general, **options)
         before, inner = x, self.width * EXPANSION
         if self.stride > 1:
             before = _pooled(before)
@@ -69,7 +72,7 @@ class ConvBlock(nn.Module):
         kernel = self.param("kernel", _normal, (3, 3, 1, inner), jnp.float32).astype(self.dtype)
         bias = self.param("bias", initializers.zeros, (inner,), jnp.float32).astype(self.dtype)
         y = activate(depthwise(y, kernel, self.stride, (1, 1)) + bias, "gelu")
-        return constrain_rows(dense(self.width, name="project")(y) + before)
+        return cpu.hold(constrain_rows(dense(self.width, name="project")(y) + before))
 
 
 def _pooled(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
@@ -97,10 +100,10 @@ class ViTaminBlock(nn.Module):
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         inits = (initializers.glorot_uniform(), torch_uniform)
         attend = SelfAttention(self.heads, False, self.dtype, inits, lora=self.lora, name="attn")
-        x = x + attend(norm(name="ln_1")(x), None)
+        x = cpu.hold(x + attend(norm(name="ln_1")(x), None))
         kind = {"norm_input": True, "lora": self.lora, "name": "mlp"}
         mlp = GatedMLP(self.mlp_width, "gelu", self.dtype, self.norm_eps, **kind)
-        return constrain_rows(x + mlp(norm(name="ln_2")(x)))
+        return cpu.hold(constrain_rows(x + mlp(norm(name="ln_2")(x))))
 
 
 class ViTamin(Tower):
