@@ -224,9 +224,9 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 # - A warm start of `small`. Of its CPU time most is tracing in Python: the step, then twice the
 #   initialisation (once for shapes), then lowering. Imports are a tenth.
 # - Blocks computed once (`clipx.models.cpu.hold`). The profile of ViT-B/32 showed 2 of 6 seconds in
-#   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of all
-#   later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is not.
-#   Step of ViT-B/32: 5.9 to 4.4 s. `small` has too few blocks to gain. `scan=True`, whose loop
+#   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of
+#   all later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is
+#   not. Step of ViT-B/32: 5.9 to 4.4 s. `small` has too few blocks to gain. `scan=True`, whose loop
 #   stores what it carries, takes 5.1 s: it copies each layer's weights and residuals.
 # - Gradients of kernels as x' dy (`clipx.models.cpu.product`), where JAX's rule transposes dy' x
 #   within AdamW's loop: ViT-B/32 4.4 to 4.15 s, `small` a tenth less.
