@@ -15,8 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -187,6 +185,9 @@ def _call(
     lengths: Array,
     *inputs: Array,
 ) -> Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     b, n, width = inputs[0].shape
     dtype, d = inputs[0].dtype, width // heads // 3
     row, scores = _vector_memory(n, heads, d, dtype)
@@ -249,6 +250,8 @@ def _weights(q: Array, k: Array, seen: Array) -> tuple[Array, Array]:
 
 
 def _forward_kernel(lengths: Ref, qkv: Ref, out: Ref, *, heads: int, causal: bool) -> None:
+    from jax.experimental import pallas as pl
+
     rows, n, c = out.shape
     d = c // heads
     first = pl.program_id(0) * rows
@@ -267,6 +270,8 @@ def _forward_kernel(lengths: Ref, qkv: Ref, out: Ref, *, heads: int, causal: boo
 def _backward_kernel(
     lengths: Ref, qkv: Ref, dy: Ref, out: Ref, *, heads: int, causal: bool
 ) -> None:
+    from jax.experimental import pallas as pl
+
     rows, n, c = dy.shape
     d = c // heads
     first = pl.program_id(0) * rows

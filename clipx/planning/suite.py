@@ -221,8 +221,10 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   nothing: threads other than the first have arenas that cannot hold blocks above 64 MiB, and
 #   malloc maps those whatever M_MMAP_MAX says. One arena is what helps (clipx/parallel/memory.py).
 # - Another length. As expected nothing is compiled again: warm-up and decay are arguments.
-# - A warm start of `small`. Of its CPU time most is tracing in Python: the step, then twice the
-#   initialisation (once for shapes), then lowering. Imports are a tenth.
+# - A warm start of `small`. Of its CPU time most is tracing in Python: a third the step, a tenth
+#   its lowering; a tenth was a second trace of the initialisation, and a tenth the learning rate,
+#   operation by operation, for the first logged line: now one trace and one program (6.6 to 5.8 s).
+#   Imports are a fifth: JAX, Flax and Orbax four fifths of that.
 # - Blocks computed once (`clipx.models.cpu.hold`). The profile of ViT-B/32 showed 2 of 6 seconds in
 #   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of
 #   all later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is

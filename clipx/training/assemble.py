@@ -21,7 +21,7 @@ from clipx.parallel.mesh import Mesh
 from clipx.training.optimizer import make_optimizer
 from clipx.training.parameter_rules import locked
 from clipx.training.schema import Config, check_marks, named
-from clipx.training.step import init_variables, new_state
+from clipx.training.step import initial_variables, new_state
 from clipx.types import Batch, PyTree, TrainState
 
 
@@ -86,10 +86,6 @@ def abstract_batch(objective: Objective, rows: int, mesh: Mesh) -> Batch:
     )
 
 
-# JAX keeps what it has traced: a process that assembles an objective again traces nothing
-_init = jax.jit(init_variables, static_argnames=("objective", "seed"))
-
-
 def abstract_state(
     objective: Objective,
     config: Config,
@@ -108,7 +104,8 @@ def abstract_state(
 
     with jax.set_mesh(mesh):
         if variables is None:
-            variables = _init.eval_shape(objective, unsharded(batch), seed=config.seed)
+            empty = functools.partial(initial_variables, objective, batch, seed=config.seed)
+            variables = jax.eval_shape(empty)
         optimizer = make_optimizer(config.optimizer, schedule, variables["params"])
         new = functools.partial(new_state, objective, optimizer)
         state = jax.eval_shape(new, unsharded(variables))

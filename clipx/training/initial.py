@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from clipx.data import loader
 from clipx.data.base import Source
@@ -49,8 +48,7 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
 
     def create(pretrained: PyTree) -> TrainState:
         # pictures and captions, not stored features, so that whole towers are initialised
-        shapes = abstract_batch(run.objective, run.batch_size, run.mesh)
-        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        batch = abstract_batch(run.objective, run.batch_size, run.mesh)
         return init_state(
             run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
         )

@@ -239,7 +239,7 @@ class Trainer:
         speed = self.clock.interval(steps * batch, _WINDOW * batch)
         metrics = {RENAMED.get(key, key): x for key, x in metrics.items()} | speed
         metrics |= {f"chance_{term}": x for term, x in self._term_chances.items()}
-        metrics["learning_rate"] = float(self.run.schedule(metrics["updates"] - 1))
+        metrics["learning_rate"] = self.run.schedule.rate(metrics["updates"] - 1)
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         if self.rollback.left_out:
             metrics["data/left_out"] = len(self.rollback.left_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -25,11 +26,19 @@ def row_keys(seed: int, step: Int32[Array, ""] | int, rows: int) -> Key[Array, "
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def init_variables(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
-    """`params` of step 0, and `batch_stats` if a tower has BatchNorm. Only the shapes of `batch`
-    matter."""
+# JAX keeps what it has traced: to know the shapes and to compute the values traces this once, and a
+# process that assembles an objective again traces nothing
+@functools.partial(jax.jit, static_argnames=("objective", "seed"))
+def _initialised(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
     keys = row_keys(seed, jnp.int32(0), batch.row.shape[0])
     return objective.init(jax.random.key(seed), batch, keys, objective.init_memory())
+
+
+def initial_variables(objective: Objective, batch: Batch, *, seed: int) -> PyTree:
+    """`params` of step 0, and `batch_stats` if a tower has BatchNorm. Only the shapes of `batch`
+    matter."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    return _initialised(objective, zeros, seed=seed)
 
 
 def init_state(
@@ -46,7 +55,7 @@ def init_state(
     to create the arrays sharded. pretrained: parts of `params` and `batch_stats` that replace newly
     initialised ones.
     """
-    variables = _replaced(init_variables(objective, batch, seed=seed), pretrained or {})
+    variables = _replaced(initial_variables(objective, batch, seed=seed), pretrained or {})
     return new_state(objective, optimizer, variables)
 
 
