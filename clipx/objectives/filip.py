@@ -106,9 +106,7 @@ class FILIP(Objective):
       in that code. It uses all tokens rather than `top_k`.
       `both_tokens`: the mean of that score and the one with the sides swapped, as in training.
       `query_tokens`: an image picks its text by `image_tokens`, and a text its image by that score
-      with the sides swapped, as in training (section 3.1 of the paper). Training leaves free what
-      is added to all scores of one image in the first, and of one text in the second, so that the
-      scores of `image_tokens` do not rank images well.
+      with the sides swapped, as in training (section 3.1 of the paper).
       `global`: the cosine of the towers' unit embeddings.
       That code averages the tokens of several prompts position by position, and divides a text's
       tokens by their Frobenius norm. Here the prompts' scores are averaged, because different words
