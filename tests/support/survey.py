@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from clipx.errors import ConfigError
 from clipx.interop import libraries, published, timm_models, verify
@@ -57,8 +58,9 @@ FAMILIES = {
 }
 
 
-def _perturb(model: Any, torch: Any, seed: int = 5) -> Any:
+def _perturb(model: Any, seed: int = 5) -> Any:
     """The model with random weights, none of them zero or one."""
+    torch = libraries.require("torch")
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -101,7 +103,7 @@ def _small(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _shallow(guest: dict[str, Any]) -> Iterator[None]:
+def shallow(guest: dict[str, Any]) -> Iterator[None]:
     """Both libraries build networks of one block, and text towers from `guest`."""
     timm, transformers = libraries.require("timm"), libraries.require("transformers")
     create, build = timm.create_model, timm_models.build
@@ -125,6 +127,32 @@ def _shallow(guest: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def _built(small: dict[str, Any]) -> Any:
+    """open_clip's model of a config, with random weights."""
+    open_clip = libraries.require("open_clip")
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "small.json").write_text(json.dumps(small))
+        open_clip.add_model_config(folder)
+    return _perturb(open_clip.create_model("small", precision="fp32", pretrained_hf=False))
+
+
+def write(name: str, folder: pathlib.Path, **text: Any) -> dict[str, Any]:
+    """A folder of open_clip with random weights, of a config cut as in the survey. text: what else
+    its `text_cfg` has. Returns what `shallow` needs, in which clipx reads the folder."""
+    small, guest = _small(json.loads((_folder() / f"{name}.json").read_text()))
+    small["text_cfg"] |= text
+    if guest:
+        guest["vocab_size"] = small["text_cfg"]["vocab_size"]
+        (folder / "config.json").write_text(json.dumps(guest))
+    with shallow(guest), libraries.quiet():
+        model = _built(small)
+    arrays = {key: x.numpy() for key, x in model.state_dict().items()}
+    save_file(arrays, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": small, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return guest
+
+
 def _texts(text: dict[str, Any], guest: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
     """Ids of four texts, with the marks and the padding that the model's tokenizer gives."""
     start, end, pad = 998, 999, 0
@@ -146,7 +174,7 @@ def _texts(text: dict[str, Any], guest: dict[str, Any], rng: np.random.Generator
 
 def compare(name: str) -> dict[str, Any]:
     """What came of one config: its `verdict` is "right", "wrong" or "refused"."""
-    torch, open_clip = libraries.require("torch"), libraries.require("open_clip")
+    torch = libraries.require("torch")
     begun = time.monotonic()
     config = json.loads((_folder() / f"{name}.json").read_text())
     row: dict[str, Any] = {"config": name}
@@ -158,12 +186,8 @@ def compare(name: str) -> dict[str, Any]:
     small, guest = _small(config)
     rng = np.random.default_rng(1)
     ids = _texts(small["text_cfg"], guest, rng)
-    with tempfile.TemporaryDirectory() as folder, _shallow(guest), libraries.quiet():
-        (pathlib.Path(folder) / "small.json").write_text(json.dumps(small))
-        open_clip.add_model_config(folder)
-        model = _perturb(
-            open_clip.create_model("small", precision="fp32", pretrained_hf=False), torch
-        )
+    with shallow(guest), libraries.quiet():
+        model = _built(small)
         arrays = {key: x.numpy() for key, x in model.state_dict().items()}
         given = {"open_clip_config.json": {"model_cfg": small}, "config.json": guest or None}
         read = OpenClip().read(arrays, given.get)
