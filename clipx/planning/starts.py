@@ -64,17 +64,27 @@ def starts(step: Step, count: int) -> dict[str, list[float]]:
     return kinds
 
 
-def imports(modules: Sequence[str], count: int) -> dict[str, list[float]]:
-    """Seconds of `python -c "import MODULE"` for each module, in turns, after one to warm up."""
+def imports(modules: Sequence[str], count: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(seconds of a new Python's `import MODULE` for each module, in turns, after one to warm up;
+    why others do not import).
+
+    Other libraries are imported as clipx does it, which a torchvision built for another torch does
+    not keep from working.
+    """
     seconds: dict[str, list[float]] = {module: [] for module in modules}
+    why = {}
     for number in range(count + 1):
         for module in modules:
+            code = f"import {module}"
+            if not module.startswith("clipx"):
+                code = f"from clipx.interop import libraries; libraries.require({module!r})"
             started = time.perf_counter()
-            command = [sys.executable, "-c", f"import {module}"]
-            done = subprocess.run(command, capture_output=True)
-            if number and done.returncode == 0:
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if done.returncode:
+                why[module] = (done.stderr.strip().splitlines() or ["it ended"])[-1]
+            elif number:
                 seconds[module].append(time.perf_counter() - started)
-    return seconds
+    return {module: found for module, found in seconds.items() if module not in why}, why
 
 
 def environments(processes: int) -> Iterator[Mapping[str, str]]:

@@ -178,11 +178,9 @@ def start(sizes: Sizes, against: Sequence[str]) -> Iterator[Row]:
     modules = {"clipx.train": OURS}
     if "open_clip" in against:
         modules["open_clip"] = "open_clip"
-    found = starts.imports(list(modules), 2 * sizes.starts - 1)
-    sides = {side: found[module] for module, side in modules.items() if found[module]}
-    missing = {
-        side: _why(": it is not installed") for side in modules.values() if side not in sides
-    }
+    found, failed = starts.imports(list(modules), 2 * sizes.starts - 1)
+    sides = {modules[module]: seconds for module, seconds in found.items()}
+    missing = {modules[module]: _why(reason) for module, reason in failed.items()}
     yield Row("start", "import", "s", sides, missing)
 
 
@@ -237,5 +235,12 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   85 % of ViT-B/32's step and 80 % of RN50's. In `small` the products take 60 % of the operations'
 #   time, attention among 17 and 24 tokens 10 % (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its
 #   gradient 5 %; no other operation takes 2 %.
+# - Two processes on one machine: 108 to 134 images/s where one does 560 to 610, and both wait four
+#   fifths of the time: one all-reduce of 100 gradients takes 0.7 s of a step of 1.1 s. gloo reduces
+#   them one by one, and each waits for the other process, some milliseconds after a pause: a
+#   hundred of these sizes alone take 60 ms back to back, 120 to 180 ms after a pause of 0.3 s, 180
+#   to 420 ms after products, and 9 ms as one array. Neither TCP's congestion control (bbr, cubic),
+#   nor a core for each process, nor malloc makes it faster. XLA's partitioner adds these sums, so
+#   that clipx cannot gather them in one array before.
 # - `recall_at_1` on logged steps alone. Not tried: at batch 128 its product is 0.02 % of the FLOPs
 #   of the step.
