@@ -25,7 +25,11 @@ _NAMES = {  # of a block, ours and theirs
     "mlp/proj": "MlpBlock_0/Dense_1",
 }
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_EXPECTED = "arrays of a SigLIP of big_vision: params/img/..., params/txt/..., params/t"
+_EXPECTED = (
+    "arrays of a SigLIP of big_vision: params/img/ with embedding, pos_embedding, Transformer and "
+    "MAPHead_0; params/txt/ with Embed_0, pos_embedding, Encoder_0 and head; params/t; params/b"
+)
+_FIX = "name a whole file as big_vision publishes it, such as webli_en_b16_224_63724782.npz"
 
 
 def read(file: pathlib.Path, where: str) -> Model:
@@ -35,9 +39,12 @@ def read(file: pathlib.Path, where: str) -> Model:
         image, vision = _image(arrays)
         text, words = _text(arrays)
         scale, bias = (arrays.pop(name).reshape(()) for name in ("t", "b"))
-    except (KeyError, IndexError, ValueError) as error:
-        found = f"{file} ({type(error).__name__}: {error})"
-        raise ConfigError(where, found, _EXPECTED) from None
+    except KeyError as error:
+        found = f"{file}, without {_PREFIX}{error.args[0]}"
+        raise ConfigError(where, found, _EXPECTED, _FIX) from None
+    except (IndexError, ValueError) as error:
+        found = f"{file}, whose arrays are not of one model's shapes ({error})"
+        raise ConfigError(where, found, _EXPECTED, _FIX) from None
     if arrays:
         found = f"{file}, with {min(arrays)}" + f" and {len(arrays) - 1} more" * (len(arrays) > 1)
         raise ConfigError(where, found, _EXPECTED)
@@ -89,7 +96,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _blocks(arrays: dict[str, np.ndarray], at: str) -> tuple[dict[str, Any], tuple[int, int, int]]:
     """(parameters of the blocks, (depth, heads, width of an MLP)); takes them out of `arrays`."""
     pattern = re.compile(rf"{at}/encoderblock_(\d+)/")
-    depth = 1 + max(int(m[1]) for name in arrays if (m := pattern.match(name)))
+    depth = 1 + max((int(m[1]) for name in arrays if (m := pattern.match(name))), default=0)
     params, heads, inner = {}, 0, 0
     for i in range(depth):
         block = f"{at}/encoderblock_{i}"

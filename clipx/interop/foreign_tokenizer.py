@@ -81,9 +81,9 @@ def siglip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     `ConfigError` at `where` for a broken file, and for other settings than Google's."""
     settings = read_json(folder / SETTINGS, where) or {}
     kind = settings.get("tokenizer_class")
-    if kind in _GEMMA:  # SigLIP 2's, whose own class makes texts lower case
-        if kind == _GEMMA[-1]:
-            return f"{SETTINGS} in {folder} names a {kind}, whose lower case {FAST} may not have"
+    if kind in _GEMMA:
+        if kind == _GEMMA[-1] and (fault := _own_class(folder, settings, where)):
+            return f"{SETTINGS} in {folder} names a {kind}, {fault}"
         given = library(folder, size, context, "raw", where)
         return (
             f"{SETTINGS} in {folder} names a {kind}: {given}" if isinstance(given, str) else given
@@ -91,6 +91,22 @@ def siglip(folder: pathlib.Path, size: int, context: int, where: str) -> Found:
     if kind not in _SIGLIP_CLASSES:
         return f"{SETTINGS} in {folder} names a {kind}, which clipx does not have"
     return _pieces(folder, size, context, settings, where)
+
+
+def _own_class(folder: pathlib.Path, settings: Mapping[str, Any], where: str) -> str:
+    """What SigLIP 2's own class in transformers makes otherwise than a folder's files say; "" for
+    nothing. It makes texts lower case, and pads on the left unless `settings` say otherwise."""
+    fast = read_json(folder / FAST, where) or {}
+    first = fast.get("normalizer")
+    while isinstance(first, dict) and first.get("type") == "Sequence":
+        first = next(iter(first.get("normalizers") or []), None)
+    if fast and not (isinstance(first, dict) and first.get("type") == "Lowercase"):
+        at = repr(str(folder))
+        anew = f"AutoTokenizer.from_pretrained({at}).save_pretrained({at})"
+        return f"whose lower case {FAST} does not have: let transformers write both anew, {anew}"
+    if settings.get("padding_side") != "right":
+        return "which pads on the left: write the padding_side of the model's training there"
+    return ""
 
 
 def _pieces(
@@ -134,8 +150,11 @@ def open_clip(
     if google:
         rest = (folder, size, context)
         given = None if (folder / PIECES).is_file() else library(*rest, "canonical", where)
-        settings = read_json(folder / SETTINGS, where) or {}
-        return given if isinstance(given, dict) else _pieces(*rest, settings, where)
+        if isinstance(given, dict):
+            return given
+        found = _pieces(*rest, read_json(folder / SETTINGS, where) or {}, where)
+        both = isinstance(found, str) and given is not None and (folder / FAST).is_file()
+        return f"{found}; nor can its other tokenizer be read: {given}" if both else found
     about = Section(options, "tokenizer_kwargs", "tokenizer_kwargs")
     cleaning = about.get("clean", "whitespace")
     marks = "start" if about.flag("strip_sep_token", False) else "both"

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from clipx.errors import ConfigError
 from clipx.interop import big_vision, named, weights
-from clipx.interop.base import read_json
+from clipx.interop.base import Format, read_json
 from clipx.interop.formats import FORMATS
 from clipx.interop.model import Model, shapes
 from clipx.interop.open_clip_layout import CONFIG
@@ -42,8 +42,8 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
     file = pathlib.Path(path).expanduser()
     folder = file if file.is_dir() else file.parent
     if not file.exists():
-        expected = "a folder or a weights file"
-        raise ConfigError(where, f"nothing at {file}", expected, download_hint(os.fspath(path)))
+        fix = download_hint(path) or named.hint(path)
+        raise ConfigError(where, f"nothing at {path}", "a folder or a weights file", fix)
     given = {CONFIG: named.config(name, where)} if name else {}
     config = functools.cache(lambda n: given.get(n) or read_json(folder / n, where))
     if file.is_dir():
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         names = (name for format_ in described for name in format_.weights_read)
         file = next((folder / n for n in names if (folder / n).is_file()), None)
         if file is None:
-            raise _no_weights(folder, bool(described), where)
+            raise _no_weights(folder, described, where)
     if file.suffix == big_vision.SUFFIX:
         return big_vision.read(file, where)
     arrays = weights.read(file, where)
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike, where: str = "config.init_from") -> Model:
         raise
 
 
-def _no_weights(folder: pathlib.Path, described: bool, where: str) -> ConfigError:
+def _no_weights(folder: pathlib.Path, described: list[Format], where: str) -> ConfigError:
     """The error for a folder without the files of a format. It names what to do, if that is
     plain."""
     names = sorted(p.name for p in folder.iterdir())
@@ -80,6 +80,8 @@ def _no_weights(folder: pathlib.Path, described: bool, where: str) -> ConfigErro
     if "snapshots" in names:  # a folder of the Hub's cache
         found = sorted(p for p in (folder / "snapshots").iterdir() if p.is_dir())
         fix = f"name the snapshot: {found[-1]}" if found else ""
+    elif other and described and not files:
+        fix = f"put the same model's {described[0].weights_read[0]} there"
     return ConfigError(where, f"{folder} with {listed}", known, fix)
 
 

@@ -45,10 +45,26 @@ def note(name: str, given: dict[str, Any]) -> str:
     return f"preprocessing is what {name}'s models usually have: {assumed}"
 
 
-def _known(name: str, where: str) -> dict[str, Any]:
+def hint(path: str) -> str:
+    """What to do about a `path` that is no file, if it is an address or a model's name alone; ""
+    for another."""
+    if "://" in path:
+        return "copy it to a local disk first, and name the copy"
+    if path and f"{path.replace('/', '-')}.json" in {file.name for file in _files()}:
+        return f"name the weights too: {path}@FILE; clipx downloads none"
+    return ""
+
+
+def _files() -> list[pathlib.Path]:
+    """open_clip's model configs; none without open_clip."""
     spec = importlib.util.find_spec("open_clip")  # which imports nothing
     folders = spec.submodule_search_locations if spec else None
-    if not folders:
+    return sorted(pathlib.Path(folders[0]).glob("model_configs/*.json")) if folders else []
+
+
+def _known(name: str, where: str) -> dict[str, Any]:
+    files = {file.stem: file for file in _files()}
+    if not files:
         raise ConfigError(
             where,
             f"the model name {name!r}, and no open_clip to look it up in",
@@ -56,7 +72,6 @@ def _known(name: str, where: str) -> dict[str, Any]:
             "weights",
             install_hint("interop"),
         )
-    files = {file.stem: file for file in pathlib.Path(folders[0]).glob("model_configs/*.json")}
     plain = name.replace("/", "-")
     if plain not in files:
         near = difflib.get_close_matches(plain, files, n=1, cutoff=0.0)

@@ -217,8 +217,12 @@ def test_a_siglip_of_big_vision(scanned, tmp_path):
     assert read.image.unseen_settings == image.unseen_settings
     for path, x in made.flat.items():
         np.testing.assert_allclose(read.flat[path], x, atol=1e-6, err_msg=path)
-    np.savez(tmp_path / "part.npz", **{k: x for k, x in arrays.items() if k != "params/t"})
-    with pytest.raises(ConfigError, match="part.npz .*KeyError: 't'"):
+    for name in ("params/t", "params/img/embedding/bias"):
+        np.savez(tmp_path / "part.npz", **{k: x for k, x in arrays.items() if k != name})
+        with pytest.raises(ConfigError, match=rf"part\.npz, without {name}\n.*with Embed_0"):
+            load.load(tmp_path / "part.npz")
+    np.savez(tmp_path / "part.npz", **{k: x for k, x in arrays.items() if "/encoderb" not in k})
+    with pytest.raises(ConfigError, match=r"without params/img/Transformer/encoderblock_0/"):
         load.load(tmp_path / "part.npz")
 
 
@@ -251,6 +255,10 @@ def test_names_of_open_clip(tmp_path):
     assert named.config("ViT-B-16-SigLIP", "-")["preprocess_cfg"]["resize_mode"] == "squash"
     with pytest.raises(ConfigError, match="did you mean ViT-B-32"):
         named.config("ViT-B-33", "-")
+    with pytest.raises(ConfigError, match=r"nothing at ViT-B-32\n(.*\n)*.*ViT-B-32@FILE"):
+        load.load("ViT-B-32")
+    with pytest.raises(ConfigError, match=r"nothing at gs://b/clip\n(.*\n)*.*to a local disk"):
+        load.load("gs://b/clip")
 
 
 @with_transformers

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
+from support import encoders, foreign_tokenizers
+from support.libraries import with_transformers
 from support.towers import BOTH, TEXT, VIT, model, words_of
 
 from clipx.data.text import tokenizers, vocabulary
+from clipx.data.text.tokenizers import TokenizerConfig
 from clipx.errors import ConfigError
-from clipx.interop import huggingface, open_clip, tokenizer
+from clipx.interop import foreign_tokenizer, huggingface, libraries, open_clip, tokenizer
 from clipx.models.text import TextTransformer
 from clipx.models.vit import ViT
 from clipx.serving.evaluation import open_foreign
@@ -194,6 +197,7 @@ def test_siglip_needs_its_pieces_alone(tmp_path):
     folder = siglip(tmp_path)
     line = problem(folder)
     assert f"no spiece.model of a SiglipTokenizer in the folder {folder}" in line
+    assert f"nor can its other tokenizer be read: {folder / foreign_tokenizer.FAST}" in line
     (folder / tokenizer.PIECES).write_bytes(pieces())
     given, found = pretrained.open_model(str(folder))
     assert (given.text.eot_id, given.words.eot_id, given.words.kind) == (1, 1, "sentencepiece")
@@ -236,3 +240,29 @@ def test_gemmas_tokenizer_is_named(tmp_path):
     (tmp_path / tokenizer.SETTINGS).write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
     found = huggingface.HuggingFace().tokenizer_fields(tmp_path, "config.init_from")
     assert isinstance(found, str) and "names a GemmaTokenizer" in found and "spiece" not in found
+
+
+@with_transformers
+def test_siglip2s_own_class_of_transformers(tmp_path):
+    """Its ids of odd texts, lower case; without that in the file the folder is refused, and what
+    the message advises makes it readable."""
+    foreign_tokenizers.siglip2().save_pretrained(tmp_path)
+    auto = libraries.require("transformers").AutoTokenizer
+    found = foreign_tokenizer.siglip(tmp_path, 700, 24, "-")
+    assert isinstance(found, dict), found
+    ours = tokenizers.build(TokenizerConfig(**found))
+    judge = auto.from_pretrained(tmp_path)
+    said = judge(encoders.ODD, padding="max_length", truncation=True, max_length=24)["input_ids"]
+    np.testing.assert_array_equal(ours(encoders.ODD), said)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = content["normalizer"]["normalizers"][1]
+    file.write_text(json.dumps(content))
+    refused = foreign_tokenizer.siglip(tmp_path, 700, 24, "-")
+    assert "whose lower case tokenizer.json does not have" in refused
+    auto.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert foreign_tokenizer.siglip(tmp_path, 700, 24, "-") == found
+    settings = tmp_path / "tokenizer_config.json"
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps({k: x for k, x in values.items() if k != "padding_side"}))
+    assert "pads on the left" in foreign_tokenizer.siglip(tmp_path, 700, 24, "-")

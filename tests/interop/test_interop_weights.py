@@ -151,7 +151,9 @@ def test_weights_of_other_libraries_are_named(folder):
     assert load.load(folder / "epoch_3.safetensors")
     (folder / "epoch_3.safetensors").unlink()
     (folder / "renamed.pt").unlink()
-    assert "flax_model.msgpack is Flax weights" in refused(folder)
+    message = refused(folder)
+    assert "flax_model.msgpack is Flax weights" in message
+    assert f"put the same model's {NATIVE} there" in message
     assert "without a weight_map" in refused(folder / CONFIG)
 
 

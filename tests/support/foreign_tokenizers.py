@@ -33,6 +33,15 @@ def _unigram(texts, marks):
     return [tuple(piece) for piece in json.loads(core.to_str())["model"]["vocab"]]
 
 
+def siglip2():
+    """SigLIP 2's own tokenizer in transformers, with a small vocabulary and an end mark."""
+    vocab, merges = _bpe([text.lower() for text in encoders.CORPUS])
+    kind = libraries.require("transformers").Siglip2Tokenizer
+    own = kind(vocab=vocab, merges=merges, padding_side="right")
+    _marked(own)
+    return own
+
+
 def made(kind):
     """transformers' own tokenizer of a kind, with a small vocabulary."""
     transformers = libraries.require("transformers")
