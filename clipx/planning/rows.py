@@ -112,7 +112,7 @@ TINY = Sizes(
     start=Step("tiny", "clip:small", (*SHAPES, *_TINY)),
     starts=1,
     growth=Step("tiny", "clip:small", (*_TINY, ("tokenizer.vocab_size", "128"))),
-    batches=(8,),
+    batches=(16,),  # its half, for the processes, is split over as many devices as tests have
     processes=(1, 2),
 )
 SIZES = {"full": FULL, "tiny": TINY}
