@@ -295,8 +295,9 @@ def put_rows(tree: PyTree, sharding: NamedSharding, held: np.ndarray, rows: int)
     def leaf(x: np.ndarray) -> jax.Array:
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            wanted = np.arange(rows)[index[0]]
-            return x[np.searchsorted(held, wanted)]
+            start, stop, _ = index[0].indices(rows)
+            first = np.searchsorted(held, start)
+            return x[first : first + stop - start]  # not a copy: all rows of a device are held
 
         return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, piece)
 
