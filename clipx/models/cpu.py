@@ -47,7 +47,8 @@ def hold(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     block computes the gradients of all later ones again, several times: a third of the time of
     ViT-B/32. On several devices the condition would need communication.
     """
-    return _hold(x) if x.size and on_one_cpu() else x
+    fixed = isinstance(x.size, int) and x.size > 0  # exports to ONNX leave the batch open
+    return _hold(x) if fixed and on_one_cpu() else x
 
 
 @jax.custom_vjp
