@@ -1,13 +1,13 @@
 """CLIP, SLIP, FILIP, DeCLIP and DeFILIP on Flickr8k, with the same towers, data and number of pairs
-(15 epochs at batch 128), but each with its own augmentation. The other variants explain the result
-of DeCLIP: DeCLIP with CLIP's augmentation (`declip_light`), and without one of its loss terms
-(`declip_no_<term>`). $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data."""
+(15 epochs at batch 128). The other variants explain the result of DeCLIP: DeCLIP with the
+augmentation of its code (`declip_strong`), and without one of its loss terms (`declip_no_<term>`).
+$FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data."""
 
 from clipx.configs import clip, common, declip, defilip, filip, slip
 
 _METHODS = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip}
 _TERMS = ("contrastive", "neighbour", "simsiam", "masked_lm")
-VARIANTS = (*_METHODS, "declip_light", *(f"declip_no_{term}" for term in _TERMS))
+VARIANTS = (*_METHODS, "declip_strong", *(f"declip_no_{term}" for term in _TERMS))
 CLAIMS = [
     *common.claims(
         common.DECLIP,
@@ -36,9 +36,8 @@ def get_config(variant=VARIANTS[0]):
     method = variant.split("_")[0]
     config = _METHODS[method].get_config("small")
     changes = {}
-    if variant == "declip_light":
-        light = clip.get_config("small").objective
-        changes = {name: light[name] for name in ("augmentation", "crop_scale")}
+    if variant == "declip_strong":
+        changes = {"augmentation": declip.MOCOV2_64, "crop_scale": None}
     elif variant != method:
         changes = {f"{variant.removeprefix('declip_no_')}_weight": 0.0}
     config.objective = {**config.objective.to_dict(), **changes}
