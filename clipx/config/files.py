@@ -131,6 +131,7 @@ def _execute(file: pathlib.Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"clipx_config_{file.stem}", file)
     assert spec and spec.loader  # the file ends in .py
     module = importlib.util.module_from_spec(spec)
+    kept = _without_configs()  # what a notebook or a test has imported stays as it is
     before, folder = set(sys.modules), file.parent.absolute()
     sys.path.insert(0, str(folder))
     try:
@@ -138,14 +139,22 @@ def _execute(file: pathlib.Path) -> types.ModuleType:
             spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
+        _without_configs()
         for name in set(sys.modules) - before:
-            package, _, last = name.rpartition(".")
-            if package == configs.__name__:
-                delattr(configs, last)
-            elif getattr(sys.modules[name], "__file__", None) != str(folder / f"{name}.py"):
-                continue
-            del sys.modules[name]
+            if getattr(sys.modules[name], "__file__", None) == str(folder / f"{name}.py"):
+                del sys.modules[name]
+        for name, other in kept.items():
+            sys.modules[name] = other
+            setattr(configs, name.rpartition(".")[2], other)
     return module
+
+
+def _without_configs() -> dict[str, types.ModuleType]:
+    """Forgets the imported modules of `clipx.configs`, and returns them by name."""
+    names = [name for name in sys.modules if name.startswith(f"{configs.__name__}.")]
+    for name in names:
+        delattr(configs, name.rpartition(".")[2])
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def override_all(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

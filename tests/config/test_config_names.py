@@ -1,5 +1,6 @@
 """A config is named by its file, or, if clipx ships it, by a name that works in any folder."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -105,7 +106,26 @@ def test_a_config_leaves_shared_values_alone(elsewhere):
     for _ in range(2):
         assert load("mine.py")["image"]["depth"] == before["image"]["depth"] + 1
     assert load("clip:small") == before
-    assert set(sys.modules) == modules and not hasattr(configs, "common")
+    assert set(sys.modules) == modules and hasattr(configs, "common") == (
+        "clipx.configs.common" in modules
+    )
+
+
+def test_a_config_leaves_what_others_imported_alone(elsewhere):
+    common = importlib.import_module("clipx.configs.common")
+    depth = common.SMALL["image"]["depth"]
+    (elsewhere / "mine.py").write_text(
+        "from clipx.configs import common\n"
+        "common.SMALL['image']['depth'] += 1\n"
+        "def get_config(variant=''): return common.small({'name': 'clip'})\n"
+    )
+    try:
+        for _ in range(2):
+            assert load("mine.py")["image"]["depth"] == depth + 1
+        assert configs.common is common is sys.modules["clipx.configs.common"]
+        assert common.SMALL["image"]["depth"] == depth
+    finally:
+        del sys.modules["clipx.configs.common"], configs.common
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "dataset"])

@@ -344,7 +344,7 @@ def test_a_checkpoint_of_none_or_two_models_is_refused(tmp_path):
         ("runs/clip.pt", None),
         ("./my/model", None),
         ("ViT-B-32", None),
-        ("gs://bucket/clip", None),
+        ("gs://bucket/clip", "copy it to a local disk first, and name the copy"),
     ],
 )
 def test_a_name_of_the_hub_says_how_to_download_it(name, fix):
