@@ -231,10 +231,11 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 # - Gradients of kernels as x' dy (`clipx.models.cpu.product`), where JAX's rule transposes dy' x
 #   within AdamW's loop: ViT-B/32 4.4 to 4.15 s, `small` a tenth less.
 # - 1x1 convolutions as products (`clipx.models.cpu.convolution`): RN50 4.3 to 3.1 s.
-# - What is left: products run at 195 to 205 GFLOP/s alone, as MKL's do (107 on one core), and are
-#   85 % of ViT-B/32's step and 80 % of RN50's. In `small` the products take 60 % of the operations'
-#   time, attention among 17 and 24 tokens 10 % (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its
-#   gradient 5 %; no other operation takes 2 %.
+# - What is left, at 0.92 (`medium`) to 1.07 (RN50) of open_clip's time: products run at 195 to 205
+#   GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of RN50's.
+#   In `small` the products take 60 % of the operations' time, attention among 17 and 24 tokens 10 %
+#   (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its gradient 5 %; no other operation takes 2 %.
+#   To try: attention with heads as a batch axis, a quarter faster alone (4.1 to 3.15 ms).
 # - Two processes on one machine: 108 to 134 images/s where one does 560 to 610, and both wait four
 #   fifths of the time: one all-reduce of 100 gradients takes 0.7 s of a step of 1.1 s. gloo reduces
 #   them one by one, and each waits for the other process, some milliseconds after a pause: a
