@@ -95,6 +95,16 @@ def compared(config, *, zero_shot=True):
     return config
 
 
+def with_clusters(config):
+    """`config`, which is `compared`, with the evals of ProtoCLIP's claims too: clusters of the same
+    pictures, and the gap between the modalities."""
+    for name in ("cifar10", "tiny_imagenet"):
+        data = config.evals[name].data
+        config.evals[f"{name}_clusters"] = {"evaluator": "clustering", "data": data}
+    config.evals.modality_gap = {"data": config.evals.retrieval.data}
+    return config
+
+
 DECLIP = "DeCLIP, arXiv 2110.05208, abstract"
 CLIP_LITE = "CLIP-Lite, arXiv 2112.07133, abstract"
 PROTOCLIP = "ProtoCLIP, arXiv 2206.10996, abstract"

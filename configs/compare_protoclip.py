@@ -47,9 +47,4 @@ def get_config(variant=VARIANTS[0]):
     config.objective.update(_CHANGES[variant])
     if config.objective.get("external_weight"):
         config.data.teacher = "$FLICKR8K_TEACHER"
-    common.compared(config)
-    for name in ("cifar10", "tiny_imagenet"):
-        data = config.evals[name].data
-        config.evals[f"{name}_clusters"] = {"evaluator": "clustering", "data": data}
-    config.evals.modality_gap = {"data": config.evals.retrieval.data}
-    return config
+    return common.with_clusters(common.compared(config))

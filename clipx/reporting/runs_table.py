@@ -10,9 +10,8 @@ import pathlib
 import statistics
 from typing import Any
 
-from clipx.config import secrets
-from clipx.errors import RunError
 from clipx.reporting import comparison, page
+from clipx.reporting.templates import write_page
 from clipx.training import compared, metrics
 from clipx.training.metric_table import metric
 from clipx.training.workdir import read_json
@@ -32,13 +31,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
     table.writeheader()
     table.writerows(rows)
     file = root / FILE
-    part = file.with_name(f".{FILE}.{os.getpid()}")
-    try:
-        part.write_text(secrets.cut(text.getvalue()), encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {error.strerror}") from None
+    write_page(file, text.getvalue())
     return file
 
 
