@@ -17,7 +17,7 @@ import math
 import pathlib
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import flags
@@ -30,10 +30,11 @@ from clipx.planning import comparing, lengths, trials
 from clipx.planning.comparing import Plan, Planned
 from clipx.planning.lengths import Budget
 from clipx.reporting import claims, comparison, runs_page, runs_table, trials_table
+from clipx.reporting.comparison import Result
 from clipx.reporting.templates import write_page
 from clipx.reporting.trials_table import Trials
 from clipx.train import train
-from clipx.training import compared, metrics
+from clipx.training import compared
 
 
 @dataclasses.dataclass
@@ -41,6 +42,7 @@ class Queue:
     """The runs of one command, trained one after another."""
 
     root: pathlib.Path
+    kept: Sequence[Mapping[str, str]] = ()  # lines of results.csv, of runs that have no folder
     planned: list[Planned] = dataclasses.field(default_factory=list)
     elsewhere: list[Planned] = dataclasses.field(default_factory=list)  # others train these
 
@@ -54,11 +56,16 @@ class Queue:
                 print(f"\n{name}: another process trains it", flush=True)
                 self.elsewhere.append(planned)
                 return 0
+            if self.line(planned):
+                print(f"\n{name}: finished, by {runs_table.FILE}", flush=True)
+                return 0
             if planned.failed:
                 print(f"\n{name}: failed before: {planned.failed}", flush=True)
                 return 0
             if comparison.finished(planned.folder, planned.config):
                 print(f"\n{name}: already finished", flush=True)
+                if "config" not in compared.read(planned.folder):
+                    planned.record(0.0)
                 return 0
             print(f"\n{name}{planned.described}", flush=True)
             started, failed = time.perf_counter(), ""
@@ -75,6 +82,29 @@ class Queue:
             runs_table.write(self.root)
             print(f"\n{self.progress(planned)}", flush=True)
         return code
+
+    def line(self, planned: Planned) -> Mapping[str, str]:
+        """The line of results.csv about this run, finished and no longer here; {} if there is none.
+        Raises `ConfigError` for a line of a run of another config, which this one would replace."""
+        if (planned.folder / "config.json").exists():
+            return {}
+        same = {"variant": planned.variant, "kind": planned.kind, "config": planned.digest}
+        for line in self.kept:
+            if same.items() <= line.items():
+                return line if line.get("finished") == "yes" else {}
+            if line["folder"] == self.name(planned):
+                found = (
+                    f"{self.root / runs_table.FILE}, whose run {line['folder']} had other values"
+                )
+                fix = "another --workdir, or remove that line"
+                raise ConfigError("--workdir", found, "a run of the same values", fix)
+        return {}
+
+    def result(self, planned: Planned) -> Result:
+        """What a run that has been trained has come to."""
+        if line := self.line(planned):
+            return runs_table.result(line, planned.config["evals"])
+        return comparison.result(planned.folder)
 
     def name(self, planned: Planned) -> str:
         return planned.folder.relative_to(self.root).as_posix()
@@ -117,7 +147,8 @@ def compare(
     needed = {*names, *(known[:1] if budget != "pairs" else ())}
     needed |= {source for n in names if search and (source := search.source(n))}
     values = {n: cli.load_config(f"{config}:{n}", overrides) for n in known if n in needed}
-    plan, queue = Plan(root, names, values, tuple(seeds), budget, search), Queue(root)
+    plan = Plan(root, names, values, tuple(seeds), budget, search)
+    queue = Queue(root, runs_table.kept(root))
     plan.finals()  # raises for a variant whose name is no folder's
     if code := _match(plan, queue, known[0]) or _search(plan, queue, count):
         return code
@@ -176,7 +207,7 @@ def _search(plan: Plan, queue: Queue, count: int) -> int:
             if any(planned in queue.elsewhere for planned in of):
                 plan.waiting |= {n for n in plan.names if plan.search.source(n) == source}
             elif jax.process_index() == 0:
-                trials.write_chosen(plan.root / source, _best(of, plan.search))
+                trials.write_chosen(plan.root / source, _best(of, queue, plan.search))
         processes.barrier("chosen")  # all read what the first one writes
     for source in sources:
         if found := trials.read_chosen(plan.root / source):
@@ -187,13 +218,14 @@ def _search(plan: Plan, queue: Queue, count: int) -> int:
     return 0
 
 
-def _best(runs: Sequence[Planned], search: trials.Search) -> trials.Chosen:
+def _best(runs: Sequence[Planned], queue: Queue, search: trials.Search) -> trials.Chosen:
     """The best of the trials of a variant. The first of equal ones."""
     best, score, evals = 0, math.nan, runs[0].config["evals"]
     for number, planned in enumerate(runs):
-        found = comparison.results(metrics.read(planned.folder), evals).get(search.metric, math.nan)
-        failed = compared.read(planned.folder).get("failed")
-        if not failed and (math.isnan(score) or search.better(evals, found, score)):
+        if planned.failed:
+            continue
+        found = queue.result(planned).scores.get(search.metric, math.nan)
+        if math.isnan(score) or search.better(evals, found, score):
             best, score = number, found
     changes = dict(runs[best].changes)
     return {"trials": len(runs), "trial": best, "score": score, "changes": changes}
@@ -202,40 +234,51 @@ def _best(runs: Sequence[Planned], search: trials.Search) -> trials.Chosen:
 def _show(plan: Plan, queue: Queue, found: Sequence[claims.Claim]) -> None:
     """Writes results.csv, results.md and the page of the finished runs, and prints the tables."""
     done = [p for p in queue.planned if p.kind == "final" and p not in queue.elsewhere]
-    folders: dict[str, list[pathlib.Path]] = {}
+    runs: dict[str, list[Result]] = {}
     for planned in done:
-        folders.setdefault(planned.variant, []).append(planned.folder)
+        runs.setdefault(planned.variant, []).append(queue.result(planned))
     for planned in queue.elsewhere:
         print(f"\nnot in the table: {queue.name(planned)}, as another process is at work on it")
     if not done:
         return
     rows = {
         f"{name} ({len(of)} seeds)" if len(of) > 1 else name: comparison.cells(of, plan.budget)
-        for name, of in folders.items()
+        for name, of in runs.items()
     }
     named = [claim for claim in found if {claim.better, claim.worse} <= {*plan.names}]
-    verdicts = claims.verdicts(named, folders)
+    verdicts = claims.verdicts(named, runs)
     text = "\n".join(
         [*comparison.table(rows), *([""] if verdicts else []), *claims.table(verdicts)]
     )
     if jax.process_index() == 0:
         runs_table.write(queue.root)
         write_page(queue.root / "results.md", text + "\n")
+    here = [planned for planned in done if not queue.line(planned)]
+    if gone := len(done) - len(here):
+        print(f"\nnot on the page: {gone} runs that only {runs_table.FILE} has")
+    if here:
+        _write_page(plan, queue, here, verdicts)
+    print("\n" + text)
+
+
+def _write_page(
+    plan: Plan, queue: Queue, runs: Sequence[Planned], verdicts: Sequence[claims.Verdict]
+) -> None:
+    """Writes the page of some finished runs."""
     out = queue.root / runs_page.FILE
     try:
         page = runs_page.compare(
-            [str(p.folder) for p in done],
+            [str(p.folder) for p in runs],
             str(out),
             print,
-            [queue.name(p) for p in done],
-            [p.variant for p in done],
+            [queue.name(p) for p in runs],
+            [p.variant for p in runs],
             verdicts,
             _searches(plan),
         )
         print(f"\n{page}: the runs compared; open it in a browser")
     except RunError as error:  # the runs themselves are complete
         print(f"\nno {runs_page.FILE}: {error}")
-    print("\n" + text)
 
 
 def _searches(plan: Plan) -> list[Trials]:

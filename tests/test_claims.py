@@ -1,7 +1,5 @@
 """Verdicts on claims: paired by seed, with a 95 % interval."""
 
-import json
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,6 +8,7 @@ from clipx.config import files
 from clipx.errors import ConfigError
 from clipx.reporting import claims
 from clipx.reporting.claims import Claim
+from clipx.reporting.comparison import Result
 
 EVALS = {"retrieval": {}, "modality_gap": {}}
 CLAIM = Claim("b beats a", "a paper", "retrieval/mean_recall", "b", "a", "more pairs")
@@ -58,20 +57,15 @@ def test_less_may_be_better():
     assert judged(*ranks[::-1], claim).verdict == "does not hold at this scale"
 
 
-def test_verdicts_read_runs(tmp_path):
-    def run(name, seed, recall):
-        folder = tmp_path / f"{name}{seed}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"seed": seed, "evals": EVALS}))
-        row = {"step": 3, "retrieval/mean_recall": recall}
-        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        return folder
+def test_verdicts_of_runs():
+    def run(seed, recall):
+        return Result(seed, {"retrieval/mean_recall": recall}, EVALS, pairs=384)
 
-    folders = {
-        "b": [run("b", seed, 0.3 + seed / 100) for seed in range(3)],
-        "a": [run("a", seed, 0.2 + seed / 90) for seed in range(3)],
+    runs = {
+        "b": [run(seed, 0.3 + seed / 100) for seed in range(3)],
+        "a": [run(seed, 0.2 + seed / 90) for seed in range(3)],
     }
-    (told,) = claims.verdicts([CLAIM], folders)
+    (told,) = claims.verdicts([CLAIM], runs)
     assert told.verdict == "holds"
     assert claims.table([]) == [] and claims.table([told])[-1] == claims.RULE
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shutil
 import types
 
 import pytest
@@ -119,6 +120,31 @@ def test_seeds_share_a_row_of_means_and_spreads(config, tmp_path, monkeypatch, c
     assert [row["folder"] for row in lines(runs)][2:] == [
         *("a/seed_4", "b/seed_1", "b/seed_2", "b/seed_3", "b/seed_4"),
     ]
+
+
+def test_results_csv_stands_for_runs_that_are_gone(config, tmp_path, monkeypatch, capsys):
+    runs, names = tmp_path / "runs", []
+    monkeypatch.setattr(runs_page, "compare", lambda *args: names.extend(args[3]) or "page")
+    assert compare.compare(config, ("a",), str(runs), [], (1, 2)) == 0
+    for seed in (1, 2):
+        (runs / "a" / f"seed_{seed}" / "report.html").touch()
+    compare.runs_table.write(runs)
+    shutil.rmtree(runs / "a")
+    names.clear()
+    assert compare.compare(config, ("a",), str(runs), [], (1, 2, 3)) == 0
+    said = capsys.readouterr().out
+    assert "\na/seed_1: finished, by results.csv\n" in said
+    assert "| a (3 seeds) | 1.0 (1.0 to 1.0)" in said and "| 20.0 (10.0 to 30.0) |" in said
+    assert names == ["a/seed_3"] and "\nnot on the page: 2 runs that only" in said
+    assert [row["folder"] for row in lines(runs)] == ["a/seed_1", "a/seed_2", "a/seed_3"]
+    before = (runs / "results.csv").read_text()
+    with pytest.raises(ConfigError, match=r"results.csv, whose run a/seed_1 had other values"):
+        compare.compare(config, ("a",), str(runs), [("lr", "2")], (1,))
+    assert (runs / "results.csv").read_text() == before
+    for text in ("variant,seed\n", "variant,seed,kind,folder\na,1\n"):
+        (runs / "results.csv").write_text(text)
+        with pytest.raises(ConfigError, match=r"results.csv, which is damaged"):
+            compare.compare(config, ("a",), str(runs), [], (1,))
 
 
 def test_where_the_run_of_a_seed_is(tmp_path):

@@ -9,6 +9,7 @@ from support import browser, commands
 
 from clipx.errors import ConfigError, RunError
 from clipx.reporting import claims, runs_page, trials_table
+from clipx.reporting.comparison import result
 from clipx.reporting.gallery import Samples
 from clipx.training import compared
 from clipx.training.metrics import Metrics
@@ -106,7 +107,8 @@ def test_seeds_of_a_variant_claims_and_trials(tmp_path):
         (1, ["0.02"], "10.0 %", True),
     ]
     claim = claims.Claim("SLIP <wins>", "p. 3", "retrieval/mean_recall", "slip", "clip", "more")
-    verdicts = claims.verdicts([claim], {"clip": made[::2], "slip": made[1::2]})
+    results = {"clip": map(result, made[::2]), "slip": map(result, made[1::2])}
+    verdicts = claims.verdicts([claim], {name: [*of] for name, of in results.items()})
     said, groups = [], ["clip", "slip"] * 2
     out = str(tmp_path / "p.html")
     runs_page.compare([*map(str, made)], out, said.append, (), groups, verdicts, [search])

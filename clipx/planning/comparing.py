@@ -16,7 +16,7 @@ import jax
 from clipx.config import reading
 from clipx.config.binding import to_lists
 from clipx.errors import ConfigError, damaged_file
-from clipx.planning import lengths, trials
+from clipx.planning import lengths, results, trials
 from clipx.planning.lengths import Budget
 from clipx.planning.trials import Search
 from clipx.training import compared
@@ -54,6 +54,11 @@ class Planned(NamedTuple):
         return known.get("failed", "") if same else ""
 
     @property
+    def digest(self) -> str:
+        """What stands for the values of its config."""
+        return compared.digest(self.config)
+
+    @property
     def described(self) -> str:
         """What differs from the variant's own values, for the console."""
         return described(self.changes)
@@ -70,6 +75,8 @@ class Planned(NamedTuple):
             "changes": dict(self.changes),
             "metric": self.metric,
             "size": self.size,
+            "config": self.digest,
+            "commit": results.commit(pathlib.Path(__file__).parents[2]),
             "seconds": round(compared.read(self.folder).get("seconds", 0.0) + seconds, 1),
             "failed": failed,
         }

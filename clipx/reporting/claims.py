@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,8 @@ import scipy.special
 
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
-from clipx.reporting import comparison
-from clipx.reporting.comparison import spread
-from clipx.training import metrics
+from clipx.reporting.comparison import Result, spread
 from clipx.training.metric_table import metric
-from clipx.training.workdir import read_json
 
 HOLDS, OPPOSITE, UNKNOWN = "holds", "does not hold at this scale", "cannot be told"
 _SEEDS = 3  # the least that tell anything
@@ -68,18 +64,10 @@ def claims(declared: Any, variants: Sequence[str]) -> list[Claim]:
     return bound
 
 
-def verdicts(
-    claims: Sequence[Claim], folders: Mapping[str, Sequence[pathlib.Path]]
-) -> list[Verdict]:
-    """What runs say about some claims. folders: the workdirs of each variant's runs."""
-    scores: dict[str, dict[int, Mapping[str, float]]] = {}
-    evals: dict[str, Any] = {}
-    for variant, of in folders.items():
-        for folder in of:
-            config = read_json(folder / "config.json")
-            evals |= config["evals"]
-            found = comparison.results(metrics.read(folder), config["evals"])
-            scores.setdefault(variant, {})[config.get("seed", 0)] = found
+def verdicts(claims: Sequence[Claim], runs: Mapping[str, Sequence[Result]]) -> list[Verdict]:
+    """What runs say about some claims. runs: of each variant."""
+    scores = {name: {run.seed: run.scores for run in of} for name, of in runs.items()}
+    evals = {name: spec for of in runs.values() for run in of for name, spec in run.evals.items()}
     return [judged(claim, scores, evals) for claim in claims]
 
 

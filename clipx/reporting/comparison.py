@@ -6,7 +6,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from clipx.config import binding, reading
 from clipx.errors import damaged_file
@@ -20,6 +20,23 @@ from clipx.training.workdir import read_json, refuse_other_config
 
 class _Config(TypedDict):
     evals: dict[str, Any]
+    seed: NotRequired[int]
+
+
+class Result(NamedTuple):
+    """What a run has come to."""
+
+    seed: int
+    scores: Mapping[str, float]  # the metrics of its evals at the last step that has any
+    evals: Mapping[str, Any]  # the section of its config, which says what the metrics mean
+    pairs: int  # that it has seen
+
+
+def result(folder: pathlib.Path) -> Result:
+    """The result of the run in a workdir. Raises `ConfigError` for a damaged file of it."""
+    config, rows = _config(folder), metrics.read(folder)
+    pairs = max((row.get("examples", 0) for row in rows), default=0)
+    return Result(config.get("seed", 0), results(rows, config["evals"]), config["evals"], pairs)
 
 
 def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
@@ -33,27 +50,27 @@ def finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     return evals_of(folder) == evals
 
 
-def cells(folders: Sequence[pathlib.Path], budget: str = "pairs") -> dict[str, str]:
-    """The metrics of the evals of some workdirs, whose runs differ in their seed alone, at the last
-    step that has any: formatted, by column heading. budget: what runs spend equally; for another
-    than pairs the first column says how many pairs they saw."""
+def cells(runs: Sequence[Result], budget: str = "pairs") -> dict[str, str]:
+    """The metrics of some runs that differ in their seed alone: formatted, by column heading.
+    budget: what runs spend equally; for another than pairs the first column says how many pairs
+    they saw."""
     found: dict[str, list[float]] = {}
-    for folder in folders:
-        for key, value in results(metrics.read(folder), evals_of(folder)).items():
+    for run in runs:
+        for key, value in run.scores.items():
             found.setdefault(key, []).append(value)
-    seen = {} if budget == "pairs" else {"pairs seen": f"{_pairs_seen(folders[0]):,}"}
-    return seen | columns(found, evals_of(folders[0]))
-
-
-def _pairs_seen(folder: pathlib.Path) -> int:
-    return max((row.get("examples", 0) for row in metrics.read(folder)), default=0)
+    seen = {} if budget == "pairs" else {"pairs seen": f"{runs[0].pairs:,}"}
+    return seen | columns(found, runs[0].evals)
 
 
 def evals_of(folder: pathlib.Path) -> dict[str, Any]:
     """The evals of a workdir's config. Raises `ConfigError`."""
+    return _config(folder)["evals"]
+
+
+def _config(folder: pathlib.Path) -> _Config:
     path = folder / "config.json"
     try:
-        return reading.shaped(read_json(path), _Config)["evals"]
+        return reading.shaped(read_json(path), _Config)
     except ValueError as error:
         raise damaged_file(path, error) from None
 

@@ -1,4 +1,5 @@
-"""results.csv: a line for every run below a folder, made anew from the runs' own files."""
+"""results.csv: a line for every run below a folder, made anew from the runs' own files. Runs whose
+folder is gone keep their line."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ import json
 import os
 import pathlib
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
+from clipx.errors import damaged_file
 from clipx.reporting import comparison, page
+from clipx.reporting.comparison import Result
 from clipx.reporting.templates import write_page
 from clipx.training import compared, metrics
 from clipx.training.metric_table import metric
@@ -24,15 +28,42 @@ _SCORES = ("memory_gib", "predicted/memory_gib", "flops_per_pair")
 def write(root: pathlib.Path) -> pathlib.Path:
     """Writes results.csv of all runs below `root`, in one piece, and returns its path. Raises
     `RunError` if it cannot be written."""
-    rows = [row(folder, root) for folder in runs(root)]
-    heads = list(dict.fromkeys(key for one in rows for key in one))
+    rows = {made["folder"]: made for made in (row(folder, root) for folder in runs(root))}
+    rows = {line["folder"]: line for line in kept(root)} | rows
+    heads = list(dict.fromkeys(key for one in rows.values() for key in one))
     text = io.StringIO()
     table = csv.DictWriter(text, heads, lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows(rows[name] for name in sorted(rows))
     file = root / FILE
     write_page(file, text.getvalue())
     return file
+
+
+def kept(root: pathlib.Path) -> list[dict[str, str]]:
+    """The lines of `root`'s results.csv whose runs have no folder there: they were deleted, or
+    trained elsewhere. Raises `ConfigError` for a file that is none."""
+    path = root / FILE
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            lines = list(table)
+        if missing := {"variant", "seed", "kind", "folder"} - {*(table.fieldnames or ())}:
+            raise ValueError(f"no column {min(missing)}")
+        if any(None in line or None in line.values() for line in lines):
+            raise ValueError("a line has more or fewer cells than the first")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        raise damaged_file(path, error) from None
+    return [line for line in lines if not (root / line["folder"] / "config.json").exists()]
+
+
+def result(line: Mapping[str, str], evals: Mapping[str, Any]) -> Result:
+    """The result of a run, from its line. evals: of its config."""
+    starts = tuple(f"{name}/" for name in evals)
+    scores = {key: float(x) for key, x in line.items() if x and key.startswith(starts)}
+    return Result(int(line["seed"]), scores, evals, int(line.get("pairs_seen") or 0))
 
 
 def runs(root: pathlib.Path) -> list[pathlib.Path]:
@@ -70,6 +101,7 @@ def row(folder: pathlib.Path, root: pathlib.Path) -> dict[str, Any]:
     for name in _SCORES:
         found = [line[name] for line in lines if name in line]
         values[name] = max(found) if found else ""
+    values |= {key: known.get(key, "") for key in ("config", "commit")}
     values["changes"] = json.dumps(known.get("changes") or {}, sort_keys=True)
     evals = config.get("evals") or {}
     scores = comparison.results(lines, evals)
