@@ -35,6 +35,17 @@ def readable(text: str) -> str:
     )
 
 
+def cause(error: BaseException) -> str:
+    """The innermost cause of an error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    for reason in ("No space left on device", "RESOURCE_EXHAUSTED", "Permission denied"):
+        if reason in text:
+            return reason.replace("RESOURCE_EXHAUSTED", "out of space or memory")
+    return text[:300]
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """The first names of a list, with commas, and how many more there are."""
     more = f" and {len(names) - most} more" * (len(names) > most)

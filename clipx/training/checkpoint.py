@@ -5,46 +5,24 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from clipx.config import secrets
-from clipx.errors import CheckpointError, ConfigError
+from clipx.errors import CheckpointError, ConfigError, cause
 from clipx.parallel import processes
 from clipx.training import proof
-from clipx.training.checkpoint_reader import drop_late_reports, fault, line, read, read_metrics, say
+from clipx.training.checkpoint_reader import fault, say
 from clipx.training.metrics import FILE as LOG
 from clipx.training.scores import Scores
 from clipx.training.workdir import set_aside
 from clipx.types import TrainState
 
 _SECONDS = 1200.0  # for one write; past it the storage hangs
-# Orbax reads the wall clock, which may jump: its own limits must never be reached. The one for
-# folders that are made in the background cannot be set.
-_NEVER = 100 * 365 * 86_400
-
-
-class _KeepBest(policies.PreservationPolicy):
-    """Keeps the checkpoint with the best value of a metric."""
-
-    def __init__(self, scores: Scores):
-        self._scores = scores
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[Any],  # `PolicyCheckpointInfo`, which Orbax does not export
-        *,
-        context: policies.PreservationContext,
-    ) -> Sequence[bool]:
-        best = self._scores.best({c.step: c.metrics for c in checkpoints})
-        return [best is not None and c.step == best[0] for c in checkpoints]
 
 
 class Checkpoints:
@@ -71,26 +49,11 @@ class Checkpoints:
         self._failure: BaseException | None = None  # of the write in the background
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Writes, and deletes what is not kept."""
-        best = self._scores.name
-        keepers: list[policies.PreservationPolicy] = [policies.LatestN(self._keep)]
-        if best:
-            keepers.append(_KeepBest(self._scores))
-        return ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                # Orbax stores metrics only if it has a `best_fn`. What is kept, the policy says.
-                best_fn=lambda metrics: metrics.get(best, math.nan),
-                preservation_policy=policies.AnyPreservationPolicy(keepers),
-                enable_async_checkpointing=True,
-                async_options=ocp.options.AsyncOptions(
-                    timeout_secs=_NEVER, create_directories_asynchronously=False
-                ),
-                cleanup_tmp_directories=True,
-            ),
-            item_names=("state", "run"),
-        )
+    def _manager(self) -> Any:
+        """Writes, and deletes what is not kept: `orbax_files.Manager`."""
+        from clipx.training import orbax_files
+
+        return orbax_files.Manager(self.folder, self._keep, self._scores)
 
     @property
     def latest(self) -> int | None:
@@ -191,8 +154,10 @@ class Checkpoints:
     def _best(self, steps: Sequence[int], *, required: bool) -> int:
         """The step of `steps` with the best value. Without any value: a `ConfigError` if it is
         `required`, else the latest step."""
+        from clipx.training import orbax_files
+
         scores, listed = self._scores, ", ".join(map(str, steps))
-        best = scores.best({step: read_metrics(self._at(step)) for step in steps})
+        best = scores.best({step: orbax_files.read_metrics(self._at(step)) for step in steps})
         if best is None:
             missing = f"no checkpoint with a value of {scores.name}, which config.train.best names"
             if required:
@@ -221,15 +186,8 @@ class Checkpoints:
         if step == self._last:
             return
         self.wait()
-        drop_late_reports()
         try:
-            written = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(secrets.cut_all(run))
-                ),
-                metrics=dict(metrics) or None,
-            )
+            written = self._manager.save(step, state, secrets.cut_all(run), metrics)
         except Exception as error:
             raise self._failed(step, error) from error
         if not written:
@@ -246,7 +204,7 @@ class Checkpoints:
         """Waits until the checkpoint of `step` is complete, and writes this process's proof. Before
         that process 0 copies the first `logged` bytes of metrics.jsonl into it."""
         try:
-            self._manager.wait_until_finished()
+            self._manager.wait()
             process, count = jax.process_index(), jax.process_count()
             if logged and process == 0:
                 copy = self._at(step) / LOG
@@ -276,7 +234,9 @@ class Checkpoints:
 
         Raises `CheckpointError` if it cannot be read, or is the state of another step.
         """
-        restored = read(self._at(step), state=ocp.args.StandardRestore(state))
+        from clipx.training import orbax_files
+
+        restored = orbax_files.read_state(self._at(step), state)
         if int(restored.step) != step:
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} holds the state of step {int(restored.step)}"
@@ -287,7 +247,9 @@ class Checkpoints:
     def restore_run(self, step: int) -> dict[str, Any]:
         """The JSON `run` that `save` wrote with `step`. Raises `CheckpointError` if it cannot be
         read."""
-        return read(self._at(step), run=ocp.args.JsonRestore())
+        from clipx.training import orbax_files
+
+        return orbax_files.read_run(self._at(step))
 
     def close(self, seconds: float = _SECONDS) -> None:
         """Waits for the started write, and releases Orbax's threads. Raises as `wait` does."""
@@ -333,7 +295,7 @@ class Checkpoints:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         last = self.latest
         safe = "no checkpoint was saved before" if last is None else f"step {last} is saved"
-        return CheckpointError(f"cannot write {which} to {self.folder}: {line(error)}; {safe}")
+        return CheckpointError(f"cannot write {which} to {self.folder}: {cause(error)}; {safe}")
 
 
 def _listed(faults: Mapping[int, str]) -> str:

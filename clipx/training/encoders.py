@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,27 +15,28 @@ from clipx.data.base import expand_user
 from clipx.data.text import tokenizers
 from clipx.data.text.tokenizers import Tokenizer, TokenizerConfig
 from clipx.errors import ConfigError, DataError
-from clipx.interop import load, verify
-from clipx.interop.encoders import image, text
-from clipx.interop.encoders.base import Encoder
 from clipx.models.base import Tower
 from clipx.objectives.base import Objective
 from clipx.training.schema import Config
 from clipx.types import PyTree
 
+if TYPE_CHECKING:  # clipx.interop imports every tower: only runs that read files load it
+    from clipx.interop.encoders.base import Encoder
+
 AUTO = "auto"
-_DESCRIBE = {"image": image.describe, "text": text.describe}
 _MARKS = ("pad_id", "sot_id", "eot_id", "mask_id")
 
 
 def describe(side: str, path: str) -> Encoder:
     """The encoder at `path`. side: "image" or "text". Raises `ConfigError`."""
-    where = f"config.{side}.init_from"
+    from clipx.interop.encoders import image, text
+
+    where, module = f"config.{side}.init_from", {"image": image, "text": text}[side]
     try:
         full = expand_user(path)
     except DataError as error:
         raise ConfigError(where, str(error), "the folder or file of a pretrained encoder") from None
-    return _unexpanded(_DESCRIBE[side](full, where), pathlib.Path(full), pathlib.Path(path))
+    return _unexpanded(module.describe(full, where), pathlib.Path(full), pathlib.Path(path))
 
 
 def _unexpanded(encoder: Encoder, full: pathlib.Path, path: pathlib.Path) -> Encoder:
@@ -149,6 +150,8 @@ def entries(
         tower: Tower = getattr(objective, side)
         if not tower.init_from:
             continue
+        from clipx.interop import load
+
         encoder = describe(side, tower.init_from)
         if encoder.adapt is not None:
             encoder = encoder.adapt(tower)
@@ -199,6 +202,8 @@ def _faults(
         if a != b:
             faults.append(f"tokenizer.{name}: {a} in the file, {b} in the config")
     if tokenizer is not None and not faults:
+        from clipx.interop import verify
+
         given = tokenizers.build(theirs)
         if any(given.body(text) != tokenizer.body(text) for text in verify.CAPTIONS):
             faults.append("tokenizer: the file's and the run's split captions into other tokens")

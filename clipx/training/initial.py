@@ -9,11 +9,9 @@ import jax
 from clipx.data import loader
 from clipx.data.base import Source
 from clipx.data.text import tokenizers
-from clipx.interop import load
 from clipx.parallel import mesh as meshes
-from clipx.training import notes, pretrained, programs
+from clipx.training import encoders, notes, programs
 from clipx.training.assemble import abstract_batch
-from clipx.training.kept_optimizer import optimizer_state
 from clipx.training.run import OpenRun, Run
 from clipx.training.step import init_state
 from clipx.types import PyTree, TrainState
@@ -26,10 +24,14 @@ def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
     on the captions of `source` if the config names no file.
     """
     config = run.config
-    if config.init_from and not load.ignored("text", config.init_ignore):
-        given = pretrained.open_tokenizer(config.init_from)
-        if tokenizer := pretrained.tokenizer_for(config.tokenizer, given):
-            return tokenizer
+    if config.init_from:
+        from clipx.interop import load
+        from clipx.training import pretrained
+
+        if not load.ignored("text", config.init_ignore):
+            given = pretrained.open_tokenizer(config.init_from)
+            if tokenizer := pretrained.tokenizer_for(config.tokenizer, given):
+                return tokenizer
     return tokenizers.build(config.tokenizer, loader.captions(source))
 
 
@@ -40,9 +42,8 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
     Raises `ConfigError` for weights that do not fit the config. For an `OpenRun` that includes a
     tokenizer other than the run's.
     """
-    tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
     resized: list[str] = []
-    entries = pretrained.entries(run.objective, run.state.params, run.config, tokenizer, resized)
+    entries = _from_files(run, resized)
     for line in notes.weights(run, entries.get("params", {}), resized):
         say(line)
 
@@ -53,7 +54,11 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
             run.objective, run.optimizer, batch, seed=run.config.seed, pretrained=pretrained
         )
 
-    opt_state = optimizer_state(run) if run.config.init_optimizer else None
+    opt_state = None
+    if run.config.init_optimizer:
+        from clipx.training.kept_optimizer import optimizer_state
+
+        opt_state = optimizer_state(run)
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
     key = ("init", run.program_key)
@@ -64,3 +69,14 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
         return state
     say(f"optimizer state from {run.config.init_from}; the schedule begins at step 0")
     return state.replace(opt_state=jax.tree.map(meshes.put, opt_state, shardings.opt_state))
+
+
+def _from_files(run: Run, resized: list[str]) -> dict[str, PyTree]:
+    """The parts of `params` and `batch_stats` that come from files. resized: gets a line about each
+    array of another size. What reads models is only imported for them."""
+    tokenizer = run.tokenizer if isinstance(run, OpenRun) else None
+    if not run.config.init_from:
+        return encoders.entries(run.objective, run.config, tokenizer, resized)
+    from clipx.training import pretrained
+
+    return pretrained.entries(run.objective, run.state.params, run.config, tokenizer, resized)

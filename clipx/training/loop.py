@@ -141,7 +141,7 @@ class Trainer:
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.run.train_step(state, batch)
                 pending.append((step + 1, list(zip(host["row"], host["key"])), metrics))
-                self._drain(pending, _AHEAD)
+                self._drain(pending, _AHEAD if step > start else 0)  # the first is shown at once
         with self.clock.time("save"):
             self.checkpoints.wait()
         return state, (last or bool(over)) and not stopping
@@ -239,7 +239,6 @@ class Trainer:
         speed = self.clock.interval(steps * batch, _WINDOW * batch)
         metrics = {RENAMED.get(key, key): x for key, x in metrics.items()} | speed
         metrics |= {f"chance_{term}": x for term, x in self._term_chances.items()}
-        metrics["learning_rate"] = self.run.schedule.rate(metrics["updates"] - 1)
         metrics["data/bad_fraction"] = self._bad / max(self._read, 1)
         if self.rollback.left_out:
             metrics["data/left_out"] = len(self.rollback.left_out)

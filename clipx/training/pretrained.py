@@ -217,15 +217,13 @@ def entries(
     tokenizer: Tokenizer | None,
     resized: list[str] | None = None,
 ) -> dict[str, PyTree]:
-    """The parts of a run's `params` and `batch_stats` that come from files: `config.init_from`, or
-    the file that a tower names itself.
+    """The parts of a run's `params` and `batch_stats` that come from files: `config.init_from`, and
+    those that a tower names itself, where `config.init_ignore` leaves the tower out.
 
     params: the run's, abstract. tokenizer: the run's; None if it is not known yet. resized: as for
     `load.fit`. Raises `ConfigError` for a tower with two files, and for what `fit` refuses.
     """
     path, ignore = config.init_from, config.init_ignore
-    if not path:
-        return encoders.entries(objective, config, tokenizer, resized)
     named = [name for name in ("image", "text") if getattr(objective, name).init_from]
     if twice := [name for name in named if not load.ignored(name, ignore)]:
         found = f"{path!r}, while config.{twice[0]} names a file too"

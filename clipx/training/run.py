@@ -96,8 +96,14 @@ class Run:
 
         def trace() -> jax.stages.Traced:
             config, count = self.config, self.microbatches
-            options = {"seed": config.seed, "freeze": config.optimizer.freeze}
-            step = make_train_step(self.objective, self.optimizer, microbatches=count, **options)
+            step = make_train_step(
+                self.objective,
+                self.optimizer,
+                seed=config.seed,
+                microbatches=count,
+                freeze=config.optimizer.freeze,
+                schedule=self.schedule,
+            )
             return programs.traced(step, self.state, self.batch, self.schedule.lengths, self.mesh)
 
         return programs.kept(("traced", self.program_key), trace)

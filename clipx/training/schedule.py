@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,15 +46,6 @@ class Schedule:
     def lengths(self) -> np.ndarray:
         """What depends on the length of the run, int32 [2 + horizons]: `begin`, `warm`, `ends`."""
         return np.array([self.begin, self.warm, *self.ends.values()], np.int32)
-
-    @functools.cached_property
-    def _compiled(self) -> Callable[[Any], jax.Array]:
-        return jax.jit(self.__call__)
-
-    def rate(self, count: int) -> float:
-        """The learning rate as a number. One small program: operations one by one take half a
-        second when they are first used."""
-        return float(self._compiled(count))
 
     def __call__(
         self, count: Any, horizon: float = 1.0, lengths: jax.Array | np.ndarray | None = None

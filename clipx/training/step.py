@@ -249,14 +249,16 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
     freeze: tuple[str, ...] = (),
+    schedule: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), which the caller jits. A third argument,
     `lengths`, is that of the optimizer's `Schedule`; without it the schedule's own are constants.
 
     The loss is evaluated once, over the whole batch, for any number of micro-batches: averaging the
     losses of small batches would leave a contrastive loss fewer negatives. freeze: as in
-    `config.optimizer`; no gradient of what it matches is computed. If the loss or the
-    gradient is not finite, the step changes only the step count, and `skipped` is 1.
+    `config.optimizer`; no gradient of what it matches is computed. schedule: the optimizer's, whose
+    learning rate is then among the metrics. If the loss or the gradient is not finite, the step
+    changes only the step count, and `skipped` is 1.
     """
 
     update = optax.with_extra_args_support(optimizer).update
@@ -293,6 +295,9 @@ def make_train_step(
         }
         if (updates := updates_done(new.opt_state)) is not None:
             metrics["updates"] = updates
+            if schedule is not None:
+                given = {} if lengths is None else {"lengths": lengths}
+                metrics["learning_rate"] = schedule(updates - 1, **given)
         return new.replace(step=state.step + 1), metrics
 
     return train_step

@@ -51,7 +51,7 @@ ONLY = {
     },
     "grain": ("clipx/data/*",),
     "tensorflow_datasets": ("clipx/data/*",),
-    "orbax": ("clipx/training/checkpoint*.py", "clipx/parallel/processes.py"),
+    "orbax": ("clipx/training/orbax_files.py", "clipx/parallel/processes.py"),
     "torch": (),
     "jax._src": (),
     # grain reads an absl flag: the loader marks flags as parsed if no command has done so
@@ -147,6 +147,7 @@ def test_rules():
         ("clipx/training/step.py", "from jax.sharding import NamedSharding"),
         ("clipx/training/run.py", "def f():\n    import grain.python"),
         ("clipx/training/run.py", "import orbax.checkpoint as ocp"),
+        ("clipx/training/checkpoint.py", "import orbax.checkpoint as ocp"),
         ("clipx/training/checkpoint.py", "import torch"),
         ("clipx/training/run.py", "from absl import flags"),
         ("clipx/losses/x.py", "from jax._src import core"),
@@ -225,6 +226,24 @@ def test_data_needs_no_jax():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_start_without_what_few_runs_need():
+    """Importing the trainer takes little longer than importing JAX, Flax and optax: what reads and
+    writes files of models and checkpoints, and what loads rows, is imported when it is used."""
+    late = ("orbax", "grain", "ftfy", "safetensors", "tensorflow_datasets", "clipx.interop")
+    code = (
+        "import sys, clipx.train\n"
+        f"loaded = [m for m in sys.modules if any((m + '.').startswith(x + '.') for x in {late})]\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -7,8 +7,6 @@ import re
 import string
 import unicodedata
 
-import ftfy
-
 _CLIP_LITE_DELETES = re.compile(r"[,.'!?\"()*#:;~]")
 _CLIP_LITE_WORDS = 30
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -23,6 +21,8 @@ def clip(text: str) -> str:
     """
     # the check only saves time: other texts stay the same
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # takes longer to import than most data needs it
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return collapse(text)
 
