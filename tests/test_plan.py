@@ -215,8 +215,10 @@ def test_a_step_compiled_for_a_tpu(monkeypatch):
     assert told.peak >= sum(fit.held(run).values()) > 0
     assert any(kind == "all-reduce" for kind, *_ in told.collectives)
     report = "\n".join(plans.describe("quickstart", where, run, told, price=1.5))
-    for part in (plans.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated"):
+    expected = (plans.COMPILED, "fits: ", "FLOP useful", "all-reduce of 4 chips", "not validated")
+    for part in (*expected, "of it products ", "image/"):
         assert part in report, report
+    assert sum(share.total for share in told.layers) == pytest.approx(1)
 
 
 @pytest.mark.slow  # the command is run on a GPU topology

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import jax
 
 from clipx.errors import OutOfMemory
 from clipx.parallel import chips
-from clipx.planning import hlo
+from clipx.planning import hlo, shares
+from clipx.planning.shares import Share
 from clipx.training.fit import Needs, describe, given, room, some_device, with_compiled
 from clipx.training.run import Run
 
@@ -27,6 +29,8 @@ class Prediction(Needs):
     seconds: float | None = None  # of one step, collectives excluded
     collectives: tuple[tuple[str, int, int, int], ...] | None = None  # kind, group, times, bytes
     open_loops: int = 0  # loops of unknown length, which count once
+    work: dict[str, float] | None = None  # fractions of `seconds` by `shares.by_work`
+    layers: tuple[Share, ...] = ()  # fractions of `seconds` by layer, the largest first
     analytic: bool = False  # estimated by arithmetic, without a compiler
     notes: tuple[str, ...] = ()
 
@@ -103,6 +107,7 @@ def time_of(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
     clock."""
     assert chip.bandwidth and chip.clock
     rates = {"peak": chip.tflops * 1e12, "bandwidth": chip.bandwidth * 1e9}
+    seconds = operator.methodcaller("seconds", **rates, clock=chip.clock * 1e9)
     try:
         program = hlo.read(text())
     except (LookupError, ValueError, jax.errors.JaxRuntimeError) as error:
@@ -111,7 +116,9 @@ def time_of(text: Callable[[], str], chip: chips.Chip) -> dict[str, Any]:
     return {
         "cycles": program.compiler_cycles,
         "kernels": program.charged_seconds(**rates),
-        "seconds": program.seconds(**rates, clock=chip.clock * 1e9),
+        "seconds": seconds(program),
+        "work": shares.by_work(program.operations, seconds),
+        "layers": tuple(shares.by_layer(program.operations, seconds)),
         "collectives": tuple((*key, *value) for key, value in program.traffic().items()),
         "open_loops": len(program.open_loops),
         "notes": (beside,) if program.beside else (),

@@ -26,6 +26,7 @@ _CHAIN = re.compile(r'chain_id="([^"]*)"')
 KERNEL = "tpu_custom_call"  # what Pallas and Mosaic compile to
 _FIRST = 'custom_call_target="AsyncCollectiveStart"'
 _SPARSE = 'async_execution_thread="sparsecore"'
+_PRODUCTS = ("convolution", "dot")
 _FREE = ("AllocateBuffer", "ConcatBitcast", "Sharding")  # calls that move no data
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -47,6 +48,13 @@ class Operation:
     group: int = 1  # number of devices that a collective joins
     chain: str = ""  # id of a chain of fusions, each of which holds a copy of one collective
     begins: bool = False  # whether the chain starts here and overlaps with other work
+    product: bool = False  # whether it is a matrix product or a convolution, or holds one
+
+    def seconds(self, *, peak: float, bandwidth: float, clock: float) -> float:
+        """Seconds of all executions on a chip of `peak` FLOP/s, `bandwidth` B/s and `clock` Hz."""
+        charged = self.kind in ("kernel", "custom-call")
+        extra = charge(self, peak=peak, bandwidth=bandwidth) if charged else 0.0
+        return (self.cycles / clock + extra) * self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +85,13 @@ class Program:
     def charged_seconds(self, *, peak: float, bandwidth: float) -> float:
         """Seconds charged for kernels and custom calls, which `compiler_cycles` leaves out. peak:
         the chip's FLOP/s. bandwidth: its bytes per second."""
-        calls = (o for o in self.operations if o.kind in ("kernel", "custom-call"))
-        return sum(charge(o, peak=peak, bandwidth=bandwidth) * o.times for o in calls)
+        return self.seconds(peak=peak, bandwidth=bandwidth, clock=math.inf)
 
     def seconds(self, *, peak: float, bandwidth: float, clock: float) -> float:
         """Seconds of one run of the program on a chip of `peak` FLOP/s, `bandwidth` B/s and `clock`
         Hz; collectives excluded."""
-        charged = self.charged_seconds(peak=peak, bandwidth=bandwidth)
-        return self.compiler_cycles / clock + charged
+        rates = {"peak": peak, "bandwidth": bandwidth, "clock": clock}
+        return sum(o.seconds(**rates) for o in self.operations)
 
     def traffic(self) -> dict[tuple[str, int], tuple[int, int]]:
         """(kind, group) -> (executions, bytes) of the program's collectives. A collective's bytes
@@ -142,7 +149,8 @@ def _walk(
             inside = list(_walk(computations, called["calls"], times, open_loops))
             fused_cycles = cycles or sum(o.cycles for o in inside)
             if fused_cycles:
-                yield Operation(i.name, kind, source, times, fused_cycles)
+                product = any(o.product for o in inside)
+                yield Operation(i.name, kind, source, times, fused_cycles, product=product)
             first = any(_FIRST in x.rest for x in computations[called["calls"]].values())
             for o in inside:  # the fusion's estimate covers all but collectives and kernels
                 if o.kind in COLLECTIVES or o.kind == "kernel":
@@ -154,8 +162,9 @@ def _walk(
                     begins = bool(o.chain) and (first or o.begins)
                     yield dataclasses.replace(o, kind=kind, cycles=0, begins=begins)
         else:
-            if cycles:
-                yield Operation(i.name, kind, source, times, cycles)
+            if cycles or i.opcode in _PRODUCTS:
+                product = i.opcode in _PRODUCTS
+                yield Operation(i.name, kind, source, times, cycles, product=product)
             if i.opcode in ("call", "async-start"):
                 inside = called.get("calls") or called["to_apply"]
                 operations = _walk(computations, inside, times, open_loops)

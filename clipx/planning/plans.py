@@ -16,11 +16,13 @@ from clipx.errors import RunError
 from clipx.parallel.chips import Topology
 from clipx.planning import estimate, gpu_model
 from clipx.planning.estimate import Prediction
+from clipx.planning.shares import Share
 from clipx.training import fit
 from clipx.training.fit import Needs, gib, scaled
 from clipx.training.run import Run, assemble
 
 COMPILED = "compiled ahead of time, not run"
+_LEAST = 0.01  # share of a layer that has a line of its own
 MODELLED = "analytic model, not compiled, not run"
 
 
@@ -153,8 +155,23 @@ def _time(prediction: Prediction) -> list[str]:
             "(the longer of FLOPs at half of peak and bytes at full bandwidth); not validated, "
             "collectives not included"
         )
+    lines += _layers(prediction)
     if prediction.open_loops:
         lines.append(f"  {prediction.open_loops} loop(s) of unknown length count once")
+    return lines
+
+
+def _layers(prediction: Prediction) -> list[str]:
+    """Where a compiled step's time goes: by kind of work, and by layer down to `_LEAST`."""
+    if not (prediction.work and prediction.layers):
+        return []
+    works = ", ".join(f"{work} {share:.1%}" for work, share in prediction.work.items())
+    lines = [f"  of it {works}", f"  {'layer':<40}{'forward':>9}{'backward':>10}"]
+    shown = [share for share in prediction.layers if share.total >= _LEAST]
+    few = prediction.layers[len(shown) :]
+    rest = Share("all others", sum(s.forward for s in few), sum(s.backward for s in few))
+    for share in [*shown, *([rest] if few else [])]:
+        lines.append(f"  {share.layer:<40}{share.forward:>9.1%}{share.backward:>10.1%}")
     return lines
 
 
