@@ -4,7 +4,8 @@ DeCLIP and ProtoCLIP: without one of DeCLIP's terms (`declip_no_<term>`), with h
 back translation, with the text encoder's own rows as ProtoCLIP's teacher, and with that alone.
 
 $IMAGE_ENCODER and $TEXT_ENCODER are the encoders. $FEATURES holds their stored features of
-Flickr8k's training images: `image` and `text`, and `crops`, two crops of each image for DeCLIP.
+Flickr8k's training images: `image` and `text`, and `crops`, two crops of each image for DeCLIP. The
+first run adds `evals`, what the encoders make of the images and captions that all are evaluated on.
 $FLICKR8K, $CIFAR10 and $TINY_IMAGENET are the folders of the data, $FLICKR8K_TEACHER is the file
 that `python -m clipx.teacher` wrote.
 """
@@ -90,7 +91,14 @@ def get_config(variant=VARIANTS[0]):
     images = "crops" if method == "declip" else "image"
     config.data = {
         **config.data,
-        "features": {"image": f"$FEATURES/{images}", "text": "$FEATURES/text"},
+        "features": {
+            "image": f"$FEATURES/{images}",
+            "text": "$FEATURES/text",
+            "evals": "$FEATURES/evals",
+        },
         "teacher": "$FLICKR8K_TEACHER" if changes.get("external_weight") else None,
     }
-    return common.compared(config)
+    config = common.compared(config)
+    for name in ("cifar10", "tiny_imagenet"):  # probes below the heads: the same for all variants
+        del config.evals[name]
+    return config

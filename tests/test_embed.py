@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -14,7 +15,7 @@ from clipx.embed import embed
 from clipx.errors import BadSample, ConfigError, DataError
 from clipx.training import embed_rows, embedding, encode
 from clipx.training.feed import open_data
-from clipx.training.run import assemble
+from clipx.training.run import assemble, restore
 from clipx.training.session import open_session
 
 FROZEN = [
@@ -97,6 +98,53 @@ def test_a_cached_run_is_the_run_without(plain, cached):
     a, b = runs.parameters(plain), runs.parameters(cached)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), a, b)
     assert {"patch_embedding", "projection"} < b["image"].keys()  # exports are whole
+
+
+def test_evaluated_rows_pass_frozen_towers_once(plain, tmp_path, monkeypatch):
+    run, state = restore(plain, devices=jax.devices()[:1])
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    texts = [f"a red square {i}" for i in range(40)]
+
+    def encoded(run, state):
+        encode = run.encode(state)
+        return encode.image(pictures, ("backbone", "unit")), encode.text(texts)
+
+    expected = encoded(run, state)
+    named = dataclasses.replace(run.data.features, evals=str(tmp_path))
+    keeping = dataclasses.replace(run, data=dataclasses.replace(run.data, features=named))
+    near = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6)
+    jax.tree.map(near, encoded(keeping, state), expected)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2 and {np.load(file).shape for file in files} == {(40, 32)}
+
+    def refused(*args):
+        raise AssertionError("a tower ran again")
+
+    head = jax.tree.map(lambda x: x, state.params)
+    head["image"]["projection"]["kernel"] += 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_features_of_rows", refused)
+        again, texts_again = encoded(keeping, state.replace(params=head))
+    assert not np.allclose(again.unit, expected[0].unit)
+    near(texts_again.unit, expected[1].unit)
+    files[0].write_bytes(files[0].read_bytes()[:200])
+    jax.tree.map(near, encoded(keeping, state), expected)
+    below = jax.tree.map(lambda x: x, state.params)
+    below["text"]["token_embedding"] *= 1.01
+    encoded(keeping, state.replace(params=below))
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "file").touch()
+    blocked = dataclasses.replace(named, evals=str(tmp_path / "file"))
+    blocked = dataclasses.replace(run, data=dataclasses.replace(run.data, features=blocked))
+    with pytest.raises(ConfigError, match=r"features.evals\n.*file: File exists"):
+        encoded(blocked, state)
+
+
+def test_a_cached_run_keeps_what_its_evals_compute(cached):
+    folder = open_session(EIGHT, str(cached)).run.data.features.evals
+    assert folder == str(cached / "features" / "evals")
+    data = json.loads((cached / "config.json").read_text())["data"]
+    assert data["features"]["evals"] is None
 
 
 @pytest.mark.slow

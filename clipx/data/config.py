@@ -24,6 +24,9 @@ class FeaturesConfig:
     # random crops of each picture that `image.cache` stores; 0: the centre alone, as evaluation
     # sees it
     views: CountOrZero = 0
+    # keeps what towers that are frozen below their heads compute of evaluated rows, for later
+    # evaluations and other runs; None: in the workdir's features/evals if a tower has `cache`
+    evals: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -17,7 +17,8 @@ from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, Interrupted
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes
-from clipx.types import Encoded, PyTree
+from clipx.training.kept_features import KeptFeatures
+from clipx.types import Encoded, PyTree, Stored
 
 _ROWS = 256  # that a tower computes at a time
 
@@ -43,13 +44,16 @@ class Encode:
         interrupted: Callable[[], bool] = lambda: False,
         *,
         rows: int | None = None,
+        kept: Mapping[str, KeptFeatures] | None = None,
     ):
         """rows: pad every call to a multiple of so many rows, so that one program serves all sizes;
-        None: up to 256 rows are padded to the devices alone, and each size has its own program."""
+        None: up to 256 rows are padded to the devices alone, and each size has its own program.
+        kept: the features of towers that are frozen below their heads, by tower."""
         self.done = 0
         self.rows = None if rows is None else _rounded(rows, mesh.devices.size)
         self._objective, self._variables, self._mesh = objective, variables, mesh
         self._tokenizer, self._interrupted = tokenizer, interrupted
+        self._kept = kept or {}
 
     def image(self, pictures: np.ndarray, fields: tuple[str, ...] = ()) -> Encoded:
         """The image tower's `fields` (default: those that `similarity` reads) for uint8 pictures
@@ -81,9 +85,13 @@ class Encode:
 
     def _encode(self, method: str, rows: np.ndarray, fields: tuple[str, ...]) -> Encoded:
         fields = tuple(fields) or self._objective.compares
-        function = functools.partial(_encode_rows, method, fields)
         pixels = math.prod(rows.shape[1:3]) if rows.ndim == 4 else 0
-        return self._by_chunks(function, self.rows or rows_at_once(self._mesh, pixels), rows)
+        chunk = self.rows or rows_at_once(self._mesh, pixels)
+        tower = method.removeprefix("encode_")
+        if tower in self._kept:
+            compute = functools.partial(_features_of_rows, tower)
+            rows = self._kept[tower](rows, lambda: self._by_chunks(compute, chunk, rows))
+        return self._by_chunks(functools.partial(_encode_rows, method, fields), chunk, rows)
 
     def _by_chunks(
         self, function: Callable[..., PyTree], chunk: int, *arrays: np.ndarray
@@ -143,9 +151,24 @@ def _encode_rows(
     variables: PyTree,
     rows: jax.Array,
 ) -> Encoded:
-    encoded = objective.apply(variables, rows, train=False, method=method)
+    """rows: pictures or token ids, or features, which have two axes of floats."""
+    given = Stored(rows) if jnp.issubdtype(rows.dtype, jnp.floating) else rows
+    encoded = objective.apply(variables, given, train=False, method=method)
     kept = Encoded(**{name: getattr(encoded, name) for name in fields})
     return jax.lax.with_sharding_constraint(kept, replicated)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _features_of_rows(
+    tower: str,
+    objective: Objective,
+    replicated: jax.sharding.Sharding,
+    variables: PyTree,
+    rows: jax.Array,
+) -> jax.Array:
+    """Pooled features, float32, below the tower's head."""
+    pooled, _ = objective.apply(variables, tower, rows, method="tower_features")
+    return jax.lax.with_sharding_constraint(pooled.astype(jnp.float32), replicated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -211,7 +211,11 @@ class OpenRun(Run):
         """Both towers at the state's parameters, for evaluators. `Interrupted` is raised between
         chunks once `interrupted()` is True. rows: as for `Encode`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return Encode(self.objective, variables, self.mesh, self.tokenizer, interrupted, rows=rows)
+        return Encode(
+            *(self.objective, variables, self.mesh, self.tokenizer, interrupted),
+            rows=rows,
+            kept=stored.kept_features(self.objective, self.data, self.tokenizer, state),
+        )
 
 
 @functools.lru_cache(maxsize=4)  # `fit.fewest` asks for several numbers of micro-batches: all alike

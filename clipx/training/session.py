@@ -99,9 +99,8 @@ class Session:
         )
         with stop or Stop() as stop, metrics:
             try:
-                data = with_features(
-                    self.run, self.data, state, self.folder / "features", stop=stop, tell=tell
-                )
+                folder = self.folder / stored.FOLDER
+                data = with_features(self.run, self.data, state, folder, stop=stop, tell=tell)
             except Interrupted:
                 return state, False
             if self.saved is None:
@@ -198,6 +197,7 @@ def open_session(
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
     tokenizer = _tokenizer(run, data, folder, resuming=saved is not None)
+    run = dataclasses.replace(run, data=stored.keeping(run.objective, run.data, folder))
     opened = with_data(run, len(data), tokenizer, data.fingerprint)
     for name, features in data.features.items():
         stored.refuse_other(opened.objective, tokenizer, opened.data, name, features)

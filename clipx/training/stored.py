@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,9 +23,11 @@ from clipx.errors import ConfigError, DataError
 from clipx.models.base import HEAD, Tower
 from clipx.objectives.base import Objective
 from clipx.parallel.mesh import path_name
+from clipx.training.kept_features import KeptFeatures
 from clipx.types import Batch, PyTree, TrainState
 
 TOWERS = ("image", "text")
+FOLDER = "features"  # in a workdir
 _LONG = 12  # digits of a digest
 
 
@@ -193,6 +196,33 @@ def digest(state: TrainState, name: str) -> str:
         found.update(f"{path_name(path)} {values.dtype} {values.shape}\n".encode())
         found.update(values.data)
     return found.hexdigest()[:_LONG]
+
+
+def keeping(objective: Objective, data: DataConfig, workdir: pathlib.Path) -> DataConfig:
+    """The data of a run in `workdir`, with its own folder for the features of evaluated rows if a
+    tower has `cache` and the config names no other."""
+    if data.features.evals or not any(getattr(objective, name).cache for name in TOWERS):
+        return data
+    folder = str(workdir / FOLDER / "evals")
+    return dataclasses.replace(data, features=dataclasses.replace(data.features, evals=folder))
+
+
+def kept_features(
+    objective: Objective, data: DataConfig, tokenizer: Tokenizer, state: TrainState
+) -> dict[str, KeptFeatures]:
+    """The features of evaluated rows that `config.data.features.evals` keeps, by tower: of those
+    that are frozen below their heads. None in a run of several processes, which all would have to
+    find the same files, and none for an objective that compares tokens."""
+    folder = data.features.evals
+    if not folder or jax.process_count() > 1 or objective.reads_tokens:
+        return {}
+    return {
+        name: KeptFeatures(
+            folder,
+            (name, digest(state, name), preprocessing(objective, name, tokenizer, data.framing)),
+        )
+        for name in objective.locked_features
+    }
 
 
 def preprocessing(

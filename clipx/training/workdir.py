@@ -21,6 +21,7 @@ _FREE = (
     "config.data.workers",
     "config.data.timeout",
     "config.data.path",
+    "config.data.features.evals",
     "config.train.microbatches",
     "config.train.log_every_steps",
     "config.train.save_every_steps",
