@@ -33,6 +33,21 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(a for a in BATCH_AXES if a in mesh.axis_names and mesh.shape[a] > 1)
 
 
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
+
+    The devices are those of the current mesh, which may be absent from this machine, or else the
+    default devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def on_tpu() -> bool:
+    """Whether the program that is being traced will run on TPUs."""
+    return platform() == "tpu"
+
+
 def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
     """`tree` with axis `axis` of every leaf sharded over the batch axes.
 

@@ -23,6 +23,7 @@ from clipx.losses.pairwise import (
 )
 from clipx.losses.reductions import LOG_SUM_EXP
 from clipx.losses.tiles import Axes, gather, row_numbers, spread, tiles
+from clipx.losses.token_kernel import ROWS, has_kernel, sum_of_best
 from clipx.types import Array, PyTree, Scalar
 
 
@@ -51,6 +52,20 @@ def _scores(
         return jnp.mean(best, axis=1)
     best = jnp.where(a_mask[:, :, None], best, 0)
     return jnp.sum(best, axis=1) / jnp.maximum(jnp.sum(a_mask, axis=1, keepdims=True), 1)
+
+
+def _kernel_scores(a: Array, b: Array, a_mask: Array | None, b_mask: Array | None) -> Array:
+    """`_scores` by the TPU kernel, which knows no masks: a masked token of a becomes zeros, one of
+    b becomes a copy of the first token of its row that counts."""
+    count = a.shape[1] if a_mask is None else jnp.maximum(jnp.sum(a_mask, axis=1), 1)[:, None]
+    if a_mask is not None:
+        a = jnp.where(a_mask[..., None], a, 0)
+    if b_mask is not None:
+        first = jnp.argmax(b_mask, axis=1)[:, None]
+        kept = jnp.where(b_mask, jnp.arange(b.shape[1]), first)
+        b = jnp.take_along_axis(b, kept[..., None], axis=1)
+    total = sum_of_best(a, b)
+    return total / count  # pyright: ignore[reportOperatorIssue]
 
 
 def _select(
@@ -172,12 +187,15 @@ def _ring_half(
     form: Literal["assembly", "ring"],
 ) -> Array:
     """The loss x→y without a gather: the rows of x stay, the kept tokens of y are the visitors."""
-    dtype = narrow(x)
+    dtype, kernel = narrow(x), has_kernel(x, y)
     index = None if size is None else jnp.arange(x.shape[0])
 
     def score(rows: Rows, visitors: Rows, scalars: tuple) -> Array:
         (index, x_mask), (columns, y_mask) = rows.constants, visitors.constants
-        logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, dtype)
+        if kernel:
+            logits = scalars[0] * _kernel_scores(rows.values, visitors.values, x_mask, y_mask)
+        else:
+            logits = scalars[0] * _scores(rows.values, visitors.values, x_mask, y_mask, dtype)
         if size is None:
             return logits
         return jnp.where(excluded_pairs(index, None, columns, None, size), NEVER, logits)
@@ -190,7 +208,7 @@ def _ring_half(
         rows,
         visitors,
         (scale,),
-        chunk=chunk,
+        chunk=min(chunk or ROWS, ROWS) if kernel else chunk,
         elements=elements,
         form=form,
     )

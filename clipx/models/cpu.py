@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from clipx.models.tpu import platform
-from clipx.types import Array
+from clipx.types import Array, platform
 
 
 def on_one_cpu() -> bool:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from clipx.models.tpu import platform
-from clipx.types import Array
+from clipx.types import Array, platform
 
 Padding = tuple[int, int]  # zeros before and after, of both sides of an image
 

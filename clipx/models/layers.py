@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int, Int32, Key
 from clipx.errors import ConfigError
 from clipx.models import cpu
 from clipx.models.attention import attention
-from clipx.models.tpu import add_bias, layer_norm, on_tpu
-from clipx.types import Array
+from clipx.models.tpu import add_bias, layer_norm
+from clipx.types import Array, on_tpu
 
 # "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
 # approximation, which big_vision's SigLIP and JAX's default use; "relu" is what NLLB's encoder uses

@@ -20,21 +20,6 @@ from clipx.types import Array
 STATISTICS, ATTENDED = "statistics", "attended"
 
 
-def platform() -> str:
-    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
-
-    The devices are those of the current mesh, which may be absent from this machine, or else the
-    default devices.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
-
-
-def on_tpu() -> bool:
-    """Whether the program that is being traced will run on TPUs."""
-    return platform() == "tpu"
-
-
 def _dot(a: Array, b: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int, Key
 from clipx.models import cpu
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
-from clipx.models.tpu import ATTENDED, STATISTICS, on_tpu
-from clipx.types import Array, PyTree, constrain_rows
+from clipx.models.tpu import ATTENDED, STATISTICS
+from clipx.types import Array, PyTree, constrain_rows, on_tpu
 
 
 class SelfAttention(nn.Module):

@@ -65,7 +65,7 @@ def by_work(
 ) -> dict[str, float]:
     """Fractions of the time: matrix products with what is fused into them, Pallas kernels, copies
     to another layout or memory, and all else."""
-    times = dict.fromkeys(("products", "kernels", "copies", "other"), 0.0)
+    times: dict[str, float] = dict.fromkeys(("products", "kernels", "copies", "other"), 0.0)
     for operation in operations:
         times[_work(operation)] += seconds(operation)
     whole = sum(times.values()) or 1.0

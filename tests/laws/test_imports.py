@@ -37,7 +37,7 @@ ONLY = {
     # models/attention.py maps a kernel over rows and heads: the partitioner cannot look into it. No
     # rows meet there, so collectives stay forbidden in that file.
     "jax.shard_map": ("clipx/losses/*", "clipx/ops/kmeans.py", "clipx/models/attention.py"),
-    "jax.experimental.pallas": ("clipx/models/attention.py",),
+    "jax.experimental.pallas": ("clipx/models/attention.py", "clipx/losses/token_kernel.py"),
     "jax.experimental.shard_map": (),
     "jax.sharding.Mesh": ("clipx/parallel/mesh.py", "clipx/training/run.py"),
     "jax.sharding.NamedSharding": ("clipx/parallel/mesh.py", "clipx/training/run.py"),

@@ -1,5 +1,7 @@
 """FILIP's loss equals the reference's numbers, and a dense twin on every mesh."""
 
+import functools
+import importlib
 import inspect
 
 import jax
@@ -9,9 +11,11 @@ import pytest
 from support import load_oracle
 
 from clipx import losses
+from clipx.losses.token_kernel import sum_of_best
 from clipx.parallel.mesh import MeshConfig, make_mesh
 
 ORACLE = load_oracle("declip")
+late_interaction = importlib.import_module("clipx.losses.late_interaction")
 
 
 def unit(x):
@@ -158,3 +162,43 @@ def test_rows_must_belong_together():
         unchecked(a[1:], b, scale=1.0)
     with pytest.raises(ValueError, match="groups=3"):
         unchecked(a, b, scale=1.0, groups=3)
+
+
+@pytest.mark.parametrize("rows, tokens", [((32, 24), (7, 5)), ((256, 16), (18, 2))])
+def test_the_tpu_kernel(rows, tokens):
+    """Its sums of best products, and their gradients, against autodiff of the plain formula. The
+    second shape takes two blocks of rows and two of tokens."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(r, n, 8)), jnp.bfloat16) for r, n in zip(rows, tokens))
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    slopes = jnp.asarray(rng.normal(size=rows), jnp.bfloat16).astype(jnp.float32)
+
+    def plain(a, b):
+        return jnp.einsum("ind,tmd->intm", a, b, precision="highest").max(axis=3).sum(axis=1)
+
+    def both(f):
+        values, pull = jax.vjp(f, a, b)
+        return values, *pull(slopes)
+
+    for got, expected in zip(both(lambda a, b: sum_of_best(a, b, True)), both(plain)):
+        np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("masks", [(A_MASK, None), (None, B_MASK)], ids=["a", "b"])
+def test_masks_for_the_tpu_kernel(masks, monkeypatch):
+    """It has none of its own: masked scores and gradients are those of the plain formula."""
+    kernel = functools.partial(sum_of_best, interpret=True)
+    monkeypatch.setattr(late_interaction, "sum_of_best", lambda a, b: kernel(a, b))
+    masks = [None if mask is None else jnp.asarray(mask) for mask in masks]
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=(B, n, 8)), jnp.bfloat16) for n in (N, M))
+    slopes = jnp.asarray(rng.normal(size=(B, B)), jnp.bfloat16).astype(jnp.float32)
+
+    def both(f):
+        wide = a.astype(jnp.float32), b.astype(jnp.float32)
+        values, pull = jax.vjp(lambda a, b: f(a, b, *masks), *wide)
+        return values, *pull(slopes)
+
+    scores = both(late_interaction._kernel_scores), both(late_interaction._scores)
+    for got, expected in zip(*scores):  # a slope over a count is rounded to bfloat16
+        np.testing.assert_allclose(got, expected, atol=4e-3 * np.abs(expected).max())

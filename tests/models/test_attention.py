@@ -11,10 +11,10 @@ from support.tpu import libtpu
 
 from clipx.models import layers, transformer
 from clipx.models.attention import attention, has_kernel, packed_attention
-from clipx.models.tpu import on_tpu
 from clipx.parallel.chips import parse
 from clipx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from clipx.planning import hlo
+from clipx.types import on_tpu
 
 
 def split(packed, heads):
