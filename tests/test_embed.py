@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from support import runs
 
+from clipx.data.features import FeatureRows
+from clipx.data.text import tokenizers
 from clipx.embed import embed
 from clipx.errors import BadSample, ConfigError, DataError
-from clipx.training import embed_rows, embedding, encode
+from clipx.training import embed_rows, embedding, encode, stored
 from clipx.training.feed import open_data
 from clipx.training.run import assemble, restore
 from clipx.training.session import open_session
@@ -198,6 +201,27 @@ def test_features_of_another_run_are_refused(features, tmp_path, overrides, said
     with pytest.raises((ConfigError, DataError)) as error:
         open_session(config(*features[:1], *overrides), str(tmp_path)).train()
     assert said in str(error.value) and "clipx.embed" in str(error.value)
+
+
+def test_features_fit_a_tokenizer_wherever_it_lies(plain, features):
+    saved = json.loads((plain / "tokenizer.json").read_text())
+    run, rows = assemble(config()), FeatureRows(dict(features)["data.features.text"])
+
+    def refuse(**changes):
+        tokenizer = tokenizers.load(saved | {"config": saved["config"] | changes})
+        stored.refuse_other(run.objective, tokenizer, run.data, "text", rows)
+        return tokenizer
+
+    moved = refuse(path="another/place.model")
+    with pytest.raises(ConfigError, match="features made with tokenizer="):
+        refuse(context=9)
+    text = json.dumps(moved.save(), sort_keys=True).encode()
+    rows.about["preprocessing"]["tokenizer"] = hashlib.sha256(text).hexdigest()[
+        :12
+    ]  # older folders
+    refuse(path="another/place.model")
+    with pytest.raises(ConfigError, match="features made with tokenizer="):
+        refuse(path="a/third.model")
 
 
 def test_wrong_flags(features, tmp_path):

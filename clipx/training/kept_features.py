@@ -12,11 +12,17 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from clipx.data.base import expand_user
+from clipx.data.config import DataConfig
+from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError
+from clipx.objectives.base import Objective
+from clipx.training import stored
+from clipx.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,37 @@ class KeptFeatures:
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(rows).data)
         return digest.hexdigest()[:32]
+
+
+def keeping(objective: Objective, data: DataConfig, workdir: pathlib.Path) -> DataConfig:
+    """The data of a run in `workdir`, with its own folder for the features of evaluated rows if a
+    tower has `cache` and the config names no other."""
+    if data.features.evals or not any(getattr(objective, name).cache for name in stored.TOWERS):
+        return data
+    folder = str(workdir / stored.FOLDER / "evals")
+    return dataclasses.replace(data, features=dataclasses.replace(data.features, evals=folder))
+
+
+def kept(
+    objective: Objective, data: DataConfig, tokenizer: Tokenizer, state: TrainState
+) -> dict[str, KeptFeatures]:
+    """The features of evaluated rows that `config.data.features.evals` keeps, by tower: of those
+    that are frozen below their heads. None in a run of several processes, which all would have to
+    find the same files, and none for an objective that compares tokens."""
+    folder = data.features.evals
+    if not folder or jax.process_count() > 1 or objective.reads_tokens:
+        return {}
+    return {
+        name: KeptFeatures(
+            folder,
+            (
+                name,
+                stored.digest(state, name),
+                stored.preprocessing(objective, name, tokenizer, data.framing),
+            ),
+        )
+        for name in objective.locked_features
+    }
 
 
 def _write(file: pathlib.Path, rows: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from clipx.evaluators.base import Evaluator
 from clipx.objectives.base import Objective
 from clipx.ops import flops
 from clipx.parallel import mesh as meshes
-from clipx.training import checks, programs, stored
+from clipx.training import checks, kept_features, programs, stored
 from clipx.training.assemble import abstract_batch, abstract_state, lock
 from clipx.training.average import averaged
 from clipx.training.checked import checked, total_steps
@@ -214,7 +214,7 @@ class OpenRun(Run):
         return Encode(
             *(self.objective, variables, self.mesh, self.tokenizer, interrupted),
             rows=rows,
-            kept=stored.kept_features(self.objective, self.data, self.tokenizer, state),
+            kept=kept_features.kept(self.objective, self.data, self.tokenizer, state),
         )
 
 

@@ -26,6 +26,7 @@ from clipx.training import (
     finite,
     fit,
     guesses,
+    kept_features,
     notes,
     recovery,
     stored,
@@ -197,7 +198,7 @@ def open_session(
     if saved is not None:
         _refuse_other_data(saved, len(data), data.fingerprint)
     tokenizer = _tokenizer(run, data, folder, resuming=saved is not None)
-    run = dataclasses.replace(run, data=stored.keeping(run.objective, run.data, folder))
+    run = dataclasses.replace(run, data=kept_features.keeping(run.objective, run.data, folder))
     opened = with_data(run, len(data), tokenizer, data.fingerprint)
     for name, features in data.features.items():
         stored.refuse_other(opened.objective, tokenizer, opened.data, name, features)

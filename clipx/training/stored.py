@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,6 @@ from clipx.errors import ConfigError, DataError
 from clipx.models.base import HEAD, Tower
 from clipx.objectives.base import Objective
 from clipx.parallel.mesh import path_name
-from clipx.training.kept_features import KeptFeatures
 from clipx.types import Batch, PyTree, TrainState
 
 TOWERS = ("image", "text")
@@ -198,33 +196,6 @@ def digest(state: TrainState, name: str) -> str:
     return found.hexdigest()[:_LONG]
 
 
-def keeping(objective: Objective, data: DataConfig, workdir: pathlib.Path) -> DataConfig:
-    """The data of a run in `workdir`, with its own folder for the features of evaluated rows if a
-    tower has `cache` and the config names no other."""
-    if data.features.evals or not any(getattr(objective, name).cache for name in TOWERS):
-        return data
-    folder = str(workdir / FOLDER / "evals")
-    return dataclasses.replace(data, features=dataclasses.replace(data.features, evals=folder))
-
-
-def kept_features(
-    objective: Objective, data: DataConfig, tokenizer: Tokenizer, state: TrainState
-) -> dict[str, KeptFeatures]:
-    """The features of evaluated rows that `config.data.features.evals` keeps, by tower: of those
-    that are frozen below their heads. None in a run of several processes, which all would have to
-    find the same files, and none for an objective that compares tokens."""
-    folder = data.features.evals
-    if not folder or jax.process_count() > 1 or objective.reads_tokens:
-        return {}
-    return {
-        name: KeptFeatures(
-            folder,
-            (name, digest(state, name), preprocessing(objective, name, tokenizer, data.framing)),
-        )
-        for name in objective.locked_features
-    }
-
-
 def preprocessing(
     objective: Objective, name: str, tokenizer: Tokenizer, framing: Framing
 ) -> dict[str, Any]:
@@ -236,9 +207,16 @@ def preprocessing(
         if framing != CENTRE:  # which folders of older versions do not say
             about |= dataclasses.asdict(framing)
     else:
-        saved = json.dumps(tokenizer.save(), sort_keys=True).encode()
-        about |= {"tokenizer": hashlib.sha256(saved).hexdigest()[:_LONG], "context": tower.context}
+        about |= {"tokenizer": _tokenizer_digest(tokenizer), "context": tower.context}
     return json.loads(json.dumps(about))
+
+
+def _tokenizer_digest(tokenizer: Tokenizer, *, path: bool = False) -> str:
+    """A digest of what a tokenizer does. path: and of where it came from, as older versions had."""
+    saved = tokenizer.save()
+    if not path:
+        saved["config"] = saved["config"] | {"path": None}
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:_LONG]
 
 
 def crops(objective: Objective, views: int) -> list[dict[str, Any]]:
@@ -270,8 +248,11 @@ def refuse_other(
             f"features of the {name} tower", again,
         )  # fmt: skip
     ours = preprocessing(objective, name, tokenizer, data.framing)
-    for key in sorted(ours.keys() | about["preprocessing"].keys()):
-        theirs = about["preprocessing"].get(key)
+    made = dict(about["preprocessing"])
+    if name == "text" and made.get("tokenizer") == _tokenizer_digest(tokenizer, path=True):
+        made["tokenizer"] = ours["tokenizer"]
+    for key in sorted(ours.keys() | made.keys()):
+        theirs = made.get(key)
         if theirs != ours.get(key):
             raise ConfigError(
                 where, f"{features.folder}: features made with {key}={theirs}",
