@@ -4,7 +4,8 @@ that is not here, what does a step cost there, and how long will the run take?
 For TPUs (v4, v5e, v5p, v6e; `2xv5e:16x16` is two slices) the training step itself is compiled,
 which takes minutes and needs no TPU. For GPUs (`h100:8x8` is 8 nodes of 8; h200, a100) an analytic
 model estimates it. Several configs and topologies, separated by commas, make a table. Exits with 0
-if all of them fit, with 1 otherwise; with `--search`, if all fit with some number of micro-batches.
+if all of them fit, with 1 otherwise; with `--search`, if all fit with some recomputation or number
+of micro-batches.
 `--losses` prints the memory and time of the losses alone.
 """
 
@@ -98,7 +99,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Topologies: v5e:16x16, 2xv5p:4x4x4, h100:8x8. Commas.")
     flags.DEFINE_string("price", "", "Price of a chip-hour, one for all topologies or one each.")
     flags.DEFINE_bool(
-        "search", False, "Also search the fewest micro-batches, or the largest batch, that fits."
+        "search",
+        False,
+        "Also search what a step that does not fit must recompute, or the fewest micro-batches; "
+        "for one that fits, the largest batch.",
     )
     flags.DEFINE_string("json", None, "File to write all numbers to.")
     flags.DEFINE_bool(

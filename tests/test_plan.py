@@ -260,7 +260,27 @@ def test_search_finds_the_fewest_micro_batches_or_the_largest_batch(monkeypatch)
         return found(**sizes, peak=run.batch_size * GIB // run.microbatches)
 
     monkeypatch.setattr(gpu_model, "predict", estimate)
+    monkeypatch.setattr(plans, "_recompute", lambda *_: None)
     for batch, expected in ((64, "fit: 8, 8.25"), (4, "doubling: 8 at 1 micro-batch(es), 8.25")):
         config = small(("train.batch_size", str(batch)))
         run, told = plans.plan(config, where)
         assert expected in plans.search(config, where, run, told)[2]
+
+
+@pytest.mark.parametrize("dots, best", [(4, "dots"), (50, "full")])
+def test_search_first_finds_what_to_recompute(dots, best, monkeypatch):
+    """The fastest `remat` that fits; with the keys that it prints, the plan fits."""
+    where, seconds = chips.parse("h100:1x1"), {"none": 0.1, "dots": 0.2, "full": 0.3}
+
+    def estimate(run, where):
+        kind = run.objective.image.remat
+        assert kind == run.objective.text.remat
+        peak = {"none": 100, "dots": dots, "full": 3}[kind]
+        return found(peak=peak * GIB, seconds=seconds[kind])
+
+    monkeypatch.setattr(gpu_model, "predict", estimate)
+    _, told, line = plans.search(small(), where, *plans.plan(small(), where))
+    assert told.fits
+    assert line.endswith(f"--config.image.remat={best} --config.text.remat={best}"), line
+    obeyed = small(("image.remat", best), ("text.remat", best))
+    assert plans.plan(obeyed, where)[1] == told

@@ -59,20 +59,22 @@ def fits(prediction: Needs) -> bool:
     return prediction.fits is True
 
 
-def tell_trial(prediction: Needs) -> None:
-    """Prints to stderr whether a tried number of micro-batches fits."""
+def tell_trial(prediction: Needs, how: str = "") -> None:
+    """Prints to stderr whether a tried number of micro-batches fits. how: what else was tried."""
     verdict = "fits" if prediction.fits else "does not fit"
-    sizes = f"batch {prediction.batch:,}, {prediction.microbatches} micro-batch(es)"
+    sizes = f"batch {prediction.batch:,}, {prediction.microbatches} micro-batch(es){how}"
     print(f"  tried {sizes}: {verdict}, {gib(prediction.need)}", file=sys.stderr, flush=True)
 
 
 def search(
     config: dict[str, Any], where: Topology, run: Run, prediction: Prediction
 ) -> tuple[Run, Prediction, str]:
-    """(run, prediction, one line). If the step does not fit: the run with the fewest micro-batches
-    with which it does. If it fits: the run as given, and in the line the largest batch, found by
-    doubling, that fits too."""
+    """(run, prediction, one line). If the step does not fit: the run with the fastest recomputation
+    with which it does, else with the fewest micro-batches. If it fits: the run as given, and in the
+    line the largest batch, found by doubling, that fits too."""
     if not prediction.fits:
+        if recomputed := _recompute(config, where, run, prediction):
+            return recomputed
         fewest = fit.fewest(run, fits, tell_trial, _estimator(where))
         if fewest is None:
             most = fit.counts(run)[-1]
@@ -93,6 +95,26 @@ def search(
             sizes = f"{largest.batch:,} at {slices} micro-batch(es), {gib(largest.need)}"
             return run, prediction, f"largest batch that fits, by doubling: {sizes}"
         largest = larger
+
+
+def _recompute(
+    config: dict[str, Any], where: Topology, run: Run, prediction: Prediction
+) -> tuple[Run, Prediction, str] | None:
+    """What `search` returns for a step that fits once both towers recompute activations; None if
+    no `remat` makes it fit."""
+    towers = [name for name in ("image", "text") if hasattr(getattr(run.objective, name), "remat")]
+    found = []
+    for kind in ("dots", "full") if towers else ():
+        keys = [f"--config.{name}.remat={kind}" for name in towers]
+        chosen = {name: {**config[name], "remat": kind} for name in towers}
+        found.append((*plan({**config, **chosen}, where), " ".join(keys)))
+        tell_trial(found[-1][1], f", remat={kind}")
+    fitting = [trial for trial in found if trial[1].fits]
+    if not fitting:
+        return None
+    run, needs, keys = min(fitting, key=lambda trial: trial[1].seconds or 0.0)
+    line = f"fastest recomputation that fits: {gib(needs.need)} (with the config's it does not: "
+    return run, needs, f"{line}{gib(prediction.need)}); {keys}"
 
 
 def describe(
@@ -139,7 +161,7 @@ def _verdict(prediction: Prediction) -> str:
     sizes = f"{gib(prediction.need)} of {gib(prediction.limit)} a chip"
     if prediction.fits:
         return f"fits: {sizes}"
-    return f"does not fit: {sizes}; --search finds the fewest micro-batches that fit"
+    return f"does not fit: {sizes}; --search finds what to recompute, or the fewest micro-batches"
 
 
 def _time(prediction: Prediction) -> list[str]:

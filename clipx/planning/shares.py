@@ -16,7 +16,7 @@ _NO_MODULE = re.compile(
     r"|shard_map|custom_[vj][jv]p\w*"
 )
 _METHOD = re.compile(r"\(\w+\.(loss|embed)\)")
-UNNAMED = "unnamed, mostly copies"
+UNNAMED = "unnamed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def place(source: str) -> tuple[str, bool]:
     Layers are named as parameters are, without the number of a block. What belongs to no module is
     "embed" or "loss", by the method of the objective that computes it, or else "update".
     """
-    if not source:
+    if "/" not in source:  # the compiler's own, such as `broadcast.562`
         return UNNAMED, False
     method = (_METHOD.search(source) or ["", "update"])[1]
     parts = [part for part in source.split("/")[:-1] if not _NO_MODULE.fullmatch(part)]

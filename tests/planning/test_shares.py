@@ -31,6 +31,7 @@ BACK = STEP + "transpose(jvp(CLIP.embed))/CLIP.encode_text/CLIP._tower/text/text
         ),
         (STEP + "jit(_where)/select_n", "update", False),
         ("", shares.UNNAMED, False),
+        ("broadcast.562", shares.UNNAMED, False),
     ],
 )
 def test_place(source, layer, backward):
