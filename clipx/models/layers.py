@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key
 from clipx.errors import ConfigError
 from clipx.models import cpu
 from clipx.models.attention import attention
-from clipx.models.tpu import add_bias, layer_norm
+from clipx.models.tpu import PRODUCTS, add_bias, layer_norm
 from clipx.types import Array, on_tpu
 
 # "gelu" is exact; "quick_gelu" is CLIP's x * sigmoid(1.702 x); "gelu_tanh" is the tanh
@@ -211,7 +212,8 @@ class MLP(nn.Module):
                 x
             )
 
-        y = activate(dense("fc", x, self.width, self.kernel_inits[0]), self.activation)
+        y = checkpoint_name(dense("fc", x, self.width, self.kernel_inits[0]), PRODUCTS)
+        y = activate(y, self.activation)
         return dense("proj", y, x.shape[-1], self.kernel_inits[1])
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from clipx.types import Array
 
 # Names for remat policies. STATISTICS: a norm's two numbers per token, which every policy saves.
-# ATTENDED: the output of the attention kernel, which a policy saves if it saves weight products.
-STATISTICS, ATTENDED = "statistics", "attended"
+# ATTENDED: the output of the attention kernel. PRODUCTS: weight products with what is added to
+# them. A policy that saves weight products saves both.
+STATISTICS, ATTENDED, PRODUCTS = "statistics", "attended", "products"
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Key
 from clipx.models import cpu
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
-from clipx.models.tpu import ATTENDED, STATISTICS
+from clipx.models.tpu import ATTENDED, PRODUCTS, STATISTICS
 from clipx.types import Array, PyTree, constrain_rows, on_tpu
 
 
@@ -46,7 +46,8 @@ class SelfAttention(nn.Module):
         project = Affine(shape, self.dtype, self.kernel_inits[0], lora=self.lora, name="qkv")
         if self.tokens:
             # heads are outermost, so that a mesh's tensor axis can split the flat axis
-            qkv = project(x, order=(1, 0, 2)).reshape(-1, self.tokens, 3 * width)
+            qkv = checkpoint_name(project(x, order=(1, 0, 2)), PRODUCTS)
+            qkv = qkv.reshape(-1, self.tokens, 3 * width)
             y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
             y = checkpoint_name(y, ATTENDED)
         else:
@@ -123,7 +124,7 @@ class Block(nn.Module):
             return LayerScale(self.layer_scale, self.dtype, name=name)(y)
 
         y = scaled(attend(norm(name="ln_1")(x), lengths, seen), "scale_1")
-        x = cpu.hold(x + dropped(y, 2 * index))
+        x = checkpoint_name(cpu.hold(x + dropped(y, 2 * index)), PRODUCTS)
         y = scaled(mlp(norm(name="ln_2")(x)), "scale_2")
         return cpu.hold(constrain_rows(x + dropped(y, 2 * index + 1)))
 
@@ -135,8 +136,8 @@ class Transformer(nn.Module):
     layer axis, and the block is compiled once.
 
     `remat` says what the backward pass recomputes. "none": nothing. "dots": all but weight products
-    (and, on TPUs, all but the attention kernel's output). "full": complete blocks. On TPUs every
-    policy saves the statistics of norms.
+    (on TPUs with their biases and residuals, and all but the attention kernel's output). "full":
+    complete blocks. On TPUs every policy saves the statistics of norms.
 
     `block_init` "clip" scales the normal initialisers by depth, as CLIP does for text. "torch"
     keeps torch's defaults, as CLIP's code does for images (clip/model.py, initialize_parameters).
@@ -181,10 +182,9 @@ class Transformer(nn.Module):
             policies = jax.checkpoint_policies
             policy = policies.save_only_these_names(STATISTICS)
             if self.remat == "dots":
-                policy = policies.save_from_both_policies(
-                    policies.dots_with_no_batch_dims_saveable,
-                    policies.save_only_these_names(STATISTICS, ATTENDED),
-                )
+                policy = policies.dots_with_no_batch_dims_saveable
+                if on_tpu():  # a bias or a sum is fused into its product, but is a pass of its own
+                    policy = policies.save_only_these_names(STATISTICS, ATTENDED, PRODUCTS)
             cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         make = functools.partial(
             cls,

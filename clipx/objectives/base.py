@@ -15,7 +15,7 @@ from clipx.config.ranges import Crop, Rgb, RgbDeviation
 from clipx.models.base import Tower
 from clipx.models.layers import check
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, View, Views
+from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, View, Views, on_tpu
 
 if TYPE_CHECKING:
     Augmentation = str | photometry.Policy  # checkers cannot expand the names in `Named`
@@ -165,6 +165,38 @@ class Objective(nn.Module):
     ) -> Encoded:
         """Output of the text tower for token ids."""
         return self._tower("text", text, train, keys)
+
+    def encode_views(
+        self,
+        tower: Literal["image", "text"],
+        views: Mapping[int, Array | Stored],
+        keys: Key[Array, " b"],
+        *,
+        train: bool,
+    ) -> list[Encoded]:
+        """Outputs of one tower for several views or texts of the same rows, by the numbers of their
+        independent keys.
+
+        On TPUs a tower whose blocks are scanned takes all views as one batch: of two loops over the
+        same shapes the compiler first fills what they stack with zeros.
+        """
+        encode = self.encode_image if tower == "image" else self.encode_text
+        arrays = [x for x in views.values() if not isinstance(x, Stored)]
+        scanned = on_tpu() and getattr(getattr(self, tower), "scan", False)
+        if not scanned or len(arrays) < len(views):
+            return [encode(x, train=train, keys=tower_keys(keys, use)) for use, x in views.items()]
+
+        def joined(*xs: Array) -> Array:
+            """[b v ...] flattened, so that all views of a row stay on its device."""
+            return jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
+
+        own = joined(*(tower_keys(keys, use) for use in views))
+        encoded = encode(joined(*arrays), train=train, keys=own)
+
+        def view(i: int) -> Encoded:
+            return jax.tree.map(lambda x: x.reshape(-1, len(views), *x.shape[1:])[:, i], encoded)
+
+        return [view(i) for i in range(len(views))]
 
     def _tower(
         self, name: str, x: Array | Stored, train: bool, keys: Key[Array, " b"] | None

@@ -31,7 +31,6 @@ from clipx.objectives.base import (
     check_groups,
     present,
     scalar,
-    tower_keys,
 )
 from clipx.objectives.filip import (
     WORDS,
@@ -41,7 +40,7 @@ from clipx.objectives.filip import (
     hide_words,
 )
 from clipx.ops import photometry
-from clipx.types import Batch, Encoded, Features, Loss, PyTree, Stored, Views
+from clipx.types import Batch, Features, Loss, PyTree, Views
 
 # numbers of a row's independent keys; key 2 hides words
 _IMAGE, _TEXT, _, _OTHER_IMAGE, _OTHER_TEXT, _MASKED_TEXT = range(6)
@@ -178,22 +177,19 @@ class DeCLIP(Objective):
     def embed(self, batch: Batch, keys: Key[Array, " b"], *, train: bool) -> DeCLIPFeatures:
         ids, caption, second = batch.text[:, 0], self.words(batch, 0), self.words(batch, 1)
 
-        def image(view: int, use: int) -> Encoded:
-            pixels = self.picture(batch, keys, view)
-            return self.encode_image(pixels, train=train, keys=tower_keys(keys, use))
-
-        def text(words: Int32[Array, "b n"] | Stored, use: int) -> Encoded:
-            return self.encode_text(words, train=train, keys=tower_keys(keys, use))
-
         hidden, selected = caption, jnp.zeros(ids.shape, bool)
         if train and self.hides_words:
             hidden, selected = hide_words(self, batch, keys)
         contrasted = caption if self.contrast_clean_caption else hidden
-        first_image, first_text = image(0, _IMAGE), text(contrasted, _TEXT)
+        images = {_IMAGE: self.picture(batch, keys), _OTHER_IMAGE: self.picture(batch, keys, 1)}
+        texts = {_TEXT: contrasted, _OTHER_TEXT: second}
+        if self.masked_lm_weight and self.contrast_clean_caption:
+            texts[_MASKED_TEXT] = hidden
+        first_image, other_image = self.encode_views("image", images, keys, train=train)
+        first_text, other_text, *masked = self.encode_views("text", texts, keys, train=train)
         masked_lm = image_tokens = text_tokens = None
         if self.masked_lm_weight:
-            masked = text(hidden, _MASKED_TEXT) if self.contrast_clean_caption else first_text
-            tokens = present(masked.tokens)
+            tokens = present((masked[0] if masked else first_text).tokens)
             head = self.vocabulary(tokens.shape[-1])
             total, count = losses.masked_lm(tokens, *head, ids, selected)
             masked_lm = jnp.stack([total, count.astype(total.dtype)], axis=1)
@@ -203,9 +199,9 @@ class DeCLIP(Objective):
             text_tokens = dense.text_tokens(present(first_text.tokens), ids, end)
         return DeCLIPFeatures(
             image=wide(present(first_image.raw)),
-            other_image=wide(present(image(1, _OTHER_IMAGE).raw)),
+            other_image=wide(present(other_image.raw)),
             text=present(first_text.unit),
-            other_text=present(text(second, _OTHER_TEXT).unit),
+            other_text=present(other_text.unit),
             masked_lm=masked_lm,
             image_tokens=image_tokens,
             text_tokens=text_tokens,

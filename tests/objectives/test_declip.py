@@ -17,6 +17,8 @@ from clipx.config import files
 from clipx.config.binding import bind
 from clipx.errors import ConfigError
 from clipx.models.heads import BatchNormMLP
+from clipx.objectives import base
+from clipx.objectives.base import Objective
 from clipx.objectives.declip import DeCLIP, DeCLIPFeatures, capped
 from clipx.parallel.mesh import path_name
 from clipx.training.checkpoint import Checkpoints
@@ -32,6 +34,10 @@ def declip(**fields) -> DeCLIP:
     """A tiny DeCLIP with these fields."""
     towers = {"image": tiny.Linear(embed_dim=8), "text": tiny.Linear(embed_dim=8)}
     return DeCLIP(**towers, **tiny.FIELDS["declip"] | fields)
+
+
+class Scanned(tiny.Linear):
+    scan: bool = True
 
 
 class Given(DeCLIP):
@@ -212,6 +218,28 @@ def test_the_first_text_has_hidden_words_but_not_in_evaluation():
     np.testing.assert_array_equal(different, hidden.masked_lm[:, 1] > 0)
     assert different.sum() > 20 and not still.masked_lm.any()
     np.testing.assert_array_equal(hidden.other_text, clean.other_text)
+
+
+def test_scanned_towers_on_tpus_take_all_views_as_one_batch(monkeypatch):
+    """Each view's and text's features stay the same, dropout included."""
+    name = "declip:contrast_clean_caption=True"
+    expected = features_of(name, dropout=0.3)
+    plain = tiny.objective(name, dropout=0.3)
+    towers = {k: Scanned(embed_dim=8, dtype="float32", dropout=0.3) for k in ("image", "text")}
+    module, variables = plain.clone(**towers), tiny.variables(name)
+    encode, calls = Objective.encode_image, []
+
+    def counted(self, image, **options):
+        calls.append(len(image))
+        return encode(self, image, **options)
+
+    monkeypatch.setattr(base, "on_tpu", lambda: True)
+    monkeypatch.setattr(Objective, "encode_image", counted)
+    keys = row_keys(0, jnp.int32(5), tiny.ROWS)
+    got = module.apply(variables, tiny.batch(module), keys, train=True, method="embed")
+    assert calls == [2 * tiny.ROWS]
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 def loss_of(module, features, memory, variables=None):
