@@ -300,13 +300,19 @@ class Loader:
         return [text(kind) for kind in self.texts]
 
 
+def import_grain() -> None:
+    """Imports Grain, half a second before the first batch that otherwise comes with it."""
+    import grain  # noqa: F401
+
+
 def _load_chunk(loader: Loader, chunks: list[np.ndarray], index: int) -> Pieces:
     step, chunk = divmod(index, len(chunks))
     return loader.load(step, chunks[chunk])
 
 
 def captions(source: Source) -> Iterator[str]:
-    """Yields every caption of the data set, in row order. Skips bad rows."""
+    """Yields every caption of the data set, in row order, without reading pictures where the source
+    can. Skips bad rows."""
     for row in range(len(source)):
         with contextlib.suppress(BadSample):
-            yield from source[row].texts
+            yield from source.glance(row).texts

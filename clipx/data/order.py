@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +17,7 @@ from clipx.data.pairs import Pairs
 if TYPE_CHECKING:
     from grain import MapDataset
 
+_OPENING = threading.Lock()  # of any order: its first row may be asked for by several threads
 _NONE = np.zeros(0, np.int64)
 _ROW = 3  # random stream that selects rows; 0 to 2: a row's image and texts, 4: the survey's crops
 _INSTEAD = 5  # and all after it: streams that select what stands in for a row that is left out
@@ -32,19 +33,33 @@ def order(
     """
     if clusters is not None:
         return Pairs(np.asarray(clusters, np.int32), seed)
-    import grain  # not at the top: grain imports JAX if it is installed
-
-    # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds from sharing epochs
-    (hashed,) = np.random.SeedSequence(seed).generate_state(1)
-    shuffled = grain.MapDataset.range(rows).shuffle(seed=int(hashed))
-    shuffled[0]  # sets up grain's statistics before several threads could
-    return functools.partial(_at, shuffled, rows)
+    return _Shuffled(rows, seed)
 
 
-def _at(shuffled: MapDataset[int], rows: int, epoch: int, position: int) -> int:
-    row = shuffled[epoch * rows + position]
-    assert row is not None  # grain's type allows for filtered rows
-    return row
+class _Shuffled:
+    """What `order` returns without clusters. Grain is imported for the first row."""
+
+    def __init__(self, rows: int, seed: int):
+        self._rows, self._seed = rows, seed
+        self._shuffled: MapDataset[int] | None = None
+
+    def __call__(self, epoch: int, position: int) -> int:
+        if self._shuffled is None:
+            with _OPENING:
+                if self._shuffled is None:
+                    self._shuffled = self._open()
+        row = self._shuffled[epoch * self._rows + position]
+        assert row is not None  # grain's type allows for filtered rows
+        return row
+
+    def _open(self) -> MapDataset[int]:
+        import grain  # not at the top: grain imports JAX if it is installed
+
+        # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds from sharing epochs
+        (hashed,) = np.random.SeedSequence(self._seed).generate_state(1)
+        shuffled = grain.MapDataset.range(self._rows).shuffle(seed=int(hashed))
+        shuffled[0]  # sets up grain's statistics before several threads could
+        return shuffled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -201,9 +201,20 @@ class Transformer(nn.Module):
             lora=self.lora,
             layer_scale=self.layer_scale,
         )
-        if not self.scan:
+        if not self.scan and self.is_initializing():
             for i in range(self.depth):
                 x = make(name=f"block_{i}")(x, i, lengths, keys, seen)
+        elif not self.scan:
+            # All blocks are calls of one function, which Python traces once; XLA inlines them. It
+            # is a new function each time: what a block computes depends on the mesh.
+            plain, params = make(parent=None, name="block"), self.variables["params"]
+
+            @jax.jit
+            def block(params: PyTree, *inputs: Any) -> Array:
+                return plain.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
+
+            for i in range(self.depth):
+                x = block(params[f"block_{i}"], x, jnp.int32(i), lengths, keys, seen)
         else:
             over_layers = nn.scan(
                 lambda block, x, i: (block(x, i, lengths, keys, seen), None),

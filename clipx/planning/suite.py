@@ -219,10 +219,23 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   nothing: threads other than the first have arenas that cannot hold blocks above 64 MiB, and
 #   malloc maps those whatever M_MMAP_MAX says. One arena is what helps (clipx/parallel/memory.py).
 # - Another length. As expected nothing is compiled again: warm-up and decay are arguments.
-# - A warm start of `small`. Of its CPU time most is tracing in Python: a third the step, a tenth
-#   its lowering; a tenth was a second trace of the initialisation, and a tenth the learning rate,
-#   operation by operation, for the first logged line: now one trace and one program (6.6 to 5.8 s).
-#   Imports are a fifth: JAX, Flax and Orbax four fifths of that.
+# - A warm start of `small`: 6.2 to 4.3 s (four pairs in turns, 0.68 of the time). Expected of each:
+#   Orbax, ftfy and readers of models imported where they are used: import 0.75 of the time, as
+#   measured; what is left is JAX (two thirds), Flax and optax, so that a goal of 0.8 s is out of
+#   reach where JAX alone takes as long. All blocks of a transformer as calls of one function, norms
+#   in three operations a parameter rather than six and computed once, a choice without a function:
+#   tracing of the step 1.5 to 0.8 s, half as expected, but lowering, which has a third fewer lines,
+#   takes as long. Programs load in threads while Python traces the next one, and Grain is imported
+#   meanwhile: 1.2 s less. Captions for the tokenizer without drawing the pictures: 0.4 s less. Left,
+#   in shares of CPU time: imports a fifth, tracing the initialisation a tenth, tracing and lowering
+#   the step a fifth, loading both programs a third, the first step a tenth.
+# - A cold start: no less (0.98). Both programs now compile at the same time, expected to save the
+#   shorter one's 4 s; but two threads on this machine's two cores take 1.4 times the CPU time of
+#   one, as cores that share their units do. LLVM is half of it, XLA's passes a fifth, the emitters
+#   of fusions a tenth. Tried without gain: levels 1 and 2 of optimization (a tenth less, within the
+#   noise; level 0 halves it, and doubles the step), other splits of the modules (1, 2, 8, 64),
+#   without fusion emitters (three times as long), the parameters' 49 draws as 23 for several keys
+#   each (98 loops become 16, and the compile time stays).
 # - Blocks computed once (`clipx.models.cpu.hold`). The profile of ViT-B/32 showed 2 of 6 seconds in
 #   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of
 #   all later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is

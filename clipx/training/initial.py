@@ -35,9 +35,14 @@ def open_tokenizer(run: Run, source: Source) -> tokenizers.Tokenizer:
     return tokenizers.build(config.tokenizer, loader.captions(source))
 
 
-def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState:
+def init(
+    run: Run,
+    say: Callable[[str], None] = lambda line: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> TrainState:
     """The state of step 0, created in its shardings, with the pretrained weights that the config
-    names. `say` gets lines about what was loaded, what is new and what was resized.
+    names. `say` gets lines about what was loaded, what is new and what was resized. `meanwhile` is
+    called while the program that creates the state compiles.
 
     Raises `ConfigError` for weights that do not fit the config. For an `OpenRun` that includes a
     tokenizer other than the run's.
@@ -61,10 +66,14 @@ def init(run: Run, say: Callable[[str], None] = lambda line: None) -> TrainState
         opt_state = optimizer_state(run)
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     kinds = {"params": shardings.params, "batch_stats": shardings.batch_stats}
-    key = ("init", run.program_key)
-    jitted = programs.kept(key, lambda: jax.jit(create, out_shardings=shardings))
     with jax.set_mesh(run.mesh):
-        state = jitted(meshes.put_parts(entries, kinds))
+        given = meshes.put_parts(entries, kinds)
+        jitted = jax.jit(create, out_shardings=shardings)
+        leaves, tree = jax.tree.flatten(given)
+        key = ("init", run.program_key, tree, tuple((x.shape, x.dtype) for x in leaves))
+        compiling = programs.kept(key, lambda: programs.compiling(jitted.lower(given)))
+    meanwhile()
+    state = compiling.result()(given)
     if opt_state is None:
         return state
     say(f"optimizer state from {run.config.init_from}; the schedule begins at step 0")

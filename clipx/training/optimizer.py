@@ -85,6 +85,35 @@ class OptimizerConfig:
                 )
 
 
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all arrays of a tree, in their dtype. `optax.tree.norm` also squares
+    the imaginary parts, which takes longer to trace than a tower."""
+    squares = (jax.lax.square(x) for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum((jax.lax.reduce_sum(x, tuple(range(x.ndim))) for x in squares), 0.0))
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which takes the `grad_norm` that the step knows already as a
+    further argument of the update."""
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        grad_norm: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[PyTree, PyTree]:
+        size = norm(updates) if grad_norm is None else grad_norm
+
+        def leaf(u: jax.Array) -> jax.Array:
+            return jax.lax.select(size < most, u, (u / size.astype(u.dtype)) * most)
+
+        return jax.tree.map(leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def _clamp(rules: Sequence[Rule], claims: PyTree) -> optax.GradientTransformation:
     """Shortens updates so that parameters end within the `clamp` of their rule.
 
@@ -217,7 +246,7 @@ def make_optimizer(
         moments = optax.trace(config.momentum, config.nesterov, mu_dtype)
     chain = []
     if config.clip_norm is not None:
-        chain.append(optax.clip_by_global_norm(config.clip_norm))
+        chain.append(_clip(config.clip_norm))
     chain += [decay, moments] if config.decay == "coupled" else [moments, decay]
     chain += [scaled(rates), _descend(schedule, by_rule("horizon"))]
     chain.append(_clamp(config.rules, claims))

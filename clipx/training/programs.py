@@ -4,6 +4,7 @@ config, share what was traced and compiled."""
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import json
 from collections.abc import Callable, Hashable
@@ -33,6 +34,20 @@ def kept(key: Hashable, make: Callable[[], T]) -> T:
     while len(_made) > _MOST:
         _made.popitem(last=False)
     return _made[key]
+
+
+def compiling(lowered: jax.stages.Lowered) -> concurrent.futures.Future[jax.stages.Compiled]:
+    """The compiled program, once it is. XLA compiles in a thread and does not hold Python's lock,
+    so that this thread goes on. One of several processes compiles at once: all need one order."""
+    if jax.process_count() > 1:
+        done: concurrent.futures.Future[jax.stages.Compiled] = concurrent.futures.Future()
+        done.set_result(lowered.compile())
+        return done
+    pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    try:
+        return pool.submit(lowered.compile)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def key(

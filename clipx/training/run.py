@@ -3,6 +3,7 @@ open; and `OpenRun`, the run once its data is open."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -41,8 +42,8 @@ from clipx.types import Batch, Device, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes. Only `train_step` compiles, and only `traced` and what uses it
-    traces."""
+    """What a config describes. Only `train_step` and `start_compiling` compile, and only `traced`
+    and what uses it traces."""
 
     config: Config
     complete: dict[str, Any]  # the config with all defaults and no secrets, as config.json holds it
@@ -114,10 +115,15 @@ class Run:
         with jax.set_mesh(self.mesh):
             return self.traced.lower()
 
+    def start_compiling(self) -> concurrent.futures.Future[jax.stages.Compiled]:
+        """Traces and lowers the step, and starts to compile it; `train_step` waits for that."""
+        key = ("compiled", self.program_key)
+        return programs.kept(key, lambda: programs.compiling(self.lower()))
+
     @functools.cached_property
     def train_step(self) -> programs.Step:
         """The compiled step, (state, batch) -> (state, metrics). A call donates the state."""
-        compiled = programs.kept(("compiled", self.program_key), lambda: self.lower().compile())
+        compiled = self.start_compiling().result()
         lengths = meshes.put(self.schedule.lengths, meshes.replicated(self.mesh))
         return programs.Step(compiled, lengths)
 

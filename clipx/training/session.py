@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clipx.data.base import Source
+from clipx.data.loader import import_grain
 from clipx.data.quarantine import Quarantine
 from clipx.data.resolve import resolve
 from clipx.data.text import tokenizers
@@ -131,12 +132,20 @@ class Session:
     def _start(self) -> tuple[TrainState, dict[str, float] | None]:
         """(the state to start from, the run's `Clock.totals` so far)."""
         if self.saved is None or self.start is None:
-            return init(self.run, tell), None
+            return init(self.run, tell, self._prepare), None
+        self._prepare()
         state = self.checkpoints.restore(self.start, self.run.state)
         if names := finite.not_finite(state):
             raise RunError(finite.refuse_start(names, self.start))
         tell(f"continuing from step {self.start:,} in {self.folder}")
         return state, self.saved["seconds"]
+
+    def _prepare(self) -> None:
+        """Starts to compile the step, and imports what loads rows meanwhile. Several processes
+        compile later: what they run together waits only 30 s for the slowest."""
+        if jax.process_count() == 1 and (self.start or 0) < self.run.steps:
+            self.run.start_compiling()
+            import_grain()
 
     def _compile(self) -> fit.Needs:
         """Compiles the step before the first one, so that no step's time includes it."""

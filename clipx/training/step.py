@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from clipx.models.layers import unit
 from clipx.objectives.base import Objective, caption_ids, tower_keys
-from clipx.training.optimizer import updates_done
+from clipx.training.optimizer import norm, updates_done
 from clipx.training.parameter_rules import frozen
 from clipx.types import Batch, Features, Loss, Metrics, PyTree, TrainState, constrain_rows
 
@@ -275,9 +275,11 @@ def make_train_step(
             )
 
         grads, (loss, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss.value)
-        updates, opt_state = update(grads, state.opt_state, state.params, lengths=lengths)
+        updates, opt_state = update(
+            grads, state.opt_state, state.params, lengths=lengths, grad_norm=grad_norm
+        )
         new = TrainState(
             step=state.step,
             params=optax.apply_updates(state.params, updates),
@@ -285,12 +287,12 @@ def make_train_step(
             batch_stats=stats,
             memory=loss.memory,
         )
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, state)
         metrics = {
             **loss.metrics,
             "batch/duplicate_captions": _shared_captions(batch),
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new.params),
+            "param_norm": norm(new.params),
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         if (updates := updates_done(new.opt_state)) is not None:

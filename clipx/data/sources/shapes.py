@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -57,6 +57,8 @@ _RELATIONS = {
     ("below", "under"): (0, 1),
 }
 _OUTLINE = (40, 40, 40)
+_Spot = tuple[int, np.ndarray, float]  # an object: label, centre and radius
+_Draw = Callable[[np.random.Generator, list[_Spot]], UInt8[np.ndarray, "h w 3"] | bytes]
 _FINE = 3  # antialiasing: masks are rendered at this multiple of their size, then averaged
 
 
@@ -104,6 +106,13 @@ class Shapes(Source):
         return self.size or (600 if self.split == "test" else 16384)
 
     def __getitem__(self, row: int) -> Example:
+        return self._example(row, self._draw)
+
+    def glance(self, row: int) -> Example:
+        """As `Source.glance`: nothing is drawn."""
+        return self._example(row, lambda rng, spots: b"")
+
+    def _example(self, row: int, draw: _Draw) -> Example:
         if not 0 <= row < len(self):
             raise IndexError(row)
         test = self.split == "test"
@@ -111,9 +120,9 @@ class Shapes(Source):
         key = self._key(row)
         if test or rng.random() < 0.7:
             label = HELD_OUT[row % len(HELD_OUT)] if test else _TRAINED[rng.integers(len(_TRAINED))]
-            image, names, parts = self._single(rng, label)
+            image, names, parts = self._single(rng, label, draw)
             return Example(image, names if test else names + parts, row, key, label)
-        return Example(*self._pair(rng), row, key)
+        return Example(*self._pair(rng, draw), row, key)
 
     def keys(self) -> Iterator[str]:
         return map(self._key, range(len(self)))
@@ -122,8 +131,8 @@ class Shapes(Source):
         return f"shapes/{self.split}/{row:06d}"
 
     def _single(
-        self, rng: np.random.Generator, label: int
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...], tuple[str, ...]]:
+        self, rng: np.random.Generator, label: int, draw: _Draw
+    ) -> tuple[UInt8[np.ndarray, "h w 3"] | bytes, tuple[str, ...], tuple[str, ...]]:
         """Returns (a picture of one object, captions with its class, captions without it)."""
         name = CLASSES[label]
         colour, shape = name.split()
@@ -133,7 +142,7 @@ class Shapes(Source):
             size, radius, place = "small", 0.19, list(_PLACES)[rng.integers(len(_PLACES))]
         radius *= rng.uniform(0.9, 1.1)
         centre = 0.5 + np.array(_PLACES[place]) * (0.45 - radius) + rng.uniform(-0.03, 0.03, 2)
-        image = self._draw(rng, [(label, centre, radius)])
+        image = draw(rng, [(label, centre, radius)])
         names = (
             f"a {name}",
             f"a picture of a {name}",
@@ -150,7 +159,9 @@ class Shapes(Source):
         )
         return image, names, parts
 
-    def _pair(self, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...]]:
+    def _pair(
+        self, rng: np.random.Generator, draw: _Draw
+    ) -> tuple[UInt8[np.ndarray, "h w 3"] | bytes, tuple[str, ...]]:
         """Returns (a picture of two objects, captions)."""
         a, b = (int(i) for i in rng.choice(_TRAINED, 2, replace=False))
         words = list(_RELATIONS)[rng.integers(len(_RELATIONS))]
@@ -170,11 +181,9 @@ class Shapes(Source):
             f"a {shapes[0]} {words[0]} a {shapes[1]}",
             f"something {colours[0]} and something {colours[1]}",
         )
-        return self._draw(rng, spots), texts
+        return draw(rng, spots), texts
 
-    def _draw(
-        self, rng: np.random.Generator, spots: list[tuple[int, np.ndarray, float]]
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def _draw(self, rng: np.random.Generator, spots: list[_Spot]) -> UInt8[np.ndarray, "h w 3"]:
         """Renders objects (label, centre, radius), in units of the side, on a random background."""
         side = self.image_size
         ground = rng.integers(222, 241, 3).astype(np.uint8)  # lighter than every shape
