@@ -22,7 +22,7 @@ from clipx.data.config import DataConfig
 from clipx.data.features import FeatureRows
 from clipx.data.order import EPOCHS, Sampling, Schedule
 from clipx.data.reading import patiently
-from clipx.data.supply import Supply
+from clipx.data.supply import PictureArrays, Supply
 from clipx.data.text import cleaning
 from clipx.data.text.augment import TextAugment
 from clipx.data.text.tokenizers import Tokenizer
@@ -129,27 +129,34 @@ class Loader:
         chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
         timeout, steps = self.data.timeout, range(start, stop)
         workers = Workers(self.data.workers, timeout) if self.data.workers else None
+        whole = None if workers else PictureArrays(self._image_shape(len(positions)))
         supply = Supply(
-            lambda: iter(self._pieces(chunks, steps, workers)),
+            lambda: iter(self._pieces(chunks, steps, workers, whole)),
             len(steps) * len(chunks),
             workers,
             timeout,
         )
         try:
-            for _ in steps:
+            for step in steps:
                 pieces = [next(supply) for _ in chunks]
-                yield {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+                done = {"image": whole.take(step)} if whole else {}
+                left = [name for name in pieces[0] if name not in done]
+                yield {**done, **{n: np.concatenate([p[n] for p in pieces]) for n in left}}
         finally:
             supply.close()
 
     def _pieces(
-        self, chunks: list[np.ndarray], steps: range, workers: Workers | None
+        self,
+        chunks: list[np.ndarray],
+        steps: range,
+        workers: Workers | None,
+        whole: PictureArrays | None,
     ) -> IterDataset[Pieces]:
-        """Every chunk of every step, in order, as a grain data set. Threads or `workers` load
-        chunks ahead of time."""
+        """Every chunk of every step, in order, as a grain data set. Threads, which write to `whole`
+        batches of pictures, or `workers` load chunks ahead of time."""
         import grain
 
-        load = functools.partial(_load_chunk, self, chunks)
+        load = functools.partial(_load_chunk, self, chunks, whole)
         pieces = grain.MapDataset.range(steps.start * len(chunks), steps.stop * len(chunks)).map(
             workers.ship(load) if workers else load
         )
@@ -176,11 +183,20 @@ class Loader:
             worker_init_fn=workers.init,
         )
 
-    def load(self, step: int, positions: np.ndarray) -> Pieces:
-        """The rows at `positions` of one step's global batch, in the format of `batches`."""
-        n, side = len(positions), self.image_size
+    def _image_shape(self, rows: int) -> tuple[int, ...]:
         views = 0 if "image" in self.features else len(self.crops)
-        image = np.empty((n, views, side, side, 3), np.uint8)
+        return rows, views, self.image_size, self.image_size, 3
+
+    def load(
+        self,
+        step: int,
+        positions: np.ndarray,
+        image: UInt8[np.ndarray, "n v h w 3"] | None = None,
+    ) -> Pieces:
+        """The rows at `positions` of one step's global batch, in the format of `batches`. image:
+        where to write the pictures; None: to a new array."""
+        n = len(positions)
+        image = np.empty(self._image_shape(n), np.uint8) if image is None else image
         loaded = [self._example(step, int(p), out) for p, out in zip(positions, image)]
         if "text" in self.features:
             numbers = np.array([each.texts for each in loaded], np.int64)
@@ -305,9 +321,13 @@ def import_grain() -> None:
     import grain  # noqa: F401
 
 
-def _load_chunk(loader: Loader, chunks: list[np.ndarray], index: int) -> Pieces:
+def _load_chunk(
+    loader: Loader, chunks: list[np.ndarray], whole: PictureArrays | None, index: int
+) -> Pieces:
     step, chunk = divmod(index, len(chunks))
-    return loader.load(step, chunks[chunk])
+    positions = chunks[chunk]
+    image = None if whole is None else whole.rows(step, chunk * CHUNK, len(positions))
+    return loader.load(step, positions, image)
 
 
 def captions(source: Source) -> Iterator[str]:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+import numpy as np
+
 from clipx.data import activity
 from clipx.data.worker import Workers
 from clipx.errors import BadSample, DataError, RunError, StuckError
@@ -141,3 +143,25 @@ class Supply(Generic[T]):
         if died := self._workers.died(failed=finished):
             self._lost = True
             raise RunError(died + "; no rows had arrived yet" * (not self._begun))
+
+
+class PictureArrays:
+    """The pictures of the batches that load. Threads write their rows into the batch's one array,
+    so that it need not be put together from copies."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        """shape: of a batch's pictures."""
+        self._shape, self._lock = shape, threading.Lock()
+        self._arrays: dict[int, np.ndarray] = {}  # by step
+
+    def rows(self, step: int, first: int, count: int) -> np.ndarray:
+        """Where `count` rows of a step go."""
+        with self._lock:
+            if step not in self._arrays:
+                self._arrays[step] = np.empty(self._shape, np.uint8)
+            return self._arrays[step][first : first + count]
+
+    def take(self, step: int) -> np.ndarray:
+        """All pictures of a step, whose rows are loaded."""
+        with self._lock:
+            return self._arrays.pop(step)

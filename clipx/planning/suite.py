@@ -226,9 +226,9 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   in three operations a parameter rather than six and computed once, a choice without a function:
 #   tracing of the step 1.5 to 0.8 s, half as expected, but lowering, which has a third fewer lines,
 #   takes as long. Programs load in threads while Python traces the next one, and Grain is imported
-#   meanwhile: 1.2 s less. Captions for the tokenizer without drawing the pictures: 0.4 s less. Left,
-#   in shares of CPU time: imports a fifth, tracing the initialisation a tenth, tracing and lowering
-#   the step a fifth, loading both programs a third, the first step a tenth.
+#   meanwhile: 1.2 s less. Captions for the tokenizer without drawing the pictures: 0.4 s less.
+#   Left, in shares of CPU time: imports a fifth, tracing the initialisation a tenth, tracing and
+#   lowering the step a fifth, loading both programs a third, the first step a tenth.
 # - A cold start: no less (0.98). Both programs now compile at the same time, expected to save the
 #   shorter one's 4 s; but two threads on this machine's two cores take 1.4 times the CPU time of
 #   one, as cores that share their units do. LLVM is half of it, XLA's passes a fifth, the emitters
@@ -236,6 +236,11 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   noise; level 0 halves it, and doubles the step), other splits of the modules (1, 2, 8, 64),
 #   without fusion emitters (three times as long), the parameters' 49 draws as 23 for several keys
 #   each (98 loops become 16, and the compile time stays).
+# - One view: 0.80 of the CPU time, two views 0.87 (seven pairs), so that one view is at 2.8 times
+#   the images of PyTorch's loader. A picture's 1.4 ms were 0.46 decoding, 0.6 averaging areas with
+#   factors that are no whole numbers, 0.12 the shuffle (0.013 with 6,000 rows and more rather than
+#   256), 0.05 the header. Bicubic after a blur of 3x3 takes 0.25 to 0.3 ms. A batch is written by
+#   the threads that load it, and was copied before.
 # - Blocks computed once (`clipx.models.cpu.hold`). The profile of ViT-B/32 showed 2 of 6 seconds in
 #   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of
 #   all later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is

@@ -399,6 +399,14 @@ def test_a_resized_jpeg_is_close_to_pillows(size):
     assert np.abs(load_one(data).astype(int) - np.asarray(expected)).mean() < 2
 
 
+@pytest.mark.parametrize("size", [36, 40, 48])
+def test_a_picture_that_shrinks_a_little_is_closer_to_pillows(size):
+    """Than one whose areas are averaged, which differs by 0.62 to 0.68."""
+    pixels = photo(size, size)
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.abs(load_one(pixels).astype(int) - expected).mean() < 0.6
+
+
 def test_pixels_of_the_right_size_stay_unchanged():
     pixels = photo(32, 32)
     assert np.array_equal(load_one(pixels), pixels)
