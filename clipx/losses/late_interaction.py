@@ -123,6 +123,7 @@ def late_interaction(
     groups: int = 1,
     chunk: int | None = None,
     form: Form | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, " b"]:
     """FILIP's cross-entropy of each row's match among all rows, in nats: half a→b plus half b→a.
 
@@ -137,6 +138,9 @@ def late_interaction(
     tokens count, padding included, as in DeCLIP's code (whose published runs may have had `top_k`
     off). `groups`, `chunk`, `form` and the errors are those of `info_nce`.
 
+    In the forms for large batches, "assembly" and "ring", tokens are rounded to `dtype` (None:
+    their own); FILIP takes float16 (section 3.1).
+
     Source: FILIP (arXiv 2111.07783), section 3.1; DeCLIP's code, prototype/model/filip.py.
     """
     size, total = group_size(a[:, 0], b[:, 0], groups), a.shape[0]
@@ -144,9 +148,11 @@ def late_interaction(
     form = pick_form(form, a if a.size > b.size else b)
     if form != "gather":
         kept = _select(b, a, b_mask, a_mask, top_k), _select(a, b, a_mask, b_mask, top_k)
+        sides = [
+            (x.astype(dtype or x.dtype), mask) for x, mask in ((a, a_mask), (b, b_mask), *kept)
+        ]
         return sum(  # pyright: ignore[reportReturnType]
-            0.5 * _ring_half(*x, *y, scale, size, chunk, form)
-            for x, y in zip(((a, a_mask), (b, b_mask)), kept)
+            0.5 * _ring_half(*x, *y, scale, size, chunk, form) for x, y in zip(sides[:2], sides[2:])
         )
 
     def local(axes: Axes, rows: PyTree, scalars: tuple) -> Array:

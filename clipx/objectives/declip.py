@@ -37,6 +37,7 @@ from clipx.objectives.filip import (
     LateInteraction,
     check_late_interaction,
     check_masking,
+    compute_dtype,
     hide_words,
 )
 from clipx.ops import photometry
@@ -141,7 +142,8 @@ class DeCLIP(Objective):
             self.vocabulary = VocabularyHead(self.text.vocab_size)
         if self.late_interaction_weight:
             self.late_interaction = LateInteraction(
-                self.token_width, self.top_k, self.mask_padding, self.logit_scale_init
+                *(self.token_width, self.top_k, self.mask_padding, self.logit_scale_init),
+                dtype=compute_dtype(self),
             )
 
     @property

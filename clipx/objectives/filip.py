@@ -46,6 +46,7 @@ class LateInteraction(nn.Module):
     mask_padding: bool
     scale_init: float
     groups: Count = 1
+    dtype: str = "float32"  # of the products of a large batch's tokens: the towers'
 
     def setup(self):
         self.image, self.text = TokenProjection(self.width), TokenProjection(self.width)
@@ -76,6 +77,7 @@ class LateInteraction(nn.Module):
             top_k=self.top_k,
             b_mask=self.mask(text),
             groups=self.groups,
+            dtype=self.dtype,
         )
 
 
@@ -156,7 +158,8 @@ class FILIP(Objective):
         if self.contrastive_weight:
             self.logit_scale = scalar(self, "logit_scale", self.logit_scale_init)
         self.late_interaction = LateInteraction(
-            self.token_width, self.top_k, self.mask_padding, self.logit_scale_init, self.groups
+            *(self.token_width, self.top_k, self.mask_padding, self.logit_scale_init, self.groups),
+            dtype=compute_dtype(self),
         )
 
     @property
@@ -266,6 +269,11 @@ class FILIP(Objective):
         if self.evaluation == "global":
             return super().similarity_scale()
         return jnp.exp(self.late_interaction.logit_scale)
+
+
+def compute_dtype(objective: Objective) -> str:
+    """The dtype of the towers; of two, the wider."""
+    return jnp.promote_types(objective.image.dtype, objective.text.dtype).name
 
 
 def hide_words(

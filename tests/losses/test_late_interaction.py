@@ -164,6 +164,17 @@ def test_rows_must_belong_together():
         unchecked(a, b, scale=1.0, groups=3)
 
 
+def test_a_large_batch_is_multiplied_in_the_given_dtype():
+    """The form "ring" rounds tokens to `dtype`; a small batch's form keeps them as they are."""
+    a, b = map(jnp.asarray, tokens(np.float32))
+    loss = functools.partial(losses.late_interaction, scale=9.0, top_k=2)
+    rounded = [x.astype(jnp.bfloat16) for x in (a, b)]
+    ring = loss(a, b, form="ring", dtype="bfloat16")
+    np.testing.assert_array_equal(ring, loss(*rounded, form="ring"))
+    assert np.any(ring != loss(a, b, form="ring"))
+    np.testing.assert_array_equal(loss(a, b, dtype="bfloat16"), loss(a, b))
+
+
 @pytest.mark.parametrize("rows, tokens", [((32, 24), (7, 5)), ((256, 16), (18, 2))])
 def test_the_tpu_kernel(rows, tokens):
     """Its sums of best products, and their gradients, against autodiff of the plain formula. The
