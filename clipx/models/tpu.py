@@ -16,9 +16,8 @@ from jaxtyping import Float
 from clipx.types import Array
 
 # Names for remat policies. STATISTICS: a norm's two numbers per token, which every policy saves.
-# ATTENDED: the output of the attention kernel. PRODUCTS: weight products with what is added to
-# them. A policy that saves weight products saves both.
-STATISTICS, ATTENDED, PRODUCTS = "statistics", "attended", "products"
+# PRODUCTS: weight products with what is added to them, which a policy that saves products saves.
+STATISTICS, PRODUCTS = "statistics", "products"
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Key
 from clipx.models import cpu
 from clipx.models.attention import attention, has_kernel, packed_attention
 from clipx.models.layers import MLP, Activation, Affine, LayerNorm, Lora, drop, torch_uniform
-from clipx.models.tpu import ATTENDED, PRODUCTS, STATISTICS
+from clipx.models.tpu import PRODUCTS, STATISTICS
 from clipx.types import Array, PyTree, constrain_rows, on_tpu
 
 
@@ -49,7 +49,6 @@ class SelfAttention(nn.Module):
             qkv = checkpoint_name(project(x, order=(1, 0, 2)), PRODUCTS)
             qkv = qkv.reshape(-1, self.tokens, 3 * width)
             y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
-            y = checkpoint_name(y, ATTENDED)
         else:
             qkv = project(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -136,8 +135,8 @@ class Transformer(nn.Module):
     layer axis, and the block is compiled once.
 
     `remat` says what the backward pass recomputes. "none": nothing. "dots": all but weight products
-    (on TPUs with their biases and residuals, and all but the attention kernel's output). "full":
-    complete blocks. On TPUs every policy saves the statistics of norms.
+    (on TPUs with their biases and residuals). "full": complete blocks. On TPUs every policy saves
+    the statistics of norms.
 
     `block_init` "clip" scales the normal initialisers by depth, as CLIP does for text. "torch"
     keeps torch's defaults, as CLIP's code does for images (clip/model.py, initialize_parameters).
@@ -184,7 +183,7 @@ class Transformer(nn.Module):
             if self.remat == "dots":
                 policy = policies.dots_with_no_batch_dims_saveable
                 if on_tpu():  # a bias or a sum is fused into its product, but is a pass of its own
-                    policy = policies.save_only_these_names(STATISTICS, ATTENDED, PRODUCTS)
+                    policy = policies.save_only_these_names(STATISTICS, PRODUCTS)
             cls = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         make = functools.partial(
             cls,
