@@ -191,30 +191,37 @@ def _match(plan: Plan, queue: Queue, first: str) -> int:
 
 
 def _search(plan: Plan, queue: Queue, count: int) -> int:
-    """Trains `count` trials of each variant that is searched, and writes its best values. 0: takes
-    the values that an earlier command has chosen. Returns as `Queue.train` does."""
-    sources = plan.sources
+    """Trains `count` trials of each variant that is searched, and takes their best values; 0: those
+    that an earlier command has chosen. Returns as `Queue.train` does."""
     if count and plan.search:
-        if rest := [name for name in plan.names if plan.search.source(name) is None]:
-            print(f"\nnot searched, as SEARCH has no ranges for it: {', '.join(rest)}", flush=True)
         plan.refuse_another_choice(count)
-        runs = {source: plan.trials(source, count) for source in sources}
-        queue.planned = [*(t for of in runs.values() for t in of), *plan.finals()]
-        for planned in queue.planned[: count * len(sources)]:
-            if code := queue.train(planned):
-                return code
-        for source, of in runs.items():
-            if any(planned in queue.elsewhere for planned in of):
-                plan.waiting |= {n for n in plan.names if plan.search.source(n) == source}
-            elif jax.process_index() == 0:
-                trials.write_chosen(plan.root / source, _best(of, queue, plan.search))
-        processes.barrier("chosen")  # all read what the first one writes
-    for source in sources:
+        if code := _try(plan, plan.search, queue, count):
+            return code
+    for source in plan.sources:
         if found := trials.read_chosen(plan.root / source):
             plan.chosen[source] = found["changes"]
             shown = comparing.described(found["changes"]) or " the config's own values"
             best = f"trial {found['trial']} of {found['trials']}, score {found['score']:.4g}"
             print(f"\n{source}: chosen by the search ({best}):{shown}", flush=True)
+    return 0
+
+
+def _try(plan: Plan, search: trials.Search, queue: Queue, count: int) -> int:
+    """Trains `count` trials of each variant that is searched, and writes its best values. Returns
+    as `Queue.train` does."""
+    if rest := [name for name in plan.names if search.source(name) is None]:
+        print(f"\nnot searched, as SEARCH has no ranges for it: {', '.join(rest)}", flush=True)
+    runs = {source: plan.trials(source, count) for source in plan.sources}
+    queue.planned = [*(t for of in runs.values() for t in of), *plan.finals()]
+    for planned in queue.planned[: count * len(runs)]:
+        if code := queue.train(planned):
+            return code
+    for source, of in runs.items():
+        if any(planned in queue.elsewhere for planned in of):
+            plan.waiting |= {n for n in plan.names if search.source(n) == source}
+        elif jax.process_index() == 0:
+            trials.write_chosen(plan.root / source, _best(of, queue, search))
+    processes.barrier("chosen")  # all read what the first one writes
     return 0
 
 
