@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from clipx.types import Array, on_tpu
+from clipx.losses.tiles import size
+from clipx.types import Array, batch_axes, on_tpu
 
 ROWS = 256  # of either side per call
 _BLOCK = 128  # rows of a in one step of the grid, at most
+_TILE = 16  # bfloat16 rows of a tile of vector memory
 _TOKENS = 16  # tokens of a in one step of the grid, at most
 _MEMORY = 28 * 2**20  # bytes of vector memory; every TPU from v4 on has 32 MiB
 
@@ -31,7 +33,8 @@ def has_kernel(a: Array, b: Array) -> bool:
     (n, d), (m, _) = a.shape[1:], b.shape[1:]
     # of each block two bfloat16 copies, and two of its float32 gradient
     held = 12 * (m * ROWS + _divisor(n, _TOKENS) * _BLOCK) * d
-    return on_tpu() and a.dtype == b.dtype == jnp.bfloat16 and d % 128 == 0 and held <= _MEMORY
+    even = d % 128 == 0 and a.shape[0] // size(batch_axes()) % _TILE == 0
+    return on_tpu() and a.dtype == b.dtype == jnp.bfloat16 and even and held <= _MEMORY
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -39,7 +42,7 @@ def sum_of_best(
     a: Float[Array, "i n d"], b: Float[Array, "t m d"], interpret: bool = False
 ) -> Float[Array, "i t"]:
     """For each row of a and each row of b: the sum, over a's tokens, of the largest product with a
-    token of b. i and t are at most `ROWS`.
+    token of b. i and t are at most `ROWS`, and on TPUs multiples of 16.
 
     Tokens are float32 and were cast from bfloat16, in which they are multiplied in both passes.
     Among equal largest products the first gets the gradient. `interpret` runs the kernel on any
@@ -53,7 +56,7 @@ def _forward(a: Array, b: Array, interpret: bool) -> tuple[Array, tuple[Array, A
 
     x, y = _tokens_first(a), _tokens_first(b)
     (n, i, d), (m, t, _) = x.shape, y.shape
-    rows, tokens = _divisor(i, _BLOCK), _divisor(n, _TOKENS)
+    rows, tokens = _divisor(i, _BLOCK, _TILE), _divisor(n, _TOKENS)
     scores = _call(
         _forward_kernel,
         (i // rows, n // tokens),
@@ -74,7 +77,7 @@ def _backward(interpret: bool, residuals: tuple[Array, Array], slopes: Array) ->
 
     x, y = map(_tokens_first, residuals)
     (n, i, d), (m, t, _) = x.shape, y.shape
-    rows, tokens = _divisor(i, _BLOCK), _divisor(n, _TOKENS)
+    rows, tokens = _divisor(i, _BLOCK, _TILE), _divisor(n, _TOKENS)
     x_spec = pl.BlockSpec((tokens, rows, d), lambda r, k: (k, r, 0))
     y_spec = pl.BlockSpec((m, t, d), lambda r, k: (0, 0, 0))
     dx, dy = _call(
@@ -96,9 +99,9 @@ def _tokens_first(x: Array) -> Array:
     return x.astype(jnp.bfloat16).swapaxes(0, 1)
 
 
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`."""
-    return max(k for k in range(1, min(number, most) + 1) if number % k == 0)
+def _divisor(number: int, most: int, factor: int = 1) -> int:
+    """The largest divisor of `number` that is a multiple of `factor` and at most `most`."""
+    return max(k for k in range(factor, min(number, most) + 1, factor) if number % k == 0)
 
 
 def _call(

@@ -175,7 +175,7 @@ def test_a_large_batch_is_multiplied_in_the_given_dtype():
     np.testing.assert_array_equal(loss(a, b, dtype="bfloat16"), loss(a, b))
 
 
-@pytest.mark.parametrize("rows, tokens", [((32, 24), (7, 5)), ((256, 16), (18, 2))])
+@pytest.mark.parametrize("rows, tokens", [((32, 16), (7, 5)), ((256, 16), (18, 2))])
 def test_the_tpu_kernel(rows, tokens):
     """Its sums of best products, and their gradients, against autodiff of the plain formula. The
     second shape takes two blocks of rows and two of tokens."""
