@@ -253,7 +253,10 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of RN50's.
 #   In `small` the products take 60 % of the operations' time, attention among 17 and 24 tokens 10 %
 #   (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its gradient 5 %; no other operation takes 2 %.
-#   To try: attention with heads as a batch axis, a quarter faster alone (4.1 to 3.15 ms).
+# - Attention with each head of each row as a row of its own. Expected: a quarter faster among 17
+#   tokens. Came: as fast alone and an eighth slower in the step among 17 and 24, 0.55 to 0.8 of the
+#   time among 50 and 77, with gradients: ViT-B/32's step 0.96 of the time (six pairs). Heads in one
+#   product with a mask of blocks: twice the time.
 # - Two processes on one machine: 108 to 134 images/s where one does 560 to 610, and both wait four
 #   fifths of the time: one all-reduce of 100 gradients takes 0.7 s of a step of 1.1 s. gloo reduces
 #   them one by one, and each waits for the other process, some milliseconds after a pause: a

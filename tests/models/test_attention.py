@@ -252,3 +252,23 @@ def test_compiled_for_tpu(sizes, causal):
     products = [round(k.flops / (rows // 4 * padded**2 * 2 * width)) for k in found.kernels]
     assert sorted(products) == [2, 5]
     assert not any(kind == "all-gather" for kind, _ in found.traffic())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_first_on_one_cpu(causal, masked):
+    """Among many tokens, values and gradients are those of JAX's own attention."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = jnp.asarray(rng.normal(size=(4, 3, 40, 2, 8)), jnp.float32)
+    lengths = jnp.array([1, 17, 40]) if masked else None
+    seen = jnp.arange(40) < lengths[:, None] if masked else None
+    mask = None if seen is None else seen[:, None, None]
+
+    def both(function):
+        y, pull = jax.vjp(function, q, k, v)
+        return y, *pull(dy)
+
+    ours = both(lambda *x: attention(*x, causal=causal, lengths=lengths))
+    plain = both(lambda *x: jax.nn.dot_product_attention(*x, mask=mask, is_causal=causal))
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
