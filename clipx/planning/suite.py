@@ -219,7 +219,7 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   nothing: threads other than the first have arenas that cannot hold blocks above 64 MiB, and
 #   malloc maps those whatever M_MMAP_MAX says. One arena is what helps (clipx/parallel/memory.py).
 # - Another length. As expected nothing is compiled again: warm-up and decay are arguments.
-# - A warm start of `small`: 6.2 to 4.3 s (four pairs in turns, 0.68 of the time). Expected of each:
+# - A warm start of `small`: 0.66 of the time (five pairs in turns), so 6.2 to 4.1 s. In parts:
 #   Orbax, ftfy and readers of models imported where they are used: import 0.75 of the time, as
 #   measured; what is left is JAX (two thirds), Flax and optax, so that a goal of 0.8 s is out of
 #   reach where JAX alone takes as long. All blocks of a transformer as calls of one function, norms
@@ -236,11 +236,11 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   noise; level 0 halves it, and doubles the step), other splits of the modules (1, 2, 8, 64),
 #   without fusion emitters (three times as long), the parameters' 49 draws as 23 for several keys
 #   each (98 loops become 16, and the compile time stays).
-# - One view: 0.80 of the CPU time, two views 0.87 (seven pairs), so that one view is at 2.8 times
-#   the images of PyTorch's loader. A picture's 1.4 ms were 0.46 decoding, 0.6 averaging areas with
-#   factors that are no whole numbers, 0.12 the shuffle (0.013 with 6,000 rows and more rather than
-#   256), 0.05 the header. Bicubic after a blur of 3x3 takes 0.25 to 0.3 ms. A batch is written by
-#   the threads that load it, and was copied before.
+# - One view: 0.80 of the CPU time, two views 0.87 (seven pairs): 3.1 and 8.0 times the images of
+#   PyTorch's loader (five rounds) where it was 2.3 and 6.8. A picture's 1.4 ms were 0.46 decoding,
+#   0.6 averaging areas with factors that are no whole numbers, 0.12 the shuffle (0.013 with 6,000
+#   rows and more rather than 256), 0.05 the header. Bicubic after a blur of 3x3 takes 0.25 to 0.3
+#   ms. A batch is written by the threads that load it, and was copied before.
 # - Blocks computed once (`clipx.models.cpu.hold`). The profile of ViT-B/32 showed 2 of 6 seconds in
 #   transposed copies of gradients, of 0.1 s each where a copy takes 2 ms: fused with the sums of
 #   all later blocks. Barriers are dropped before XLA fuses; a condition that it cannot decide is
