@@ -257,6 +257,11 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   tokens. Came: as fast alone and an eighth slower in the step among 17 and 24, 0.55 to 0.8 of the
 #   time among 50 and 77, with gradients: ViT-B/32's step 0.96 of the time (six pairs). Heads in one
 #   product with a mask of blocks: twice the time.
+# - Steps after the changes for starts, in turns with the tree before them, on a noisy machine half
+#   as fast: `medium` 1.03 (six pairs, 0.96 to 1.20), RN50 1.12 (five, 1.02 to 1.28). Expected: 1.
+#   RN50 is not explained, and was 1.33 of open_clip's time that day. It is
+#   not attention, with which it takes 0.95 (five pairs). To try: blocks traced one by one again
+#   (`Transformer`), `optax.tree.norm`, the step compiled in the main thread.
 # - Two processes on one machine: 108 to 134 images/s where one does 560 to 610, and both wait four
 #   fifths of the time: one all-reduce of 100 gradients takes 0.7 s of a step of 1.1 s. gloo reduces
 #   them one by one, and each waits for the other process, some milliseconds after a pause: a
