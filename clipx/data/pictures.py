@@ -38,9 +38,8 @@ _RATIO = (3 / 4, 4 / 3)  # range of a crop's width / height
 _OPENCV = ("JPEG", "PNG", "WEBP")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _LITTLE = 1.8  # factor from which averaging areas is nearer to Pillow's bicubic
-_BLUR = (
-    0.37  # standard deviation in pixels, for each pixel of the crop that becomes one of the view
-)
+# standard deviation in pixels of the blur before it, as a share of the factor
+_BLUR = 0.37
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _READ_REDUCED = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,

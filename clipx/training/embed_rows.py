@@ -57,14 +57,14 @@ class Compute:
 
     def __call__(self, rows: jax.Array, **options: Any) -> dict[str, jax.Array]:
         """The arrays `backbone.npy` and `tokens.npy` of a chunk of pictures or token ids, complete
-        on every process. `options` are those of `_compute`."""
+        on every process. `options` are those of `features`."""
         static = self.objective, self.tower, self.tokens, meshes.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
-            return _compute(*static, self.variables, rows, **options)
+            return features(*static, self.variables, rows, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="view")
-def _compute(
+def features(
     objective: Objective,
     tower: str,
     tokens: bool,
@@ -76,7 +76,9 @@ def _compute(
     bad: jax.Array | None = None,
     keys: tuple[int, int, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """view, keys: the colours of a random crop, by (seed, number of the crop, number of each row).
+    """The arrays `backbone.npy` and, with `tokens`, `tokens.npy` of pictures or token ids, float32.
+
+    view, keys: the colours of a random crop, by (seed, number of the crop, number of each row).
     bad: rows whose features are zeros."""
     if view is not None and keys is not None:
         seed, crop, numbers = keys

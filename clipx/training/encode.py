@@ -17,6 +17,7 @@ from clipx.data.text.tokenizers import Tokenizer
 from clipx.errors import ConfigError, Interrupted
 from clipx.objectives.base import Objective
 from clipx.parallel import mesh as meshes
+from clipx.training import embed_rows
 from clipx.training.kept_features import KeptFeatures
 from clipx.types import Encoded, PyTree, Stored
 
@@ -158,7 +159,6 @@ def _encode_rows(
     return jax.lax.with_sharding_constraint(kept, replicated)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _features_of_rows(
     tower: str,
     objective: Objective,
@@ -166,9 +166,9 @@ def _features_of_rows(
     variables: PyTree,
     rows: jax.Array,
 ) -> jax.Array:
-    """Pooled features, float32, below the tower's head."""
-    pooled, _ = objective.apply(variables, tower, rows, method="tower_features")
-    return jax.lax.with_sharding_constraint(pooled.astype(jnp.float32), replicated)
+    """Pooled features, float32, below the tower's head: what a stored tower's rows have."""
+    found = embed_rows.features(objective, tower, False, replicated, variables, rows)
+    return found["backbone.npy"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -21,7 +21,7 @@ def clip(text: str) -> str:
     """
     # the check only saves time: other texts stay the same
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy  # takes longer to import than most data needs it
+        import ftfy  # not at the top: most captions never need it
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return collapse(text)
