@@ -257,11 +257,16 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   tokens. Came: as fast alone and an eighth slower in the step among 17 and 24, 0.55 to 0.8 of the
 #   time among 50 and 77, with gradients: ViT-B/32's step 0.96 of the time (six pairs). Heads in one
 #   product with a mask of blocks: twice the time.
-# - Steps after the changes for starts, in turns with the tree before them, on a noisy machine half
-#   as fast: `medium` 1.03 (six pairs, 0.96 to 1.20), RN50 1.12 (five, 1.02 to 1.28). Expected: 1.
-#   RN50 is not explained, and was 1.33 of open_clip's time that day. It is
-#   not attention, with which it takes 0.95 (five pairs). To try: blocks traced one by one again
-#   (`Transformer`), `optax.tree.norm`, the step compiled in the main thread.
+# - Steps after the changes for starts, in turns with the tree before them, on another machine whose
+#   products run at 110 to 130 GFLOP/s: RN50 0.97 (five rounds of three trees, each within 0.95 to
+#   1.20), so that they cost nothing. That RN50 took 1.33 of open_clip's time there and 1.07 here is
+#   the machine: its gradients of 3x3 kernels were a third of the step's time, at 31 GFLOP/s.
+# - Gradients of 3x3 kernels as nine products (`clipx.models.cpu.convolution`). Expected: 1.2 of 6.8
+#   s less. Came: 1.3 of 7.5 s less, 0.81 of the time (four rounds), so 1.16 of open_clip's. Written
+#   as a product over three axes it transposes each part first: half of the gain is lost. Columns
+#   (nine parts in one array) are as fast and need nine times the memory. What is left of RN50, in
+#   seconds of threads that sum to 6.2: 3x3 convolutions and their gradients to pictures 1.4 (73
+#   GFLOP/s, oneDNN's 110), their kernels' 0.4, other products 2.5, BatchNorm's sums 0.5.
 # - Two processes on one machine: 108 to 134 images/s where one does 560 to 610, and both wait four
 #   fifths of the time: one all-reduce of 100 gradients takes 0.7 s of a step of 1.1 s. gloo reduces
 #   them one by one, and each waits for the other process, some milliseconds after a pause: a

@@ -40,10 +40,13 @@ def test_product(shape, kernel, inputs):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_of_single_pixels(stride):
-    x, kernel = drawn((2, 5, 5, 3), (1, 1, 3, 4))
+@pytest.mark.parametrize(
+    ("size", "padding"), [((1, 1), 0), ((3, 3), 1), ((2, 3), ((0, 2), (1, 0)))]
+)
+def test_convolution(size, padding, stride):
+    x, kernel = drawn((2, 5, 6, 3), (*size, 3, 4))
     layers = [
-        nn.Conv(4, (1, 1), stride, padding=0, use_bias=False, conv_general_dilated=form)
+        nn.Conv(4, size, stride, padding=padding, use_bias=False, conv_general_dilated=form)
         for form in (cpu.convolution, None)
     ]
     agree(*(lambda x, k, of=of: of.apply({"params": {"kernel": k}}, x) for of in layers), x, kernel)
