@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
             qkv = qkv.reshape(-1, self.tokens, 3 * width)
             y = packed_attention(qkv, lengths, heads=self.heads, causal=self.causal)
         else:
-            qkv = project(x)
+            qkv = checkpoint_name(project(x), PRODUCTS)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
             y = attention(q, k, v, causal=self.causal, lengths=lengths, seen=seen)
         y = y.reshape(*x.shape[:-1], *shape[1:])

@@ -249,8 +249,8 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 # - Gradients of kernels as x' dy (`clipx.models.cpu.product`), where JAX's rule transposes dy' x
 #   within AdamW's loop: ViT-B/32 4.4 to 4.15 s, `small` a tenth less.
 # - 1x1 convolutions as products (`clipx.models.cpu.convolution`): RN50 4.3 to 3.1 s.
-# - What is left, at 0.92 (`medium`) to 1.07 (RN50) of open_clip's time: products run at 195 to 205
-#   GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of RN50's.
+# - What was left then, at 0.92 (`medium`) to 1.07 (RN50) of open_clip's time: products run at 195
+#   to 205 GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of RN50's.
 #   In `small` the products take 60 % of the operations' time, attention among 17 and 24 tokens 10 %
 #   (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its gradient 5 %; no other operation takes 2 %.
 # - Attention with each head of each row as a row of its own. Expected: a quarter faster among 17
@@ -262,7 +262,7 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   1.20), so that they cost nothing. That RN50 took 1.33 of open_clip's time there and 1.07 here is
 #   the machine: its gradients of 3x3 kernels were a third of the step's time, at 31 GFLOP/s.
 # - Gradients of 3x3 kernels as nine products (`clipx.models.cpu.convolution`). Expected: 1.2 of 6.8
-#   s less. Came: 1.3 of 7.5 s less, 0.81 of the time (four rounds), so 1.16 of open_clip's. Written
+#   s less. Came: 1.3 of 7.5 s less, 0.81 of the time (four rounds); 1.06 of open_clip's. Written
 #   as a product over three axes it transposes each part first: half of the gain is lost. Columns
 #   (nine parts in one array) are as fast and need nine times the memory. What is left of RN50, in
 #   seconds of threads that sum to 6.2: 3x3 convolutions and their gradients to pictures 1.4 (73
