@@ -250,9 +250,9 @@ SECTIONS: dict[str, Callable[[Sizes, Sequence[str]], Iterator[Row]]] = {
 #   within AdamW's loop: ViT-B/32 4.4 to 4.15 s, `small` a tenth less.
 # - 1x1 convolutions as products (`clipx.models.cpu.convolution`): RN50 4.3 to 3.1 s.
 # - What was left then, at 0.92 (`medium`) to 1.07 (RN50) of open_clip's time: products run at 195
-#   to 205 GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of RN50's.
-#   In `small` the products take 60 % of the operations' time, attention among 17 and 24 tokens 10 %
-#   (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its gradient 5 %; no other operation takes 2 %.
+#   to 205 GFLOP/s alone, as MKL's do (107 on one core), and are 85 % of ViT-B/32's step, 80 % of
+#   RN50's. In `small` the products take 60 % of the operations' time, attention among 17 and 24
+#   tokens 10 % (6 to 15 GFLOP/s), sums for biases 5 %, GELU and its gradient 5 %; no other takes 2.
 # - Attention with each head of each row as a row of its own. Expected: a quarter faster among 17
 #   tokens. Came: as fast alone and an eighth slower in the step among 17 and 24, 0.55 to 0.8 of the
 #   time among 50 and 77, with gradients: ViT-B/32's step 0.96 of the time (six pairs). Heads in one
