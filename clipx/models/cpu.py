@@ -148,8 +148,11 @@ def convolution(x: Array, kernel: Array, strides: Any, padding: Any, **options: 
     pixels is a product, as XLA's gradients of it are two to five times slower, and one of up to 3x3
     pixels has a gradient of its own."""
     size, ones = kernel.shape[:2], (1, 1)
-    plain = options.get("feature_group_count", 1) == 1 and all(
-        tuple(options.get(name) or ones) == ones for name in ("lhs_dilation", "rhs_dilation")
+    dilations = (options.get(name) or ones for name in ("lhs_dilation", "rhs_dilation"))
+    plain = (
+        options.get("feature_group_count", 1) == 1
+        and all(tuple(dilation) == ones for dilation in dilations)
+        and not isinstance(padding, str)
     )
     if not (plain and math.prod(size) <= 9 and on_one_cpu()):
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
