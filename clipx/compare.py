@@ -273,6 +273,7 @@ def _write_page(
 ) -> None:
     """Writes the page of some finished runs."""
     out = queue.root / runs_page.FILE
+    print(f"\n{out.name}: opening a model of each variant", flush=True)
     try:
         page = runs_page.compare(
             [str(p.folder) for p in runs],
@@ -283,9 +284,9 @@ def _write_page(
             verdicts,
             _searches(plan),
         )
-        print(f"\n{page}: the runs compared; open it in a browser")
+        print(f"{page}: the runs compared; open it in a browser")
     except RunError as error:  # the runs themselves are complete
-        print(f"\nno {runs_page.FILE}: {error}")
+        print(f"no {runs_page.FILE}: {error}")
 
 
 def _searches(plan: Plan) -> list[Trials]:
