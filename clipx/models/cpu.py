@@ -109,7 +109,7 @@ def _small_convolution(
 ) -> Float[Array, "b i j k"]:
     """A convolution whose kernel's gradient is one product for each of its pixels.
 
-    XLA's gradient is a convolution by a kernel as large as the picture, which takes up to nine
+    XLA's gradient is a convolution by a kernel as large as the picture, which takes up to five
     times as long (32 channels at 112 pixels).
     """
     return _CONVOLVE(x, kernel, strides, padding)
