@@ -62,6 +62,11 @@ def _dot(x: Float[Array, "r k"], kernel: Float[Array, "k n"]) -> Float[Array, "r
     return jnp.dot(x, kernel)
 
 
+def _kernel_gradient(x: Float[Array, "r k"], dy: Float[Array, "r n"]) -> Float[Array, "k n"]:
+    """x' dy, without a transposition."""
+    return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+
+
 def _dot_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
     # a factor of a gradient that nobody asks for is not kept
     saved = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
@@ -73,7 +78,7 @@ def _dot_backward(
 ) -> tuple[Array | None, Array | None]:
     x, kernel = saved
     dx = None if kernel is None else lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())))
-    return dx, None if x is None else lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    return dx, None if x is None else _kernel_gradient(x, dy)
 
 
 _dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
@@ -134,7 +139,7 @@ def _small_backward(
         """The gradient of one pixel of the kernel [c, k]."""
         ends = i + strides[0] * (height - 1) + 1, j + strides[1] * (width - 1) + 1
         met = x[:, i : ends[0] : strides[0], j : ends[1] : strides[1]]
-        return lax.dot_general(met.reshape(len(dy), -1), dy, (((0,), (0,)), ((), ())))
+        return _kernel_gradient(met.reshape(len(dy), -1), dy)
 
     dkernel = jnp.stack([pixel(*place) for place in np.ndindex(kernel.shape[:2])])
     return dx, dkernel.reshape(kernel.shape)
